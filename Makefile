@@ -1,0 +1,44 @@
+# `make help` lists what there is. Everything sets itself up; the second time is quick.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV := .venv
+STAMP := $(VENV)/.stamp
+
+.PHONY: help setup demo test unit lint format lock proto clean
+
+help:           ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+
+setup: $(STAMP) ## install uv where it is missing, and podferry into .venv
+
+$(STAMP): pyproject.toml requirements.lock requirements-dev.lock scripts/setup
+	scripts/setup $(VENV)
+	@touch $@
+
+demo: $(STAMP)  ## move a computing job between two nodes of the lab, and prove its result
+	$(VENV)/bin/podferry lab demo
+
+lint: $(STAMP)  ## formatting, lints, types, import contracts
+	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+unit: $(STAMP)  ## the unit tests alone
+	$(VENV)/bin/pytest -m unit
+
+test: lint      ## every test that this machine can run
+	$(VENV)/bin/pytest -m "not slow"
+
+format: $(STAMP) ## let ruff rewrite the sources
+	$(VENV)/bin/ruff format src tests
+	$(VENV)/bin/ruff check --fix src tests
+
+lock: $(STAMP)  ## resolve the dependencies anew into the hashed locks
+	scripts/lock $(VENV)
+
+proto: $(STAMP) ## regenerate the stubs from src/podferry/protos/*.proto
+	scripts/proto $(VENV)
+
+clean:          ## remove the environment; labs are removed by `podferry lab down`
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

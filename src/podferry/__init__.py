@@ -1,0 +1,3 @@
+"""podferry: live migration for Kubernetes pods."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,27 @@
+"""The things podferry talks about, as frozen values. No behaviour beyond what a value knows of itself."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """How memory moves.
+
+    `stop` freezes first and copies then: the baseline. `live` copies while the job runs and freezes for the last dirty
+    pages. `postcopy` cuts over at once and fetches pages from the frozen source.
+    """
+
+    STOP = "stop"
+    LIVE = "live"
+    POSTCOPY = "postcopy"
+
+
+class Outcome(StrEnum):
+    """How a migration ended; the values are part of the JSON contract."""
+
+    COMPLETED = "completed"
+    REFUSED = "refused"
+    ROLLED_BACK = "rolled-back"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
