@@ -25,9 +25,7 @@ class PodferryError(Exception):
     code: ClassVar[str] = "PF000"
     _codes: ClassVar[dict[str, type[PodferryError]]] = {}
 
-    def __init__(
-        self, what: str, *, why: str = "", remedy: str = "", evidence: list[str] | None = None
-    ) -> None:
+    def __init__(self, what: str, *, why: str = "", remedy: str = "", evidence: list[str] | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.why = why
@@ -38,9 +36,7 @@ class PodferryError(Exception):
         super().__init_subclass__(**kwargs)
         if "code" in cls.__dict__:
             if cls.code in cls._codes:
-                raise TypeError(
-                    f"{cls.__name__} repeats the code {cls.code} of {cls._codes[cls.code].__name__}"
-                )
+                raise TypeError(f"{cls.__name__} repeats the code {cls.code} of {cls._codes[cls.code].__name__}")
             cls._codes[cls.code] = cls
 
     def __str__(self) -> str:

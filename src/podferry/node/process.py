@@ -74,9 +74,7 @@ def run(
             check=False,
         )
     except FileNotFoundError as missing:
-        raise CommandFailed(
-            f"cannot run {words[0]}", why="no such program", remedy=remedy, argv=words
-        ) from missing
+        raise CommandFailed(f"cannot run {words[0]}", why="no such program", remedy=remedy, argv=words) from missing
     except subprocess.TimeoutExpired as late:
         raise TimedOut(
             f"no end after {timeout} s: {pasteable(words)}", remedy=remedy, evidence=last_lines(log)
