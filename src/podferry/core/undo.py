@@ -1,46 +1,69 @@
-"""Undo as a stack: what is acquired is pushed beside the line that acquires it, and taken back in reverse.
+"""Undo as a ledger: what is acquired is written down beside the line that acquires it, and taken back in reverse.
 
-Undo goes on through its own errors (ganeti's `_ExecCleanup` does the same): each step is tried, and what failed is
-reported at the end with every reason.
+An entry is plain data, so that the journal can hold it: an agent that was killed reads the same ledger at its next start and
+takes back the same things by the same handlers as one that merely met an error. Entries are written *before* the thing is
+acquired; a handler must therefore bear that it never came to be.
+
+Undo goes on through its own errors (ganeti's `_ExecCleanup` does the same): each step is tried, and what could not be taken
+back is reported at the end with every reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-Step = Callable[[], Awaitable[object]]
+from podferry.errors import Bug
+
+Handler = Callable[[Mapping[str, Any]], Awaitable[object]]
+"""Takes back one kind of thing, given the facts that were written down. Called at most once per entry and run."""
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """One thing that must be taken back: its kind names the handler, its facts say which one it is."""
+
+    kind: str
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """An undo step that failed: what it was to do and why it could not."""
+    """A thing that could not be taken back, and why."""
 
-    what: str
+    kind: str
     why: str
 
 
-class UndoStack:
-    """The steps that take a half-done migration back, newest first."""
+class Ledger:
+    """What a migration holds at this moment, oldest first."""
 
-    def __init__(self) -> None:
-        self._steps: list[tuple[str, Step]] = []
+    def __init__(self, entries: list[Acquired] | None = None) -> None:
+        self.entries = list(entries or [])
 
-    def push(self, what: str, step: Step) -> None:
-        """Remember how to take back what has just been acquired."""
-        self._steps.append((what, step))
+    def add(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Write down what is about to be acquired. A later entry of the same kind replaces the facts of the first."""
+        self.remove(kind)
+        self.entries.append(Acquired(kind, dict(facts)))
 
-    def forget(self) -> None:
-        """What was acquired is there to stay: after the commit nothing is taken back."""
-        self._steps.clear()
+    def remove(self, kind: str) -> None:
+        """Strike out what was given back in the ordinary course."""
+        self.entries = [entry for entry in self.entries if entry.kind != kind]
 
-    async def unwind(self) -> list[Leftover]:
-        """Take everything back, newest first, through every error; what could not be is returned."""
+    def facts(self, kind: str) -> Mapping[str, Any] | None:
+        """The facts of an entry, or None where nothing of that kind is held."""
+        return next((entry.facts for entry in self.entries if entry.kind == kind), None)
+
+    async def unwind(self, handlers: Mapping[str, Handler]) -> list[Leftover]:
+        """Take everything back, newest first, through every error. Returns what could not be."""
         leftovers = []
-        while self._steps:
-            what, step = self._steps.pop()
+        for entry in reversed(self.entries):
             try:
-                await step()
+                if entry.kind not in handlers:
+                    raise Bug(f"nothing takes back '{entry.kind}'")
+                await handlers[entry.kind](entry.facts)
             except Exception as error:  # noqa: BLE001 - undo goes on through its own errors
-                leftovers.append(Leftover(what, f"{type(error).__name__}: {error}"))
+                leftovers.append(Leftover(entry.kind, f"{type(error).__name__}: {error}"))
+        self.entries = []
         return leftovers

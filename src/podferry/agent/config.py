@@ -1,0 +1,86 @@
+"""What an agent is told at its start: one JSON file, read strictly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from podferry.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Config:
+    """An agent's settings.
+
+    `node` is this node's name and must be the one in its certificate; `listen` is HOST:PORT for other agents; `certificates`
+    holds ca.crt, node.crt and node.key; `peers` maps node names to HOST:PORT; `state` is on disk, `run` on a tmpfs;
+    `containerd` and `namespace` say whose containers are moved.
+    """
+
+    node: str
+    listen: str
+    certificates: Path
+    peers: dict[str, str] = field(default_factory=dict)
+    state: Path = Path("/var/lib/podferry")
+    run: Path = Path("/run/podferry")
+    containerd: Path = Path("/run/containerd/containerd.sock")
+    namespace: str = "default"
+    share: Path | None = None
+
+    @property
+    def socket(self) -> Path:
+        """Where people and scripts reach this agent."""
+        return self.run / "agent.sock"
+
+    @property
+    def migrations(self) -> Path:
+        """Journals and records of migrations, which outlive the agent."""
+        return self.state / "migrations"
+
+    @property
+    def incoming(self) -> Path:
+        """What has arrived for containers that are to be restored here; the OCI wrapper looks here too."""
+        return self.run / "incoming"
+
+    @property
+    def outgoing(self) -> Path:
+        """CRIU's images of containers that leave."""
+        return self.run / "outgoing"
+
+
+PATHS = frozenset({"certificates", "state", "run", "containerd", "share"})
+
+
+def load(path: Path) -> Config:
+    """Read a configuration. Raises `UsageError` naming the file and the field that is wrong."""
+    remedy = "see docs/agent.md for the fields"
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read the agent's configuration {path}", why=str(error.strerror)) from error
+    except ValueError as error:
+        raise UsageError(f"the agent's configuration {path} is not JSON", why=str(error), remedy=remedy) from error
+    if not isinstance(data, dict):
+        raise UsageError(f"the agent's configuration {path} is not a JSON object", remedy=remedy)
+    known = {one.name: one for one in fields(Config)}
+    unknown = sorted(set(data) - set(known))
+    missing = sorted(
+        name
+        for name, one in known.items()
+        if one.default is MISSING and one.default_factory is MISSING and name not in data
+    )
+    if unknown or missing:
+        why = "; ".join(
+            f"{word} field {', '.join(names)}" for word, names in (("unknown", unknown), ("missing", missing)) if names
+        )
+        raise UsageError(f"the agent's configuration {path} cannot be used", why=why, remedy=remedy)
+    for name, value in data.items():
+        wanted = dict if name == "peers" else str
+        if not isinstance(value, wanted):
+            raise UsageError(
+                f"the agent's configuration {path} cannot be used", why=f"{name} is not a {wanted.__name__}"
+            )
+    typed: dict[str, Any] = {name: Path(value) if name in PATHS else value for name, value in data.items()}
+    return Config(**typed)

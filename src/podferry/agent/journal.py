@@ -1,0 +1,124 @@
+"""A migration's journal: what an agent needs to finish or undo it after it was killed.
+
+One directory a migration, one file of JSON lines in it, only ever appended to. A line that was torn by a crash is the last
+one and is dropped: what it would have recorded had not begun, since every line is written before the act it announces.
+
+A killed agent loses nothing that it wrote; only a node that dies could, and its containers die with it. So a line is synced to
+disk only where it passes the right to run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from podferry.core.undo import Acquired, Ledger
+
+JOURNAL = "journal.jsonl"
+RECORD = "record.json"
+
+
+class Journal:
+    """The lines of one migration on one node, and the ledger that they add up to."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lines = _read(directory / JOURNAL)
+        self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._file, sum(len(_line(line)) for line in self._lines))
+        self.ledger = Ledger()
+        self.facts: dict[str, Any] = {}
+        self.phase = ""
+        for line in self._lines:
+            self._apply(line)
+
+    def enter(self, phase: str, *, sync: bool = False) -> None:
+        """Write down the phase that begins now. With `sync` it is on disk when this returns."""
+        self._append({"phase": phase}, sync=sync)
+
+    def note(self, **facts: Any) -> None:
+        """Write down facts of the whole migration: names, peers, what was agreed."""
+        self._append({"facts": facts})
+
+    def acquire(self, kind: str, **facts: Any) -> None:
+        """Write down what is about to be acquired, and how to recognise it."""
+        self._append({"acquire": kind, "with": facts})
+
+    def release(self, kind: str) -> None:
+        """Strike out what was given back in the ordinary course."""
+        self._append({"release": kind})
+
+    def save_record(self, record: Mapping[str, Any]) -> None:
+        """Keep what `podferry status` shows of a migration, replacing what was kept before."""
+        new = self.directory / f"{RECORD}.new"
+        new.write_text(json.dumps(record))
+        new.replace(self.directory / RECORD)
+
+    def load_record(self) -> dict[str, Any] | None:
+        """What was last kept by `save_record`, or None."""
+        try:
+            loaded = json.loads((self.directory / RECORD).read_text())
+        except (OSError, ValueError):
+            return None
+        return loaded if isinstance(loaded, dict) else None
+
+    def close(self) -> None:
+        """Close the file; the journal stays."""
+        os.close(self._file)
+
+    def _append(self, line: dict[str, Any], *, sync: bool = False) -> None:
+        line = {"t": round(time.time(), 6), **line}
+        os.write(self._file, _line(line))
+        if sync:
+            os.fsync(self._file)
+        self._apply(line)
+
+    def _apply(self, line: dict[str, Any]) -> None:
+        if "phase" in line:
+            self.phase = line["phase"]
+        elif "facts" in line:
+            self.facts.update(line["facts"])
+        elif "acquire" in line:
+            self.ledger.add(line["acquire"], line["with"])
+        elif "release" in line:
+            self.ledger.remove(line["release"])
+
+
+def journals(root: Path) -> list[Path]:
+    """The directories of all migrations that have a journal under `root`, oldest first."""
+    found = [path.parent for path in root.glob(f"*/{JOURNAL}")]
+    return sorted(found, key=lambda path: (path / JOURNAL).stat().st_mtime)
+
+
+def forget_old(root: Path, keep: int) -> None:
+    """Remove the oldest journals of ended migrations but for `keep`. The caller has none of them open."""
+    for path in journals(root)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _line(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for text in raw.split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        lines.append(line)
+    return lines
+
+
+__all__ = ["Acquired", "Journal", "forget_old", "journals"]
