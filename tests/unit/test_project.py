@@ -1,0 +1,47 @@
+"""What the project promises about itself: its pictures, its doors, its locks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import podferry
+from podferry.core.phases import diagram
+from podferry.errors import PodferryError
+
+pytestmark = pytest.mark.unit
+ROOT = Path(podferry.__file__).parents[2]
+SOURCES = [path for path in (ROOT / "src").rglob("*.py") if "_pb2" not in path.name]
+
+
+def test_the_diagram_in_the_architecture_is_the_tables() -> None:
+    assert diagram() in (ROOT / "ARCHITECTURE.md").read_text(), "run scripts/diagram .venv"
+
+
+def test_processes_have_one_door() -> None:
+    door = ROOT / "src/podferry/node/process.py"
+    users = [path for path in SOURCES if re.search(r"^\s*(import|from) subprocess\b", path.read_text(), re.MULTILINE)]
+    assert users == [door]
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+def test_the_locks_hold_hashes_and_no_addresses(lock: str) -> None:
+    text = (ROOT / lock).read_text()
+    assert "://" not in text
+    packages = re.findall(r"^[a-z0-9][^\s=]*==", text, re.MULTILINE)
+    assert packages
+    assert text.count("--hash=sha256:") >= len(packages)
+
+
+def test_every_error_has_a_code_of_its_own_and_survives_the_wire() -> None:
+    def kinds(kind: type[PodferryError]) -> list[type[PodferryError]]:
+        return [kind, *(below for one in kind.__subclasses__() for below in kinds(one))]
+
+    for kind in kinds(PodferryError)[1:]:
+        assert "code" in kind.__dict__, f"{kind.__name__} has no code of its own"
+        error = kind("what", why="why", remedy="remedy", evidence=["line"])
+        back = PodferryError.from_dict(error.to_dict())
+        assert type(back) is kind
+        assert back.to_dict() == error.to_dict()
