@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from podferry.node.process import run
 from podferry.protos import containers_pb2, images_pb2, namespaces_pb2, snapshots_pb2, tasks_pb2, version_pb2
 

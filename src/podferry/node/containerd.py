@@ -1,0 +1,305 @@
+"""containerd's API on its unix socket: containers, snapshots and tasks, typed and synchronous.
+
+One method a call; results are frozen. Only records and requests pass through here, so a call costs well below a
+millisecond, except for those that make the shim work (`create_task` waits for the OCI runtime's `create`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from podferry.errors import Failed, PodferryError, Refused, TimedOut
+from podferry.node.records import Container, Image, Mount, Opaque, Snapshot, Stdio, Task
+from podferry.protos import (
+    containers_pb2,
+    images_pb2,
+    namespaces_pb2,
+    snapshots_pb2,
+    tasks_pb2,
+    version_pb2,
+)
+
+SOCKET = Path("/run/containerd/containerd.sock")
+STATE = Path("/run/containerd")
+CALL_TIMEOUT = 30.0  # seconds
+
+Answer = TypeVar("Answer", bound=Message)
+
+
+class ContainerdFailed(Failed):
+    """containerd answered with an error."""
+
+    code = "PF230"
+
+
+class NotFound(ContainerdFailed):
+    """containerd knows no such container, task, snapshot or image."""
+
+    code = "PF231"
+
+
+class AlreadyExists(ContainerdFailed):
+    """containerd has a container, task or snapshot of that name already."""
+
+    code = "PF232"
+
+
+class ContainerdUnreachable(ContainerdFailed):
+    """Nothing answers on containerd's socket."""
+
+    code = "PF233"
+
+
+class Containerd:
+    """A connection to one containerd, for one of its namespaces (`k8s.io` is the kubelet's)."""
+
+    def __init__(self, socket: Path = SOCKET, namespace: str = "default") -> None:
+        self.socket = socket
+        self.namespace = namespace
+        self._channel = grpc.insecure_channel(
+            f"unix://{socket}",
+            options=[("grpc.max_receive_message_length", 64 << 20), ("grpc.enable_http_proxy", 0)],
+        )
+
+    def close(self) -> None:
+        """Close the connection; calls under way end with an error."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What is there.
+
+    def version(self) -> str:
+        """containerd's version, such as `1.7.24`."""
+        return self._call("version.v1.Version/Version", Empty(), version_pb2.VersionResponse, "ask its version").version
+
+    def namespaces(self) -> tuple[str, ...]:
+        """The names of containerd's namespaces."""
+        answer = self._call(
+            "namespaces.v1.Namespaces/List",
+            namespaces_pb2.ListNamespacesRequest(),
+            namespaces_pb2.ListNamespacesResponse,
+            "list its namespaces",
+        )
+        return tuple(namespace.name for namespace in answer.namespaces)
+
+    def image(self, name: str) -> Image:
+        """The record of an image. Raises `NotFound`."""
+        request = images_pb2.GetImageRequest(name=name)
+        image = self._call("images.v1.Images/Get", request, images_pb2.GetImageResponse, f"find image {name}").image
+        return Image(image.name, image.target.digest, image.target.media_type, dict(image.labels))
+
+    # Containers.
+
+    def container(self, id: str) -> Container:
+        """The record of a container. Raises `NotFound`."""
+        request = containers_pb2.GetContainerRequest(id=id)
+        return Container.of(
+            self._call(
+                "containers.v1.Containers/Get",
+                request,
+                containers_pb2.GetContainerResponse,
+                f"find container {id}",
+            ).container
+        )
+
+    def containers(self, *filters: str) -> tuple[Container, ...]:
+        """The records of all containers, or of those that any of `filters` (containerd's filter language) lets pass."""
+        request = containers_pb2.ListContainersRequest(filters=filters)
+        answer = self._call(
+            "containers.v1.Containers/List", request, containers_pb2.ListContainersResponse, "list containers"
+        )
+        return tuple(Container.of(message) for message in answer.containers)
+
+    def create_container(self, container: Container) -> None:
+        """Write a record. Do it before `prepare`: it is what keeps the snapshot from containerd's garbage collector.
+
+        Raises `AlreadyExists`.
+        """
+        request = containers_pb2.CreateContainerRequest(container=container.message())
+        self._call(
+            "containers.v1.Containers/Create",
+            request,
+            containers_pb2.CreateContainerResponse,
+            f"create container {container.id}",
+        )
+
+    def delete_container(self, id: str) -> None:
+        """Remove a record; its snapshot stays until `remove_snapshot`. Raises `NotFound`."""
+        request = containers_pb2.DeleteContainerRequest(id=id)
+        self._call("containers.v1.Containers/Delete", request, Empty, f"delete container {id}")
+
+    # Snapshots.
+
+    def prepare(self, snapshotter: str, key: str, parent: str, *, image: str = "", node: str = "") -> tuple[Mount, ...]:
+        """Make an active snapshot over the committed `parent` and return its mounts.
+
+        Raises `Refused` when this node lacks `parent`, which is the chain id of `image`.
+        """
+        request = snapshots_pb2.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=parent)
+        try:
+            answer = self._call(
+                "snapshots.v1.Snapshots/Prepare",
+                request,
+                snapshots_pb2.PrepareSnapshotResponse,
+                f"prepare the root file system {key}",
+            )
+        except NotFound as missing:
+            here = node or "this node"
+            raise Refused(
+                f"the image {image or parent} is not on {here}",
+                why=str(missing),
+                remedy=f"pull the image {image} on {here}, for the snapshotter {snapshotter}" if image else "",
+            ) from missing
+        return tuple(Mount.of(mount) for mount in answer.mounts)
+
+    def mounts(self, snapshotter: str, key: str) -> tuple[Mount, ...]:
+        """The mounts of an active snapshot. Raises `NotFound`."""
+        request = snapshots_pb2.MountsRequest(snapshotter=snapshotter, key=key)
+        answer = self._call(
+            "snapshots.v1.Snapshots/Mounts", request, snapshots_pb2.MountsResponse, f"find the mounts of {key}"
+        )
+        return tuple(Mount.of(mount) for mount in answer.mounts)
+
+    def snapshot(self, snapshotter: str, key: str) -> Snapshot:
+        """The record of a snapshot. Raises `NotFound`."""
+        request = snapshots_pb2.StatSnapshotRequest(snapshotter=snapshotter, key=key)
+        info = self._call(
+            "snapshots.v1.Snapshots/Stat", request, snapshots_pb2.StatSnapshotResponse, f"find snapshot {key}"
+        ).info
+        return Snapshot(info.name, info.parent, info.kind == snapshots_pb2.COMMITTED, dict(info.labels))
+
+    def remove_snapshot(self, snapshotter: str, key: str) -> None:
+        """Remove a snapshot and its files. Raises `NotFound`."""
+        request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=snapshotter, key=key)
+        self._call("snapshots.v1.Snapshots/Remove", request, Empty, f"remove snapshot {key}")
+
+    # Tasks.
+
+    def create_task(
+        self,
+        id: str,
+        rootfs: Sequence[Mount],
+        stdio: Stdio | None = None,
+        *,
+        options: Opaque | None = None,
+        timeout: float = CALL_TIMEOUT,
+    ) -> int:
+        """Have the shim mount `rootfs` and call the OCI runtime's `create`; return the pid of the container's init.
+
+        `options` are those of the container's record where nothing else is said. `timeout` is in seconds and covers the
+        runtime, which for a restored container waits for the state.
+        """
+        stdio = stdio or Stdio()
+        options = options or self.container(id).options
+        request = tasks_pb2.CreateTaskRequest(
+            container_id=id,
+            rootfs=[mount.message() for mount in rootfs],
+            stdin=stdio.stdin,
+            stdout=stdio.stdout,
+            stderr=stdio.stderr,
+            terminal=stdio.terminal,
+            options=options.message() if options else None,
+        )
+        return self._call(
+            "tasks.v1.Tasks/Create", request, tasks_pb2.CreateTaskResponse, f"create the task of {id}", timeout
+        ).pid
+
+    def start_task(self, id: str) -> int:
+        """Start a created task and return its pid."""
+        request = tasks_pb2.StartRequest(container_id=id)
+        return self._call("tasks.v1.Tasks/Start", request, tasks_pb2.StartResponse, f"start the task of {id}").pid
+
+    def task(self, id: str) -> Task:
+        """The task of a container. Raises `NotFound` where it has none."""
+        request = tasks_pb2.GetRequest(container_id=id)
+        return _task(self._call("tasks.v1.Tasks/Get", request, tasks_pb2.GetResponse, f"find the task of {id}").process)
+
+    def tasks(self) -> tuple[Task, ...]:
+        """All tasks."""
+        answer = self._call(
+            "tasks.v1.Tasks/List", tasks_pb2.ListTasksRequest(), tasks_pb2.ListTasksResponse, "list tasks"
+        )
+        return tuple(Task.of(process) for process in answer.tasks)
+
+    def pids(self, id: str) -> tuple[int, ...]:
+        """The pids of a task's processes."""
+        request = tasks_pb2.ListPidsRequest(container_id=id)
+        answer = self._call("tasks.v1.Tasks/ListPids", request, tasks_pb2.ListPidsResponse, f"list the pids of {id}")
+        return tuple(process.pid for process in answer.processes)
+
+    def kill_task(self, id: str, signal: int, *, everyone: bool = False) -> None:
+        """Send a signal to a task's init, or to all of its processes. Raises `NotFound` where it has ended."""
+        request = tasks_pb2.KillRequest(container_id=id, signal=signal, all=everyone)
+        self._call("tasks.v1.Tasks/Kill", request, Empty, f"send signal {signal} to the task of {id}")
+
+    def wait_task(self, id: str, timeout: float | None = None) -> int:
+        """Wait until a task has ended and return its exit status (128 + N for signal N). Raises `TimedOut`."""
+        request = tasks_pb2.WaitRequest(container_id=id)
+        return self._call(
+            "tasks.v1.Tasks/Wait", request, tasks_pb2.WaitResponse, f"wait for the end of {id}", timeout
+        ).exit_status
+
+    def delete_task(self, id: str) -> int:
+        """Remove an ended task and return its exit status."""
+        request = tasks_pb2.DeleteTaskRequest(container_id=id)
+        return self._call(
+            "tasks.v1.Tasks/Delete", request, tasks_pb2.DeleteResponse, f"delete the task of {id}"
+        ).exit_status
+
+    def bundle(self, id: str) -> Path:
+        """The directory in which the shim keeps a task's config.json and mounts its root."""
+        return STATE / "io.containerd.runtime.v2.task" / self.namespace / id
+
+    def runc_root(self, container: Container) -> Path:
+        """The `--root` that the shim gives runc for a container of this namespace."""
+        return Path(container.runc_options().root or STATE / "runc") / self.namespace
+
+    def _call(
+        self, method: str, request: Message, answer: type[Answer], doing: str, timeout: float | None = CALL_TIMEOUT
+    ) -> Answer:
+        """Call `method` (`images.v1.Images/Get`); `doing` says for an error what the call was for."""
+        call = self._channel.unary_unary(
+            f"/containerd.services.{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=answer.FromString,
+        )
+        with _errors(self, doing):
+            result: Answer = call(request, timeout=timeout, metadata=(("containerd-namespace", self.namespace),))
+            return result
+
+
+@contextlib.contextmanager
+def _errors(client: Containerd, doing: str) -> Iterator[None]:
+    """gRPC's errors as ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _translate(client, doing, error.code(), error.details() or "") from error
+
+
+def _translate(client: Containerd, doing: str, code: grpc.StatusCode, details: str) -> PodferryError:
+    what = f"containerd cannot {doing}"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimedOut(f"containerd was too slow to {doing}", remedy="see containerd's log on this node")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ContainerdUnreachable(
+            what, why=f"{client.socket}: {details}", remedy="start containerd, or name its socket"
+        )
+    kinds = {grpc.StatusCode.NOT_FOUND: NotFound, grpc.StatusCode.ALREADY_EXISTS: AlreadyExists}
+    kind = kinds.get(code, ContainerdFailed)
+    return kind(what, why=details or code.name, evidence=details.splitlines()[1:])
