@@ -227,7 +227,9 @@ class Containerd:
     def task(self, id: str) -> Task:
         """The task of a container. Raises `NotFound` where it has none."""
         request = tasks_pb2.GetRequest(container_id=id)
-        return _task(self._call("tasks.v1.Tasks/Get", request, tasks_pb2.GetResponse, f"find the task of {id}").process)
+        return Task.of(
+            self._call("tasks.v1.Tasks/Get", request, tasks_pb2.GetResponse, f"find the task of {id}").process
+        )
 
     def tasks(self) -> tuple[Task, ...]:
         """All tasks."""
