@@ -1,0 +1,161 @@
+"""Sets of addresses as runs: what tracker, page store and feeder hand each other.
+
+A `Runs` is an immutable set of bytes, kept as sorted, disjoint, non-touching half-open runs [start, end). It is stored
+as the flat row of its boundaries, at which membership flips. That makes the symmetric difference of two sets the
+symmetric difference of their boundaries, which Python's own sets compute fast; difference and union follow from it and
+from the intersection. So comparing two large, almost equal sets, as a tracker does in every round, costs little.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Self
+
+
+class Runs:
+    """A set of addresses in bytes. Iterating yields its runs as (start, end) in ascending order.
+
+    `|`, `&`, `-` and `^` are the set operations, `len` the number of runs, `size` the number of bytes, `in` asks for
+    one address.
+    """
+
+    __slots__ = ("_bounds",)
+
+    def __init__(self, runs: Iterable[tuple[int, int]] = ()) -> None:
+        """The union of `runs`, which may come in any order and overlap. Raises ValueError for a run that ends early."""
+        bounds: array[int] = array("Q")
+        last_start, last_end = 0, -1
+        for start, end in sorted(runs):
+            if end < start:
+                raise ValueError(f"run ends before it starts: {start:#x}-{end:#x}")
+            if start == end:
+                continue
+            if start <= last_end:
+                last_end = max(last_end, end)
+                continue
+            if last_end > last_start:
+                bounds.extend((last_start, last_end))
+            last_start, last_end = start, end
+        if last_end > last_start:
+            bounds.extend((last_start, last_end))
+        self._bounds = bounds
+
+    @classmethod
+    def of(cls, start: int, end: int) -> Self:
+        """The one run [start, end); empty if `end` is not beyond `start`."""
+        return cls._raw(array("Q", (start, end) if start < end else ()))
+
+    @classmethod
+    def disjoint(cls, starts: Iterable[int], ends: Iterable[int]) -> Self:
+        """Runs that are known not to overlap, in any order; those that touch are joined. Much faster than `Runs(...)`.
+
+        An address that is both a start and an end is where two runs touch: no boundary of the set.
+        """
+        return cls._raw(array("Q", sorted(set(starts).symmetric_difference(ends))))
+
+    @classmethod
+    def _raw(cls, bounds: array[int]) -> Self:
+        new = cls.__new__(cls)
+        new._bounds = bounds
+        return new
+
+    # --- what it holds -------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return sum(self._bounds[1::2]) - sum(self._bounds[0::2])
+
+    @property
+    def start(self) -> int:
+        """The lowest address; 0 if the set is empty."""
+        return self._bounds[0] if self._bounds else 0
+
+    @property
+    def end(self) -> int:
+        """The first address above the set; 0 if it is empty."""
+        return self._bounds[-1] if self._bounds else 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._bounds[0::2], self._bounds[1::2], strict=True)
+
+    def __len__(self) -> int:
+        return len(self._bounds) // 2
+
+    def __contains__(self, address: int) -> bool:
+        return bool(bisect_right(self._bounds, address) % 2)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Runs) and self._bounds == other._bounds
+
+    def __hash__(self) -> int:
+        return hash(self._bounds.tobytes())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{start:#x}-{end:#x}" for start, end in islice(self, 4))
+        return f"Runs({shown}{', ...' if len(self) > 4 else ''}; {self.size} bytes)"
+
+    # --- set operations ------------------------------------------------------------------------------------------
+
+    def __xor__(self, other: Runs) -> Runs:
+        if self._bounds == other._bounds:
+            return Runs()
+        if not self._bounds or not other._bounds:
+            return self or other
+        return Runs._raw(array("Q", sorted(set(self._bounds).symmetric_difference(other._bounds))))
+
+    def __and__(self, other: Runs) -> Runs:
+        few, many = (self, other) if len(self) <= len(other) else (other, self)
+        bounds: array[int] = array("Q")
+        for start, end in few:
+            bounds.extend(many._between(start, end))
+        return Runs._raw(bounds)
+
+    def __sub__(self, other: Runs) -> Runs:
+        return self & (self ^ other)
+
+    def __or__(self, other: Runs) -> Runs:
+        return self ^ (other - self)
+
+    def clip(self, start: int, end: int) -> Runs:
+        """What of the set lies in [start, end)."""
+        return Runs._raw(self._between(start, end)) if start < end else Runs()
+
+    def _between(self, start: int, end: int) -> array[int]:
+        first = bisect_right(self._bounds, start)
+        last = bisect_left(self._bounds, end)
+        inner = self._bounds[first:last]
+        if first % 2:
+            inner.insert(0, start)
+        if last % 2:
+            inner.append(end)
+        return inner
+
+    # --- shapes --------------------------------------------------------------------------------------------------
+
+    def gaps(self) -> Runs:
+        """The holes between the first and the last address."""
+        return Runs._raw(self._bounds[1:-1])
+
+    def coalesce(self, gap: int) -> Runs:
+        """The set grown over its holes of at most `gap` bytes: fewer, larger runs, some bytes too many."""
+        return self | Runs(run for run in self.gaps() if run[1] - run[0] <= gap) if gap > 0 else self
+
+    def pieces(self, size: int) -> Iterator[tuple[int, int]]:
+        """The runs, cut into pieces of at most `size` bytes; a piece never spans a hole."""
+        for start, end in self:
+            for piece in range(start, end, size):
+                yield piece, min(piece + size, end)
+
+
+def union(sets: Sequence[Runs]) -> Runs:
+    """The union of many sets."""
+    if len(sets) == 1:
+        return sets[0]
+    return Runs(run for one in sets for run in one)
+
+
+EMPTY = Runs()
