@@ -1,0 +1,299 @@
+"""`podferry`: the commands, and the one place where errors become text and exit codes."""
+
+from __future__ import annotations
+
+import traceback
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from podferry import __version__
+from podferry.cli import chart, tables
+from podferry.cli.agents import Fleet, Where
+from podferry.cli.exits import OF_OUTCOME, Exit, of_error
+from podferry.cli.migrate import Follower, Left
+from podferry.cli.record import Record
+from podferry.cli.terminal import as_bug, debugging, print_error, print_json, stderr, stdout, words
+from podferry.cli.units import parse_rate
+from podferry.cli.views import choose
+from podferry.errors import Bug, PodferryError, UsageError
+from podferry.model import Mode
+
+EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled back, 5 failed, 6 cancelled,
+7 no agent answers, 130 left with Ctrl-C."""
+
+app = typer.Typer(
+    name="podferry",
+    help="Move running jobs between nodes, with their memory and files, stopped for a fraction of a second.",
+    epilog="Start with `podferry lab demo`: it builds a small cluster here and moves a computing job in it.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The container, as `podferry ps` names it.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The migration, as `podferry status` names it.")]
+To = Annotated[str, typer.Option("--to", metavar="NODE", help="The node to move it to.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/cli.md promises it.")]
+Lab = Annotated[
+    str | None, typer.Option("--lab", metavar="NAME", help="The lab to use (env PODFERRY_LAB, or 'default').")
+]
+Agent = Annotated[
+    Path | None, typer.Option("--agent", metavar="SOCKET", help="Talk to this one agent instead (env PODFERRY_AGENT).")
+]
+
+
+@app.callback(invoke_without_command=True)
+def podferry(context: typer.Context, lab: Lab = None, agent: Agent = None) -> None:
+    """Move running jobs between nodes, with their memory and files, stopped for a fraction of a second."""
+    context.obj = Where(lab, agent)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _fleet(context: typer.Context, lab: str | None, agent: Path | None) -> Fleet:
+    return Fleet.find(Where(lab, agent).over(context.obj or Where()).settle())
+
+
+@app.command()
+def ps(context: typer.Context, json: Json = False, lab: Lab = None, agent: Agent = None) -> None:
+    """List the containers that podferry sees, and whether they can move.
+
+    Example: [bold]podferry ps[/]
+    """
+    answers = _fleet(context, lab, agent).containers()
+    if json:
+        print_json({"containers": answers.rows, "nodes_down": answers.down_dicts()})
+    else:
+        tables.print_containers(answers)
+
+
+@app.command()
+def check(
+    context: typer.Context, *, name: Name, to: To, json: Json = False, lab: Lab = None, agent: Agent = None
+) -> None:
+    """Ask whether a container can move, and what stands in the way. Nothing is touched.
+
+    Exit code 0 means that it can, 3 that it cannot.
+
+    Example: [bold]podferry check train --to node-b[/]
+    """
+    result = _fleet(context, lab, agent).holder(name).call("check", name=name, to=to)
+    if json:
+        print_json(result)
+    else:
+        tables.print_check(result)
+    if not result.get("movable"):
+        raise typer.Exit(Exit.REFUSED)
+
+
+@app.command(epilog=EXIT_CODES)
+def migrate(
+    context: typer.Context,
+    *,
+    name: Name,
+    to: To,
+    mode: Annotated[Mode, typer.Option(help="live copies while it runs; stop and postcopy freeze first.")] = Mode.LIVE,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="S", min=0, help="Roll back if it is not done after S seconds.")
+    ] = None,
+    max_downtime: Annotated[
+        float | None, typer.Option(metavar="MS", min=0, help="Only stop the job when that will take less than MS ms.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(metavar="RATE", help="Use no more of the link than RATE: 100mbit, 50MiB, ...")
+    ] = None,
+    allow_postcopy: Annotated[
+        bool,
+        typer.Option("--allow-postcopy", help="Fall to post-copy where the job writes faster than the link carries."),
+    ] = False,
+    json: Json = False,
+    lab: Lab = None,
+    agent: Agent = None,
+) -> None:
+    """Move a running container to another node.
+
+    Ctrl-C rolls it back: the job runs on where it was. A second Ctrl-C leaves the agent to finish alone.
+
+    Examples:
+
+    [bold]podferry migrate train --to node-b[/]
+
+    [bold]podferry migrate train --to node-b --max-downtime 300 --bandwidth 500mbit --timeout 600[/]
+
+    [bold]podferry migrate train --to node-b --json | tail -n 1 | jq .downtime_ms[/]
+    """
+    rate = None if bandwidth is None else parse_rate(bandwidth)
+    record = Follower(_fleet(context, lab, agent).holder(name), choose(json)).run(
+        name=name,
+        to=to,
+        mode=mode.value,
+        timeout_s=timeout,
+        max_downtime_ms=max_downtime,
+        bandwidth=rate,
+        allow_postcopy=allow_postcopy,
+    )
+    if json:
+        print_json({"type": "result", **record.raw}, indent=None)
+    else:
+        stdout().print(chart.summary(record))
+        if record.error is not None:
+            print_error(record.error)
+    if record.outcome is None:
+        raise Bug("the agent ended a migration without an outcome", why=f"it is in phase '{record.phase}'")
+    raise typer.Exit(OF_OUTCOME[record.outcome])
+
+
+@app.command()
+def status(
+    context: typer.Context,
+    *,
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="One migration; all of them without it.")] = None,
+    json: Json = False,
+    lab: Lab = None,
+    agent: Agent = None,
+) -> None:
+    """Show the migrations that there are and were, or one of them.
+
+    Example: [bold]podferry status[/]
+    """
+    fleet = _fleet(context, lab, agent)
+    if id is None:
+        answers = fleet.records()
+        if json:
+            print_json({"migrations": answers.rows, "nodes_down": answers.down_dicts()})
+        else:
+            tables.print_records(answers)
+    else:
+        _show(fleet.record(id), json)
+
+
+@app.command()
+def cancel(context: typer.Context, id: Id, json: Json = False, lab: Lab = None, agent: Agent = None) -> None:
+    """Undo a migration that is under way: the job runs on where it was.
+
+    Example: [bold]podferry cancel 7f3a[/]
+    """
+    fleet = _fleet(context, lab, agent)
+    record = fleet.record(id)
+    _show(Record.from_dict(fleet.first_of([record.source, record.target]).call("cancel", id=id)), json)
+
+
+@app.command()
+def resolve(
+    context: typer.Context,
+    *,
+    id: Id,
+    run_on: Annotated[str, typer.Option("--run-on", metavar="NODE", help="The node that shall run the job.")],
+    json: Json = False,
+    lab: Lab = None,
+    agent: Agent = None,
+) -> None:
+    """Decide where a job runs whose nodes lost each other in the middle of a migration.
+
+    Needed only when a migration is in phase [bold]lost-contact[/] and the nodes will not meet again: then the source is
+    frozen and nobody but you knows whether the target runs. Make sure that the [bold]other[/] node is down for good first:
+    a job that runs twice cannot be undone.
+
+    Example: [bold]podferry resolve 7f3a --run-on node-a[/]
+    """
+    fleet = _fleet(context, lab, agent)
+    record = fleet.record(id)
+    nodes = [record.source, record.target]
+    if run_on not in nodes:
+        raise UsageError(f"{run_on} has no part in the migration {id}", remedy=f"choose {' or '.join(nodes)}")
+    _show(Record.from_dict(fleet.first_of(nodes).call("resolve", id=id, run_on=run_on)), json)
+
+
+@app.command()
+def explain(
+    context: typer.Context,
+    *,
+    id: Id,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as one self-contained page instead; - for stdout.")
+    ] = None,
+    lab: Lab = None,
+    agent: Agent = None,
+) -> None:
+    """Tell the story of one migration: what happened when, and where the downtime went.
+
+    Examples:
+
+    [bold]podferry explain 7f3a[/]
+
+    [bold]podferry explain 7f3a --html report.html[/]
+    """
+    record = _fleet(context, lab, agent).record(id)
+    if html is None:
+        stdout().print(chart.explanation(record))
+        return
+    from podferry.cli.page import page
+
+    if str(html) == "-":
+        typer.echo(page(record))
+        return
+    try:
+        html.write_text(page(record), encoding="utf-8")
+    except OSError as unwritable:
+        raise UsageError(f"cannot write {html}", why=unwritable.strerror or str(unwritable)) from unwritable
+    stderr().print(words(f"written: {html}"))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"podferry {__version__}")
+
+
+def _show(record: Record, json: bool) -> None:
+    if json:
+        print_json(record.raw)
+    else:
+        stdout().print(chart.summary(record))
+
+
+def _mount() -> None:
+    import contextlib
+
+    with contextlib.suppress(ModuleNotFoundError):
+        from podferry.cli.demo import demo
+        from podferry.cli.lab import app as lab_app
+
+        lab_app.command("demo")(demo)
+        app.add_typer(lab_app, name="lab")
+
+
+def run(argv: list[str]) -> int:
+    """Run one command to its end and return its exit code; every error has been printed by then."""
+    json = "--json" in takewhile(lambda word: word != "--", argv)
+    try:
+        _mount()
+        return int(typer.main.get_command(app).main(argv, prog_name="podferry", standalone_mode=False) or 0)
+    except typer.TyperException as misuse:
+        error: PodferryError = _misuse(misuse)
+    except typer.Abort:
+        return Exit.LEFT
+    except Left as left:
+        hint = f"podferry status {left.id}" if left.id else "podferry status"
+        stderr().print(words(f"left; the agent finishes alone: {hint}", "yellow"))
+        return Exit.LEFT
+    except PodferryError as known:
+        error = known
+    except Exception as unexpected:  # noqa: BLE001 - the last resort: a person gets words, not a traceback
+        error = as_bug(unexpected)
+    if debugging():
+        traceback.print_exception(error)
+    if json:
+        print_json({"type": "error", "error": error.to_dict()}, indent=None)
+    else:
+        print_error(error)
+    return of_error(error)
+
+
+def _misuse(misuse: typer.TyperException) -> UsageError:
+    context = getattr(misuse, "ctx", None)
+    path = context.command_path if context is not None else "podferry"
+    return UsageError(misuse.format_message().rstrip("."), remedy=f"{path} --help")

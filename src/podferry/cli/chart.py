@@ -1,0 +1,128 @@
+"""The timeline and the other pictures that `podferry` draws in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from podferry.cli import story, timeline, units
+from podferry.cli.record import Record, Span
+from podferry.cli.terminal import words
+from podferry.cli.timeline import Window
+from podferry.model import Outcome
+
+WIDTH = 48
+STYLE = {
+    Outcome.COMPLETED: "bold green",
+    Outcome.REFUSED: "bold yellow",
+    Outcome.ROLLED_BACK: "bold yellow",
+    Outcome.CANCELLED: "bold yellow",
+    Outcome.FAILED: "bold red",
+}
+
+
+def summary(record: Record) -> RenderableType:
+    """Headline, timeline and numbers: what `migrate` ends with."""
+    style = STYLE[record.outcome] if record.outcome else "bold cyan"
+    parts: list[RenderableType] = [words(story.headline(record), style)]
+    if record.reason and record.outcome is not Outcome.COMPLETED:
+        parts.append(words(f"  {record.reason}"))
+    if record.spans:
+        parts += [Text(), timeline_of(record)]
+    parts += [Text(), numbers(record)]
+    if record.id:
+        parts.append(words(f"more: podferry explain {record.id}", "dim"))
+    return Group(*parts)
+
+
+def explanation(record: Record) -> RenderableType:
+    """The whole story: what `explain` prints."""
+    style = STYLE[record.outcome] if record.outcome else "bold cyan"
+    parts: list[RenderableType] = [words(story.headline(record), style)]
+    for paragraph in story.paragraphs(record):
+        parts += [Text(), words(paragraph)]
+    if record.spans:
+        parts += [Text(), timeline_of(record)]
+    if record.rounds_detail:
+        parts += [Text(), rounds(record)]
+    if record.error is not None:
+        parts += [Text(), words(record.error.report(), "red")]
+    parts += [Text(), numbers(record)]
+    return Group(*parts)
+
+
+def timeline_of(record: Record) -> RenderableType:
+    """The whole as bars, and the downtime again enlarged."""
+    whole, still, close = timeline.whole(record), timeline.downtime(record), timeline.closeup(record)
+    title = f"the whole, {units.duration(whole.ms)}"
+    parts: list[RenderableType] = [_bars(title, timeline.overview(record), whole, still)]
+    if still is not None and close is not None:
+        parts += [Text(), _bars(f"the downtime, {units.duration(still.ms)}", timeline.steps(record), close, still)]
+    return Group(*parts)
+
+
+def numbers(record: Record) -> RenderableType:
+    """What was moved, in one line, and how long each phase took, in another."""
+    times = (("downtime", record.downtime_ms), ("total", record.total_ms))
+    facts = [
+        *(f"{name} {units.duration(ms)}" for name, ms in times if ms is not None),
+        f"memory {units.size(record.memory_bytes)}",
+        f"files {units.size(record.upper_bytes)}",
+        f"wire {units.size(record.wire_bytes)}",
+        f"rounds {record.rounds}",
+        f"mode {record.mode}",
+    ]
+    lines = [words(" · ".join(facts))]
+    if record.phases:
+        lines.append(words(" · ".join(f"{name} {units.duration(ms)}" for name, ms in record.phases.items()), "dim"))
+    return Group(*lines)
+
+
+def rounds(record: Record) -> RenderableType:
+    """The pre-copy rounds as a table."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("round", "pages", "sent", "took", "job wrote"):
+        table.add_column(title, justify="right")
+    for one in record.rounds_detail:
+        table.add_row(
+            str(one.number),
+            f"{one.pages:,}",
+            units.size(one.bytes),
+            units.duration(one.ms),
+            units.rate(one.dirty_rate) if one.dirty_rate is not None else "",
+        )
+    return table
+
+
+def _bars(title: str, spans: list[Span], window: Window, still: Window | None) -> RenderableType:
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    table.add_column("")
+    table.add_column("")
+    table.add_column(title, no_wrap=True)
+    table.add_column("", justify="right")
+    for where, lane in timeline.lanes(spans):
+        label = where
+        for span in lane:
+            if window.shares(span):
+                bar = _bar(span, window, still)
+                table.add_row(words(label, "dim"), words(span.name), bar, units.duration(span.ms))
+                label = ""
+    if still is not None:
+        bar = _bar(Span(timeline.DOWNTIME, "", still.start_ms, still.end_ms), window, still)
+        table.add_row("", words(timeline.DOWNTIME, "red"), bar, words(units.duration(still.ms), "red"))
+    return table
+
+
+def _bar(span: Span, window: Window, still: Window | None) -> Text:
+    """A bar of `WIDTH` cells; the cells in which the job stood still are red and heavy."""
+    first = min(WIDTH - 1, int(window.place(span.start_ms) * WIDTH))
+    last = max(first + 1, round(window.place(span.end_ms) * WIDTH))
+    bar = Text("·" * first, "bright_black")
+    for cell in range(first, last):
+        middle = window.start_ms + (cell + 0.5) / WIDTH * window.ms
+        stopped = span.name == timeline.DOWNTIME or (
+            still is not None and window.ms < 8 * still.ms and still.start_ms <= middle < still.end_ms
+        )
+        bar.append("█" if stopped else "▬", "red" if stopped else "cyan")
+    return bar + Text("·" * (WIDTH - last), "bright_black")

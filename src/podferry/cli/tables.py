@@ -1,0 +1,98 @@
+"""What `ps`, `status` and `check` print for people."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from podferry.cli import units
+from podferry.cli.agents import Answers
+from podferry.cli.chart import STYLE
+from podferry.cli.record import Record
+from podferry.cli.terminal import print_error, stderr, stdout, words
+from podferry.errors import PodferryError
+
+
+def print_containers(answers: Answers) -> None:
+    """The containers, node by node."""
+    table = _table("NAME", "NODE", "STATE", "MEMORY", "MOVABLE", "IMAGE")
+    for row in answers.rows:
+        movable = words("yes", "green") if row.get("movable") else words(f"no: {row.get('why') or '?'}", "yellow")
+        table.add_row(
+            words(row.get("name", "?")),
+            words(row.get("node", "?")),
+            words(row.get("state", "?")),
+            units.size(row.get("memory_bytes")),
+            movable,
+            words(row.get("image", "")),
+        )
+    if answers.rows:
+        stdout().print(table)
+    else:
+        stderr().print("no containers; `podferry lab run --help` tells how to start one")
+    print_down(answers)
+
+
+def print_records(answers: Answers) -> None:
+    """The migrations, a line each, the newest last."""
+    table = _table("ID", "NAME", "FROM", "TO", "STATE", "DOWNTIME", "TOTAL", "STARTED")
+    for record in map(Record.from_dict, answers.rows):
+        table.add_row(
+            words(record.id),
+            words(record.name),
+            words(record.source),
+            words(record.target),
+            words(record.outcome, STYLE[record.outcome]) if record.outcome else words(record.phase, "cyan"),
+            units.duration(record.downtime_ms) if record.downtime_ms is not None else "",
+            units.duration(record.total_ms) if record.total_ms is not None else "",
+            _clock(record.started_at),
+        )
+    if answers.rows:
+        stdout().print(table)
+    else:
+        stderr().print("no migrations yet")
+    print_down(answers)
+
+
+def print_down(answers: Answers) -> None:
+    """A line for every node that did not answer."""
+    for node, error in answers.down:
+        stderr().print(words(f"{node} is down: {error}", "yellow"))
+
+
+def print_check(result: dict[str, Any]) -> None:
+    """What a move would meet."""
+    console = stdout()
+    way = f"{result.get('name')} from {result.get('source')} to {result.get('target')}"
+    if result.get("movable"):
+        console.print(words(f"{way} can move.", "bold green"))
+    else:
+        console.print(words(f"{way} cannot move.", "bold yellow"))
+    for refusal in result.get("refusals") or []:
+        print_error(PodferryError.from_dict(refusal))
+    for warning in result.get("warnings") or []:
+        console.print(words(f"mind: {warning}", "yellow"))
+    _facts(console, result)
+
+
+def _facts(console: Console, result: dict[str, Any]) -> None:
+    memory, upper = units.size(result.get("memory_bytes")), units.size(result.get("upper_bytes"))
+    console.print(words(f"memory {memory}, changed files {upper}", "dim"))
+    if tracker := result.get("tracker"):
+        reason = result.get("tracker_reason")
+        console.print(words(f"written pages are found by {tracker}{f' ({reason})' if reason else ''}", "dim"))
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        right = title in ("MEMORY", "DOWNTIME", "TOTAL")
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _clock(unix: float | None) -> str:
+    return datetime.fromtimestamp(unix).isoformat(sep=" ", timespec="seconds") if unix else ""
