@@ -1,0 +1,267 @@
+"""Holding a frozen container: CRIU's lazy dump, through runc, as the keeper of the source until the decision falls.
+
+`runc checkpoint --lazy-pages` writes everything but private memory to its images and then waits, every task seized,
+for somebody to fetch pages. Nobody does: pages are read from /proc/PID/mem. What makes this dump the holder is how it
+ends. `commit` kills the tasks; `rollback` makes CRIU fail, which lets them go on as if nothing had happened.
+
+Three things make the hold safe:
+
+- Whoever connects to CRIU's page server decides: even a connection that only closes commits, and reads memory besides.
+  So CRIU runs in a network namespace of its own, where nobody but we can connect, and any port is free.
+- A CRIU that is killed (out of memory, say) lets the tasks go. So the cgroup is frozen again as soon as the dump is
+  ready: then only the decision sets the source free.
+- `commit` sends SIGKILL to the frozen tasks before it lets anything move, and asks CRIU nothing: no instruction of the
+  job runs after it began, whatever happens to CRIU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from podferry.errors import Failed, PeerMisbehaved, TimedOut
+from podferry.node.cgroup import Cgroup
+from podferry.node.criulog import explained
+from podferry.node.netns import in_network_of, in_new_network
+from podferry.node.process import ending, last_lines, spawn
+
+PORT = 7117
+READY_TIMEOUT = 120.0  # seconds
+END_TIMEOUT = 10.0  # seconds
+# As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
+NO_COMMAND = b"\xff" * 32
+FLAGS = frozenset({"--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
+
+
+class CheckpointFailed(Failed):
+    """CRIU could not dump the container. It goes on running."""
+
+    code = "PF241"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, named so that another one which got its pid later is not taken for it."""
+
+    pid: int
+    started: int  # clock ticks since boot
+
+    @staticmethod
+    def of(pid: int) -> Process | None:
+        """Process `pid` as it is now; `None` where there is none."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return None
+        return Process(pid, int(stat.rpartition(")")[2].split()[19]))
+
+    def alive(self) -> bool:
+        """Whether it is still there, and not a zombie."""
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[19]) == self.started and fields[0] not in "ZX"
+        return False
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for its end; whether it came."""
+        with self._pidfd() as pidfd:
+            return pidfd is None or bool(_poll(pidfd, timeout))
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        with self._pidfd() as pidfd, contextlib.suppress(ProcessLookupError):
+            if pidfd is not None:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def _pidfd(self) -> Iterator[int | None]:
+        """A descriptor of the process; `None` where it has ended."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            yield None
+            return
+        try:
+            yield pidfd if self.alive() else None  # asked after the open: from here on the pid is nobody else's
+        finally:
+            os.close(pidfd)
+
+
+class Hold:
+    """A container held frozen by CRIU. Make one with `start` or, after an agent's restart, with `from_dict`."""
+
+    def __init__(self, id: str, cgroup: Cgroup, work: Path) -> None:
+        self.id = id
+        self.cgroup = cgroup
+        self.work = work
+        self.runc: Process | None = None
+        self.criu: Process | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._status: int | None = None
+
+    @staticmethod
+    def start(
+        id: str,
+        cgroup: Cgroup,
+        *,
+        runc_root: Path,
+        images: Path,
+        work: Path,
+        flags: Sequence[str] = ("--file-locks",),
+        runc: str | Path = "runc",
+    ) -> Hold:
+        """Begin to dump container `id`, which should be frozen already: CRIU looks only every 100 ms else.
+
+        `images` and `work` are made. `flags` are those of `FLAGS` that this dump, and its restore, need.
+        """
+        unknown = set(flags) - FLAGS
+        if unknown:
+            raise CheckpointFailed(f"no such dump option: {', '.join(sorted(unknown))}")
+        for directory in (images, work):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        hold = Hold(id, cgroup, work)
+        status, theirs = os.pipe()
+        argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
+        argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
+        argv += [*flags, "--image-path", images, "--work-path", work, id]
+        try:
+            hold._child = in_new_network(lambda: spawn(argv, pass_fds=[theirs]))
+        except BaseException:
+            os.close(status)
+            raise
+        finally:
+            os.close(theirs)
+        hold._status = status
+        hold.runc = Process.of(hold._child.pid)
+        return hold
+
+    def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
+        """Wait until the images are whole; then freeze the cgroup again under CRIU's hold.
+
+        Raises `CheckpointFailed` with CRIU's reason, or `TimedOut`; the container then runs, thawed.
+        """
+        status, self._status = self._status, None
+        if status is None:
+            raise CheckpointFailed(f"the dump of {self.id} was waited for already")
+        try:
+            ready = bool(_poll(status, timeout))
+            done = os.read(status, 1) if ready else b""
+        finally:
+            os.close(status)
+        if not done:
+            error = self._failed() if ready else self._late(timeout)
+            self.rollback()
+            raise error
+        try:
+            self.criu = self._find_criu()
+            self.cgroup.freeze()
+        except BaseException:
+            self.rollback()
+            raise
+
+    def alive(self) -> bool:
+        """Whether CRIU still holds the tasks. Where it does not, the freezer does."""
+        return self.criu is not None and self.criu.alive()
+
+    def commit(self) -> None:
+        """Kill the container: the right to run has passed on. No instruction of it runs from here on.
+
+        May be called again after a failure. Raises `TimedOut` where a killed process does not end.
+        """
+        self.cgroup.kill()
+        self._end()
+
+    def rollback(self) -> None:
+        """Let the container go on. May be called again after a failure.
+
+        Raises `CgroupFailed` where the container has ended meanwhile.
+        """
+        if self.alive():
+            # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
+            self.cgroup.thaw()
+            with contextlib.suppress(OSError, Failed):
+                self._say(NO_COMMAND)
+                if self.runc is not None:
+                    self.runc.wait(END_TIMEOUT)
+        self._end()
+        self.cgroup.thaw()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hold as the journal keeps it: enough for another agent process to commit it or roll it back."""
+        return {
+            "id": self.id,
+            "cgroup": self.cgroup.to_dict(),
+            "work": str(self.work),
+            "runc": [self.runc.pid, self.runc.started] if self.runc else None,
+            "criu": [self.criu.pid, self.criu.started] if self.criu else None,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Hold:
+        """The inverse of `to_dict`. Raises `PeerMisbehaved` on anything else."""
+        try:
+            hold = Hold(str(data["id"]), Cgroup.from_dict(data["cgroup"]), Path(data["work"]))
+            hold.runc, hold.criu = (
+                Process(int(data[who][0]), int(data[who][1])) if data[who] else None for who in ("runc", "criu")
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise PeerMisbehaved.because("not a hold", error) from error
+        return hold
+
+    def _find_criu(self) -> Process:
+        """CRIU is runc's child."""
+        assert self.runc is not None
+        for task in Path(f"/proc/{self.runc.pid}/task").iterdir():
+            for word in (task / "children").read_text().split():
+                process = Process.of(int(word))
+                if process is not None and Path(f"/proc/{word}/comm").read_text().startswith("criu"):
+                    return process
+        raise self._failed()
+
+    def _say(self, message: bytes) -> None:
+        """Send `message` to CRIU's page server, from within CRIU's network."""
+        assert self.criu is not None
+        with in_network_of(self.criu.pid, socket.socket) as connection:
+            connection.settimeout(END_TIMEOUT)
+            connection.connect(("127.0.0.1", PORT))
+            connection.sendall(message)
+            with contextlib.suppress(OSError):
+                connection.recv(1)  # CRIU closes, maybe with what it did not read: a reset
+
+    def _end(self) -> None:
+        """End CRIU, whatever it does, and reap runc."""
+        if self.criu is not None:
+            self.criu.kill()
+        if self.runc is not None:
+            if self.criu is None and self.runc.alive():
+                with contextlib.suppress(OSError, Failed):
+                    self._find_criu().kill()
+            if not self.runc.wait(END_TIMEOUT):
+                self.runc.kill()
+        if self._child is not None:
+            self._child.wait()
+
+    def _failed(self) -> CheckpointFailed:
+        how = ""
+        if self._child is not None:
+            self._child.wait()
+            how = ending(self._child.returncode)
+        said = last_lines(self.work / "runc.log")
+        return explained(CheckpointFailed, f"cannot dump {self.id}", self.work / "dump.log", said=[*said, how])
+
+    def _late(self, timeout: float) -> TimedOut:
+        return explained(TimedOut, f"no dump of {self.id} after {timeout:g} s", self.work / "dump.log")
+
+
+def _poll(fd: int, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
