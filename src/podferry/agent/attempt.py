@@ -1,0 +1,69 @@
+"""What the source's and the target's half of a migration have in common: a place in the table, a journal, a story."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+import anyio
+import structlog
+
+from podferry.agent import gate
+from podferry.agent.journal import Journal
+from podferry.agent.story import Story
+from podferry.core.phases import Machine
+from podferry.core.undo import Handler, Leftover
+
+UNDO_DEADLINE = 60.0
+
+Phase = TypeVar("Phase", bound=StrEnum)
+Event = TypeVar("Event", bound=StrEnum)
+
+
+class Attempt(Generic[Phase, Event]):
+    """One half of a migration under way. `role` is `source` or `target`."""
+
+    role: str
+
+    def __init__(
+        self, machine: Machine[Phase, Event], journal: Journal, story: Story, handlers: Mapping[str, Handler]
+    ) -> None:
+        self.machine, self.journal, self.story = machine, journal, story
+        self._handlers = handlers
+        self.ended = anyio.Event()
+        self.log = structlog.get_logger().bind(migration=story.id, role=self.role)
+
+    @property
+    def phase(self) -> Phase:
+        """Where this half is."""
+        return self.machine.phase
+
+    def fire(self, event: Event, *, note: str = "", sync: bool = False) -> None:
+        """Move on: in the journal first (on disk already if `sync`), then in the table, then in the story."""
+        phase = self.machine.next(event)
+        self.journal.enter(phase, sync=sync)
+        self.machine.fire(event)
+        self.story.enter(phase, note)
+        self.journal.save_record(self.story.to_dict())
+        self.log.info("phase", phase=str(phase), event=str(event), note=note)
+
+    async def at_gate(self) -> None:
+        """Where a breakpoint may hold this agent."""
+        await gate.hold(self.role, self.phase)
+
+    async def take_back(self) -> list[Leftover]:
+        """Undo everything that the ledger holds, within a deadline, whoever cancels meanwhile."""
+        with anyio.move_on_after(UNDO_DEADLINE, shield=True) as scope:
+            leftovers = await self.journal.ledger.unwind(self._handlers)
+        if scope.cancelled_caught:
+            leftovers = [Leftover(entry.kind, f"no end within {UNDO_DEADLINE:.0f} s") for entry in self.journal.ledger.entries]
+        for leftover in leftovers:
+            self.log.error("left behind", what=leftover.kind, why=leftover.why)
+        return leftovers
+
+    def close(self) -> None:
+        """The half has ended: its record is kept, its journal closed."""
+        self.journal.save_record(self.story.to_dict())
+        self.journal.close()
+        self.ended.set()

@@ -1,0 +1,243 @@
+"""The target's half of a migration, told top to bottom.
+
+Until GO it may give up at any moment, and does so when the source falls silent: nothing runs here, so nothing is lost. With GO the
+right to run has come; from then on it makes the job run whether or not the source still listens, or says that it never will.
+"""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+import zstandard
+from anyio.abc import TaskGroup
+
+from podferry.agent.attempt import Attempt
+from podferry.agent.journal import Journal
+from podferry.agent.story import Story
+from podferry.core.phases import TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
+from podferry.core.ports import ArrivingJob, Totals
+from podferry.core.undo import Handler
+from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
+from podferry.model import Outcome
+from podferry.wire.frames import MAX_PAYLOAD, Data, Drop, File, Pages, Tree
+from podferry.wire.messages import (
+    Abort,
+    Accept,
+    Done,
+    ErrorReport,
+    Filled,
+    GaveUp,
+    Go,
+    Message,
+    Poise,
+    Poised,
+    Ready,
+    Restoring,
+    RoundAck,
+    RoundEnd,
+    Running,
+    StateEnd,
+)
+from podferry.wire.transport import Channel
+
+UPPER, IMAGES, LOG = 0, 0, 1
+
+
+class Target(Attempt[TargetPhase, TargetEvent]):
+    """One container on its way onto this node."""
+
+    role = "target"
+
+    def __init__(
+        self,
+        job: ArrivingJob,
+        journal: Journal,
+        story: Story,
+        handlers: dict[str, Handler],
+        phase: TargetPhase = TargetPhase.RECEIVE,
+    ) -> None:
+        super().__init__(target_machine(phase), journal, story, handlers)
+        self.job = job
+        self._unpack = zstandard.ZstdDecompressor()
+        self._poised = anyio.Event()
+        self._runs_since_ns = 0
+        self._filled: Filled | None = None
+        self._error: PodferryError | None = None
+        self._word_known = anyio.Event()
+
+    # The story.
+
+    async def converse(self, channel: Channel, accept: Accept, after_go: TaskGroup) -> None:
+        """Take in what the source sends, up to GO; what follows runs in `after_go`, which outlives the connection."""
+        self.story.enter(self.phase)
+        self.journal.enter(self.phase)
+        try:
+            await self.at_gate()
+            await self.job.prepare()
+            await channel.send(accept)
+            async with anyio.create_task_group() as helpers:
+                await self._receive(channel, helpers)
+                helpers.cancel_scope.cancel()
+        except* PodferryError as errors:
+            await self._give_up(_first(errors), channel)
+        except* anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self._give_up(Failed("the agent is stopping"), channel)
+            raise
+        except* Exception as errors:
+            self.log.exception("bug")
+            await self._give_up(Bug.because("the target's half failed", _first(errors)), channel)
+        else:
+            after_go.start_soon(self.go_on, name=f"resume {self.story.id}")
+            await self.tell(channel, asked=False)
+
+    async def go_on(self) -> None:
+        """After GO: the job must run here, or never will. Also the way on for an agent that was restarted."""
+        try:
+            if self.phase is TargetPhase.RESUME:
+                await self._resume()
+            if self.phase is TargetPhase.FILL:
+                await self._fill()
+            elif self.phase not in TARGET_MAY_RUN and not self.machine.ended:
+                await self._give_up(Failed("the target's agent was restarted before GO"), None)
+        except PodferryError as error:
+            await self._give_up(error, None)
+
+    async def tell(self, channel: Channel, *, asked: bool) -> None:
+        """Say what became of the job, and once more when all its memory is in place. The answer to GO, and if `asked` to `Query`."""
+        if self.phase not in TARGET_MAY_RUN and not self.machine.ended:
+            await self._give_up(Failed("the source lost contact before its GO arrived"), None)
+        if asked and not self._word_known.is_set():
+            await channel.send(Restoring(self.story.id))
+        await self._word_known.wait()
+        if self._error is not None:
+            await channel.send(GaveUp(self.story.id, ErrorReport.of(self._error)))
+            return
+        await channel.send(Running(self.story.id, self._runs_since_ns))
+        await self.ended.wait()
+        if self._filled is not None:
+            await channel.send(self._filled)
+
+    async def _receive(self, channel: Channel, helpers: TaskGroup) -> None:
+        """Everything up to GO, in the order in which it comes."""
+        while True:
+            item = await channel.receive()
+            match item:
+                case Pages() | Drop() | Tree() | File():
+                    self._take(item)
+                    self.story.sent(channel.bytes_in)
+                case RoundEnd():
+                    await channel.send(RoundAck(item.round))
+                case Poise():
+                    helpers.start_soon(self._poise, channel)
+                case StateEnd():
+                    await self._verify(item)
+                    await channel.send(Ready(self.story.id))
+                case Go():
+                    self.fire(TargetEvent.GO, sync=True)
+                    return
+                case Abort():
+                    raise Failed("the source took its offer back", why=item.reason)
+                case _:
+                    raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
+
+    def _take(self, item: Data) -> None:
+        match item:
+            case Pages():
+                if item.zstd:
+                    plain = self._unpack.decompress(item.payload, max_output_size=MAX_PAYLOAD)
+                    item = Pages(item.space, item.round, item.runs, plain)
+                for address, data in item.pieces():
+                    self.job.pages(item.round, item.space, address, data)
+            case Drop():
+                for start, end in item.runs:
+                    self.job.drop(item.space, start, end)
+            case Tree():
+                self.job.tree(memoryview(item.records))
+            case File(directory=directory) if directory == LOG:
+                self.job.log(item.offset, memoryview(item.payload))
+            case File():
+                self.job.image(item.name, item.offset, memoryview(item.payload), last=item.last)
+
+    async def _poise(self, channel: Channel) -> None:
+        with self.story.span("poise", "target"):
+            await self.job.poise()
+        self.fire(TargetEvent.POISED)
+        await channel.send(Poised(self.story.id))
+        await self.at_gate()
+
+    async def _verify(self, end: StateEnd) -> None:
+        with self.story.span("check what arrived", "target"):
+            upper = next((Totals(one.entries, one.bytes, one.digest) for one in end.trees if one.tree == UPPER), Totals())
+            images = {one.name: (one.size, one.digest) for one in end.files if one.directory == IMAGES}
+            log_bytes = next((one.size for one in end.files if one.directory == LOG), 0)
+            await self.job.verify(images, upper, log_bytes)
+        self.fire(TargetEvent.READY)
+        await self.at_gate()
+
+    async def _resume(self) -> None:
+        await self.at_gate()
+        with self.story.span("restore", "target"):
+            await self.job.release()
+        self._runs_since_ns = time.time_ns()
+        self.journal.note(runs_since_ns=self._runs_since_ns)
+        self.fire(TargetEvent.RUNNING)
+        self._word_known.set()
+
+    async def _fill(self) -> None:
+        self._runs_since_ns = self._runs_since_ns or int(self.journal.facts.get("runs_since_ns", 1))
+        self._word_known.set()
+        await self.at_gate()
+        began = time.monotonic()
+        with self.story.span("fill", "target"):
+            figures = await self.job.filled()
+        self.story.extra["fill"] = figures
+        self._filled = Filled(self.story.id, round((time.monotonic() - began) * 1e3))
+        self.journal.ledger.entries = [one for one in self.journal.ledger.entries if one.kind == "scratch"]
+        await self.take_back()
+        self.fire(TargetEvent.FILLED)
+        self.story.end(Outcome.COMPLETED, "the job runs here")
+        self.close()
+
+    # The way back.
+
+    async def _give_up(self, cause: PodferryError, channel: Channel | None) -> None:
+        """It will never run here: what was made for it goes, and the source is told."""
+        if self.phase in (TargetPhase.FILL, TargetPhase.DONE):
+            self.log.error("the job died here", error=str(cause))
+            self._error = cause
+            self.story.end(Outcome.FAILED, str(cause), cause)
+            self.close()
+            return
+        if self.phase is not TargetPhase.GIVING_UP:
+            self.fire(TargetEvent.TROUBLE, note=str(cause))
+        await self.at_gate()
+        leftovers = await self.take_back()
+        if leftovers:
+            self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
+        self._error = cause
+        self.fire(TargetEvent.GONE)
+        self.story.end(Outcome.ROLLED_BACK, str(cause), cause)
+        self._word_known.set()
+        self.close()
+        if channel is not None:
+            with anyio.move_on_after(2.0):
+                await _say(channel, GaveUp(self.story.id, ErrorReport.of(cause)))
+
+
+async def _say(channel: Channel, message: Message) -> None:
+    try:
+        await channel.send(message)
+    except PodferryError:
+        return
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> PodferryError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, PodferryError) else Bug.because("the target's half failed", error)
+
+
+__all__ = ["Done", "Target"]
