@@ -1,0 +1,132 @@
+"""The files that a machine finds in /etc/podferry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from podferry.lab.state import STORAGE
+
+AGENT_PORT = 7460
+BRICK_PORT = 24007
+SHARE = "/share"
+"""Where every node has the remote file system."""
+
+Files = Mapping[str, str]
+
+
+def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, str]:
+    """File names and contents for the machine `name` of a lab whose machines have `addresses`."""
+    files = {
+        "hostname": f"{name}\n",
+        "hosts": "127.0.0.1 localhost\n" + "".join(f"{address} {host}\n" for host, address in addresses.items()),
+        "machine-id": hashlib.sha256(f"{lab}/{name}".encode()).hexdigest()[:32] + "\n",
+    }
+    if name == STORAGE:
+        return {**files, "brick.vol": _brick()}
+    return {
+        **files,
+        "share.vol": _client(addresses[STORAGE]),
+        "containerd.toml": containerd(1),
+        "agent.json": agent(name, addresses),
+    }
+
+
+def write(files: Files, directory: Path) -> bool:
+    """Write the files; true if any of them is new or other than before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    changed = False
+    for name, text in files.items():
+        path = directory / name
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            changed = True
+    return changed
+
+
+def agent(name: str, addresses: Mapping[str, str]) -> str:
+    """The agent's configuration (`podferry.agent.config`)."""
+    peers = {host: f"{address}:{AGENT_PORT}" for host, address in addresses.items() if host not in (name, STORAGE)}
+    return json.dumps(
+        {
+            "node": name,
+            "listen": f"{addresses[name]}:{AGENT_PORT}",
+            "certificates": "/etc/podferry/pki",
+            "peers": peers,
+            "state": "/var/lib/podferry",
+            "run": "/run/podferry",
+            "containerd": "/run/containerd/containerd.sock",
+            "namespace": "default",
+            "share": SHARE,
+        },
+        indent=2,
+    )
+
+
+def containerd(major: int) -> str:
+    """containerd's configuration: format 2 for containerd 1, format 3 for containerd 2, which renamed the CRI plugin."""
+    cri = "io.containerd.grpc.v1.cri" if major < 2 else "io.containerd.cri.v1.runtime"
+    kinds = ("aufs", "btrfs", "devmapper", "zfs")
+    unused = ", ".join(f'"io.containerd.snapshotter.v1.{kind}"' for kind in kinds)
+    return f"""\
+version = {2 if major < 2 else 3}
+disabled_plugins = [{unused}]
+
+[plugins."{cri}"]
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+
+[plugins."{cri}".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[plugins."{cri}".containerd.runtimes.runc.options]
+  SystemdCgroup = false
+
+[plugins."{cri}".containerd.runtimes.podferry]
+  runtime_type = "io.containerd.runc.v2"
+[plugins."{cri}".containerd.runtimes.podferry.options]
+  BinaryName = "/usr/local/sbin/podferry-runc"
+  SystemdCgroup = false
+"""
+
+
+# GlusterFS with volume files of our own: what glusterd would generate for one brick, without waiting for glusterd.
+def _brick() -> str:
+    return f"""\
+volume files
+  type storage/posix
+  option directory /srv/brick
+end-volume
+volume locks
+  type features/locks
+  subvolumes files
+end-volume
+volume share
+  type performance/io-threads
+  subvolumes locks
+end-volume
+volume server
+  type protocol/server
+  option transport-type tcp
+  option transport.socket.listen-port {BRICK_PORT}
+  option auth.addr.share.allow *
+  subvolumes share
+end-volume
+"""
+
+
+def _client(address: str) -> str:
+    return f"""\
+volume remote
+  type protocol/client
+  option transport-type tcp
+  option remote-host {address}
+  option remote-port {BRICK_PORT}
+  option remote-subvolume share
+end-volume
+volume share
+  type performance/write-behind
+  subvolumes remote
+end-volume
+"""

@@ -1,0 +1,142 @@
+"""Debian: the mirror this machine uses, and root file systems made from it by debootstrap."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from podferry.errors import Refused
+from podferry.node.process import CLEAN_ENVIRONMENT, Completed, raise_for, run, spawn
+
+Progress = Callable[[str], None]
+"""Takes one line saying what is being done now."""
+
+SUITE = "trixie"
+APT = Path("/etc/apt")
+_SUITES = re.compile(r"(bookworm|trixie|forky|sid|stable|testing|unstable)")
+_PHASES = ("Retrieving", "Validating", "Extracting", "Unpacking", "Configuring")
+_UNUSED = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian")
+
+
+def mirror(apt: Path = APT) -> str:
+    """The address of the Debian archive that this machine's apt uses; $PODFERRY_DEBIAN_MIRROR goes first.
+
+    Raises `Refused` where apt has none.
+    """
+    if chosen := os.environ.get("PODFERRY_DEBIAN_MIRROR"):
+        return chosen
+    for uri, suite in _sources(apt):
+        if _SUITES.fullmatch(suite) and (address := _resolve(uri)):
+            return address.rstrip("/")
+    raise Refused(
+        "no Debian mirror is known",
+        why=f"none of apt's sources in {apt} is a Debian archive",
+        remedy="set PODFERRY_DEBIAN_MIRROR to the address of one",
+    )
+
+
+def architecture() -> str:
+    """Debian's name of this machine's architecture, which for amd64 and arm64 is also OCI's."""
+    return run(["dpkg", "--print-architecture"]).stdout.strip()
+
+
+def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress) -> None:
+    """Make a root of `SUITE` with `packages` in the new directory `into`, without manuals and locales.
+
+    `debs` keeps downloaded packages for the next time. Raises `Refused` and `CommandFailed`.
+    """
+    _require_debootstrap(progress)
+    debs.mkdir(parents=True, exist_ok=True)
+    argv = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", f"--cache-dir={debs.absolute()}"]
+    _watch([*argv, SUITE, str(into), mirror()], into / "debootstrap" / "debootstrap.log", progress)
+    for unused in (*_UNUSED, "var/cache/apt", "var/lib/apt/lists"):
+        shutil.rmtree(into / unused, ignore_errors=True)
+    for name in ("etc/machine-id", "etc/resolv.conf", "etc/hostname"):
+        (into / name).unlink(missing_ok=True)
+
+
+def downloads() -> dict[str, str]:
+    """The environment a program needs that downloads: the clean one, with proxies and certificates of our own."""
+    wanted = re.compile(r"(https?|ftp|no|all)_proxy|SSL_CERT_FILE|SSL_CERT_DIR|PIP_.*|UV_.*", re.IGNORECASE)
+    return {key: value for key, value in os.environ.items() if wanted.fullmatch(key)}
+
+
+def _require_debootstrap(progress: Progress) -> None:
+    if shutil.which("debootstrap", path=CLEAN_ENVIRONMENT["PATH"]):
+        return
+    progress("installing debootstrap with apt-get")
+    environment = {**downloads(), "DEBIAN_FRONTEND": "noninteractive"}
+    remedy = "install debootstrap and run it again"
+    run(["apt-get", "update", "-qq"], env=environment, remedy=remedy)
+    run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "debootstrap"], env=environment, remedy=remedy)
+
+
+def _watch(argv: list[str], log: Path, progress: Progress) -> None:
+    """Run debootstrap, telling each step as it comes."""
+    environment = downloads()
+    if "http_proxy" not in environment and (proxy := _apt_proxy()):
+        environment["http_proxy"] = proxy
+    said: list[str] = []
+    reader, writer = os.pipe()
+    process = spawn(argv, env=environment, stdout=writer, stderr=writer)
+    os.close(writer)
+    with os.fdopen(reader, errors="replace") as output:
+        for line in output:
+            said.append(line.strip())
+            level, _, text = said[-1].partition(": ")
+            phase = text.partition(" ")[0]
+            if level == "I" and phase in _PHASES:
+                progress(f"[{_PHASES.index(phase) + 1}/{len(_PHASES)}] {text.removesuffix('...')}")
+    done = Completed(argv, process.wait(), "\n".join(said), "")
+    raise_for(done, log=log, remedy="is the mirror reachable? PODFERRY_DEBIAN_MIRROR names another")
+
+
+def _apt_proxy() -> str:
+    """The proxy that apt is configured to use, or nothing."""
+    done = run(["apt-config", "shell", "PROXY", "Acquire::http::Proxy"], check=False)
+    match = re.search(r"PROXY='(http[^']*)'", done.stdout)
+    return match[1] if match else ""
+
+
+def _sources(apt: Path) -> Iterator[tuple[str, str]]:
+    """(address, suite) of every enabled source for binary packages, deb822 and one-line."""
+    parts = sorted((apt / "sources.list.d").glob("*")) if (apt / "sources.list.d").is_dir() else []
+    for path in (apt / "sources.list", *parts):
+        if path.suffix == ".sources":
+            yield from _deb822(path.read_text())
+        elif path.suffix == ".list" and path.exists():
+            yield from _one_line(path.read_text())
+
+
+def _one_line(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        if match := re.match(r"\s*deb\s+(?:\[[^]]*\]\s*)?(\S+)\s+(\S+)", line):
+            yield match[1], match[2]
+
+
+def _deb822(text: str) -> Iterator[tuple[str, str]]:
+    kept = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    for stanza in re.split(r"\n\s*\n", kept):
+        fields = {
+            key.lower(): value.split()
+            for key, value in re.findall(r"^([\w-]+):((?:.*)(?:\n[ \t]+.*)*)", stanza, re.MULTILINE)
+        }
+        if "deb" not in fields.get("types", []) or fields.get("enabled", ["yes"])[0].lower() in ("no", "false", "0"):
+            continue
+        for uri in fields.get("uris", []):
+            for suite in fields.get("suites", []):
+                yield uri, suite
+
+
+def _resolve(uri: str) -> str | None:
+    """An address that debootstrap takes: `mirror+file:` is looked up, what is not http(s) or a path is left out."""
+    if uri.startswith("mirror+file:"):
+        try:
+            lines = Path(uri.removeprefix("mirror+file:")).read_text().split()
+        except OSError:
+            return None
+        return next((line for line in lines if line.startswith("http")), None)
+    return uri if uri.startswith(("http://", "https://", "file:/")) else None

@@ -1,0 +1,72 @@
+"""The two roots that labs are made of: the nodes' and the jobs'. Both are Debian, built once and kept by recipe."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from podferry.lab import oci
+from podferry.lab.cache import cached, remove
+from podferry.lab.debian import SUITE, Progress, architecture, bootstrap
+from podferry.lab.state import CACHE
+
+JOB_IMAGE = "podferry.local/job:1"
+"""The image `podferry lab run` uses by default: Debian's python3 with its whole standard library."""
+
+NODE_PACKAGES = [
+    "attr",
+    "ca-certificates",
+    "containerd",
+    "criu",
+    "e2fsprogs",
+    "erofs-utils",
+    "fuse3",
+    "glusterfs-client",
+    "glusterfs-server",
+    "iproute2",
+    "iptables",
+    "iputils-ping",
+    "kmod",
+    "procps",
+    "python3",
+    "runc",
+    "runit",
+    "tini",
+]
+JOB_PACKAGES = ["python3", "libpython3-stdlib"]
+# Raised by hand when what is done to a root changes, but none of its packages.
+EDITION = 1
+
+
+def node_root(progress: Progress) -> Path:
+    """The directory of the nodes' root. The first time takes a minute or two."""
+    recipe = {"suite": SUITE, "packages": NODE_PACKAGES, "arch": architecture(), "edition": EDITION}
+    return cached("node", recipe, lambda into: _build("node image", NODE_PACKAGES, into, progress))
+
+
+def job_archive(progress: Progress) -> Path:
+    """The OCI archive of `JOB_IMAGE`. The first time takes a minute."""
+    arch = architecture()
+    recipe = {"suite": SUITE, "packages": JOB_PACKAGES, "arch": arch, "edition": EDITION, "name": JOB_IMAGE}
+
+    def build(into: Path) -> None:
+        root = Path(tempfile.mkdtemp(prefix="job-root-", dir=CACHE))
+        try:
+            _build("job image", JOB_PACKAGES, root, progress)
+            progress("job image: packing")
+            oci.write_archive(
+                root,
+                into,
+                reference=JOB_IMAGE,
+                architecture=arch,
+                command=["python3"],
+                env=["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONUNBUFFERED=1"],
+            )
+        finally:
+            remove(root)
+
+    return cached("job", recipe, build, suffix=".tar")
+
+
+def _build(what: str, packages: list[str], into: Path, progress: Progress) -> None:
+    bootstrap(packages, into, CACHE / "debs", lambda step: progress(f"{what}: {step}"))

@@ -1,0 +1,310 @@
+"""A lab: a small cluster on one machine, made of namespaces, that `down` removes without a trace."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from podferry.errors import Failed, Refused, TimedOut, UsageError
+from podferry.lab import cache, cgroups, config, images, kernel, machine, network, site, state
+from podferry.lab.debian import Progress
+from podferry.lab.state import STORAGE, SWITCH
+from podferry.node.process import Arg, Completed, last_lines, run
+from podferry.wire.pki import Authority
+
+DEFAULT_NODES = 2
+DEFAULT_LINK = "1gbit"
+AGENT_SOCKET = "run/podferry/agent.sock"
+READY_SECONDS = 60.0
+
+# A mount is an event (poll on /proc/self/mountinfo); ctr itself waits for containerd's socket.
+_SHARE_READY = "until mountpoint -q /share; do findmnt --poll=mount --first-only --timeout 500 >/dev/null || :; done"
+_IMAGE_READY = (
+    'ctr --connect-timeout 30s -n default images ls -q "name==$1" | grep -q . || ctr -n default images import "$2"'
+)
+_JOB_ARCHIVE = "/opt/podferry/images/job.tar"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a lab was last brought up with; kept on its disk for `start_node`, never needed by `down`.
+
+    `binds` maps paths inside the nodes to directories shown there read-only.
+    """
+
+    nodes: int = DEFAULT_NODES
+    link: str = DEFAULT_LINK
+    cgroups: str = "auto"
+    agent: bool = True
+    binds: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a lab. `pid` is its first process as this machine counts, None where it is not `alive`."""
+
+    name: str
+    address: str
+    pid: int | None
+    cut: bool = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the machine runs."""
+        return self.pid is not None
+
+
+@dataclass(frozen=True)
+class LabStatus:
+    """A lab as it is now. `link` is the rate of every node's link; `nodes` leaves the storage node out."""
+
+    name: str
+    subnet: str
+    link: str
+    storage: Node
+    nodes: tuple[Node, ...]
+
+
+def quiet(_: str) -> None:
+    """A progress callback that says nothing."""
+
+
+class Lab:
+    """The lab called `name`, whether it is up or not. Every method needs root and raises `PodferryError`."""
+
+    def __init__(self, name: str = "default") -> None:
+        self.name = state.check_name(name)
+        self.home = state.LABS / name
+        self._lock = state.LABS / f"{name}.lock"
+        self._settings = self.home / "lab.json"
+
+    # -- the whole lab ---------------------------------------------------------------------------------------------
+
+    def up(
+        self,
+        nodes: int | None = None,
+        link: str | None = None,
+        *,
+        cgroup: str | None = None,
+        agent: bool | None = None,
+        binds: Mapping[str, Path] | None = None,
+        progress: Progress = quiet,
+    ) -> LabStatus:
+        """Bring the lab up, or complete what is missing of it; what is not given stays as it was.
+
+        `link` is a rate such as 1gbit, or none. Nodes that run are not restarted, except for their agents where their
+        configuration changed. Raises `UsageError` for fewer nodes than there are.
+        """
+        state.require_root()
+        state.require_plain_disk()
+        with state.locked(self._lock):
+            before = self._read_settings() if self.exists() else None
+            given: dict[str, Any] = {"nodes": nodes, "link": link, "cgroups": cgroup, "agent": agent}
+            settings = replace(
+                before or Settings(), **{key: value for key, value in given.items() if value is not None}
+            )
+            if binds is not None:
+                settings = replace(settings, binds={inside: str(source) for inside, source in binds.items()})
+            if before and settings.nodes < before.nodes:
+                raise UsageError(
+                    f"lab {self.name} has {before.nodes} nodes already", remedy="take it down first to have fewer"
+                )
+            network.bits_per_second(settings.link)
+            state.node_names(settings.nodes)
+            image = images.node_root(progress)
+            binds_of_nodes = self._binds(settings, image, progress)
+            kernel.raise_pipe_size(progress)
+            self.home.mkdir(parents=True, exist_ok=True)
+            self._settings.write_text(json.dumps(asdict(settings), indent=2))
+            self._start_missing(settings, image, binds_of_nodes, progress)
+            return self.status()
+
+    def down(self, progress: Progress = quiet) -> None:
+        """End everything in the lab and remove it. A lab that is not there, or only half, is fine."""
+        state.require_root()
+        with state.locked(self._lock):
+            progress(f"lab {self.name}: ending its processes")
+            cgroups.kill(self.name)
+            progress(f"lab {self.name}: removing its cgroups and files")
+            cgroups.remove(self.name)
+            cache.remove(self.home)
+            if not list_labs():
+                kernel.restore_pipe_size()
+
+    def exists(self) -> bool:
+        """Whether the lab has been brought up and not taken down."""
+        return self._settings.exists()
+
+    def status(self) -> LabStatus:
+        """The lab as it is now. Raises `UsageError` where there is none."""
+        settings = self._read_settings()
+        pids = {one.machine: one.pid for one in cgroups.processes(self.name) if one.first}
+        switch = pids.get(SWITCH)
+        found = {
+            name: Node(
+                name,
+                address,
+                pids.get(name),
+                cut=switch is not None and name in pids and network.is_cut(switch, name),
+            )
+            for name, address in self._addresses(settings).items()
+        }
+        storage = found.pop(STORAGE)
+        return LabStatus(self.name, f"{state.subnet(self.name)}.0/24", settings.link, storage, tuple(found.values()))
+
+    # -- one machine of it -----------------------------------------------------------------------------------------
+
+    def node(self, name: str) -> Node:
+        """The node (or `storage`) called `name`. Raises `UsageError` for a name the lab does not have."""
+        status = self.status()
+        known = {node.name: node for node in (status.storage, *status.nodes)}
+        if name not in known:
+            raise UsageError(
+                f"lab {self.name} has no node {name!r}", remedy=f"its machines are {', '.join(sorted(known))}"
+            )
+        return known[name]
+
+    def command(self, node: str, argv: Sequence[Arg], *, cwd: str = "/") -> list[Arg]:
+        """The command that runs `argv` inside a node, for callers that start it themselves."""
+        return machine.enter(self._pid(node), argv, cwd=cwd)
+
+    def exec(
+        self,
+        node: str,
+        argv: Sequence[Arg],
+        *,
+        check: bool = True,
+        input: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "/",
+        timeout: float | None = None,
+    ) -> Completed:
+        """Run `argv` inside a node (or `storage`) to its end, as `process.run` does; `timeout` in seconds."""
+        return run(self.command(node, argv, cwd=cwd), check=check, input=input, env=env, timeout=timeout)
+
+    def root(self, node: str) -> Path:
+        """A running node's root directory as this machine reaches it."""
+        return Path("/proc", str(self._pid(node)), "root")
+
+    def agent_socket(self, node: str) -> Path:
+        """The socket of a running node's agent as this machine reaches it; short enough for connect(2)."""
+        return self.root(node) / AGENT_SOCKET
+
+    def cut(self, node: str) -> None:
+        """Cut a node's link: packets vanish in both directions, and neither side is told."""
+        self.node(node)
+        network.set_cut(self._pid(SWITCH), node, cut=True)
+
+    def mend(self, node: str) -> None:
+        """Undo `cut`."""
+        self.node(node)
+        network.set_cut(self._pid(SWITCH), node, cut=False)
+
+    def kill_node(self, node: str) -> None:
+        """Kill everything in a node at once, as a power failure does. Its disk stays, memory and /run do not."""
+        self.node(node)
+        with state.locked(self._lock):
+            cgroups.kill(self.name, node)
+            cgroups.remove(self.name, node)
+
+    def start_node(self, node: str, progress: Progress = quiet) -> Node:
+        """Start a node again that was killed."""
+        self.node(node)
+        self.up(progress=progress)
+        return self.node(node)
+
+    # -- how -------------------------------------------------------------------------------------------------------
+
+    def _start_missing(self, settings: Settings, image: Path, binds: Mapping[str, Path], progress: Progress) -> None:
+        addresses = self._addresses(settings)
+        switch = machine.first_process(self.name, SWITCH)
+        if switch is None:
+            switch = machine.start_switch(self.name)
+        network.make_bridge(switch)
+        self._issue_certificates(addresses)
+
+        def bring(name: str) -> None:
+            home = self.home / "machines" / name
+            changed = config.write(config.for_machine(self.name, name, addresses), home / "etc")
+            pid = machine.first_process(self.name, name)
+            if pid is None:
+                progress(f"{name}: starting")
+                services = ["brick"] if name == STORAGE else ["share", "containerd", *["agent"] * settings.agent]
+                shown = {} if name == STORAGE else binds
+                kind = settings.cgroups
+                pid = machine.start(machine.Machine(self.name, name, home, image, services, kind, shown))
+            elif changed and settings.agent and name != STORAGE:
+                self.exec(name, ["sv", "restart", "/run/service/agent"])
+            network.connect(switch, network.Port(name, addresses[name], pid), settings.link)
+            if name != STORAGE:
+                self._wait_until_ready(name, settings, progress)
+
+        # The switch and every machine are ours alone; they start at the same time.
+        with ThreadPoolExecutor(max_workers=len(addresses)) as pool:
+            list(pool.map(bring, addresses))
+
+    def _wait_until_ready(self, name: str, settings: Settings, progress: Progress) -> None:
+        self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
+        self.exec(name, ["sh", "-ec", _IMAGE_READY, "sh", images.JOB_IMAGE, _JOB_ARCHIVE], timeout=READY_SECONDS)
+        if settings.agent:
+            _wait_for_socket(self.agent_socket(name), f"{name}'s agent", self.home / "machines" / name / "log")
+        progress(f"{name}: ready")
+
+    def _binds(self, settings: Settings, image: Path, progress: Progress) -> dict[str, Path]:
+        """What every node is shown read-only, by the path it sees."""
+        packages = site.site(image, progress)
+        job = images.job_archive(progress)
+        more = {inside: Path(source) for inside, source in settings.binds.items()}
+        return {"/opt/podferry/site": packages, _JOB_ARCHIVE: job, **more}
+
+    def _issue_certificates(self, addresses: Mapping[str, str]) -> None:
+        pki = self.home / "pki"
+        authority = Authority.load(pki) if pki.exists() else Authority.create(pki, name=f"lab {self.name}")
+        for name, address in addresses.items():
+            into = self.home / "machines" / name / "etc" / "pki"
+            if name != STORAGE and not (into / "node.crt").exists():
+                authority.issue(name, [address], into)
+
+    def _addresses(self, settings: Settings) -> dict[str, str]:
+        return state.addresses(self.name, state.node_names(settings.nodes))
+
+    def _read_settings(self) -> Settings:
+        try:
+            return Settings(**json.loads(self._settings.read_text()))
+        except FileNotFoundError as missing:
+            raise UsageError(f"there is no lab {self.name}", remedy=f"podferry lab up --lab {self.name}") from missing
+        except (ValueError, TypeError) as damaged:
+            raise Failed.because(f"{self._settings} is damaged", damaged, remedy="take the lab down") from damaged
+
+    def _pid(self, node: str) -> int:
+        pid = machine.first_process(self.name, node)
+        if pid is None:
+            if node != SWITCH:
+                self.node(node)
+            raise Refused(f"{node} of lab {self.name} is not running", remedy=f"podferry lab start-node {node}")
+        return pid
+
+
+def list_labs() -> list[str]:
+    """The names of all labs on this machine: on its disk, or among its processes."""
+    on_disk = {path.name for path in state.LABS.iterdir() if path.is_dir()} if state.LABS.is_dir() else set()
+    return sorted(on_disk | cgroups.labs())
+
+
+def _wait_for_socket(path: Path, whose: str, logs: Path) -> None:
+    """Until somebody answers at a unix socket. Raises `TimedOut` with the end of the log."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        with socket.socket(socket.AF_UNIX) as client:
+            if client.connect_ex(str(path)) == 0:
+                return
+        if time.monotonic() > deadline:
+            log = logs / "podferry" / "agent.log"
+            raise TimedOut(f"{whose} does not answer", why=f"nobody listens at {path}", evidence=last_lines(log))
+        time.sleep(0.05)  # a socket's birth is no event that its future client could wait for
