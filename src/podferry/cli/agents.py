@@ -15,7 +15,7 @@ from typing import Any
 
 from podferry.cli.client import QUICK, AgentClient, AgentUnreachable
 from podferry.cli.record import Record
-from podferry.errors import PeerMisbehaved, PodferryError, UsageError
+from podferry.errors import PeerMisbehaved, PodferryError, Refused, UsageError
 
 DEFAULT_LAB = "default"
 
@@ -182,17 +182,18 @@ class Fleet:
 
 
 def lab_endpoints(name: str) -> list[Endpoint]:
-    """The nodes of a lab, living and dead. Raises `UsageError` for a lab that is not up."""
-    from podferry.lab import Lab
+    """The nodes of a lab, living and dead. Raises `UsageError` for a lab that is not there."""
+    from podferry.lab import Lab, Node
 
     lab = Lab(name)
-    nodes = lab.status().nodes
-    if not nodes:
-        raise UsageError(
-            f"the lab '{name}' is not up",
-            remedy="start it with `podferry lab up`, or name an agent's socket with --agent",
-        )
-    return [Endpoint(node.name, AgentClient(lab.agent_socket(node.name)) if node.alive else None) for node in nodes]
+
+    def client(node: Node) -> AgentClient | None:
+        try:
+            return AgentClient(lab.agent_socket(node.name)) if node.alive else None
+        except Refused:  # it died while we looked
+            return None
+
+    return [Endpoint(node.name, client(node)) for node in lab.status().nodes]
 
 
 def _attempt(endpoint: Endpoint, op: str, args: dict[str, Any]) -> list[dict[str, Any]] | PodferryError:

@@ -7,19 +7,19 @@ import re
 from podferry.errors import UsageError
 
 BITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
-BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*?)(?:/s|ps)?")
+BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)(?:/s)?")
 
 
 def parse_rate(text: str) -> int:
     """Bytes a second from `100mbit` (bits, as tc writes it), `50MiB`, `50MB/s` or a bare number of bytes.
 
-    Raises `UsageError` for anything else and for rates below one byte a second.
+    Raises `UsageError` for anything else (`100mb` and `100Mbps` too: bits or bytes?) and for less than one byte a second.
     """
     match = RATE.fullmatch(text.strip())
-    number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "?")
-    if unit in BITS:
-        rate = int(number * BITS[unit] / 8)
+    number, unit = (float(match[1]), match[2]) if match else (0.0, "?")
+    if unit.lower() in BITS:
+        rate = int(number * BITS[unit.lower()] / 8)
     elif unit in BYTES:
         rate = int(number * BYTES[unit])
     else:

@@ -1,0 +1,104 @@
+"""Which agent a command goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from cli_fake_agent import FakeAgent, serving
+
+from podferry.agent.story import Story
+from podferry.cli.agents import Endpoint, Fleet, Where
+from podferry.cli.client import AgentClient, AgentUnreachable
+from podferry.errors import UsageError
+from podferry.model import Mode, Outcome
+
+pytestmark = pytest.mark.unit
+SOCKET = Path("agent")
+
+
+@pytest.mark.parametrize(
+    ("given", "outer", "environ", "settled"),
+    [
+        (Where(), Where(), {}, Where(lab="default")),
+        (Where(), Where(), {"PODFERRY_LAB": "ci"}, Where(lab="ci")),
+        (Where(), Where(), {"PODFERRY_LAB": "ci", "PODFERRY_AGENT": "agent"}, Where(agent=SOCKET)),
+        (Where(lab="mine"), Where(), {"PODFERRY_AGENT": "agent"}, Where(lab="mine")),
+        (Where(), Where(lab="mine"), {"PODFERRY_LAB": "ci"}, Where(lab="mine")),
+        (Where(agent=SOCKET), Where(lab="mine"), {}, Where(agent=SOCKET)),
+    ],
+)
+def test_options_beat_the_environment(given: Where, outer: Where, environ: dict[str, str], settled: Where) -> None:
+    assert given.over(outer).settle(environ) == settled
+
+
+def test_a_lab_and_an_agent_exclude_each_other() -> None:
+    with pytest.raises(UsageError):
+        Where("lab", SOCKET).settle({})
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> Iterator[dict[str, FakeAgent]]:
+    with ExitStack() as stack:
+        yield {
+            node: stack.enter_context(serving(FakeAgent(node, containers), tmp_path / node))
+            for node, containers in {
+                "node-a": {"train": "poised", "web": "running"},
+                "node-b": {"train": "running"},
+            }.items()
+        }
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, agents: dict[str, FakeAgent]) -> Fleet:
+    endpoints = [Endpoint(node, AgentClient(tmp_path / node)) for node in agents]
+    return Fleet([*endpoints, Endpoint("node-c", None), Endpoint("node-d", AgentClient(tmp_path / "node-d"))])
+
+
+def test_all_nodes_are_asked_and_silence_is_a_fact(fleet: Fleet) -> None:
+    answers = fleet.containers()
+    assert [(row["node"], row["name"]) for row in answers.rows] == [
+        ("node-a", "train"),
+        ("node-a", "web"),
+        ("node-b", "train"),
+    ]
+    assert [one["node"] for one in answers.down_dicts()] == ["node-c", "node-d"]
+
+
+def test_no_answer_at_all_is_an_error() -> None:
+    with pytest.raises(AgentUnreachable):
+        Fleet([Endpoint("node-c", None)]).containers()
+
+
+def test_a_move_goes_to_the_node_where_it_runs(fleet: Fleet) -> None:
+    assert fleet.holder("train").path.name == "node-b"
+    assert fleet.holder("web").path.name == "node-a"
+    with pytest.raises(UsageError, match="no answer from node-c, node-d"):
+        fleet.holder("nobody")
+
+
+def test_the_sources_record_counts_while_it_answers(fleet: Fleet, agents: dict[str, FakeAgent]) -> None:
+    for node, phase in (("node-a", "serve"), ("node-b", "fill")):
+        story = Story("m1", "train", "node-b", "node-a", Mode.LIVE)
+        story.enter(phase)
+        agents[node].stories["m1"] = story
+    gone = Story("m0", "web", "node-c", "node-a", Mode.LIVE)
+    gone.started_at = 1.0
+    gone.end(Outcome.COMPLETED)
+    agents["node-a"].stories["m0"] = gone
+    assert [(row["id"], row["phase"]) for row in fleet.records().rows] == [("m0", "completed"), ("m1", "fill")]
+    assert fleet.record("m1").phase == "fill"
+    assert fleet.record("m0").source == "node-c"
+    with pytest.raises(UsageError):
+        fleet.record("m2")
+
+
+def test_the_target_stands_in_for_a_dead_source(fleet: Fleet) -> None:
+    assert fleet.first_of(["node-d", "node-a"]).path.name == "node-a"
+    assert fleet.first_of(["node-b", "node-a"]).path.name == "node-b"
+    with pytest.raises(AgentUnreachable, match="node-c"):
+        fleet.first_of(["node-c", "node-d"])
+    with pytest.raises(UsageError, match="no node 'node-z'"):
+        fleet.at("node-z")
