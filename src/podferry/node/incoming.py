@@ -1,0 +1,186 @@
+"""The agent's side of the hand-shake with `podferry-runc`, which turns a container's `create` into `restore`.
+
+The agent makes a directory for the container before it asks containerd for the task. The wrapper finds it, says that it
+is poised, and waits for the verdict. Both talk through FIFOs, so that each notices the other's death: the wrapper reads
+an end of file where the agent is gone, and the agent a hang-up where the wrapper is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from podferry.errors import EVIDENCE_LINES, Bug, Cancelled, Failed, PodferryError, TimedOut, UsageError
+
+RUN = Path("/run/podferry")
+TAKEN_TIMEOUT = 10.0  # seconds
+RESTORE_FLAGS = frozenset({"--lazy-pages", "--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+_UNSAID = re.compile(r"[^ !#-\[\]-~]")  # what cannot stand in a JSON string, on one line
+_SAID = 900  # characters; so short a write to a FIFO is whole
+
+
+class WrapperGone(Failed):
+    """`podferry-runc` ended, or never came, while the agent counted on it."""
+
+    code = "PF242"
+
+
+def pod_key(pod_uid: str, container: str) -> str:
+    """The key of a container of Kubernetes, whose id nobody knows before it is made."""
+    return f"{pod_uid}_{container}"
+
+
+class Incoming:
+    """One container that is to be restored. Made with `prepare`; `close` removes what is left of it.
+
+    `images` is where CRIU's images go, `work` is for its log and the page feeder's socket.
+    """
+
+    def __init__(self, run: Path, key: str) -> None:
+        if not _KEY.fullmatch(key):
+            raise UsageError(f"not a container's name: {key!r}")
+        self.key = key
+        self.path = run / "incoming" / key
+        self.images = self.path / "images"
+        self.work = self.path / "work"
+        self._poised = self._verdict = -1
+        self._abandoned = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._reason: PodferryError | None = None
+        self._given = False
+
+    @classmethod
+    def prepare(cls, key: str, *, flags: Sequence[str] = ("--lazy-pages", "--file-locks"), run: Path = RUN) -> Incoming:
+        """Make the directory, whole at once. `flags` are those of `runc restore` that mirror the dump.
+
+        What an earlier attempt left under this key is removed.
+        """
+        unknown = set(flags) - RESTORE_FLAGS
+        if unknown:
+            raise UsageError(f"no such restore option: {', '.join(sorted(unknown))}")
+        self = cls(run, key)
+        draft = self.path.with_name(f".{key}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+        for directory in (draft, draft / "images", draft / "work"):
+            directory.mkdir(mode=0o700, parents=True)
+        (draft / "restore").write_text(" ".join(flags) + "\n")
+        self._open(draft)
+        draft.rename(self.path)
+        return self
+
+    @classmethod
+    def adopt(cls, key: str, *, run: Path = RUN) -> Incoming:
+        """Take over what an agent that died had prepared, images included. Raises `WrapperGone` where it left nothing."""
+        self = cls(run, key)
+        if not (self.path / "restore").exists():
+            raise WrapperGone(f"nothing was prepared for {key}", why=f"no {self.path}")
+        for name in ("poised", "verdict"):  # the dead agent's wrapper has read its end of file: nobody has these open
+            (self.path / name).unlink(missing_ok=True)
+        self._open(self.path)
+        return self
+
+    @staticmethod
+    def left(run: Path = RUN) -> tuple[str, ...]:
+        """The keys that are prepared: after an agent's restart, what its predecessor left behind."""
+        directory = run / "incoming"
+        return tuple(sorted(path.name for path in directory.iterdir())) if directory.is_dir() else ()
+
+    def wait_poised(self, timeout: float) -> None:
+        """Wait until the wrapper waits for the verdict. `timeout` is in seconds.
+
+        Raises `TimedOut`, what `abandon` was given, or `WrapperGone`.
+        """
+        poll = select.poll()
+        poll.register(self._poised, select.POLLIN)
+        poll.register(self._abandoned, select.POLLIN)
+        events = dict(poll.poll(timeout * 1000))
+        if self._reason is not None:
+            raise self._reason
+        if not events:
+            raise TimedOut(
+                f"no podferry-runc came for {self.key} within {timeout:g} s",
+                remedy="check that the container's runtime is podferry-runc, and containerd's log",
+            )
+        if not os.read(self._poised, 4096).startswith(b"poised\n"):
+            raise self._gone("it ended at once")
+        # From here on only the wrapper reads the verdict, so that writing it to a dead one fails.
+        writer = os.open(self.path / "verdict", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.close(self._verdict)
+        self._verdict = writer
+
+    def abandon(self, reason: PodferryError | None = None) -> None:
+        """End a `wait_poised` in another thread with `reason`: the call that should bring the wrapper has failed."""
+        self._reason = reason or Cancelled(f"nobody waits for {self.key} any more")
+        os.eventfd_write(self._abandoned, 1)
+
+    def alive(self) -> bool:
+        """Whether a wrapper that was poised still waits."""
+        poll = select.poll()
+        poll.register(self._poised, 0)
+        return not poll.poll(0)
+
+    def restore(self) -> None:
+        """Let the wrapper restore the container. Returns when it has taken the verdict."""
+        self._give("restore")
+
+    def cold(self) -> None:
+        """Let the wrapper start the container anew: somebody has said in so many words that this is wanted."""
+        self._give("cold")
+
+    def refuse(self, why: str) -> None:
+        """Let the wrapper fail; containerd shows `why`."""
+        self._give(f"refuse {_UNSAID.sub(' ', why)[:_SAID]}")
+
+    def failure(self) -> list[str]:
+        """The last lines of CRIU's log of the restore."""
+        with contextlib.suppress(OSError):
+            return (self.work / "restore.log").read_text(errors="replace").splitlines()[-EVIDENCE_LINES:]
+        return []
+
+    def close(self) -> None:
+        """Close the FIFOs, upon which a wrapper that still waits fails, and remove the directory."""
+        for fd in (self._poised, self._verdict, self._abandoned):
+            if fd >= 0:
+                os.close(fd)
+        self._poised = self._verdict = self._abandoned = -1
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, directory: Path) -> None:
+        for name in ("poised", "verdict"):
+            os.mkfifo(directory / name, 0o600)
+        self._poised = os.open(directory / "poised", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._verdict = os.open(directory / "verdict", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def _give(self, verdict: str) -> None:
+        if self._given:
+            raise Bug(f"a second verdict for {self.key}")
+        try:
+            os.write(self._verdict, verdict.encode("ascii") + b"\n")
+        except BrokenPipeError as error:
+            raise self._gone("it ended before the verdict") from error
+        self._given = True
+        poll = select.poll()
+        poll.register(self._poised, 0)
+        if not poll.poll(TAKEN_TIMEOUT * 1000):
+            raise TimedOut(f"podferry-runc does not take its verdict for {self.key}")
+
+    def _gone(self, why: str) -> WrapperGone:
+        return WrapperGone(
+            f"podferry-runc is not there to restore {self.key}", why=why, remedy="see containerd's log on this node"
+        )

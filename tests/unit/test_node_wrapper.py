@@ -1,0 +1,299 @@
+"""podferry-runc and the agent's side of its hand-shake, with a scripted runc that writes down how it was called."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import podferry.node
+from podferry.errors import Bug, Cancelled, TimedOut, UsageError
+from podferry.node.incoming import Incoming, WrapperGone, pod_key
+from podferry.node.process import spawn
+
+pytestmark = pytest.mark.unit
+
+WRAPPER = Path(podferry.node.__file__).with_name("podferry-runc")
+FAKE_RUNC = """#!/bin/sh
+for word; do printf '%s\\n' "$word"; done >"$FAKE_RUNC_CALL"
+ls /proc/self/fd >"$FAKE_RUNC_CALL.fds"
+exit "${FAKE_RUNC_STATUS:-0}"
+"""
+# As containerd's shim calls its runtime.
+GLOBALS = ["--root", "/run/containerd/runc/k8s.io", "--log", "LOG", "--log-format", "json", "--systemd-cgroup"]
+CREATE = ["create", "--bundle", "/bundle", "--pid-file", "/bundle/init.pid"]
+SHELLS = {"dash": ["dash"], "busybox": ["busybox", "sh"]}
+
+
+class Bench:
+    """A run directory, a fake runc, and the wrapper under one shell."""
+
+    def __init__(self, shell: list[str], path: Path) -> None:
+        self.shell = shell
+        self.path = path
+        self.run = path / "run"
+        self.log = path / "log.json"
+        self.call = path / "call"
+        (path / "bin").mkdir()
+        (path / "bin/runc").write_text(FAKE_RUNC)
+        (path / "bin/runc").chmod(0o755)
+        self.children: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[bytes]:
+        path = f"{self.path / 'bin'}:{os.environ['PATH']}"
+        env = {"PATH": path, "PODFERRY_RUN": str(self.run), "FAKE_RUNC_CALL": str(self.call), **env}
+        words = tuple(str(self.log) if word == "LOG" else word for word in words)
+        self.children.append(spawn([*self.shell, WRAPPER, *words], env=env, stderr=subprocess.PIPE))
+        return self.children[-1]
+
+    def end(self, *words: str, **env: str) -> tuple[int, str]:
+        return self.ended(self.start(*words, **env))
+
+    @staticmethod
+    def ended(child: subprocess.Popen[bytes]) -> tuple[int, str]:
+        stderr = child.communicate(timeout=20)[1]
+        return child.returncode, stderr.decode()
+
+    def called(self) -> list[str]:
+        return self.call.read_text().splitlines()
+
+    def logged(self) -> list[dict[str, str]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture(params=SHELLS)
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    shell = SHELLS[request.param]
+    if shutil.which(shell[0]) is None:
+        pytest.skip(f"no {shell[0]} here")
+    bench = Bench(shell, tmp_path)
+    yield bench
+    for child in bench.children:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--version"],
+        ["--root", "create", "list"],
+        ["--root=/r", "state", "job"],
+        [*GLOBALS, *CREATE, "job"],
+        [*GLOBALS, *CREATE, "--console-socket", "/tmp/a b", "job"],
+        [*GLOBALS, "start", "job"],
+        [*GLOBALS, "delete", "--force", "job"],
+        [*GLOBALS, "kill", "--all", "job", "9"],
+        [*GLOBALS, "exec", "--process", "/tmp/p", "--detach", "job"],
+        ["create", "a/../b"],
+        ["create"],
+        [],
+    ],
+)
+@pytest.mark.parametrize("agent", ["never here", "here"])
+def test_what_is_not_ours_reaches_runc_as_it_came(bench: Bench, words: list[str], agent: str) -> None:
+    if agent == "here":
+        Incoming.prepare("another", run=bench.run).close()
+    status, said = bench.end(*words, FAKE_RUNC_STATUS="7")
+    assert (status, said) == (7, "")
+    assert bench.called() == [str(bench.log) if word == "LOG" else word for word in words]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([*GLOBALS, *CREATE, "job"], None),
+        (["--root=/r", "--log=LOG", "create", "--bundle=/bundle", "--pid-file=/pid", "job"], None),
+        (["--root", "create", "create", "-b", "/bundle", "job"], None),
+        (
+            [*GLOBALS, *CREATE, "--no-pivot", "--console-socket", "/run/a socket", "job"],
+            None,
+        ),
+        (
+            ["create", "--no-new-keyring", "--preserve-fds", "2", "--pidfd-socket=/s", "-b", "/b", "job"],
+            ["create", "-b", "/b", "job"],
+        ),
+        (["create", "--pid-file", "create", "job"], None),
+    ],
+)
+def test_create_becomes_restore(bench: Bench, given: list[str], kept: list[str] | None) -> None:
+    with Incoming.prepare("job", flags=["--lazy-pages", "--file-locks"], run=bench.run) as incoming:
+        child = bench.start(*given)
+        incoming.wait_poised(20)
+        assert incoming.alive()
+        assert not bench.call.exists(), "it did not wait"
+        incoming.restore()
+        assert bench.ended(child) == (0, "")
+        restore = ["restore", "--detach", "--lazy-pages", "--file-locks"]
+        restore += ["--image-path", str(incoming.images), "--work-path", str(incoming.work)]
+    words = [str(bench.log) if word == "LOG" else word for word in kept or given]
+    at = max(i for i, word in enumerate(words) if word == "create" and words[i - 1] not in ("--root", "--pid-file"))
+    assert bench.called() == words[:at] + restore + words[at + 1 :]
+    assert set(Path(f"{bench.call}.fds").read_text().split()) <= {"0", "1", "2", "3"}, "our FIFOs leak into runc"
+
+
+def test_start_of_a_restored_container_does_nothing_and_delete_forgets(bench: Bench) -> None:
+    with Incoming.prepare("job", run=bench.run) as incoming:
+        child = bench.start(*GLOBALS, *CREATE, "job")
+        incoming.wait_poised(20)
+        incoming.restore()
+        bench.ended(child)
+    bench.call.unlink()
+    assert bench.end(*GLOBALS, "start", "job") == (0, "")
+    assert not bench.call.exists()
+    assert bench.end(*GLOBALS, "delete", "job") == (0, "")
+    assert bench.called()[-2:] == ["delete", "job"]
+    assert bench.end(*GLOBALS, "start", "job") == (0, "")
+    assert bench.called()[-2:] == ["start", "job"]
+
+
+def test_a_cold_start_after_a_restore_is_started(bench: Bench) -> None:
+    (bench.run / "restored").mkdir(parents=True)
+    (bench.run / "restored/job").touch()
+    assert bench.end(*GLOBALS, *CREATE, "job")[0] == 0
+    bench.end(*GLOBALS, "start", "job")
+    assert bench.called()[-2:] == ["start", "job"]
+
+
+def test_cold_when_told_so(bench: Bench) -> None:
+    words = [*GLOBALS, *CREATE, "--no-new-keyring", "job"]
+    with Incoming.prepare("job", run=bench.run) as incoming:
+        child = bench.start(*words)
+        incoming.wait_poised(20)
+        incoming.cold()
+        assert bench.ended(child) == (0, "")
+    assert bench.called() == [str(bench.log) if word == "LOG" else word for word in words]
+    assert bench.end("start", "job") == (0, "")
+    assert bench.called() == ["start", "job"]
+
+
+def test_a_refusal_reaches_containerd(bench: Bench) -> None:
+    with Incoming.prepare("job", run=bench.run) as incoming:
+        child = bench.start(*GLOBALS, *CREATE, "job")
+        incoming.wait_poised(20)
+        incoming.refuse('the store is "incomplete"\n\\ 5 pages')
+        status, said = bench.ended(child)
+    assert status == 1
+    assert "the store is" in said and "5 pages" in said
+    [entry] = bench.logged()
+    assert entry["level"] == "error" and "5 pages" in entry["msg"] and entry["time"].endswith("Z")
+    assert not bench.call.exists()
+
+
+def test_the_agents_death_while_the_wrapper_waits_ends_it_without_a_start(bench: Bench) -> None:
+    incoming = Incoming.prepare("job", run=bench.run)
+    child = bench.start(*GLOBALS, *CREATE, "job")
+    incoming.wait_poised(20)
+    incoming.close()
+    status, said = bench.ended(child)
+    assert status == 1 and "the agent went away" in said
+    assert bench.logged()[-1]["msg"] == "podferry-runc: the agent went away"
+    assert not bench.call.exists()
+
+
+def test_a_directory_of_a_dead_agent_does_not_hang_the_wrapper(bench: Bench) -> None:
+    incoming = Incoming.prepare("job", run=bench.run)
+    kept = bench.path / "kept"
+    shutil.copytree(incoming.path / "images", kept)
+    os.close(incoming._poised)
+    os.close(incoming._verdict)
+    incoming._poised = incoming._verdict = -1  # as a killed agent leaves it: the directory, and nobody there
+    status, said = bench.end(*GLOBALS, *CREATE, "job")
+    assert status == 1 and "the agent went away" in said
+    with Incoming.adopt("job", run=bench.run) as again:
+        child = bench.start(*GLOBALS, *CREATE, "job")
+        again.wait_poised(20)
+        again.restore()
+        assert bench.ended(child) == (0, "")
+    assert "restore" in bench.called()
+
+
+def test_the_wrappers_death_is_noticed(bench: Bench) -> None:
+    with Incoming.prepare("job", run=bench.run) as incoming:
+        child = bench.start(*GLOBALS, *CREATE, "job")
+        incoming.wait_poised(20)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not incoming.alive()
+        with pytest.raises(WrapperGone):
+            incoming.restore()
+
+
+def test_a_half_made_directory_is_not_taken_for_whole(bench: Bench) -> None:
+    (bench.run / "incoming/job/images").mkdir(parents=True)
+    status, said = bench.end(*GLOBALS, *CREATE, "job")
+    assert status == 1 and "not whole" in said
+    assert not bench.call.exists()
+
+
+def test_a_container_of_kubernetes_is_found_by_its_pod(bench: Bench) -> None:
+    bundle = bench.path / "bundle"
+    bundle.mkdir()
+    uid = "0f8a1c9e-1111-4222-8333-444455556666"
+    spec = {
+        "process": {
+            "env": ['X="io.kubernetes.cri.sandbox-uid":"elsewhere","io.kubernetes.cri.container-name":"other"']
+        },
+        "annotations": {
+            "io.kubernetes.cri.container-name": "train",
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-uid": uid,
+        },
+    }
+    (bundle / "config.json").write_text(json.dumps(spec, separators=(",", ":")))
+    with Incoming.prepare(pod_key(uid, "train"), run=bench.run) as incoming:
+        child = bench.start(*GLOBALS, "create", "--bundle", str(bundle), "c0ffee")
+        incoming.wait_poised(20)
+        incoming.restore()
+        assert bench.ended(child) == (0, "")
+    assert bench.called()[-1] == "c0ffee"
+    assert "restore" in bench.called()
+    assert (bench.run / "restored/c0ffee").exists()
+    del spec["annotations"]["io.kubernetes.cri.container-name"]  # the pod's sandbox
+    (bundle / "config.json").write_text(json.dumps(spec, separators=(",", ":")))
+    with Incoming.prepare(pod_key(uid, "train"), run=bench.run):
+        assert bench.end("create", "--bundle", str(bundle), "pause") == (0, "")
+    assert "create" in bench.called()
+
+
+def test_no_wrapper_comes(tmp_path: Path) -> None:
+    with Incoming.prepare("job", run=tmp_path) as incoming:
+        assert incoming.left(tmp_path) == ("job",)
+        with pytest.raises(TimedOut):
+            incoming.wait_poised(0)
+        incoming.abandon()
+        with pytest.raises(Cancelled):
+            incoming.wait_poised(20)
+    assert Incoming.left(tmp_path) == ()
+
+
+@pytest.mark.parametrize("key", ["", "..", "a/b", ".draft", "-x", "a\n", "x" * 300])
+def test_keys_are_checked(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UsageError):
+        Incoming.prepare(key, run=tmp_path)
+
+
+def test_flags_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        Incoming.prepare("job", flags=["--lazy-pages; reboot"], run=tmp_path)
+
+
+def test_there_is_one_verdict(bench: Bench) -> None:
+    with Incoming.prepare("job", run=bench.run) as incoming:
+        child = bench.start(*CREATE, "job")
+        incoming.wait_poised(20)
+        incoming.refuse("no")
+        with pytest.raises(Bug):
+            incoming.restore()
+        assert bench.ended(child)[0] == 1
+
+
+def test_nothing_to_adopt(tmp_path: Path) -> None:
+    with pytest.raises(WrapperGone):
+        Incoming.adopt("job", run=tmp_path)
