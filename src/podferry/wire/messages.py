@@ -1,0 +1,340 @@
+"""The control messages, as frozen dataclasses, and their form on the wire.
+
+A message travels as `{"type": NAME, FIELD: VALUE, ...}` with every field present and no other. Who may send which when
+is `podferry.wire.session`'s business. Sizes are in bytes, memory in pages of 4096 bytes unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from podferry import __version__
+from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
+from podferry.model import Mode
+from podferry.wire.frames import MAX_ADDRESS
+from podferry.wire.strict import JsonObject, Limit, NotStrict, dump, from_json, parse, to_json
+
+PROTOCOL = 1
+"""The number both ends must share. It changes whenever an older end could misunderstand a newer one."""
+
+Id = Annotated[str, Limit(1, 128)]
+Name = Annotated[str, Limit(1, 253)]
+Space = Annotated[int, Limit(0, 0xFFFFFFFF)]
+Round = Annotated[int, Limit(0, 0xFFFF)]
+Small = Annotated[int, Limit(0, 0xFF)]
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """A `PodferryError` on its way; its parts are those of `PodferryError.to_dict`."""
+
+    code: Annotated[str, Limit(1, 16)]
+    what: str
+    why: Annotated[str, Limit(0, 16384)]
+    remedy: str
+    evidence: Annotated[tuple[str, ...], Limit(0, 64)]
+
+    @classmethod
+    def of(cls, error: PodferryError) -> ErrorReport:
+        """`error`, its texts cut to what may travel."""
+        evidence = tuple(line[:4096] for line in error.evidence)
+        return cls(error.code, error.what[:4096], error.why[:16384], error.remedy[:4096], evidence)
+
+    def error(self) -> PodferryError:
+        """The error that the peer meant."""
+        return PodferryError.from_dict(to_json(self))
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """A file of a flat directory as it must have arrived."""
+
+    directory: Small
+    name: Annotated[str, Limit(1, 255)]
+    size: int
+    digest: Annotated[str, Limit(0, 128)]
+
+
+@dataclass(frozen=True)
+class SpaceSum:
+    """How many pages of an address space the target must hold when all has arrived."""
+
+    space: Space
+    pages: int
+
+
+@dataclass(frozen=True)
+class TreeSum:
+    """What a directory tree must amount to when all has arrived."""
+
+    tree: Small
+    entries: int
+    bytes: int
+    digest: Annotated[str, Limit(0, 128)]
+
+
+@dataclass(frozen=True)
+class Hello:
+    """First of all, both ways: who speaks, and which protocol."""
+
+    protocol: int
+    version: Annotated[str, Limit(1, 64)]
+    node: Name
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """The last thing either end says before it hangs up because of an error."""
+
+    error: ErrorReport
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The source wants to move a container; `container` and `facts` are decoded by whoever uses them."""
+
+    migration: Id
+    name: Name
+    mode: Mode
+    container: JsonObject
+    facts: JsonObject
+    memory_bytes: int
+    upper_bytes: int
+
+
+@dataclass(frozen=True)
+class Accept:
+    """The target can take it; state may flow."""
+
+    migration: Id
+    facts: JsonObject
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The target cannot take it, and why."""
+
+    migration: Id
+    refusals: Annotated[tuple[ErrorReport, ...], Limit(1, 64)]
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """All of a round has been sent: this many pages, in this many bytes of frames. Rounds count from 1."""
+
+    round: Round
+    pages: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RoundAck:
+    """All of a round is in the target's page store."""
+
+    round: Round
+
+
+@dataclass(frozen=True)
+class Poise:
+    """The source is near to convergence: make the target's container and let it wait for state."""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
+class Poised:
+    """The target's container exists and waits."""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
+class StateEnd:
+    """Everything has been sent; this is what the target must hold. In `postcopy`, `spaces` may be empty."""
+
+    migration: Id
+    files: tuple[FileSum, ...]
+    spaces: tuple[SpaceSum, ...]
+    trees: Annotated[tuple[TreeSum, ...], Limit(0, 256)]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything has arrived and was checked; the target can run it and waits for the word."""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
+class Go:
+    """The right to run passes to the target. The point of no return."""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
+class Restoring:
+    """The answer to `Query` while the target is between `Go` and `Running`."""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
+class Running:
+    """The container runs on the target, since this moment of the target's wall clock in nanoseconds."""
+
+    migration: Id
+    resumed_at_ns: int
+
+
+@dataclass(frozen=True)
+class PageWanted:
+    """Post-copy: the container waits for this page. The source answers with Pages, or Drop if it has none."""
+
+    space: Space
+    address: Annotated[int, Limit(0, MAX_ADDRESS - 1)]
+
+
+@dataclass(frozen=True)
+class PagesEnd:
+    """Post-copy: every page has been sent; this is what there was."""
+
+    migration: Id
+    spaces: tuple[SpaceSum, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the target is; for people, never for decisions."""
+
+    phase: Annotated[str, Limit(1, 64)]
+    bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Every page is in the container's memory, so many milliseconds after it resumed; the source is not needed."""
+
+    migration: Id
+    ms: int
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """The container ran on the target and died before it had all its memory."""
+
+    migration: Id
+    error: ErrorReport
+
+
+@dataclass(frozen=True)
+class GaveUp:
+    """The target will never run this container. Only this lets the source run it again after `Go`."""
+
+    migration: Id
+    error: ErrorReport
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The source takes its offer back; only before `Go`. The target answers with `GaveUp`."""
+
+    migration: Id
+    reason: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The source has drawn its conclusions; both may forget the migration."""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
+class Query:
+    """After a connection was lost: what became of this migration?"""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """The answer to `Query`: the target has no record of it, and will never run it."""
+
+    migration: Id
+
+
+# fmt: off
+SOURCE_MESSAGES = (Offer, RoundEnd, Poise, StateEnd, Go, PagesEnd, Abort, Done, Query)
+TARGET_MESSAGES = (Accept, Refuse, RoundAck, Poised, Ready, Restoring, Running, PageWanted, Progress, Filled, Crashed,
+                   GaveUp, Unknown)
+# fmt: on
+Message = (
+    Hello
+    | Trouble
+    | Offer
+    | RoundEnd
+    | Poise
+    | StateEnd
+    | Go
+    | PagesEnd
+    | Abort
+    | Done
+    | Query
+    | Accept
+    | Refuse
+    | RoundAck
+    | Poised
+    | Ready
+    | Restoring
+    | Running
+    | PageWanted
+    | Progress
+    | Filled
+    | Crashed
+    | GaveUp
+    | Unknown
+)  # fmt: skip
+
+MESSAGES: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (Hello, Trouble, *SOURCE_MESSAGES, *TARGET_MESSAGES)
+}
+
+
+def encode(message: Message) -> bytes:
+    """The message as it travels. Raises `Bug` for a message that its own receiver would refuse."""
+    try:
+        fields = to_json(message)
+        from_json(type(message), fields)
+        return dump({"type": type(message).__name__, **fields})
+    except NotStrict as cause:
+        raise Bug.because(f"illegal message {type(message).__name__}", cause) from cause
+
+
+def decode(payload: bytes | bytearray | memoryview) -> Message:
+    """The message in `payload`. Raises `PeerMisbehaved` unless it is exactly one message, `Refused` for a
+    `Hello` of another protocol."""
+    try:
+        fields = parse(payload)
+        name = fields.pop("type", None)
+        kind = MESSAGES.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise NotStrict(f"unknown type {str(name)[:100]!r}")
+        if kind is Hello:
+            _check_protocol(fields)
+        return from_json(kind, fields)
+    except NotStrict as cause:
+        raise PeerMisbehaved("illegal message", why=str(cause)) from cause
+
+
+def _check_protocol(hello: JsonObject) -> None:
+    """Refuse another protocol before its `Hello`, which may have fields that we do not know, is looked at closely."""
+    theirs = hello.get("protocol")
+    if type(theirs) is int and theirs != PROTOCOL:
+        version = str(hello.get("version"))[:64]
+        raise Refused(
+            f"the peer runs podferry {version!r} with protocol {theirs}, this node {__version__!r} with {PROTOCOL}",
+            remedy="run the same version of podferry on both nodes",
+        )
