@@ -1,0 +1,164 @@
+"""Containers of a lab that podferry can move: started by ctr on one node, found wherever they have gone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from podferry.errors import UsageError
+from podferry.lab.images import JOB_IMAGE
+from podferry.lab.lab import Lab
+
+RUNTIME = "/usr/local/sbin/podferry-runc"
+LOGS = Path("/var/log/podferry/containers")
+NAMESPACE = "default"
+FOLLOW_SECONDS = 0.5
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
+_CTR = ["ctr", "-n", NAMESPACE]
+
+
+def start(
+    lab: Lab,
+    node: str,
+    name: str,
+    argv: Sequence[str],
+    *,
+    image: str = JOB_IMAGE,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Start a container on a node, in the background; an empty `argv` runs the image's own command.
+
+    `image` is a reference that the node has, or the path of an OCI archive on this machine. Its output goes to
+    `LOGS`/NAME.log on the node. Raises `UsageError` for a name that is taken anywhere in the lab.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:80]!r} cannot be a container's name", remedy="use letters, digits, dots, dashes and underscores"
+        )
+    lab.node(node)
+    if taken := find(lab, name):
+        raise UsageError(f"there is a container {name} on {taken}", remedy=f"podferry lab stop {name}, or another name")
+    reference = load(lab, Path(image)) if Path(image).is_file() else image
+    settings = [f"--env={key}={value}" for key, value in (env or {}).items()]
+    log = f"--log-uri=file://{LOGS / name}.log"
+    lab.exec(node, ["rm", "-f", f"{LOGS / name}.log"])
+    lab.exec(
+        node,
+        [*_CTR, "run", "--detach", "--runc-binary", RUNTIME, log, *settings, reference, name, *argv],
+    )
+
+
+def stop(lab: Lab, name: str) -> None:
+    """Kill a container and remove it, wherever it is; its log stays. Raises `UsageError` where there is none."""
+    nodes = holders(lab, name)
+    if not nodes:
+        raise UsageError(f"lab {lab.name} has no container {name}")
+    for node in nodes:
+        lab.exec(node, [*_CTR, "task", "delete", "--force", name], check=False)
+        lab.exec(node, [*_CTR, "container", "delete", name])
+
+
+def find(lab: Lab, name: str) -> str | None:
+    """The node that a container is on; where two have it (it is on its way), the one where it runs."""
+    nodes = holders(lab, name)
+    running = [node for node in nodes if _status(lab, node, name) == "RUNNING"]
+    return next(iter(running or nodes), None)
+
+
+def holders(lab: Lab, name: str) -> list[str]:
+    """The nodes whose containerd knows a container of this name."""
+    alive = [node.name for node in lab.status().nodes if node.alive]
+    listing = [*_CTR, "containers", "list", "-q", f"id=={name}"]
+    return [node for node in alive if lab.exec(node, listing).stdout.split()]
+
+
+def load(lab: Lab, archive: Path) -> str:
+    """Import an OCI archive of this machine into every running node; returns the reference of its image."""
+    reference = _reference(archive)
+    for node in lab.status().nodes:
+        if not node.alive:
+            continue
+        inside = f"/var/lib/podferry/{archive.name}"
+        copy = lab.root(node.name) / inside.lstrip("/")
+        try:
+            shutil.copyfile(archive, copy)
+            lab.exec(node.name, [*_CTR, "images", "import", inside])
+        finally:
+            copy.unlink(missing_ok=True)
+    return reference
+
+
+def output(lab: Lab, name: str, *, follow: bool = False) -> Iterator[bytes]:
+    """A container's output from its first line, wherever it has gone since; with `follow` until it ends.
+
+    A move takes the log along, so that a byte keeps its place in it. Raises `UsageError` where there is no log.
+    """
+    offset = 0
+    node = _log_holder(lab, name)
+    while True:
+        ended = not follow or not _lives(lab, name)  # asked first: what it wrote before it ended is read below
+        while chunk := _read(lab, node, name, offset):
+            offset += len(chunk)
+            yield chunk
+        if ended:
+            return
+        time.sleep(FOLLOW_SECONDS)
+        node = _log_holder(lab, name)
+
+
+def _log_holder(lab: Lab, name: str) -> str:
+    """The node to read a container's log from: where it is, or where its log was last written."""
+    if node := find(lab, name):
+        return node
+    times = {
+        node.name: log.stat().st_mtime
+        for node in lab.status().nodes
+        if node.alive and (log := _log(lab, node.name, name)).is_file()
+    }
+    if not times:
+        raise UsageError(f"lab {lab.name} has no container {name} and no log of one")
+    return max(times, key=lambda node: times[node])
+
+
+def _read(lab: Lab, node: str, name: str, offset: int) -> bytes:
+    try:
+        with _log(lab, node, name).open("rb") as file:
+            file.seek(offset)
+            return file.read(1 << 20)
+    except FileNotFoundError:
+        return b""  # it has not been moved here yet
+
+
+def _log(lab: Lab, node: str, name: str) -> Path:
+    return lab.root(node) / f"{LOGS / name}.log".lstrip("/")
+
+
+def _lives(lab: Lab, name: str) -> bool:
+    return any(_status(lab, node, name) not in ("", "STOPPED") for node in holders(lab, name))
+
+
+def _status(lab: Lab, node: str, name: str) -> str:
+    """containerd's word for the state of the container's task, or nothing where it has none."""
+    for line in lab.exec(node, [*_CTR, "tasks", "list"]).stdout.splitlines()[1:]:
+        task, _, status = line.split()
+        if task == name:
+            return status
+    return ""
+
+
+def _reference(archive: Path) -> str:
+    try:
+        with tarfile.open(archive) as tar:
+            file = tar.extractfile("index.json")
+            named = json.load(file)["manifests"][0]["annotations"] if file else {}
+            return str(named["io.containerd.image.name"])
+    except (OSError, KeyError, IndexError, ValueError, tarfile.TarError) as cause:
+        raise UsageError.because(
+            f"{archive} is not an OCI archive with a named image", cause, remedy="make one with `docker save` or skopeo"
+        ) from cause
