@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from itertools import takewhile
 from pathlib import Path
@@ -12,7 +13,9 @@ import typer
 from podferry import __version__
 from podferry.cli import chart, tables
 from podferry.cli.agents import Fleet, Where
+from podferry.cli.demo import demo
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
+from podferry.cli.lab import app as lab_commands
 from podferry.cli.migrate import Follower, Left
 from podferry.cli.record import Record
 from podferry.cli.terminal import as_bug, debugging, print_error, print_json, stderr, stdout, words
@@ -49,6 +52,8 @@ Agent = Annotated[
 def podferry(context: typer.Context, lab: Lab = None, agent: Agent = None) -> None:
     """Move running jobs between nodes, with their memory and files, stopped for a fraction of a second."""
     context.obj = Where(lab, agent)
+    if lab and context.invoked_subcommand == "lab":
+        os.environ["PODFERRY_LAB"] = lab  # where the lab's own commands look for their default
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -255,22 +260,14 @@ def _show(record: Record, json: bool) -> None:
         stdout().print(chart.summary(record))
 
 
-def _mount() -> None:
-    import contextlib
-
-    with contextlib.suppress(ModuleNotFoundError):
-        from podferry.cli.demo import demo
-        from podferry.cli.lab import app as lab_app
-
-        lab_app.command("demo")(demo)
-        app.add_typer(lab_app, name="lab")
+lab_commands.command("demo")(demo)
+app.add_typer(lab_commands, name="lab")
 
 
 def run(argv: list[str]) -> int:
     """Run one command to its end and return its exit code; every error has been printed by then."""
     json = "--json" in takewhile(lambda word: word != "--", argv)
     try:
-        _mount()
         return int(typer.main.get_command(app).main(argv, prog_name="podferry", standalone_mode=False) or 0)
     except typer.TyperException as misuse:
         error: PodferryError = _misuse(misuse)

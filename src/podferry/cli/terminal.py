@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
@@ -36,6 +38,17 @@ def plain(text: object) -> str:
 def words(text: object, style: str = "") -> Text:
     """`text` for a console, sanitised and never taken for markup."""
     return Text(plain(text), style=style)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """Where long work tells its steps: one line that changes in a terminal, else a line for each."""
+    console = stderr()
+    if not console.is_terminal:
+        yield lambda step: console.print(words(f"  {step}"))
+        return
+    with console.status("") as spinner:
+        yield lambda step: spinner.update(words(step))
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

@@ -1,0 +1,211 @@
+"""`podferry lab demo`: a computing job moves between two nodes while it runs, and its result proves that nothing was lost."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from podferry.cli import chart, job, units
+from podferry.cli.client import AgentClient
+from podferry.cli.migrate import Follower
+from podferry.cli.record import Record
+from podferry.cli.terminal import stderr, stdout, steps, words
+from podferry.cli.views import View, choose
+from podferry.errors import Failed, PodferryError, UsageError
+from podferry.lab import Lab, containers
+from podferry.lab.state import require_root
+from podferry.model import Mode, Outcome
+
+LAB = "demo"
+SOURCE, TARGET = "node-a", "node-b"
+MOVED, TWIN = "moved", "unmoved"
+MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 1400, 3000, 50
+MOVE_AT = 300
+BUNDLES = Path("run/containerd/io.containerd.runtime.v2.task") / containers.NAMESPACE
+
+
+def demo(
+    *,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the move's story as a page, as `podferry explain` does.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the lab and the containers as they are at the end.")
+    ] = False,
+) -> None:
+    """Move a computing job between two nodes, and prove that its result is the one of a job that never moved.
+
+    Brings up a lab of its own, `demo`, and takes it down again. The first time builds the lab's images: a few minutes.
+
+    Example: [bold]podferry lab demo --html demo.html[/]
+    """
+    require_root()
+    lab, began = Lab(LAB), time.monotonic()
+    _say(
+        "1. A lab of two nodes on this machine: namespaces, containerd, runc, CRIU, a network file system, a 1 gbit link."
+    )
+    try:
+        with steps() as progress:
+            lab.up(2, progress=progress)
+        record = _act(lab)
+        if html is not None:
+            _write_page(record, html)
+    finally:
+        if not keep:
+            _say("\nThe lab goes; nothing is left behind but a cache of its images.")
+            with steps() as progress:
+                lab.down(progress)
+    stderr().print(words(f"The demo took {units.duration((time.monotonic() - began) * 1000)}.", "dim"))
+
+
+def _act(lab: Lab) -> Record:
+    _say(
+        f"2. A job on {SOURCE} that rewrites {MEBIBYTES} MiB of memory all the time; each value depends on the ones before. "
+        f"The same job on {TARGET}, to compare with: it stays where it is."
+    )
+    source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
+    argv = ["python3", "-c", source, *map(str, (MEBIBYTES, STEPS, CANDIDATES, EVERY))]
+    for name, node in ((MOVED, SOURCE), (TWIN, TARGET)):
+        if containers.find(lab, name):
+            containers.stop(lab, name)
+        containers.start(lab, node, name, argv)
+    output = Output(lab, MOVED)
+    with output.shown(_print_line):
+        output.wait_for(f"step {MOVE_AT} ")
+    _say(f"3. It moves to {TARGET} while it computes.")
+    record = _move(lab, output)
+    stdout().print(chart.summary(record))
+    if record.outcome is not Outcome.COMPLETED:
+        raise record.error or Failed("the job did not move", why=record.reason)
+    _say(f"4. It goes on on {TARGET}, where it was.")
+    with output.shown(_print_line):
+        output.wait_for(job.FINAL)
+    _say("5. Both jobs are done. Is the result the same?")
+    twin = Output(lab, TWIN)
+    twin.wait_for(job.FINAL)
+    compare(_facts(lab, TARGET, MOVED, output), _facts(lab, TARGET, TWIN, twin))
+    return record
+
+
+def _move(lab: Lab, output: Output) -> Record:
+    view: View = choose(json=False)
+    with output.shown(lambda line: view.note(f"job: {line}")):
+        return Follower(AgentClient(lab.agent_socket(SOURCE)), view).run(
+            name=MOVED,
+            to=TARGET,
+            mode=Mode.LIVE.value,
+            timeout_s=None,
+            max_downtime_ms=None,
+            bandwidth=None,
+            allow_postcopy=False,
+        )
+
+
+class Output:
+    """A container's output, read by a thread of its own across all moves; lines are complete ones."""
+
+    def __init__(self, lab: Lab, name: str) -> None:
+        self.lines: list[str] = []
+        self._name = name
+        self._news = threading.Condition()
+        self._show: Callable[[str], None] | None = None
+        self._ended: PodferryError | None = None
+        threading.Thread(target=self._read, args=(lab,), daemon=True).start()
+
+    @contextmanager
+    def shown(self, show: Callable[[str], None]) -> Iterator[None]:
+        """Pass each new line to `show` meanwhile."""
+        self._show = show
+        try:
+            yield
+        finally:
+            self._show = None
+
+    def wait_for(self, start: str) -> None:
+        """Until a line begins with `start`. Raises what ended the output before."""
+        with self._news:
+            self._news.wait_for(lambda: self._ended or any(line.startswith(start) for line in self.lines))
+            if not any(line.startswith(start) for line in self.lines):
+                assert self._ended is not None
+                raise self._ended
+
+    def _read(self, lab: Lab) -> None:
+        ended: PodferryError = Failed(f"the container {self._name} ended before its work was done")
+        try:
+            rest = ""
+            for chunk in containers.output(lab, self._name, follow=True):
+                *lines, rest = (rest + chunk.decode(errors="replace")).split("\n")
+                for line in lines:
+                    self._take(line)
+            ended.evidence = self.lines[-3:]
+        except PodferryError as error:
+            ended = error
+        with self._news:
+            self._ended = ended
+            self._news.notify_all()
+
+    def _take(self, line: str) -> None:
+        with self._news:
+            self.lines.append(line)
+            self._news.notify_all()
+        if (show := self._show) is not None:
+            show(line)
+
+
+def _facts(lab: Lab, node: str, name: str, output: Output) -> dict[str, str]:
+    """What the job left: its last line, all its lines, and the file that it appended to."""
+    if (there := containers.find(lab, name)) != node:
+        raise Failed(f"the container {name} is on {there or 'no node'}", why=f"it should be on {node}")
+    path = lab.root(node) / BUNDLES / name / "rootfs" / str(job.LEDGER).lstrip("/")
+    try:
+        ledger = path.read_bytes()
+    except OSError as gone:
+        raise Failed.because(f"cannot read what the container {name} wrote to {job.LEDGER}", gone) from gone
+    text = "\n".join(output.lines).encode()
+    return {
+        "final checksum": output.lines[-1].split()[-1],
+        f"{len(output.lines)} lines of output": hashlib.sha256(text).hexdigest(),
+        f"{ledger.count(10)} lines in {job.LEDGER}": hashlib.sha256(ledger).hexdigest(),
+    }
+
+
+def compare(moved: dict[str, str], unmoved: dict[str, str]) -> None:
+    """Print both jobs' facts side by side. Raises `Failed` where one differs."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("", f"moved from {SOURCE} to {TARGET}", f"never moved from {TARGET}", ""):
+        table.add_column(title)
+    for fact, value in moved.items():
+        other = unmoved.get(fact, "missing")
+        verdict = words("✓ equal", "green") if value == other else words("✗ different", "bold red")
+        table.add_row(words(fact), words(value[:32]), words(other[:32]), verdict)
+    stdout().print(table)
+    if moved != unmoved:
+        raise Failed("the job that moved did not compute what the one that stayed did", why="see the table")
+    stdout().print(words("The job that moved computed exactly what the job that stayed did.", "bold green"))
+
+
+def _write_page(record: Record, path: Path) -> None:
+    from podferry.cli.page import page
+
+    try:
+        path.write_text(page(record), encoding="utf-8")
+    except OSError as unwritable:
+        raise UsageError(f"cannot write {path}", why=unwritable.strerror or str(unwritable)) from unwritable
+    _say(f"The move as a page: {path}")
+
+
+def _say(text: str) -> None:
+    stderr().print(words(text, "bold"))
+
+
+def _print_line(line: str) -> None:
+    stderr().print(words(f"  job: {line}", "dim"))
