@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from podferry.lab.lab import Lab, LabStatus, Node, list_labs
+from podferry.lab.state import inside
 
-__all__ = ["Lab", "LabStatus", "Node", "list_labs"]
+__all__ = ["Lab", "LabStatus", "Node", "inside", "list_labs"]

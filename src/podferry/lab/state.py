@@ -21,6 +21,9 @@ STATE = Path(os.environ.get("PODFERRY_STATE", "/var/lib/podferry"))
 CACHE = STATE / "cache"
 LABS = STATE / "labs"
 
+INSIDE = "PODFERRY_IN_NODE"
+"""Set in the environment of tests that run inside a node."""
+
 STORAGE = "storage"
 SWITCH = "switch"
 MOST_NODES = len(string.ascii_lowercase)
@@ -58,6 +61,11 @@ def addresses(lab: str, nodes: list[str]) -> dict[str, str]:
     """The address of every machine of a lab, the storage node's among them."""
     net = subnet(lab)
     return {STORAGE: f"{net}.2", **{node: f"{net}.{11 + number}" for number, node in enumerate(nodes)}}
+
+
+def inside() -> bool:
+    """Whether this process runs inside a lab's node."""
+    return bool(os.environ.get(INSIDE))
 
 
 def require_root() -> None:

@@ -1,0 +1,214 @@
+"""Labs for tests: one for the session, tests that run inside its node, and what this machine can do.
+
+A module marked `node` is an ordinary pytest module. Collected on the host it runs inside a node of the session's lab, with
+the node's own Python, and its reports come back one by one, as pytest-xdist brings those of its workers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from podferry.errors import PodferryError
+from podferry.lab import Lab, cgroups, images, inside, list_labs, site
+from podferry.lab.state import CACHE, INSIDE
+
+CHECKOUT = Path(__file__).parents[1]
+IN_NODE = "/opt/podferry/checkout"
+DEVELOPMENT = "/opt/podferry/dev"
+REPORTS = "PODFERRY_NODE_REPORTS"
+ROOT = os.geteuid() == 0
+TESTS_NODE = "node-a"
+NODE_SECONDS = 1800.0
+
+LAB = pytest.StashKey["SessionLab"]()
+OUTCOMES = pytest.StashKey[dict[str, list[pytest.TestReport]]]()
+
+
+class SessionLab:
+    """The session's lab: brought up for the first test that needs it, with two nodes and links of 1 Gbit/s."""
+
+    def __init__(self) -> None:
+        self._lab: Lab | None = None
+
+    def get(self) -> Lab:
+        """The lab, up."""
+        if self._lab is None:
+            lab = Lab(f"test-{os.getpid()}")
+            packages = site.development(images.node_root(print), print)
+            self._lab = lab
+            agent = importlib.util.find_spec("podferry.agent.__main__") is not None
+            lab.up(2, "1gbit", agent=agent, binds={IN_NODE: CHECKOUT, DEVELOPMENT: packages}, progress=print)
+        return self._lab
+
+    def down(self) -> None:
+        """Take it down, if it was ever needed."""
+        if self._lab is not None:
+            self._lab.down()
+
+
+@pytest.fixture(scope="session")
+def lab(request: pytest.FixtureRequest) -> Lab:
+    """The session's lab."""
+    return request.config.stash[LAB].get()
+
+
+@pytest.fixture
+def node(lab: Lab) -> str:
+    """The name of a node of the session's lab."""
+    return TESTS_NODE
+
+
+@pytest.fixture
+def own_lab() -> Iterator[Lab]:
+    """A lab of the test's own, not up yet, taken down afterwards whatever happens."""
+    lab = Lab(f"test-{os.getpid()}-own")
+    yield lab
+    lab.down()
+
+
+# -- the session --------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LAB] = SessionLab()
+    config.stash[OUTCOMES] = {}
+    if path := os.environ.get(REPORTS):
+        config.pluginmanager.register(Reporter(config, Path(path)))
+
+
+def pytest_sessionstart() -> None:
+    sweep()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[LAB].down()
+    sweep()
+
+
+def sweep() -> None:
+    """Take down the labs of test runs that were aborted."""
+    if not ROOT or inside():
+        return
+    for name in list_labs():
+        if (match := re.fullmatch(r"test-(\d+)(-.*)?", name)) and not Path("/proc", match[1]).exists():
+            Lab(name).down(print)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ROOT:
+        return
+    skip = pytest.mark.skip(reason="needs root: a lab is made of namespaces, mounts and cgroups")
+    for item in items:
+        if any(item.get_closest_marker(tier) for tier in ("node", "lab")):
+            item.add_marker(skip)
+
+
+# -- tests inside a node ------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if inside() or not ROOT or not item.get_closest_marker("node"):
+        return None
+    outcomes = item.config.stash[OUTCOMES]
+    if item.nodeid not in outcomes:
+        outcomes.update(run_in_node(item))
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in outcomes[item.nodeid]:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def run_in_node(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
+    """Run the node tests of the item's module, as far as they were selected, and return the reports of each."""
+    module = [one for one in item.session.items if one.path == item.path and one.get_closest_marker("node")]
+    outcomes: dict[str, list[pytest.TestReport]] = {one.nodeid: [] for one in module}
+    file = f"/tmp/reports-{item.path.stem}.jsonl"
+    environment = {
+        INSIDE: "1",
+        REPORTS: file,
+        "PYTHONPATH": f"/opt/podferry/src:/opt/podferry/site:{DEVELOPMENT}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+    }
+    argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *outcomes]
+    try:
+        lab = item.config.stash[LAB].get()
+        (lab.root(TESTS_NODE) / file.lstrip("/")).unlink(missing_ok=True)
+        done = lab.exec(TESTS_NODE, argv, check=False, env=environment, cwd=IN_NODE, timeout=NODE_SECONDS)
+        said = f"{done.stdout}\n{done.stderr}"
+        lines = (lab.root(TESTS_NODE) / file.lstrip("/")).read_text().splitlines()
+    except (PodferryError, OSError) as error:
+        said, lines = error.report() if isinstance(error, PodferryError) else str(error), []
+    for line in lines:
+        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=json.loads(line))
+        outcomes.setdefault(report.nodeid, []).append(report)
+    for one in module:
+        if not any(report.when == "teardown" for report in outcomes[one.nodeid]):
+            outcomes[one.nodeid].append(unfinished(one, said))
+    return outcomes
+
+
+def unfinished(item: pytest.Item, said: str) -> pytest.TestReport:
+    """The report of a test that began in a node and never came back, or never began."""
+    why = f"the test did not end inside {TESTS_NODE}; what was said there:\n{said}"
+    return pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "call")
+
+
+class Reporter:
+    """Inside the node: writes every report to a file, a line each."""
+
+    def __init__(self, config: pytest.Config, path: Path) -> None:
+        self._config = config
+        self._path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        with self._path.open("a") as file:
+            file.write(json.dumps(data) + "\n")
+
+
+# -- what this machine can do -------------------------------------------------------------------------------------
+
+
+def pytest_report_header() -> list[str]:
+    filesystems = Path("/proc/filesystems").read_text().split()
+    facts = {
+        "root": ROOT,
+        "userfaultfd": Path("/proc/sys/vm/unprivileged_userfaultfd").exists(),
+        "soft-dirty": has_soft_dirty(),
+        "overlay": "overlay" in filesystems,
+        "fuse": "fuse" in filesystems and Path("/dev/fuse").exists(),
+    }
+    can = ", ".join(f"{'' if there else 'no '}{name}" for name, there in facts.items())
+    mode = cgroups.native_mode(cgroups.hierarchies())
+    return [f"machine: kernel {os.uname().release}, cgroup {mode}, {can}; node image: {criu_of_image()}"]
+
+
+def has_soft_dirty() -> bool:
+    """Whether the kernel keeps the soft-dirty bit (pagemap bit 55, Documentation/admin-guide/mm/soft-dirty.rst)."""
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    page[0] = 1
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    with Path("/proc/self/pagemap").open("rb") as pagemap:
+        pagemap.seek(address // mmap.PAGESIZE * 8)
+        entry = int.from_bytes(pagemap.read(8), "little")
+    return bool(entry >> 55 & 1)
+
+
+def criu_of_image() -> str:
+    """The version of CRIU that nodes have, as far as their image is built."""
+    for status in CACHE.glob("node-*/var/lib/dpkg/status"):
+        if match := re.search(r"^Package: criu$.*?^Version: (\S+)$", status.read_text(), re.MULTILINE | re.DOTALL):
+            return f"CRIU {match[1]}"
+    return "not built yet"
