@@ -38,6 +38,7 @@ READY_TIMEOUT = 120.0  # seconds
 END_TIMEOUT = 10.0  # seconds
 # As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
 NO_COMMAND = b"\xff" * 32
+CRIU_CONF = Path(__file__).with_name("criu.conf")
 FLAGS = frozenset({"--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
 
 
@@ -133,7 +134,9 @@ class Hold:
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
         argv += [*flags, "--image-path", images, "--work-path", work, id]
         try:
-            hold._child = in_new_network(lambda: spawn(argv, pass_fds=[theirs]))
+            hold._child = in_new_network(
+                lambda: spawn(argv, env={"CRIU_CONFIG_FILE": str(CRIU_CONF)}, pass_fds=[theirs])
+            )
         except BaseException:
             os.close(status)
             raise
@@ -250,12 +253,11 @@ class Hold:
             self._child.wait()
 
     def _failed(self) -> CheckpointFailed:
-        how = ""
+        said = [line for line in last_lines(self.work / "runc.log") if "container paused" not in line]
         if self._child is not None:
             self._child.wait()
-            how = ending(self._child.returncode)
-        said = last_lines(self.work / "runc.log")
-        return explained(CheckpointFailed, f"cannot dump {self.id}", self.work / "dump.log", said=[*said, how])
+            said.append(f"runc: {ending(self._child.returncode)}")
+        return explained(CheckpointFailed, f"cannot dump {self.id}", self.work / "dump.log", said=said)
 
     def _late(self, timeout: float) -> TimedOut:
         return explained(TimedOut, f"no dump of {self.id} after {timeout:g} s", self.work / "dump.log")

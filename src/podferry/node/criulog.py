@@ -143,5 +143,5 @@ def explained(kind: type[E], what: str, log: Path, *, said: list[str] | None = N
             if found := cause.pattern.search(line):
                 groups = ["", *(group or "" for group in found.groups())]
                 return kind(what, why=cause.why.format(*groups), remedy=cause.remedy, evidence=evidence)
-    why = next((line for line in evidence if "Error (" in line), evidence[-1] if evidence else "it left no log")
+    why = next((line for line in evidence if "Error (" in line), (said or evidence or ["it left no log"])[0])
     return kind(what, why=why, remedy=f"see {log}", evidence=evidence)
