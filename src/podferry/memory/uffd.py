@@ -182,6 +182,14 @@ def zeropage(fd: int, start: int, length: int) -> Outcome:
     return _fill(fd, _ZEROPAGE, bytearray(struct.pack("=QQQq", start, length, 0, 0)))
 
 
+def changing(fd: int) -> bool:
+    """Whether a change of the address space is under way: its event is unread, or its thread has not gone on yet.
+
+    It asks for nothing to be done, which the kernel refuses with EINVAL, unless it refuses with EAGAIN before.
+    """
+    return zeropage(fd, 0, 0).error == errno.EAGAIN
+
+
 def writeprotect(fd: int, start: int, length: int, *, protect: bool) -> None:
     """Protect a range registered with `Mode.WP`, or let it be written and wake the writers."""
     fcntl.ioctl(fd, _WRITEPROTECT, bytearray(struct.pack("=QQQ", start, length, int(protect))))

@@ -1,0 +1,136 @@
+"""What the target reads of CRIU's images: which pages it will ask for, and which processes there are.
+
+The format is CRIU's (`criu/image.c`, `criu/protobuf.c`, `criu/include/{magic,pagemap}.h`): two magic numbers, then
+protobuf messages, each behind its size. The images come from a peer: whatever does not hold together is refused with
+`PeerMisbehaved`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from podferry.errors import PeerMisbehaved
+from podferry.memory.ranges import Runs
+from podferry.memory.store import ADDRESS_LIMIT, PageStore
+from podferry.memory.store_runs import RunMap
+from podferry.memory.uffd import PAGE
+from podferry.protos import pagemap_pb2
+
+Entry = TypeVar("Entry", bound=Message)
+
+PE_PARENT, PE_LAZY, PE_PRESENT = 1, 2, 4
+
+_COMMON_MAGIC = 0x54564319
+_PAGEMAP_MAGIC = 0x56084025
+_PSTREE_MAGIC = 0x50273030
+_MM_MAGIC = 0x57492820
+_LARGEST_IMAGE = 1 << 30
+_MOST_TASKS = 1 << 22
+
+_MAP_KIND, _MAP_LAZY = 0x42022, 0x22  # of MAP_HUGETLB, MAP_LOCKED, MAP_ANONYMOUS, MAP_PRIVATE only the latter two
+_SPECIAL = 1 << 2 | 1 << 3 | 1 << 12 | 1 << 16  # VMA_AREA_VSYSCALL, _VDSO, _VVAR, _GUARD of criu/include/image.h
+_NOT_INHERITED = 1 << 10 | 1 << 18  # MADV_DONTFORK, MADV_WIPEONFORK
+
+
+def tasks(images: Path) -> dict[int, int]:
+    """The processes in the images: pid (inside the container) to the parent's pid, 0 for the first. Zombies too."""
+    found: dict[int, int] = {}
+    for message in _messages(images / "pstree.img", _PSTREE_MAGIC):
+        entry = _parse(pagemap_pb2.PstreeEntry(), message)
+        if not 0 < entry.pid < _MOST_TASKS or entry.pid in found:
+            raise PeerMisbehaved(f"{images / 'pstree.img'} lists the process {entry.pid} wrongly")
+        found[entry.pid] = entry.ppid
+    return found
+
+
+def lazy_runs(images: Path) -> dict[int, Runs]:
+    """For each process with a page map, the pages that CRIU leaves to the lazy-pages daemon. Zombies have none."""
+    return {pid: lazy_pages(images, pid) for pid in tasks(images) if (images / f"pagemap-{pid}.img").exists()}
+
+
+def lazy_pages(images: Path, pid: int) -> Runs:
+    """The pages of one process that CRIU leaves to the lazy-pages daemon."""
+    path = images / f"pagemap-{pid}.img"
+    messages = _messages(path, _PAGEMAP_MAGIC)
+    _parse(pagemap_pb2.PagemapHead(), next(messages, b""))
+    starts, ends, last = array("Q"), array("Q"), 0
+    for message in messages:
+        entry = _parse(pagemap_pb2.PagemapEntry(), message)
+        start = entry.vaddr
+        end = start + PAGE * (entry.nr_pages if entry.HasField("nr_pages") else entry.compat_nr_pages)
+        if start % PAGE or not last <= start < end <= ADDRESS_LIMIT:
+            raise PeerMisbehaved(f"{path} maps {start:#x}-{end:#x}", why="empty, out of order or no address")
+        if entry.flags & PE_LAZY:
+            starts.append(start)
+            ends.append(end)
+        last = end
+    return Runs.disjoint(starts, ends)
+
+
+def anonymous_areas(images: Path, pid: int) -> RunMap:
+    """The areas of a process that may hold lazy pages; value 1 where a forked child does not inherit the contents.
+
+    Which these are is CRIU's `vma_entry_can_be_lazy` (criu/include/vma.h).
+    """
+    path = images / f"mm-{pid}.img"
+    areas = RunMap()
+    mm = _parse(pagemap_pb2.MmEntry(), next(_messages(path, _MM_MAGIC), b""))
+    for vma in mm.vmas:
+        if vma.start >= ADDRESS_LIMIT:  # the vsyscall page
+            continue
+        if vma.start % PAGE or vma.end % PAGE or not vma.start < vma.end <= ADDRESS_LIMIT:
+            raise PeerMisbehaved(
+                f"{path} has the area {vma.start:#x}-{vma.end:#x}", why="empty, out of order or no address"
+            )
+        if vma.flags & _MAP_KIND == _MAP_LAZY and not vma.status & _SPECIAL:
+            areas.set(vma.start, vma.end, 1 if vma.madv & _NOT_INHERITED else 0)
+    return areas
+
+
+def missing(store: PageStore, images: Path) -> dict[int, Runs]:
+    """Lazy pages that the target could not feed: neither in the store nor known to be zero. Empty: ready to restore."""
+    unknown = {pid: lazy - store.present(pid) for pid, lazy in lazy_runs(images).items() if not store.is_complete(pid)}
+    return {pid: runs for pid, runs in unknown.items() if runs}
+
+
+def _messages(path: Path, magic: int) -> Iterator[bytes]:
+    """The protobuf messages of an image. Memory stays at one image's size, which is bounded."""
+    data = _read(path)
+    if len(data) < 8 or struct.unpack_from("<II", data) != (_COMMON_MAGIC, magic):
+        raise PeerMisbehaved(f"{path} is not the image it is named for")
+    at = 8
+    while at < len(data):
+        body = at + 4
+        end = body + struct.unpack_from("<I", data, at)[0] if body <= len(data) else body
+        if end > len(data):
+            raise PeerMisbehaved(f"{path} is cut short")
+        yield data[body:end]
+        at = end
+
+
+def _read(path: Path) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise PeerMisbehaved.because(f"the image {path} cannot be read", error) from error
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_IMAGE:
+            raise PeerMisbehaved(f"{path} is not an image", why="no plain file, or larger than any image")
+        return file.read()
+
+
+def _parse(entry: Entry, message: bytes) -> Entry:
+    try:
+        entry.ParseFromString(message)
+    except DecodeError as error:
+        raise PeerMisbehaved.because("an image holds a message that is none", error) from error
+    return entry

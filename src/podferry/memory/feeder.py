@@ -1,0 +1,87 @@
+"""The page feeder: a process that is CRIU's lazy-pages daemon and feeds restored tasks from the local page store.
+
+    python3 -m podferry.memory.feeder --work DIR --images DIR --store DIR --status FILE [--source SOCKET]
+
+It is started before the freeze, so that nothing of its start is downtime; it prints `ready` when CRIU may connect to
+`lazy-pages.socket` in the work directory. It is a process of its own because the memory of the job hangs on its descriptors: the
+kernel hands out zero pages for what is missing once they are closed, silently. So it survives the agent, does not end on
+a signal while a task is owed pages, and after a failure it stays, holding the descriptors (whoever touches a missing page
+waits), until SIGTERM says that the tasks are dead. Exit status: 0 all pages are in place, 1 failed (the status says why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from podferry.errors import Bug, PodferryError
+from podferry.memory.feeder_criu import CriuSocket
+from podferry.memory.feeder_pump import Pump
+from podferry.memory.feeder_source import AgentSource, NoSource
+from podferry.memory.feeder_status import State, Status, StatusFile
+from podferry.memory.store import PageStore
+
+_LAST_TO_KILL = "-999"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the feeder; returns its exit status."""
+    options = _parse(arguments)
+    _harden()
+    report = StatusFile(options.status, Status(pid=os.getpid()))
+    source = AgentSource(options.source) if options.source else NoSource()
+    pump = Pump(CriuSocket(options.work), options.images, lambda: PageStore.open(options.store), source, report)
+
+    def told(number: int, frame: FrameType | None) -> None:
+        if report.status.state is State.FAILED or not pump.holds_memory:
+            raise SystemExit(1)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, told)
+    report.enter(State.LISTENING)
+    gc.freeze()
+    print("ready", flush=True)
+    try:
+        pump.run()
+    except Exception as error:  # noqa: BLE001 - whatever it is: closing the descriptors would corrupt the job
+        cause = error if isinstance(error, PodferryError) else Bug.because("the page feeder broke", error)
+        report.status.error = cause.to_dict()
+        report.enter(State.FAILED)
+        print(cause.report(), file=sys.stderr, flush=True)
+        while pump.holds_memory:
+            signal.pause()
+        return 1
+    report.enter(State.DONE)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="podferry.memory.feeder", description="Feed restored tasks from the page store."
+    )
+    parser.add_argument("--work", type=Path, required=True, help="CRIU's work directory")
+    parser.add_argument("--images", type=Path, required=True, help="the images that CRIU restores from")
+    parser.add_argument("--store", type=Path, required=True, help="the page store's directory")
+    parser.add_argument("--status", type=Path, required=True, help="the file to report in")
+    parser.add_argument("--source", type=Path, help="listen here for the agent, which still gets pages (post-copy)")
+    return parser.parse_args(arguments)
+
+
+def _harden() -> None:
+    """Be the last that the kernel kills when memory is short, and be able to hold a descriptor per forked process."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_LAST_TO_KILL)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

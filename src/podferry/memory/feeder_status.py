@@ -1,0 +1,76 @@
+"""What the feeder tells of itself: a small JSON file that is replaced in one step, for the agent to read."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+PERIOD = 0.1
+"""Seconds between two writes while nothing but numbers changes."""
+
+
+class State(StrEnum):
+    """How far the feeder is."""
+
+    LISTENING = "listening"
+    RESTORING = "restoring"
+    FILLING = "filling"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass
+class Status:
+    """The contents of the file. Bytes, counts, and milliseconds; `error` is a `PodferryError` as its `to_dict` gives it.
+
+    `slowest_ms` bounds from above how long a fault has waited for its answer. `waiting` says why nothing moves, if so.
+    """
+
+    state: State = State.LISTENING
+    tasks: int = 0
+    bytes_fed: int = 0
+    bytes_left: int = 0
+    faults: int = 0
+    slowest_ms: float = 0.0
+    waiting: str = ""
+    error: dict[str, Any] | None = None
+    pid: int = 0
+
+
+@dataclass
+class StatusFile:
+    """Writes a `Status` at every change of state, else at most every `PERIOD`."""
+
+    path: Path
+    status: Status = field(default_factory=Status)
+    _written: float = 0.0
+
+    def enter(self, state: State) -> None:
+        """Note a new state, at once."""
+        self.status.state = state
+        self.write()
+
+    def tick(self) -> None:
+        """Write if it is time."""
+        if time.monotonic() - self._written >= PERIOD:
+            self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        self._written = time.monotonic()
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.write_text(json.dumps(asdict(self.status)) + "\n")
+        new.rename(self.path)
+
+
+def read_status(path: Path) -> Status:
+    """The status another process wrote. Raises OSError, or ValueError where it is none."""
+    try:
+        fields = json.loads(path.read_text())
+        return Status(**{**fields, "state": State(fields["state"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no feeder's status") from error
