@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.node
 def test_this_runs_inside_a_node() -> None:
     assert inside()
     assert socket.gethostname() == "node-a"
-    assert os.readlink("/proc/self/ns/mnt") == os.readlink("/proc/1/ns/mnt")
+    assert Path("/proc/self/ns/mnt").samefile("/proc/1/ns/mnt")
 
 
 def test_the_python_is_the_nodes_own_and_finds_its_packages() -> None:

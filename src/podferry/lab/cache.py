@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from podferry.lab import cgroups
 from podferry.lab.state import CACHE, locked
+
+_BUILT = re.compile(r"[a-z]+-[0-9a-f]{16}(\.tar)?")
 
 
 def key(recipe: object) -> str:
@@ -33,17 +37,19 @@ def cached(kind: str, recipe: object, build: Callable[[Path], None], suffix: str
         try:
             build(partial)
             partial.rename(path)
+            _forget_older(kind, path)
         except BaseException:
             remove(partial)
             raise
     return path
 
 
-def prune(kept: set[Path]) -> None:
-    """Remove what older recipes left behind: everything but `kept` and downloads. Only while no lab runs."""
-    for path in CACHE.iterdir() if CACHE.is_dir() else ():
-        if path not in kept and path.name.startswith(("node-", "job-", "site-", "dev-")):
-            remove(path)
+def _forget_older(kind: str, kept: Path) -> None:
+    """Remove what older recipes left behind, unless a lab runs, which may stand on it."""
+    if not cgroups.labs():
+        for path in CACHE.glob(f"{kind}-*"):
+            if path != kept and _BUILT.fullmatch(path.name):
+                remove(path)
 
 
 def remove(path: Path) -> None:

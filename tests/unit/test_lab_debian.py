@@ -1,0 +1,85 @@
+"""The Debian mirror comes from apt's own sources, in whatever form they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from podferry.errors import Refused
+from podferry.lab.debian import mirror
+
+pytestmark = pytest.mark.unit
+
+DEB822 = """\
+# The comment of an installer
+Types: deb
+URIs: http://security.example/debian-security
+Suites: bookworm-security
+Components: main
+
+Types: deb deb-src
+# a comment between
+URIs: {uri}
+Suites: bookworm bookworm-updates
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+"""
+
+
+@pytest.fixture(autouse=True)
+def without_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PODFERRY_DEBIAN_MIRROR", raising=False)
+
+
+@pytest.fixture
+def apt(tmp_path: Path) -> Path:
+    (tmp_path / "sources.list.d").mkdir()
+    return tmp_path
+
+
+def test_deb822(apt: Path) -> None:
+    (apt / "sources.list.d" / "debian.sources").write_text(DEB822.format(uri="http://mirror.example/debian/"))
+    assert mirror(apt) == "http://mirror.example/debian"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "deb http://mirror.example/debian bookworm main",
+        "deb [signed-by=/a/b.gpg arch=amd64] http://mirror.example/debian trixie main contrib",
+    ],
+)
+def test_one_line(apt: Path, line: str) -> None:
+    text = f"# deb http://wrong.example/debian trixie main\ndeb http://other.example/repo nodistro main\n{line}\n"
+    (apt / "sources.list").write_text(text)
+    assert mirror(apt) == "http://mirror.example/debian"
+
+
+def test_mirror_file(apt: Path) -> None:
+    mirrors = apt / "mirrors.list"
+    mirrors.write_text("http://mirror.example/debian\n")
+    (apt / "sources.list.d" / "debian.sources").write_text(DEB822.format(uri=f"mirror+file:{mirrors}"))
+    assert mirror(apt) == "http://mirror.example/debian"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("debian.sources.disabled", DEB822.format(uri="http://mirror.example/debian")),
+        ("debian.sources", "Enabled: no\nTypes: deb\nURIs: http://mirror.example/debian\nSuites: trixie\n"),
+        ("debian.sources", "Types: deb-src\nURIs: http://mirror.example/debian\nSuites: trixie\n"),
+        ("ubuntu.list", "deb http://mirror.example/ubuntu noble main\n"),
+        ("cd.list", "deb cdrom:[Debian 13]/ trixie main\n"),
+    ],
+)
+def test_what_is_disabled_or_not_debian_does_not_count(apt: Path, name: str, text: str) -> None:
+    (apt / "sources.list.d" / name).write_text(text)
+    with pytest.raises(Refused, match="no Debian mirror") as refused:
+        mirror(apt)
+    assert "PODFERRY_DEBIAN_MIRROR" in refused.value.remedy
+
+
+def test_the_environment_goes_first(apt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PODFERRY_DEBIAN_MIRROR", "http://chosen.example/debian")
+    assert mirror(apt) == "http://chosen.example/debian"
