@@ -192,3 +192,17 @@ def test_help_teaches(podferry: Podferry) -> None:
         assert ran.code == 0
         assert f"podferry {command}" in ran.out.split("Usage:")[1].split("\n", 1)[1], f"{command} has no example"
     assert podferry("version").out == f"podferry {__version__}\n"
+
+
+def test_the_shell_completes_what_there_is(
+    podferry: Podferry, agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    podferry("migrate", "train", "--to", "node-b")
+    for words, offered in (("podferry migrate tr", "train"), ("podferry explain ", "m1")):
+        monkeypatch.setenv("_PODFERRY_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", "2")
+        with pytest.raises(SystemExit) as ended:
+            run([])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.split() == [offered]

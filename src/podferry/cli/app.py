@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from podferry import __version__
-from podferry.cli import chart, tables
+from podferry.cli import chart, complete, tables
 from podferry.cli.agents import Fleet, Where
 from podferry.cli.demo import demo
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
@@ -36,9 +36,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The container, as `podferry ps` names it.")]
-Id = Annotated[str, typer.Argument(metavar="ID", help="The migration, as `podferry status` names it.")]
-To = Annotated[str, typer.Option("--to", metavar="NODE", help="The node to move it to.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="The container, as `podferry ps` names it.", autocompletion=complete.containers
+    ),
+]
+Id = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", help="The migration, as `podferry status` names it.", autocompletion=complete.migrations
+    ),
+]
+To = Annotated[str, typer.Option("--to", metavar="NODE", help="The node to move it to.", autocompletion=complete.nodes)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/cli.md promises it.")]
 Lab = Annotated[
     str | None, typer.Option("--lab", metavar="NAME", help="The lab to use (env PODFERRY_LAB, or 'default').")
@@ -155,7 +165,12 @@ def migrate(
 def status(
     context: typer.Context,
     *,
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="One migration; all of them without it.")] = None,
+    id: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ID]", help="One migration; all of them without it.", autocompletion=complete.migrations
+        ),
+    ] = None,
     json: Json = False,
     lab: Lab = None,
     agent: Agent = None,
@@ -191,7 +206,12 @@ def resolve(
     context: typer.Context,
     *,
     id: Id,
-    run_on: Annotated[str, typer.Option("--run-on", metavar="NODE", help="The node that shall run the job.")],
+    run_on: Annotated[
+        str,
+        typer.Option(
+            "--run-on", metavar="NODE", help="The node that shall run the job.", autocompletion=complete.nodes
+        ),
+    ],
     json: Json = False,
     lab: Lab = None,
     agent: Agent = None,

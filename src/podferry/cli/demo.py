@@ -28,7 +28,7 @@ from podferry.model import Mode, Outcome
 LAB = "demo"
 SOURCE, TARGET = "node-a", "node-b"
 MOVED, TWIN = "moved", "unmoved"
-MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 1400, 3000, 50
+MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 1800, 3000, 50
 MOVE_AT = 300
 BUNDLES = Path("run/containerd/io.containerd.runtime.v2.task") / containers.NAMESPACE
 
@@ -186,7 +186,7 @@ def compare(moved: dict[str, str], unmoved: dict[str, str]) -> None:
     for fact, value in moved.items():
         other = unmoved.get(fact, "missing")
         verdict = words("✓ equal", "green") if value == other else words("✗ different", "bold red")
-        table.add_row(words(fact), words(value[:32]), words(other[:32]), verdict)
+        table.add_row(words(fact), words(value[:16]), words(other[:16]), verdict)
     stdout().print(table)
     if moved != unmoved:
         raise Failed("the job that moved did not compute what the one that stayed did", why="see the table")

@@ -1,0 +1,78 @@
+"""The demo's parts that need no lab: the job, its output, the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from podferry.cli import demo, job
+from podferry.errors import Failed
+from podferry.lab import Lab, containers
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_job_repeats_itself_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, ledgers, lines = set(), set(), set()
+    for number in range(2):
+        monkeypatch.setattr(job, "LEDGER", tmp_path / str(number))
+        results.add(job.compute(2, 6, 10, 3))
+        ledgers.add((tmp_path / str(number)).read_text())
+        lines.add(capsys.readouterr().out)
+    assert len(results) == len(ledgers) == len(lines) == 1
+    assert ledgers.pop().count("\n") == 6
+    assert lines.pop().count("\n") == 2
+
+
+def test_every_byte_of_its_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "LEDGER", tmp_path / "ledger")
+    monkeypatch.setattr(job, "BLOCK", 64)
+    result = job.compute(4, 5, 1, 10)
+    real = job.hashlib.shake_128
+    monkeypatch.setattr(
+        job.hashlib, "shake_128", lambda seed: Torn(real(seed)) if seed == bytes([0, 0, 0, 3]) else real(seed)
+    )
+    assert job.compute(4, 5, 1, 10) != result
+
+
+class Torn:
+    """A digest with one bit turned."""
+
+    def __init__(self, digest: object) -> None:
+        self._digest = digest
+
+    def digest(self, length: int) -> bytes:
+        whole = bytearray(self._digest.digest(length))  # type: ignore[attr-defined]
+        whole[-1] ^= 1
+        return bytes(whole)
+
+
+def test_primes() -> None:
+    assert job.primes(10**12, 100) == sum(
+        all(number % divisor for divisor in range(3, 10**6 + 1, 2)) for number in range(10**12 + 1, 10**12 + 201, 2)
+    )
+
+
+def test_output_is_read_in_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def output(lab: Lab, name: str, *, follow: bool) -> Iterator[bytes]:
+        yield b"step 1 of 2: a\nst"
+        yield b"ep 2 of 2: b\nresult ff\n"
+
+    monkeypatch.setattr(containers, "output", output)
+    out = demo.Output(Lab("test-none"), "moved")
+    out.wait_for("result")
+    assert out.lines == ["step 1 of 2: a", "step 2 of 2: b", "result ff"]
+    with pytest.raises(Failed, match="ended before"):
+        out.wait_for("never")
+
+
+def test_a_difference_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    demo.compare({"final checksum": "ab"}, {"final checksum": "ab"})
+    assert "exactly" in capsys.readouterr().out
+    for other in ({"final checksum": "ac"}, {}, {"final checksum": "ab", "more": "x"}):
+        with pytest.raises(Failed):
+            demo.compare({"final checksum": "ab"}, other)
