@@ -1,0 +1,213 @@
+"""Which pages of a process are there, and which were written: `/proc/PID/pagemap` and its PAGEMAP_SCAN ioctl.
+
+Layouts and constants are those of the kernel's `include/uapi/linux/fs.h`, behaviour that of `fs/proc/task_mmu.c`; see
+PAGEMAP_SCAN(2const), proc_pid_pagemap(5), `Documentation/admin-guide/mm/pagemap.rst`. All addresses are bytes. The GIL
+is not held while the kernel walks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import struct
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntFlag
+from functools import cache
+
+from podferry.memory.ranges import Runs
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+_SCAN = 0xC0606610
+_ARGUMENT = struct.Struct("=12Q")  # struct pm_scan_arg
+_WALK_END = 4 * 8  # offset of its field walk_end
+_PROTECT = 1 << 0  # PM_SCAN_WP_MATCHING
+_WORDS = 3  # of a struct page_region: start, end, categories
+_REGIONS = 65536  # that one call may return
+
+_PAGES_AT_ONCE = 1 << 17  # one MiB of classic pagemap entries
+_TOP_BITS_TO_PRESENT = bytes(int(byte & 0b1100_0000 != 0) for byte in range(256))  # bit 63 present, bit 62 swapped
+_BIT_55_TO_DIRTY = bytes(byte >> 7 for byte in range(256))  # of the byte that holds bits 48 to 55
+_ONES = re.compile(rb"\x01+")
+
+
+class Category(IntFlag):
+    """`PAGE_IS_*`: what PAGEMAP_SCAN tells of a page."""
+
+    WPALLOWED = 1 << 0
+    """Its area is registered with a userfaultfd that protects asynchronously."""
+    WRITTEN = 1 << 1
+    """It is not protected: written, or mapped anew, since it was."""
+    FILE = 1 << 2
+    PRESENT = 1 << 3
+    SWAPPED = 1 << 4
+    """It is in swap or being moved; also the markers of pages that were protected, poisoned or guarded while absent."""
+    PFNZERO = 1 << 5
+    HUGE = 1 << 6
+    SOFT_DIRTY = 1 << 7
+    GUARD = 1 << 8
+    """It is a guard (MADV_GUARD_INSTALL) and faults; known from Linux 6.15 on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a scan looks for.
+
+    A page counts if, after flipping its bits in `inverted`, it has all of `mask` and (if given) one of `anyof`.
+    `returned` is what to tell of it; neighbours that tell the same come as one region. `protect` protects the pages
+    found that were written, in the same step; areas that are not registered for it are then passed over.
+    """
+
+    mask: Category
+    inverted: Category
+    anyof: Category
+    returned: Category
+    protect: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """What a scan found: parallel rows of starts, ends and categories, ascending within each window."""
+
+    starts: array[int]
+    ends: array[int]
+    categories: array[int]
+
+    def all(self) -> Runs:
+        """Every page found."""
+        return Runs.disjoint(self.starts, self.ends)
+
+    def having(self, category: Category) -> Runs:
+        """The pages found that are of `category`."""
+        wanted = int(category)
+        found = [
+            (start, end)
+            for start, end, categories in zip(self.starts, self.ends, self.categories, strict=True)
+            if categories & wanted
+        ]
+        return Runs.disjoint([start for start, _ in found], [end for _, end in found])
+
+
+class Scanner:
+    """Runs PAGEMAP_SCAN into a buffer of its own; one per thread. Raises OSError where the kernel has no such call."""
+
+    def __init__(self) -> None:
+        self._vector = array("Q", bytes(_REGIONS * _WORDS * 8))
+
+    def scan(self, pagemap: int, windows: Iterable[tuple[int, int]], query: Query) -> Regions:
+        """The pages of `windows`, disjoint runs of page-aligned addresses, that `query` asks for.
+
+        A process that has ended has no pages. Raises OSError.
+        """
+        found = Regions(array("Q"), array("Q"), array("Q"))
+        vector = self._vector
+        for start, end in windows:
+            position = start
+            while position < end:
+                count, walked = self._call(pagemap, position, end, query)
+                words = count * _WORDS
+                found.starts.extend(vector[0:words:_WORDS])
+                found.ends.extend(vector[1:words:_WORDS])
+                found.categories.extend(vector[2:words:_WORDS])
+                if count < _REGIONS:
+                    break
+                # walk_end may lag behind what was reported when the last part of the walk ended by itself.
+                position = max(walked, found.ends[-1])
+        return found
+
+    def _call(self, pagemap: int, start: int, end: int, query: Query) -> tuple[int, int]:
+        argument = bytearray(
+            _ARGUMENT.pack(
+                _ARGUMENT.size,
+                _PROTECT if query.protect else 0,
+                start,
+                end,
+                0,
+                self._vector.buffer_info()[0],
+                _REGIONS,
+                0,
+                query.inverted,
+                query.mask,
+                query.anyof,
+                query.returned,
+            )
+        )
+        count = fcntl.ioctl(pagemap, _SCAN, argument)
+        return count, struct.unpack_from("=Q", argument, _WALK_END)[0]
+
+
+def open_pagemap(pid: int) -> int:
+    """A descriptor on the process's present address space, which it keeps meaning after an exec. Raises OSError."""
+    return os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def is_alive(pagemap: int) -> bool:
+    """Whether the address space still exists: neither exec nor exit has ended it."""
+    return len(os.pread(pagemap, 8, 0)) == 8
+
+
+@cache
+def unreadable() -> Category:
+    """The categories of pages that hold nothing to copy: the zero page and, where the kernel tells them, guards."""
+    unknown = Category.PFNZERO | Category.GUARD
+    return unknown if _knows(Category.GUARD) else Category.PFNZERO
+
+
+@cache
+def has_scan() -> bool:
+    """Whether this kernel has PAGEMAP_SCAN (Linux 6.7)."""
+    return _knows(Category.PRESENT)
+
+
+def _knows(category: Category) -> bool:
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        Scanner().scan(pagemap, [(0, PAGE)], Query(category, Category(0), Category(0), category))
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EINVAL):
+            return False
+        raise
+    finally:
+        os.close(pagemap)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What the classic pagemap tells of a process."""
+
+    present: Runs
+    soft_dirty: Runs
+    """Present pages written since `clear_refs`; all of them on a kernel without soft-dirty is not promised."""
+
+
+def read_entries(pagemap: int, windows: Iterable[tuple[int, int]]) -> Entries:
+    """Read the eight-byte entries of every page in `windows`, disjoint runs of page-aligned addresses.
+
+    The zero page counts as present: its frame number would have to be compared page by page. Raises OSError.
+    """
+    present: list[tuple[int, int]] = []
+    dirty: list[tuple[int, int]] = []
+    for start, end in windows:
+        for position in range(start, end, _PAGES_AT_ONCE * PAGE):
+            pages = (min(end, position + _PAGES_AT_ONCE * PAGE) - position) // PAGE
+            there, written = decode_entries(os.pread(pagemap, pages * 8, position // PAGE * 8))
+            present += _runs(there, position)
+            dirty += _runs(written, position)
+    return Entries(Runs(present), Runs(dirty))
+
+
+def decode_entries(entries: bytes) -> tuple[bytes, bytes]:
+    """For every page one byte, 0 or 1: whether it is present, and whether it is present and soft-dirty."""
+    there = entries[7::8].translate(_TOP_BITS_TO_PRESENT)
+    dirty = entries[6::8].translate(_BIT_55_TO_DIRTY)
+    both = int.from_bytes(there, "little") & int.from_bytes(dirty, "little")
+    return there, both.to_bytes(len(there), "little")
+
+
+def _runs(flags: bytes, base: int) -> list[tuple[int, int]]:
+    return [(base + match.start() * PAGE, base + match.end() * PAGE) for match in _ONES.finditer(flags)]

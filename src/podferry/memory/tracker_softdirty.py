@@ -1,0 +1,40 @@
+"""Tracking by soft-dirty bits: `clear_refs` clears them, bit 55 of a pagemap entry tells of writes since.
+
+Reading and clearing are two steps, and a write between them would be lost: the processes are paused meanwhile, as for
+CRIU's pre-dump. See `Documentation/admin-guide/mm/soft-dirty.rst`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from podferry.memory.maps import Area, covered, private_anonymous, spans
+from podferry.memory.pagemap import read_entries
+from podferry.memory.tracker import Kind, Pause, Pids, Round, no_pause
+from podferry.memory.tracker_spaces import FollowingTracker, Look, Space, owns_userfaultfd
+
+_SOFT_DIRTY = "4"
+
+
+class SoftDirtyTracker(FollowingTracker):
+    """See the module. Needs root and CONFIG_MEM_SOFT_DIRTY. Zero pages count as memory too."""
+
+    kind = Kind.SOFT_DIRTY
+
+    def __init__(self, pids: Pids, pause: Pause) -> None:
+        super().__init__(pids)
+        self._pause = pause
+
+    def _round(self, *, final: bool, dropped: bool) -> Round:
+        with no_pause() if final else self._pause():
+            return super()._round(final=final, dropped=dropped)
+
+    def _attach(self, space: Space, *, final: bool) -> None:
+        space.foreign_uffd = owns_userfaultfd(space.pid)
+
+    def _look(self, space: Space, areas: list[Area], *, final: bool, dropped: bool) -> Look:
+        entries = read_entries(space.pagemap, spans(areas))
+        if not final:
+            Path(f"/proc/{space.pid}/clear_refs").write_text(_SOFT_DIRTY)
+        ours = covered(private_anonymous(areas))
+        return Look(entries.soft_dirty & ours, entries.present & ours)
