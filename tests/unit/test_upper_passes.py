@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from upper_tree import BLOCK, ROOT, Gardener, move, picture
 
 from podferry.errors import Failed, Refused
 from podferry.node.upper import MAX_CHUNK, Policy, Receiver, Source
 from podferry.node.upper.scan import scan
-from upper_tree import BLOCK, ROOT, Gardener, move, picture
 
 pytestmark = pytest.mark.unit
 
@@ -76,7 +76,7 @@ def test_a_pass_over_a_tree_that_did_not_change_sends_nothing(pair: Pair) -> Non
 def test_a_change_in_the_tick_of_the_last_look_is_seen(pair: Pair) -> None:
     path = pair.here / "file"
     for value in range(200):
-        times = os.stat(path) if value else None
+        times = path.stat() if value else None
         path.write_bytes(b"%03d" % value)
         if times:
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -44,7 +45,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
 def histories(draw: st.DrawFn) -> list[Manifest]:
     """Manifests one after the other; what is equal in two may be the same object, as `scan` would have it."""
     found = draw(st.lists(manifests(), min_size=1, max_size=4))
-    for old, new in zip(found, found[1:], strict=False):
+    for old, new in pairwise(found):
         for path, known in old.entries.items():
             now = new.entries.get(path)
             if now is not None and now.identity == known.identity and now.ctime_ns == known.ctime_ns:
@@ -111,7 +112,7 @@ def test_every_plan_leads_to_its_manifest(history: list[Manifest]) -> None:
 
 @given(histories())
 def test_every_inode_that_changed_in_place_is_looked_at_once(history: list[Manifest]) -> None:
-    for old, new in zip(history, history[1:], strict=False):
+    for old, new in pairwise(history):
         plan = diff(old, new)
         looked_at = [step.entry.identity for step in plan.steps if step.verb is not Verb.LINK]
         files = [identity for identity in looked_at if identity[2] != stat.S_IFDIR]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import stat
@@ -21,20 +22,20 @@ def picture(root: Path) -> dict[str, tuple[object, ...]]:
     found = {}
     names: dict[tuple[int, int], str] = {}
     for path in [root, *sorted(walk(root))]:
-        info = path.lstat()
+        info = path.lstat() if path != root else path.stat()
         kind = stat.S_IFMT(info.st_mode)
         name = str(path.relative_to(root))
         content: object = None
         if kind == stat.S_IFREG:
             content = path.read_bytes()
         elif kind == stat.S_IFLNK:
-            content = os.readlink(path)
+            content = os.fsencode(path.readlink())
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
             content = info.st_rdev
         leader = name if kind == stat.S_IFDIR else names.setdefault((info.st_dev, info.st_ino), name)
         xattrs = {
-            key: os.getxattr(path, key, follow_symlinks=False)
-            for key in os.listxattr(path, follow_symlinks=False)
+            key: os.getxattr(path, key, follow_symlinks=path == root)
+            for key in os.listxattr(path, follow_symlinks=path == root)
             if carried(key)
         }
         found[name] = (info.st_mode, info.st_uid, info.st_gid, info.st_mtime_ns, leader, content, xattrs)
@@ -60,8 +61,9 @@ def move(source: Source, receiver: Receiver, *, frozen: bool = False, suspects: 
 class Gardener:
     """Changes a tree at random, in all the ways a container may."""
 
-    def __init__(self, root: Path, rng: random.Random) -> None:
-        self.root, self.rng, self.count = root, rng, 0
+    def __init__(self, root: Path, rng: random.Random, *, overlay: bool = False, count: int = 0) -> None:
+        """`overlay`: the tree is a merged view, through which whiteouts cannot be made; `count`: names start here."""
+        self.root, self.rng, self.overlay, self.count = root, rng, overlay, count
 
     def work(self, steps: int) -> None:
         actions = [
@@ -85,7 +87,12 @@ class Gardener:
             self.replace_kind,
         ]
         for _ in range(steps):
-            self.rng.choice(actions)()
+            try:
+                self.rng.choice(actions)()
+            except OSError as error:
+                # A directory of the image cannot be renamed without redirect_dir.
+                if not (self.overlay and error.errno == errno.EXDEV):
+                    raise
 
     def new_name(self) -> Path:
         self.count += 1
@@ -116,7 +123,7 @@ class Gardener:
         self.new_name().mkdir()
 
     def make_special(self) -> None:
-        kind = self.rng.choice([stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR])
+        kind = self.rng.choice([stat.S_IFIFO, stat.S_IFSOCK, *([] if self.overlay else [stat.S_IFCHR])])
         os.mknod(self.new_name(), kind | 0o640, 0)
 
     def make_symlink(self) -> None:
@@ -180,7 +187,9 @@ class Gardener:
 
     def change_xattrs(self) -> None:
         if path := self.any(stat.S_IFREG, stat.S_IFDIR):
-            name = self.rng.choice(["user.a", "user.b", *(["trusted.overlay.opaque"] if ROOT else [])])
+            name = self.rng.choice(
+                ["user.a", "user.b", *(["trusted.overlay.opaque"] if ROOT and not self.overlay else [])]
+            )
             if name in os.listxattr(path) and self.rng.random() < 0.5:
                 os.removexattr(path, name)
             else:
@@ -195,7 +204,7 @@ class Gardener:
                     lambda: path.write_bytes(self.content()),
                     lambda: path.symlink_to("elsewhere"),
                     lambda: os.mkfifo(path),
-                    lambda: os.mknod(path, stat.S_IFCHR, 0),
+                    lambda: os.mknod(path, stat.S_IFSOCK if self.overlay else stat.S_IFCHR, 0),
                 ]
             )()
 

@@ -7,10 +7,23 @@ Not carried: inode flags (`chattr +i`), project quotas, and open files without a
 """
 
 from podferry.node.upper.entries import Entry, Manifest
+from podferry.node.upper.overlay import refresh_root
 from podferry.node.upper.plan import Plan, diff
 from podferry.node.upper.receive import Receiver
 from podferry.node.upper.records import MAX_CHUNK, Summary
 from podferry.node.upper.scan import scan
 from podferry.node.upper.send import Policy, Source
 
-__all__ = ["MAX_CHUNK", "Entry", "Manifest", "Plan", "Policy", "Receiver", "Source", "Summary", "diff", "scan"]
+__all__ = [
+    "MAX_CHUNK",
+    "Entry",
+    "Manifest",
+    "Plan",
+    "Policy",
+    "Receiver",
+    "Source",
+    "Summary",
+    "diff",
+    "refresh_root",
+    "scan",
+]

@@ -1,0 +1,148 @@
+"""What arrives in the upper directory of a mounted overlay is what its users see.
+
+The kernel's documentation calls a change to the layers of a mounted overlay undefined (overlayfs.rst, "Changes to
+underlying filesystems"). The target changes its upper directory while it is mounted but before anything was looked up
+in it; these tests hold the kernel to what that gives. The mounts are detached ones (`fsmount(2)`): they belong to no
+namespace and go when their descriptor is closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from podferry.node.upper import Receiver, Source, refresh_root
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from upper_tree import BLOCK, Gardener, move, picture, remove
+
+pytestmark = [pytest.mark.node, pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts an overlay")]
+
+FSOPEN, FSCONFIG, FSMOUNT = 430, 431, 432  # include/uapi/asm-generic/unistd.h
+FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
+CLOEXEC = 1
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(number: int, *arguments: int | bytes | None) -> int:
+    got: int = libc.syscall(number, *(ctypes.c_long(item) if isinstance(item, int) else item for item in arguments))
+    if got < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return got
+
+
+@contextmanager
+def overlay(lower: Path, base: Path) -> Iterator[tuple[Path, Path]]:
+    """The merged view and the upper directory of an overlay with the options that containerd gives."""
+    upper, work = base / "upper", base / "work"
+    upper.mkdir(parents=True)
+    work.mkdir()
+    context = call(FSOPEN, b"overlay", CLOEXEC)
+    try:
+        options = {"lowerdir": lower, "upperdir": upper, "workdir": work, "index": "off"}
+        for key, value in options.items():
+            call(FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), os.fsencode(str(value)), 0)
+        call(FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        mount = call(FSMOUNT, context, CLOEXEC, 0)
+    finally:
+        os.close(context)
+    try:
+        yield Path(f"/proc/self/fd/{mount}"), upper
+    finally:
+        os.close(mount)
+
+
+@pytest.fixture
+def lower(tmp_path: Path) -> Path:
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    for name in ("etc", "var", "opt"):
+        (lower / name).mkdir()
+        (lower / name / "one").write_text(f"{name} one")
+        (lower / name / "two").write_text(f"{name} two")
+    (lower / "var" / "deep").mkdir()
+    (lower / "var" / "deep" / "file").write_bytes(b"x" * 3 * BLOCK)
+    os.link(lower / "opt" / "one", lower / "opt" / "three")
+    (lower / "link").symlink_to("etc/one")
+    return lower
+
+
+def test_everything_that_a_container_can_do_to_its_image(tmp_path: Path, lower: Path) -> None:
+    with overlay(lower, tmp_path / "a") as (here, upper_here), overlay(lower, tmp_path / "b") as (there, upper_there):
+        (here / "etc" / "one").unlink()
+        remove(here / "var")
+        (here / "var").mkdir()
+        (here / "var" / "fresh").write_text("fresh")
+        (here / "opt" / "two").write_text("replaced")
+        os.link(here / "opt" / "two", here / "opt" / "four")
+        (here / "link").unlink()
+        (here / "link").mkdir()
+        (here / "new").write_text("new")
+        os.mkfifo(here / "fifo")
+        assert stat.S_ISCHR((upper_here / "etc" / "one").lstat().st_mode)
+        assert os.getxattr(upper_here / "var", "trusted.overlay.opaque") == b"y"
+        with Source(upper_here) as source, Receiver(upper_there) as receiver:
+            move(source, receiver, frozen=True)
+        assert stat.S_ISCHR((upper_there / "etc" / "one").lstat().st_mode)
+        assert sorted(path.name for path in there.iterdir()) == ["etc", "fifo", "link", "new", "opt", "var"]
+        assert [path.name for path in (there / "etc").iterdir()] == ["two"]
+        assert [path.name for path in (there / "var").iterdir()] == ["fresh"]
+        assert (there / "opt" / "four").samefile(there / "opt" / "two")
+        assert (there / "opt" / "four").read_text() == "replaced"
+        assert picture(there) == picture(here)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_merged_views_are_equal_after_any_passes(tmp_path: Path, lower: Path, seed: int) -> None:
+    with overlay(lower, tmp_path / "a") as (here, upper_here), overlay(lower, tmp_path / "b") as (there, upper_there):
+        gardener = Gardener(here, random.Random(seed), overlay=True)
+        with Source(upper_here) as source, Receiver(upper_there) as receiver:
+            for number in range(4):
+                gardener.work(20)
+                move(source, receiver, frozen=number == 3)
+        assert picture(upper_there) == picture(upper_here)
+        assert picture(there) == picture(here)
+        # And it goes on being a working overlay.
+        gardener = Gardener(there, random.Random(seed), overlay=True, count=1000)
+        gardener.work(20)
+
+
+def test_the_roots_own_mode_needs_a_refresh(tmp_path: Path, lower: Path) -> None:
+    """The overlay holds its root's inode from the mount on, and with it the mode that permissions are checked by."""
+    with overlay(lower, tmp_path / "a") as (here, upper_here), overlay(lower, tmp_path / "b") as (there, upper_there):
+        here.chmod(0o700)
+        with Source(upper_here) as source, Receiver(upper_there) as receiver:
+            move(source, receiver, frozen=True)
+        refresh_root(there)
+        assert picture(there) == picture(here)
+        assert not readable_by_others(there / "etc" / "one")
+        assert not readable_by_others(here / "etc" / "one")
+
+
+def readable_by_others(path: Path) -> bool:
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            os.setgroups([])
+            os.setgid(2000)
+            os.setuid(2000)
+            path.read_bytes()
+            status = 0
+        except PermissionError:
+            status = 1
+        finally:
+            os._exit(status)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended in (0, 1)
+    return ended == 0
