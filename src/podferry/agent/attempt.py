@@ -57,7 +57,9 @@ class Attempt(Generic[Phase, Event]):
         with anyio.move_on_after(UNDO_DEADLINE, shield=True) as scope:
             leftovers = await self.journal.ledger.unwind(self._handlers)
         if scope.cancelled_caught:
-            leftovers = [Leftover(entry.kind, f"no end within {UNDO_DEADLINE:.0f} s") for entry in self.journal.ledger.entries]
+            leftovers = [
+                Leftover(entry.kind, f"no end within {UNDO_DEADLINE:.0f} s") for entry in self.journal.ledger.entries
+            ]
         for leftover in leftovers:
             self.log.error("left behind", what=leftover.kind, why=leftover.why)
         return leftovers

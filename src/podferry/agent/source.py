@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 import anyio
@@ -17,14 +18,15 @@ from anyio.abc import TaskGroup
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
 from podferry.agent.letters import Letters
+from podferry.agent.ports import IMAGES, LOG, UPPER, Change, HeldJob, LeavingJob
 from podferry.agent.story import Story
 from podferry.core.phases import SourceEvent, SourcePhase, source_machine
-from podferry.core.ports import Batch, Change, Json, LeavingJob
 from podferry.core.precopy import Policy, Round, Step, decide
 from podferry.core.undo import Handler
-from podferry.errors import Bug, Cancelled, Failed, PeerLost, PodferryError, Refused, TimedOut
+from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
 from podferry.model import Mode, Outcome
-from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, PAGE, Drop, File, Pages, Tree
+from podferry.wire.channel import Channel
+from podferry.wire.frames import MAX_PAYLOAD, File, Pages, Tree
 from podferry.wire.messages import (
     Abort,
     Accept,
@@ -45,42 +47,46 @@ from podferry.wire.messages import (
     RoundEnd,
     Running,
     StateEnd,
-    TreeSum,
     Unknown,
 )
 
-UPPER, IMAGES, LOG = 0, 0, 1
-"""The tree of the upper layer; the directories of CRIU's images and of the container's log."""
 ASK_AGAIN = 1.0
 DRAIN_PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for. `timeout` is in seconds and covers everything up to the point of no return."""
+    """What was asked for. `timeout` is in seconds and covers everything up to the point of no return; `bandwidth` caps
+    what the data may use of the link, in bytes a second."""
 
     mode: Mode = Mode.STOP
     timeout: float = 3600.0
+    bandwidth: float | None = None
     policy: Policy = field(default_factory=Policy)
+
+
+Propose = Callable[[], Awaitable[tuple[Offer, LeavingJob]]]
+"""Looks at the container and says what is offered. Raises `Refused` where it cannot move."""
 
 
 class Source(Attempt[SourcePhase, SourceEvent]):
     """One container on its way out of this node."""
 
     role = "source"
+    job: LeavingJob
 
     def __init__(
         self,
         order: Order,
-        job: LeavingJob,
-        dial: Callable[[], Awaitable[Letters]],
+        dial: Callable[[], AbstractAsyncContextManager[Channel]],
         journal: Journal,
         story: Story,
         handlers: dict[str, Handler],
         phase: SourcePhase = SourcePhase.CHECK,
+        held: HeldJob | None = None,
     ) -> None:
         super().__init__(source_machine(phase), journal, story, handlers)
-        self.order, self.job, self._dial = order, job, dial
+        self.order, self._dial, self._held = order, dial, held
         self._scope = anyio.CancelScope()
         self._cause: PodferryError | None = None
         self._resolved: SourceEvent | None = None
@@ -107,13 +113,13 @@ class Source(Attempt[SourcePhase, SourceEvent]):
 
     # The story.
 
-    async def run(self, offer: Callable[[], Awaitable[Offer]]) -> None:
+    async def run(self, propose: Propose) -> None:
         """Move the job. Returns when the migration has ended; how, the story says."""
         async with anyio.create_task_group() as helpers:
             letters: Letters | None = None
             try:
                 with self._scope, anyio.fail_after(self.order.timeout):
-                    letters = await self._check(helpers, offer)
+                    letters = await self._check(helpers, propose)
                     await self._precopy(letters)
                     await self._cut_over(letters)
             except TimeoutError:
@@ -124,7 +130,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 with anyio.CancelScope(shield=True):
                     await self._undo(Cancelled("the agent is stopping"), letters)
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever went wrong, the job must go on
+            except Exception as error:
                 self.log.exception("bug")
                 self._cause = Bug.because("the migration failed", error)
             if self._cause is None and letters is not None:
@@ -134,6 +140,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 with anyio.CancelScope(shield=True):
                     await self._undo(self._cause or Bug("the migration stopped without a cause"), letters)
             helpers.cancel_scope.cancel()
+        if self._held is not None:
+            await self._held.close()
 
     async def go_on(self) -> None:
         """Finish a migration that an earlier agent left after the point of no return."""
@@ -153,16 +161,17 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                         await self._undo(Failed("the agent was restarted in the middle of the migration"), None)
             helpers.cancel_scope.cancel()
 
-    async def _check(self, helpers: TaskGroup, offer: Callable[[], Awaitable[Offer]]) -> Letters:
+    async def _check(self, helpers: TaskGroup, propose: Propose) -> Letters:
         """May it move? Nothing has been touched yet when the answer is no."""
         self.story.enter(self.phase)
         self.journal.enter(self.phase)
         await self.at_gate()
         with self.story.span("check"):
-            proposal = await offer()
-            letters = await self._dial()
-            helpers.start_soon(letters.pump)
+            proposal, self.job = await propose()
+            self._held = self.job
+            letters = await Letters.open(helpers, self._dial())
             helpers.start_soon(self._watch_container)
+            letters.channel.limit(self.order.bandwidth)
             await letters.channel.send(proposal)
             answer = await letters.expect(Accept, Refuse)
         if isinstance(answer, Refuse):
@@ -181,7 +190,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         if self.order.mode is Mode.LIVE:
             with self.story.span("upper layer, first pass"):
                 await self._send_upper(letters, last=False)
-                await self._send_log(letters)
+                await self._send_log(letters, last=False)
             change = await self.job.look()
             while True:
                 change = await self._round(letters, change)
@@ -232,10 +241,10 @@ class Source(Attempt[SourcePhase, SourceEvent]):
 
     async def _round(self, letters: Letters, change: Change) -> Change:
         """Send `change`, see it arrive, and look what was written meanwhile."""
-        number, began, before = len(self.story.rounds) + 1, time.monotonic(), letters.channel.bytes_out
+        number, began, before = len(self.story.rounds) + 1, time.monotonic(), letters.channel.traffic.sent
         start = self.story.now()
         pages = await self._send_pages(letters, change, number)
-        sent = letters.channel.bytes_out - before
+        sent = letters.channel.traffic.sent - before
         await letters.channel.send(RoundEnd(number, pages, sent))
         while (await letters.expect(RoundAck)).round != number:
             pass
@@ -243,7 +252,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         pending = await self.job.look()
         self.story.add_round(Round(number, pages, sent, seconds, pending.bytes))
         self.story.add_span(f"round {number}", "source", start, self.story.now(), f"{pages} pages")
-        self.story.expect(letters.channel.bytes_out + pending.bytes)
+        self.story.expect(letters.channel.traffic.sent + pending.bytes)
         return pending
 
     def _rate(self) -> float:
@@ -267,12 +276,11 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 await self._send_pages(letters, change, len(self.story.rounds) + 1)
             with self.story.span("upper layer, last pass"):
                 await self._send_upper(letters, last=True)
-                await self._send_log(letters)
-        totals = self.job.upper_totals()
+                await self._send_log(letters, last=True)
         files.append(FileSum(LOG, "log", self._log_bytes, ""))
-        tree = TreeSum(UPPER, totals.entries, totals.bytes, totals.digest)
+        tree = self.job.upper_totals(UPPER)
         with self.story.span("check what arrived", "target"):
-            await letters.channel.send(StateEnd(self.story.id, tuple(files), (), (tree,)))
+            await letters.channel.send(StateEnd(self.story.id, tuple(files), self.job.memory_totals(), (tree,)))
             await letters.expect(Ready)
 
     def _pass_the_right_to_run(self) -> None:
@@ -316,8 +324,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
     async def _ask(self, helpers: TaskGroup) -> tuple[Letters | None, Running | GaveUp | None]:
         """Try to reach the target again, once; a person's verdict ends the wait early."""
         try:
-            letters = await self._dial()
-            helpers.start_soon(letters.pump)
+            letters = await Letters.open(helpers, self._dial())
             await letters.channel.send(Query(self.story.id))
             while True:
                 match await letters.expect(Running, GaveUp, Restoring, Unknown, Crashed):
@@ -341,7 +348,9 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         """The job runs there: the frozen original here is killed and cleaned away."""
         await self.at_gate()
         with anyio.CancelScope(shield=True), self.story.span("commit"):
-            await self.job.commit()
+            if self._held is None:
+                raise Bug("there is no original to kill")
+            await self._held.commit()
             leftovers = await self.take_back()
         if leftovers:
             self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
@@ -360,7 +369,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                         event = SourceEvent.FILLED
                         self.story.extra["filled_ms"] = filled.ms
                     await letters.channel.send(Done(self.story.id))
-                    await letters.channel.close()
+                    await letters.close()
             except PodferryError as error:
                 self.log.info("contact lost after the commit", error=str(error))
         self.fire(event)
@@ -404,7 +413,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 await letters.expect(GaveUp)
             except PodferryError:
                 pass
-            await letters.channel.close()
+            await letters.close()
 
     def _stop(self, cause: PodferryError) -> bool:
         if self.phase not in (SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.POISE, SourcePhase.CUTOVER):
@@ -427,30 +436,22 @@ class Source(Attempt[SourcePhase, SourceEvent]):
     async def _send_pages(self, letters: Letters, change: Change, number: int) -> int:
         """Send what `change` lists. Returns how many pages carried data."""
         pages = 0
-        for batch in self.job.read(change):
-            if batch.data is None:
-                await self._send_drop(letters, batch)
-            else:
-                runs = tuple((start, (end - start) // PAGE) for start, end in batch.runs)
-                frame = Pages(batch.space, number, runs, batch.data)
-                await letters.channel.send(frame)
+        for frame in self.job.read(change, number):
+            await letters.channel.send(frame)
+            if isinstance(frame, Pages):
                 pages += frame.count
-                self.story.memory_bytes += len(batch.data)
-            self.story.sent(letters.channel.bytes_out)
+                self.story.memory_bytes += len(frame.payload)
+            self.story.sent(letters.channel.traffic.sent)
         return pages
-
-    async def _send_drop(self, letters: Letters, batch: Batch) -> None:
-        for first in range(0, len(batch.runs), MAX_DROPS):
-            await letters.channel.send(Drop(batch.space, batch.runs[first : first + MAX_DROPS]))
 
     async def _send_upper(self, letters: Letters, *, last: bool) -> None:
         async for record in self.job.upper(last=last):
             await letters.channel.send(Tree(UPPER, record))
             self.story.upper_bytes += len(record)
-            self.story.sent(letters.channel.bytes_out)
+            self.story.sent(letters.channel.traffic.sent)
 
-    async def _send_log(self, letters: Letters) -> None:
-        async for offset, data in self.job.log():
+    async def _send_log(self, letters: Letters, *, last: bool) -> None:
+        async for offset, data in self.job.log(last=last):
             await letters.channel.send(File(LOG, "log", offset, data))
             self._log_bytes = offset + len(data)
 
@@ -464,6 +465,3 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                     piece = data[offset : offset + MAX_PAYLOAD]
                     last = offset + MAX_PAYLOAD >= len(data)
                     await letters.channel.send(File(IMAGES, name, offset, piece, last=last))
-
-
-__all__ = ["IMAGES", "LOG", "UPPER", "Json", "Order", "PeerLost", "Source"]

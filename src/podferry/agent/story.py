@@ -47,6 +47,17 @@ class Story:
         self._listeners: list[Listener] = []
         self._last_event = 0.0
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Story:
+        """Go on with the story of a record that `to_dict` made, in another process."""
+        story = cls(record["id"], record["name"], record["source"], record["target"], Mode(record["mode"]))
+        story.started_at = record["started_at"]
+        story._began = time.monotonic() - max(0.0, time.time() - story.started_at)
+        story.phases, story.spans = dict(record["phases"]), list(record["spans"])
+        for name in ("wire_bytes", "memory_bytes", "upper_bytes", "downtime_ms"):
+            setattr(story, name, record[name])
+        return story
+
     def now(self) -> float:
         """Milliseconds since the migration began."""
         return (time.monotonic() - self._began) * 1e3

@@ -9,18 +9,18 @@ from __future__ import annotations
 import time
 
 import anyio
-import zstandard
 from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
+from podferry.agent.ports import LOG, ArrivingJob
 from podferry.agent.story import Story
 from podferry.core.phases import TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
-from podferry.core.ports import ArrivingJob, Totals
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
 from podferry.model import Outcome
-from podferry.wire.frames import MAX_PAYLOAD, Data, Drop, File, Pages, Tree
+from podferry.wire.channel import Channel
+from podferry.wire.frames import Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
     Abort,
     Accept,
@@ -39,9 +39,6 @@ from podferry.wire.messages import (
     Running,
     StateEnd,
 )
-from podferry.wire.transport import Channel
-
-UPPER, IMAGES, LOG = 0, 0, 1
 
 
 class Target(Attempt[TargetPhase, TargetEvent]):
@@ -59,7 +56,6 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     ) -> None:
         super().__init__(target_machine(phase), journal, story, handlers)
         self.job = job
-        self._unpack = zstandard.ZstdDecompressor()
         self._poised = anyio.Event()
         self._runs_since_ns = 0
         self._filled: Filled | None = None
@@ -105,7 +101,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             await self._give_up(error, None)
 
     async def tell(self, channel: Channel, *, asked: bool) -> None:
-        """Say what became of the job, and once more when all its memory is in place. The answer to GO, and if `asked` to `Query`."""
+        """Say what became of the job, and once more when its memory is in place: the answer to GO and, if `asked`, to `Query`."""
         if self.phase not in TARGET_MAY_RUN and not self.machine.ended:
             await self._give_up(Failed("the source lost contact before its GO arrived"), None)
         if asked and not self._word_known.is_set():
@@ -126,7 +122,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             match item:
                 case Pages() | Drop() | Tree() | File():
                     self._take(item)
-                    self.story.sent(channel.bytes_in)
+                    self.story.sent(channel.traffic.received)
                 case RoundEnd():
                     await channel.send(RoundAck(item.round))
                 case Poise():
@@ -145,9 +141,6 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     def _take(self, item: Data) -> None:
         match item:
             case Pages():
-                if item.zstd:
-                    plain = self._unpack.decompress(item.payload, max_output_size=MAX_PAYLOAD)
-                    item = Pages(item.space, item.round, item.runs, plain)
                 for address, data in item.pieces():
                     self.job.pages(item.round, item.space, address, data)
             case Drop():
@@ -169,10 +162,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
     async def _verify(self, end: StateEnd) -> None:
         with self.story.span("check what arrived", "target"):
-            upper = next((Totals(one.entries, one.bytes, one.digest) for one in end.trees if one.tree == UPPER), Totals())
-            images = {one.name: (one.size, one.digest) for one in end.files if one.directory == IMAGES}
-            log_bytes = next((one.size for one in end.files if one.directory == LOG), 0)
-            await self.job.verify(images, upper, log_bytes)
+            await self.job.verify(end)
         self.fire(TargetEvent.READY)
         await self.at_gate()
 

@@ -1,62 +1,53 @@
 """What the engine needs of the world: every effect of a migration passes through one of these.
 
-`agent/source.py` and `agent/target.py` are written against them; `agent/leaving.py` and `agent/arriving.py` fulfil them with the
-real containerd, runc, CRIU, kernel and disk, and a unit test with fakes that fail, stall or die at will.
+`source.py` and `target.py` are written against them; `leaving.py` and `arriving.py` fulfil them with the real containerd, runc,
+CRIU, kernel and disk, and a unit test with fakes that fail, stall or die at will.
 
-Memory is spoken of in *spaces* (one per process, named by its pid inside the container, as CRIU's images name it) and *runs*
-(half-open ranges of addresses in bytes, multiples of the page size).
+Memory is spoken of in *spaces*: one per process, named by its pid inside the container, as CRIU's images name it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-Run = tuple[int, int]
+from podferry.memory.ranges import Runs
+from podferry.wire.frames import Drop, Pages
+from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
+
 Json = dict[str, Any]
+
+UPPER, IMAGES, LOG = 0, 0, 1
+"""On the wire: the tree of the upper layer; the directories of CRIU's images and of the container's log."""
 
 
 @dataclass(frozen=True)
 class Change:
     """What one look at the job's memory found: what to send, and what the target must forget."""
 
-    written: Mapping[int, Sequence[Run]] = field(default_factory=dict)
-    dropped: Mapping[int, Sequence[Run]] = field(default_factory=dict)
-    ended: Sequence[int] = ()
+    written: Mapping[int, Runs] = field(default_factory=dict)
+    dropped: Mapping[int, Runs] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """How much there is to send."""
-        return sum(end - start for runs in self.written.values() for start, end in runs)
+        return sum(runs.size for runs in self.written.values())
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Pages of one space: the runs they come from, and their contents one after another.
+class HeldJob(Protocol):
+    """The frozen original on the source, once the right to run has passed."""
 
-    `data` is None for pages that hold only zeros or are gone. Otherwise it is valid until the next batch is taken.
-    """
+    async def commit(self) -> None:
+        """Kill the frozen original. Only after the target said that it runs."""
+        ...
 
-    space: int
-    runs: tuple[Run, ...]
-    data: memoryview | None
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What one side counted of a stream; both sides must have counted the same."""
-
-    entries: int = 0
-    bytes: int = 0
-    digest: str = ""
-
-    def to_dict(self) -> Json:
-        """As JSON carries it."""
-        return {"entries": self.entries, "bytes": self.bytes, "digest": self.digest}
+    async def close(self) -> None:
+        """Let go of descriptors and watchers; nothing of the container is touched."""
+        ...
 
 
-class LeavingJob(Protocol):
+class LeavingJob(HeldJob, Protocol):
     """A running container on the source, as far as a migration touches it."""
 
     async def look(self) -> Change:
@@ -67,19 +58,23 @@ class LeavingJob(Protocol):
         """The last one, with the job frozen: nothing may change after it. The tracker is gone when it returns."""
         ...
 
-    def read(self, change: Change) -> Iterator[Batch]:
-        """Read what `change` lists, a megabyte at a time; what is dropped comes as batches without data."""
+    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
+        """Read what `change` lists, as frames of up to a megabyte. Send each before the next is taken."""
         ...
 
     def upper(self, *, last: bool) -> AsyncIterator[bytes]:
         """One pass over the upper layer: what changed since the pass before. In the last one nothing may change."""
         ...
 
-    def upper_totals(self) -> Totals:
-        """What the last finished pass sent."""
+    def upper_totals(self, tree: int) -> TreeSum:
+        """What the last finished pass over the upper layer sent."""
         ...
 
-    def log(self) -> AsyncIterator[tuple[int, bytes]]:
+    def memory_totals(self) -> tuple[SpaceSum, ...]:
+        """How many pages of each space the target must hold by now."""
+        ...
+
+    def log(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
         """What the container has printed since the last pass: (offset, bytes)."""
         ...
 
@@ -97,14 +92,6 @@ class LeavingJob(Protocol):
 
     async def ended(self) -> str:
         """Return, with how it ended, once the container has ended by itself."""
-        ...
-
-    async def commit(self) -> None:
-        """Kill the frozen original. Only after the target said that it runs."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of descriptors and watchers; nothing of the container is touched."""
         ...
 
 
@@ -127,10 +114,6 @@ class ArrivingJob(Protocol):
         """Pages that are zero or gone."""
         ...
 
-    def end_space(self, space: int) -> None:
-        """A process has ended."""
-        ...
-
     def tree(self, record: memoryview) -> None:
         """A record of the upper layer."""
         ...
@@ -143,7 +126,7 @@ class ArrivingJob(Protocol):
         """A piece of one of CRIU's images."""
         ...
 
-    async def verify(self, images: Mapping[str, Any], upper: Totals, log_bytes: int) -> None:
+    async def verify(self, end: StateEnd) -> None:
         """Everything is here and whole, or a `Failed` says what is not."""
         ...
 

@@ -1,0 +1,325 @@
+"""A container on its way onto this node, in containerd, the page store, CRIU's images and the upper layer.
+
+Everything it makes is in the ledger before it is made; `handlers` takes the same things back, for a migration that fails and
+for one that a killed agent left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import xxhash
+from anyio import to_thread
+
+from podferry.agent.config import Config
+from podferry.agent.helpers import ended, helper_environment, kill_helper, process_of, python, remove_task
+from podferry.agent.journal import Journal
+from podferry.agent.offered import Offered
+from podferry.agent.ports import IMAGES, LOG, UPPER, Json
+from podferry.core.undo import Handler
+from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused, TimedOut
+from podferry.memory.criu_images import missing
+from podferry.memory.store import PageStore
+from podferry.memory.store import Totals as StoreTotals
+from podferry.memory.uffd import PAGE
+from podferry.node.checkpoint import Process
+from podferry.node.containerd import AlreadyExists, Containerd, NotFound
+from podferry.node.incoming import Incoming
+from podferry.node.process import last_lines, spawn
+from podferry.node.records import upper_dir
+from podferry.node.upper import Receiver
+from podferry.wire.messages import StateEnd
+
+POISE_TIMEOUT = 60.0
+STATE_TIMEOUT = 7200.0
+RESTORE_TIMEOUT = 60.0
+LARGEST_IMAGE = 1 << 34
+LOOK_EVERY = 0.02
+
+
+class Arriving:
+    """The container `record` and everything that is made for it here. `log` is the file that its output goes to."""
+
+    def __init__(self, config: Config, containerd: Containerd, journal: Journal, offer: Offered) -> None:
+        self._config, self._containerd, self._journal, self._offer = config, containerd, journal, offer
+        self.scratch = config.incoming.with_name("arriving") / journal.directory.name
+        self._incoming: Incoming | None = None
+        self._store: PageStore | None = None
+        self._upper: Receiver | None = None
+        self._log = -1
+        self._log_end = 0
+        self._images: dict[str, int] = {}
+        self._feeder: Process | None = None
+        self._starter: Process | None = None
+
+    async def prepare(self) -> None:
+        """Its record, snapshot and the places for pages and images."""
+        await to_thread.run_sync(self._prepare)
+
+    def _prepare(self) -> None:
+        record, journal = self._offer.record, self._journal
+        record = replace(record, snapshot_key=record.id)
+        journal.acquire("container", id=record.id)
+        try:
+            self._containerd.create_container(record)
+        except AlreadyExists as there:
+            journal.release("container")
+            raise Refused(
+                f"there is a container named {record.id} here already", remedy="remove or rename it"
+            ) from there
+        journal.acquire("snapshot", snapshotter=record.snapshotter, key=record.snapshot_key)
+        mounts = self._containerd.prepare(
+            record.snapshotter, record.snapshot_key, self._offer.parent, image=record.image, node=self._config.node
+        )
+        self._upper = Receiver(upper_dir(mounts))
+        journal.acquire("scratch", directory=str(self.scratch))
+        self._store = PageStore.create(self.scratch / "store")
+        journal.acquire("incoming", key=record.id)
+        self._incoming = Incoming.prepare(record.id, flags=("--lazy-pages", *self._offer.flags), run=self._config.run)
+        if (path := self._offer.log) is not None:
+            journal.acquire("log", path=str(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+
+    async def poise(self) -> None:
+        """Start the page feeder, and a task whose creation waits for the state in the wrapper."""
+        self._start_feeder()
+        with anyio.fail_after(POISE_TIMEOUT):
+            await self._status_of_feeder("listening")
+            await self._start_task()
+
+    def _start_feeder(self) -> None:
+        incoming, store = self._need_incoming(), self.scratch / "store"
+        argv = [*python("podferry.memory.feeder"), "--work", incoming.work, "--images", incoming.images]
+        argv += ["--store", store, "--status", self.scratch / "feeder.json"]
+        self._feeder = self._spawn("feeder", argv)
+
+    async def _start_task(self) -> None:
+        incoming, record = self._need_incoming(), self._offer.record
+        request = {
+            "socket": str(self._config.containerd),
+            "namespace": self._config.namespace,
+            "id": record.id,
+            "stdio": asdict(self._offer.stdio),
+            "timeout": STATE_TIMEOUT,
+        }
+        (self.scratch / "start.json").write_text(json.dumps(request))
+        self._journal.acquire("task", id=record.id)
+        argv = [*python("podferry.agent.starter"), self.scratch / "start.json", self.scratch / "started.json"]
+        self._starter = self._spawn("starter", argv)
+        async with anyio.create_task_group() as watch:
+            watch.start_soon(self._watch_starter, incoming)
+            await to_thread.run_sync(incoming.wait_poised, POISE_TIMEOUT)
+            watch.cancel_scope.cancel()
+
+    async def _watch_starter(self, incoming: Incoming) -> None:
+        """containerd may fail before the wrapper is ever called: then nobody need wait for it."""
+        try:
+            await self._starter_ended()
+        except PodferryError as error:
+            incoming.abandon(error)
+        else:
+            incoming.abandon(Bug("the container started although its state had not arrived"))
+
+    # What arrives.
+
+    def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
+        """Put arrived pages into the store."""
+        self._need_store().write(space, address, data, round)
+
+    def drop(self, space: int, start: int, end: int) -> None:
+        """Pages that are zero or gone."""
+        self._need_store().drop(space, start, end)
+
+    def tree(self, record: memoryview) -> None:
+        """A record of the upper layer."""
+        if self._upper is None:
+            raise Bug("a record of the upper layer came before the container was prepared")
+        self._upper.feed(record)
+
+    def log(self, offset: int, data: memoryview) -> None:
+        """A piece of what the container printed."""
+        if self._log < 0:
+            raise PeerMisbehaved("output of a container that has no log")
+        if offset != self._log_end:
+            raise PeerMisbehaved("the container's log came out of order", why=f"offset {offset} after {self._log_end}")
+        self._log_end += os.pwrite(self._log, data, offset)
+
+    def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
+        """A piece of one of CRIU's images. The name was checked when its frame was."""
+        if offset + len(data) > LARGEST_IMAGE:
+            raise PeerMisbehaved(f"the image {name} is larger than any")
+        if name not in self._images:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._images[name] = os.open(self._need_incoming().images / name, flags, 0o600)
+        os.pwrite(self._images[name], data, offset)
+
+    async def verify(self, end: StateEnd) -> None:
+        """Everything is here and whole, or an error says what is not."""
+        await to_thread.run_sync(self._verify, end)
+
+    def _verify(self, end: StateEnd) -> None:
+        store, images = self._need_store(), self._need_incoming().images
+        sums = {one.name: one for one in end.files if one.directory == IMAGES}
+        if set(sums) != set(self._images):
+            raise PeerMisbehaved("other images arrived than were announced", why=f"{set(sums) ^ set(self._images)}")
+        for name, fd in self._images.items():
+            content = os.pread(fd, sums[name].size + 1, 0)
+            if len(content) != sums[name].size or xxhash.xxh3_128_hexdigest(content) != sums[name].digest:
+                raise Failed(f"the image {name} did not arrive whole")
+            os.close(fd)
+        self._images.clear()
+        trees = {one.tree: one for one in end.trees}
+        if self._upper is not None and UPPER in trees:
+            came = self._upper.finish()
+            if (came.entries, came.bytes, came.digest) != (
+                trees[UPPER].entries,
+                trees[UPPER].bytes,
+                trees[UPPER].digest,
+            ):
+                raise Failed("the upper layer did not arrive whole", why=f"{came} is not {trees[UPPER]}")
+        if sum(one.size for one in end.files if one.directory == LOG) != self._log_end:
+            raise Failed("the container's log did not arrive whole", why=f"{self._log_end} bytes came")
+        for one in end.spaces:
+            store.complete(one.space)
+        store.verify({one.space: StoreTotals(1, one.pages, one.pages * PAGE) for one in end.spaces})
+        if lacking := missing(store, images):
+            raise Failed("memory is missing", why=f"of the processes {sorted(lacking)}, nothing was said of some pages")
+        store.sync()
+        store.close()
+
+    # The resume.
+
+    async def release(self) -> None:
+        """Give the wrapper its verdict, and see the task started."""
+        if self._starter is None:
+            await self._adopt()
+        if not (self.scratch / "started.json").exists():
+            incoming = self._need_incoming()
+            self._journal.note(released=True)
+            await to_thread.run_sync(incoming.restore)
+        try:
+            with anyio.fail_after(RESTORE_TIMEOUT):
+                await self._starter_ended()
+        except TimeoutError:
+            raise TimedOut(
+                f"the restore has not ended after {RESTORE_TIMEOUT:.0f} s", evidence=self._restore_log()
+            ) from None
+        except PodferryError as error:
+            raise Failed.because("the restore failed", error) from error
+        self._journal.release("starter")
+
+    async def _adopt(self) -> None:
+        """Go on where a killed agent was: its wrapper has ended unless the verdict was given; then wait for what became of it."""
+        self._feeder, self._starter = (process_of(self._journal.ledger.facts(kind)) for kind in ("feeder", "starter"))
+        if self._journal.facts.get("released"):
+            return
+        if self._starter is not None:
+            self._starter.kill()
+        await to_thread.run_sync(partial(remove_task, self._containerd, self._offer.record.id))
+        (self.scratch / "started.json").unlink(missing_ok=True)
+        self._incoming = Incoming.adopt(self._offer.record.id, run=self._config.run)
+        await self._start_task()
+
+    async def filled(self) -> Json:
+        """Wait until the page feeder has put every page in its place."""
+        if self._feeder is None:
+            self._feeder = process_of(self._journal.ledger.facts("feeder"))
+        status = await self._status_of_feeder("done")
+        self._journal.release("feeder")
+        for kind in ("task", "container", "snapshot", "log"):
+            self._journal.release(kind)
+        return {name: value for name, value in status.items() if name != "state"}
+
+    async def _status_of_feeder(self, wanted: str) -> Json:
+        """Wait for a state of the page feeder; its death before is an error."""
+        path = self.scratch / "feeder.json"
+        while True:
+            alive = self._feeder is not None and self._feeder.alive()
+            with suppress(OSError, ValueError):
+                status: Json = json.loads(path.read_text())
+                if status["state"] == wanted:
+                    return status
+                if status["state"] == "failed":
+                    raise Failed(
+                        "the page feeder failed", why=str(status.get("reason")), evidence=self._log_of("feeder")
+                    )
+            if not alive:
+                raise Failed("the page feeder died", evidence=self._log_of("feeder"))
+            await anyio.sleep(LOOK_EVERY)
+
+    async def _starter_ended(self) -> None:
+        if self._starter is not None:
+            await ended(self._starter)
+        try:
+            answer = json.loads((self.scratch / "started.json").read_text())
+        except (OSError, ValueError) as error:
+            raise Failed.because("the starter died", error) from error
+        if "error" in answer:
+            failure = PodferryError.from_dict(answer["error"])
+            failure.evidence = self._restore_log() or failure.evidence
+            raise failure
+
+    def _spawn(self, kind: str, argv: list[str | Path]) -> Process:
+        """Start a helper that outlives this agent."""
+        with (self.scratch / f"{kind}.log").open("wb") as log:
+            child = spawn(argv, stdout=log, stderr=log, env=helper_environment())
+        process = Process.of(child.pid)
+        if process is None:
+            raise Failed(f"the {kind} died at once", evidence=self._log_of(kind))
+        self._journal.acquire(kind, pid=process.pid, started=process.started)
+        return process
+
+    def _restore_log(self) -> list[str]:
+        return self._incoming.failure() if self._incoming else []
+
+    def _log_of(self, kind: str) -> list[str]:
+        return last_lines(self.scratch / f"{kind}.log")
+
+    def _need_incoming(self) -> Incoming:
+        if self._incoming is None:
+            self._incoming = Incoming.adopt(self._offer.record.id, run=self._config.run)
+        return self._incoming
+
+    def _need_store(self) -> PageStore:
+        if self._store is None:
+            raise Bug("pages came before the container was prepared")
+        return self._store
+
+
+def handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:
+    """How each thing that the ledger of an arriving container may hold is taken back."""
+
+    def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
+        return lambda facts: to_thread.run_sync(function, facts)
+
+    def gone(function: Callable[..., object]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            with suppress(NotFound):
+                function(*args)
+
+        return call
+
+    def remove_incoming(facts: Mapping[str, Any]) -> None:
+        shutil.rmtree(config.incoming / facts["key"], ignore_errors=True)
+        (config.run / "restored" / facts["key"]).unlink(missing_ok=True)
+
+    return {
+        "container": threaded(lambda facts: gone(containerd.delete_container)(facts["id"])),
+        "snapshot": threaded(lambda facts: gone(containerd.remove_snapshot)(facts["snapshotter"], facts["key"])),
+        "scratch": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
+        "incoming": threaded(remove_incoming),
+        "log": threaded(lambda facts: Path(facts["path"]).unlink(missing_ok=True)),
+        "task": threaded(lambda facts: remove_task(containerd, facts["id"])),
+        "feeder": threaded(kill_helper),
+        "starter": threaded(kill_helper),
+    }

@@ -1,0 +1,73 @@
+"""Processes that work for the agent and outlive it, and tasks that must go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from podferry.node.checkpoint import Process
+from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
+
+END_TIMEOUT = 10.0
+INHERITED = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PODFERRY_RUN")
+
+
+def python(module: str) -> list[str | Path]:
+    """The command that runs one of our modules as a program, in the interpreter that runs this one."""
+    return [sys.executable, "-P", "-m", module]
+
+
+def helper_environment() -> dict[str, str]:
+    """What a helper needs of this agent's environment."""
+    return {name: os.environ[name] for name in INHERITED if name in os.environ}
+
+
+def process_of(facts: Mapping[str, Any] | None) -> Process | None:
+    """The helper that a ledger's entry names."""
+    return Process(int(facts["pid"]), int(facts["started"])) if facts else None
+
+
+def kill_helper(facts: Mapping[str, Any]) -> None:
+    """End a helper that an entry of the ledger names, and reap it if it is this agent's child."""
+    process = Process(int(facts["pid"]), int(facts["started"]))
+    process.kill()
+    process.wait(END_TIMEOUT)
+    reap(process)
+
+
+def reap(process: Process) -> None:
+    """Take note of a child's end, so that it leaves no zombie."""
+    with suppress(ChildProcessError):
+        os.waitpid(process.pid, os.WNOHANG)
+
+
+async def ended(process: Process) -> None:
+    """Wait for the end of a process, ours or not."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if process.alive():
+            await anyio.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+    reap(process)
+
+
+def remove_task(containerd: Containerd, id: str) -> None:
+    """Kill a container's task, whatever its state, and have containerd forget it."""
+    with suppress(NotFound):
+        containerd.task(id)
+        with suppress(NotFound, ContainerdFailed):
+            containerd.kill_task(id, signal.SIGKILL, everyone=True)
+        with suppress(NotFound):
+            containerd.wait_task(id, END_TIMEOUT)
+        containerd.delete_task(id)

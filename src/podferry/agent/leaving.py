@@ -1,0 +1,305 @@
+"""A running container on its way out of this node: its memory through tracker and reader, its files, CRIU's dump that holds it.
+
+Everything it holds is in the ledger before it is held; `handlers` takes the same things back, for a migration that fails and for
+one that a killed agent left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio import to_thread
+
+from podferry.agent.config import Config
+from podferry.agent.helpers import remove_task
+from podferry.agent.journal import Journal
+from podferry.agent.offered import Offered
+from podferry.agent.ports import Change
+from podferry.core.undo import Handler
+from podferry.errors import Failed
+from podferry.memory.ranges import EMPTY, Runs
+from podferry.memory.reader import Data, Reader
+from podferry.memory.tracker import Kind, Round, create
+from podferry.memory.uffd import PAGE
+from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
+from podferry.node.checkpoint import Hold
+from podferry.node.containerd import Containerd, NotFound
+from podferry.node.records import Task
+from podferry.node.stdio import drained
+from podferry.node.upper import Source as UpperSource
+from podferry.wire.batch import PageBatch
+from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
+from podferry.wire.messages import SpaceSum, TreeSum
+
+
+class Leaving:
+    """The running container `offered.record`, whose init is `task`. `upper` is its upper directory, `kind` how it is tracked."""
+
+    def __init__(
+        self,
+        config: Config,
+        containerd: Containerd,
+        journal: Journal,
+        *,
+        offered: Offered,
+        task: Task,
+        upper: Path,
+        kind: Kind,
+    ) -> None:
+        self._containerd, self._journal, self._offered, self._task = containerd, journal, offered, task
+        self._runc_root = containerd.runc_root(offered.record)
+        self._cgroup = Cgroup.of_container(self._runc_root, offered.record.id)
+        self._tracker = create(kind, self._cgroup.pids, pause=self._paused)
+        self._upper = UpperSource(upper)
+        self._scratch = config.outgoing / journal.directory.name
+        self._readers: dict[int, Reader] = {}
+        self._pids: dict[int, int] = {}
+        self._spaces: dict[int, int] = {}
+        self._sent: dict[int, Runs] = {}
+        self._log_sent = 0
+        self._quota: CpuQuota | None = None
+        self._hold: Hold | None = None
+
+    # Memory.
+
+    async def look(self) -> Change:
+        """What was written or dropped since the last look; everything at the first."""
+        return self._taken(await to_thread.run_sync(self._tracker.collect))
+
+    async def last_look(self) -> Change:
+        """The last one: the job is frozen, and the tracker leaves it."""
+        return self._taken(await to_thread.run_sync(self._tracker.final))
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        self._cgroup.freeze()
+        try:
+            yield
+        finally:
+            self._cgroup.thaw()
+
+    def _taken(self, seen: Round) -> Change:
+        """What the tracker saw of processes, by their pids inside the container."""
+        dropped: dict[int, Runs] = {}
+        for pid in seen.gone:
+            if (space := self._spaces.pop(pid, None)) is not None:
+                dropped[space] = self._sent.get(space, EMPTY)
+                self._close_reader(space)
+        written: dict[int, Runs] = {}
+        for pid, found in seen.spaces.items():
+            space = self._spaces[pid] = self._spaces.get(pid) or pid_inside(pid)
+            self._pids[space] = pid
+            if found.fresh:
+                self._close_reader(space)
+            written[space] = found.written
+            dropped[space] = dropped.get(space, EMPTY) | found.dropped
+        return Change(written, dropped)
+
+    def _close_reader(self, space: int) -> None:
+        if (reader := self._readers.pop(space, None)) is not None:
+            reader.close()
+
+    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
+        """Read what `change` lists, as frames of up to a megabyte. Send each before the next is taken."""
+        for space, dropped in change.dropped.items():
+            yield from self._forget(space, dropped)
+        for space, written in change.written.items():
+            yield from self._read_space(space, written, round)
+
+    def _read_space(self, space: int, written: Runs, round: int) -> Iterator[Pages | Drop]:
+        """Pages that hold only zeros are dropped instead: absent pages of a complete space are zero."""
+        batch, void = PageBatch(space, round), []
+        sent = []
+        try:
+            reader = self._readers[space] = self._readers.get(space) or Reader(self._pids[space])
+        except OSError:
+            return
+        for piece in reader.read(written):
+            if isinstance(piece, Data):
+                sent.append((piece.address, piece.address + len(piece.memory)))
+                yield from batch.add(piece.address, piece.memory)
+            else:
+                void.append((piece.start, piece.end))
+        yield from batch.flush()
+        self._sent[space] = self._sent.get(space, EMPTY) | Runs(sent)
+        yield from self._forget(space, Runs(void))
+
+    def _forget(self, space: int, runs: Runs) -> Iterator[Drop]:
+        known = self._sent.get(space, EMPTY)
+        void = known & runs
+        self._sent[space] = known - runs
+        listed = list(void)
+        for first in range(0, len(listed), MAX_DROPS):
+            yield Drop(space, tuple(listed[first : first + MAX_DROPS]))
+
+    def memory_totals(self) -> tuple[SpaceSum, ...]:
+        """How many pages of each space the target must hold by now."""
+        return tuple(SpaceSum(space, runs.size // PAGE) for space, runs in sorted(self._sent.items()))
+
+    # Files.
+
+    async def upper(self, *, last: bool) -> AsyncIterator[bytes]:
+        """One pass over the upper layer."""
+        plan = await to_thread.run_sync(
+            partial(self._upper.plan, suspects=self._mapped_shared() if last else (), frozen=last)
+        )
+        for chunk in self._upper.send(plan):
+            yield chunk
+
+    def upper_totals(self, tree: int) -> TreeSum:
+        """What the last finished pass over the upper layer sent."""
+        summary = self._upper.summary
+        if summary is None:
+            raise Failed("the last pass over the upper layer did not end")
+        return TreeSum(tree, summary.entries, summary.bytes, summary.digest)
+
+    async def log(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+        """What the container has printed since the last pass. In the last one, the shim has taken in all of it first."""
+        path = self._offered.log
+        if path is None:
+            return
+        if last:
+            await to_thread.run_sync(drained, self._task.pid)
+        with path.open("rb", buffering=0) as file:
+            file.seek(self._log_sent)
+            while data := file.read(MAX_PAYLOAD):
+                offset, self._log_sent = self._log_sent, self._log_sent + len(data)
+                yield offset, data
+
+    def _mapped_shared(self) -> set[bytes]:
+        """Files that a process of the container has mapped shared and writable, as the upper layer names them."""
+        found = set()
+        for pid in self._cgroup.pids():
+            with suppress(OSError):
+                for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+                    words = line.split(maxsplit=5)
+                    if words[1].endswith(b"s") and b"w" in words[1] and len(words) > 5 and words[5].startswith(b"/"):
+                        found.add(words[5].lstrip(b"/"))
+        return found
+
+    # The freeze.
+
+    async def freeze(self) -> None:
+        """Stop every task."""
+        self._journal.acquire("freeze", cgroup=self._cgroup.to_dict())
+        await to_thread.run_sync(self._cgroup.freeze)
+
+    async def dump(self) -> Mapping[str, bytes]:
+        """CRIU writes everything but the private memory, and then holds the frozen job."""
+        return await to_thread.run_sync(self._dump)
+
+    def _dump(self) -> Mapping[str, bytes]:
+        images, work = self._scratch / "images", self._scratch / "work"
+        self._journal.acquire("outgoing", directory=str(self._scratch))
+        self._journal.acquire("hold", work=str(work), cgroup=self._cgroup.to_dict())
+        hold = self._hold = Hold.start(
+            self._offered.record.id,
+            self._cgroup,
+            runc_root=self._runc_root,
+            images=images,
+            work=work,
+            flags=self._offered.flags,
+        )
+        self._journal.acquire("hold", **hold.to_dict())
+        hold.wait_ready()
+        self._journal.acquire("hold", **hold.to_dict())
+        return {path.name: path.read_bytes() for path in sorted(images.iterdir())}
+
+    async def slow_down(self, quota: float) -> None:
+        """Leave the job this share of the processor time that it may use."""
+        if self._quota is None:
+            self._quota = self._cgroup.cpu_quota()
+            self._journal.acquire("quota", cgroup=self._cgroup.to_dict(), quota=self._quota.to_dict())
+        self._cgroup.set_cpu_quota(self._quota.scaled(quota, os.cpu_count() or 1))
+
+    async def ended(self) -> str:
+        """Return, with how it ended, once the container has ended by itself."""
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(self._task.pid)
+            try:
+                await anyio.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        status = await to_thread.run_sync(self._containerd.wait_task, self._offered.record.id, 5.0)
+        return f"exit status {status}"
+
+    async def commit(self) -> None:
+        """Kill the frozen original and remove what is left of it here."""
+        await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
+
+    async def close(self) -> None:
+        """Let go of descriptors."""
+        self._tracker.close()
+        self._upper.close()
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+
+class Remains:
+    """The frozen original of a migration that an earlier agent took past the point of no return."""
+
+    def __init__(self, journal: Journal, containerd: Containerd, offered: Offered) -> None:
+        self._journal, self._containerd, self._offered = journal, containerd, offered
+
+    async def commit(self) -> None:
+        """Kill the frozen original and remove what is left of it here."""
+        await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def pid_inside(pid: int) -> int:
+    """The pid that a process has in its own pid namespace, by which CRIU's images name it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nNSpid:")[2].split("\n", 1)[0].split()[-1])
+
+
+def commit(journal: Journal, containerd: Containerd, offered: Offered) -> None:
+    """Kill the frozen original and remove its task, record, snapshot and log. May be called again after a failure."""
+    record = offered.record
+    if (facts := journal.ledger.facts("hold")) is not None:
+        Hold.from_dict(dict(facts)).commit()
+    for kind in ("hold", "freeze", "quota"):
+        journal.release(kind)
+    remove_task(containerd, record.id)
+    with suppress(NotFound):
+        containerd.delete_container(record.id)
+    with suppress(NotFound):
+        containerd.remove_snapshot(record.snapshotter, record.snapshot_key)
+    if offered.log is not None:
+        offered.log.unlink(missing_ok=True)
+
+
+def handlers() -> dict[str, Handler]:
+    """How each thing that the ledger of a leaving container may hold is taken back."""
+
+    def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
+        return lambda facts: to_thread.run_sync(function, facts)
+
+    def roll_back(facts: Mapping[str, Any]) -> None:
+        with suppress(CgroupFailed):
+            Hold.from_dict(dict(facts)).rollback()
+
+    def thaw(facts: Mapping[str, Any]) -> None:
+        with suppress(CgroupFailed):
+            Cgroup.from_dict(facts["cgroup"]).thaw()
+
+    def give_back(facts: Mapping[str, Any]) -> None:
+        with suppress(CgroupFailed):
+            Cgroup.from_dict(facts["cgroup"]).set_cpu_quota(CpuQuota.from_dict(facts["quota"]))
+
+    return {
+        "outgoing": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
+        "hold": threaded(roll_back),
+        "freeze": threaded(thaw),
+        "quota": threaded(give_back),
+    }

@@ -1,0 +1,81 @@
+"""What the source tells the target of a container: its record, where its image is, where its output goes.
+
+It comes from a peer, and the target acts on it as root: so it is decoded strictly, and what it names is bounded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from podferry.errors import PeerMisbehaved, Refused
+from podferry.node.checkpoint import FLAGS
+from podferry.node.records import Container, Stdio
+
+LOG_ROOTS = (Path("/var/log"),)
+"""A container's output is only ever written below these, whatever the source says."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+_SCHEME = "file://"
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A container as it is offered. `parent` is the snapshot its root stands on; `flags` are those of the dump and the restore."""
+
+    record: Container
+    parent: str
+    stdio: Stdio = field(default_factory=Stdio)
+    flags: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> Path | None:
+        """The file that containerd's shim writes the container's output to, if it does."""
+        return log_file(self.stdio)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it travels; `from_dict` is its inverse."""
+        return {
+            "record": base64.b64encode(self.record.to_bytes()).decode(),
+            "parent": self.parent,
+            "stdio": asdict(self.stdio),
+            "flags": list(self.flags),
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], name: str) -> Offered:
+        """Decode an offer of the container `name`. Raises `PeerMisbehaved` for what no source of ours sends."""
+        try:
+            record = Container.from_bytes(base64.b64decode(data["record"], validate=True))
+            stdio, parent, flags = Stdio(**data["stdio"]), data["parent"], tuple(data["flags"])
+        except (KeyError, TypeError, binascii.Error) as error:
+            raise PeerMisbehaved.because("not an offer of a container", error) from error
+        if record.id != name or not _ID.fullmatch(name):
+            raise PeerMisbehaved("an offer names one container and holds another", why=f"{name!r}, {record.id!r}")
+        if not isinstance(parent, str) or not set(flags) <= FLAGS:
+            raise PeerMisbehaved("not an offer of a container", why=f"flags {flags!r}")
+        offered = Offered(record, parent, stdio, flags)
+        if (log := offered.log) is not None and not any(log.is_relative_to(root) for root in LOG_ROOTS):
+            raise PeerMisbehaved(f"the source wants output written to {log}", why=f"that is not below {LOG_ROOTS[0]}")
+        return offered
+
+
+def log_file(stdio: Stdio) -> Path | None:
+    """The file behind a task's output. Raises `Refused` for output that cannot follow the container."""
+    names = {one for one in (stdio.stdout, stdio.stderr) if one}
+    if not names and not stdio.stdin:
+        return None
+    if len(names) != 1 or stdio.stdin or stdio.terminal or not next(iter(names)).startswith(_SCHEME):
+        raise Refused(
+            "the container's input or output cannot follow it",
+            why=f"it goes to {', '.join(sorted(names | {stdio.stdin} - {''}))}, which only this node has",
+            remedy="start the container with its output in one log file (ctr run --log-uri file:///var/log/...)",
+        )
+    path = Path(next(iter(names)).removeprefix(_SCHEME))
+    if not path.is_absolute() or ".." in path.parts:
+        raise Refused(f"the container's output goes to {path}", why="that is not a plain absolute path")
+    return path

@@ -1,0 +1,355 @@
+"""podferry-agent: what runs on a node, and what may be asked of it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import structlog
+from anyio import to_thread
+from anyio.abc import TaskGroup
+
+from podferry import __version__
+from podferry.agent import arriving, control, leaving
+from podferry.agent.arriving import Arriving
+from podferry.agent.attempt import Attempt
+from podferry.agent.config import Config
+from podferry.agent.control import Emit
+from podferry.agent.inspection import Inspection
+from podferry.agent.journal import Journal, forget_old, journals
+from podferry.agent.leaving import Leaving
+from podferry.agent.letters import Letters
+from podferry.agent.offered import Offered
+from podferry.agent.source import Order, Source
+from podferry.agent.story import Story
+from podferry.agent.target import Target
+from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent, SourcePhase, TargetPhase
+from podferry.core.precopy import Policy
+from podferry.errors import PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
+from podferry.model import Mode
+from podferry.node.containerd import Containerd
+from podferry.wire.channel import Channel
+from podferry.wire.messages import Abort, Accept, ErrorReport, Offer, Query, Refuse, Unknown
+from podferry.wire.tls import Credentials
+from podferry.wire.transport import dial, listen, serve
+
+KEEP_RECORDS = 200
+
+Record = dict[str, Any]
+
+
+class Agent:
+    """The agent of one node."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.log = structlog.get_logger().bind(node=config.node)
+        self.credentials = Credentials.load(config.certificates)
+        self.containerd = Containerd(config.containerd, config.namespace)
+        self.inspection = Inspection(config, self.containerd)
+        self._sources: dict[str, Source] = {}
+        self._targets: dict[str, Target] = {}
+        self._tasks: TaskGroup
+
+    async def run(self, ready: Callable[[], object]) -> None:
+        """Work until cancelled. `ready` is called once the agent answers and has taken up what an earlier one left."""
+        ops: Mapping[str, control.Op] = {
+            "ps": self.op_ps,
+            "check": self.op_check,
+            "migrate": self.op_migrate,
+            "status": self.op_status,
+            "cancel": self.op_cancel,
+            "resolve": self.op_resolve,
+            "node": self.op_node,
+        }
+        for directory in (self.config.run, self.config.migrations):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        listener = listen(self.config.listen)
+        async with anyio.create_task_group() as self._tasks:
+            self._recover()
+            self._tasks.start_soon(partial(serve, listener, self.credentials, self._converse, self._report))
+            await control.serve(self.config.socket, ops, started=ready)
+
+    # What an earlier agent left.
+
+    def _recover(self) -> None:
+        """Take up every migration that has not ended: finish it or undo it, by what its journal says."""
+        forget_old(self.config.migrations, KEEP_RECORDS)
+        for directory in journals(self.config.migrations):
+            journal = Journal(directory)
+            role, offered = journal.facts.get("role"), journal.facts.get("offered")
+            ends: frozenset[str] = SOURCE_ENDS if role == "source" else TARGET_ENDS
+            if not offered or journal.phase in ends or not journal.phase:
+                journal.close()
+                continue
+            self.log.warning(
+                "taking up a migration that was interrupted", migration=directory.name, phase=journal.phase
+            )
+            story = Story.from_dict(journal.load_record() or journal.facts["record"])
+            attempt: Source | Target
+            attempt = self._source_again(journal, story) if role == "source" else self._target_again(journal, story)
+            self._tasks.start_soon(attempt.go_on, name=f"recover {story.id}")
+
+    def _source_again(self, journal: Journal, story: Story) -> Source:
+        offered = Offered.from_dict(journal.facts["offered"], story.name)
+        source = Source(
+            Order(story.mode),
+            partial(self._dial, story.target),
+            journal,
+            story,
+            leaving.handlers(),
+            SourcePhase(journal.phase),
+            held=leaving.Remains(journal, self.containerd, offered),
+        )
+        self._sources[story.id] = source
+        return source
+
+    def _target_again(self, journal: Journal, story: Story) -> Target:
+        offered = Offered.from_dict(journal.facts["offered"], story.name)
+        job = Arriving(self.config, self.containerd, journal, offered)
+        handlers = arriving.handlers(self.config, self.containerd)
+        target = Target(job, journal, story, handlers, TargetPhase(journal.phase))
+        self._targets[story.id] = target
+        return target
+
+    # What people ask.
+
+    async def op_ps(self, emit: Emit) -> list[Record]:
+        """The containers of this node."""
+        return await to_thread.run_sync(self.inspection.containers)
+
+    async def op_node(self, emit: Emit) -> Record:
+        """This node and its agent."""
+        return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers)}
+
+    async def op_check(self, emit: Emit, name: str, to: str) -> Record:
+        """Could this container move there? Nothing is touched."""
+        self._check_names(name, to)
+        view = await to_thread.run_sync(partial(self.inspection.container, name))
+        refusals: list[Record] = []
+        offer = view.offer(f"check-{secrets.token_hex(4)}", Mode.LIVE)
+        async with anyio.create_task_group() as helpers:
+            letters = await Letters.open(helpers, self._dial(to))
+            await letters.channel.send(offer)
+            answer = await letters.expect(Accept, Refuse)
+            if isinstance(answer, Refuse):
+                refusals = [one.error().to_dict() for one in answer.refusals]
+            await letters.channel.send(Abort(offer.migration, "only a check"))
+            await letters.close()
+        return {
+            "name": name,
+            "source": self.config.node,
+            "target": to,
+            "movable": not refusals,
+            "refusals": refusals,
+            "warnings": view.warnings,
+            "tracker": str(view.tracker.kind),
+            "tracker_reason": view.tracker.reason,
+            "memory_bytes": offer.memory_bytes,
+            "upper_bytes": offer.upper_bytes,
+        }
+
+    async def op_migrate(
+        self,
+        emit: Emit,
+        name: str,
+        to: str,
+        mode: str = Mode.LIVE,
+        timeout_s: float | None = None,
+        max_downtime_ms: float | None = None,
+        bandwidth: float | None = None,
+        allow_postcopy: bool = False,
+        allow_throttle: bool = True,
+    ) -> Record:
+        """Move a container. Goes on if whoever asked hangs up."""
+        if mode not in {str(one) for one in Mode}:
+            raise UsageError(f"there is no mode {mode!r}", why=f"there are {', '.join(Mode)}")
+        order = Order(
+            Mode(mode),
+            timeout=timeout_s or Order.timeout,
+            bandwidth=bandwidth,
+            policy=Policy(
+                max_downtime=(max_downtime_ms or Policy.max_downtime * 1e3) / 1e3,
+                throttle=allow_throttle,
+                postcopy=allow_postcopy,
+            ),
+        )
+        self._check_names(name, to)
+        source, story = await self._set_out(name, to, order)
+        events, inbox = anyio.create_memory_object_stream[Record](1024)
+
+        def hear(event: Record) -> None:
+            if events.statistics().current_buffer_used < 1024:
+                events.send_nowait(event)
+
+        stop = story.listen(hear)
+        try:
+            async with anyio.create_task_group() as relay:
+
+                async def pass_on() -> None:
+                    async for event in inbox:
+                        await emit(event)
+
+                relay.start_soon(pass_on)
+                await source.ended.wait()
+                events.close()
+        finally:
+            stop()
+        return story.to_dict()
+
+    async def op_status(self, emit: Emit, id: str | None = None) -> list[Record]:
+        """What happened in one migration, or in all that this node remembers, oldest first."""
+        found = []
+        for directory in journals(self.config.migrations):
+            if id is None or directory.name == id:
+                live: Attempt[Any, Any] | None = self._sources.get(directory.name) or self._targets.get(directory.name)
+                record = live.story.to_dict() if live else _saved(directory)
+                if record is not None:
+                    found.append(record)
+        return found
+
+    async def op_cancel(self, emit: Emit, id: str) -> Record:
+        """Take a migration back, as long as the right to run has not passed."""
+        source = self._source(id)
+        if not source.cancel():
+            raise Refused(f"{id} cannot be cancelled any more", why=f"it is in phase {source.phase}")
+        await source.ended.wait()
+        return source.story.to_dict()
+
+    async def op_resolve(self, emit: Emit, id: str, run_on: str) -> Record:
+        """A person decides where a migration that lost contact after GO goes on."""
+        if id in self._targets:
+            return await self._resolve_target(self._targets[id], run_on)
+        source = self._source(id)
+        if run_on not in (source.story.source, source.story.target):
+            raise UsageError(f"{run_on} is neither the source nor the target of {id}")
+        here = run_on == source.story.source
+        source.resolve(SourceEvent.RESOLVED_HERE if here else SourceEvent.RESOLVED_THERE)
+        await source.ended.wait()
+        return source.story.to_dict()
+
+    async def _resolve_target(self, target: Target, run_on: str) -> Record:
+        """The source decides; here a verdict can only hold the target to what it said."""
+        if run_on == target.story.source and target.phase in TARGET_MAY_RUN:
+            raise Refused(
+                f"{target.story.name} runs here already",
+                why=f"the target of {target.story.id} is in phase {target.phase}",
+                remedy=f"podferry resolve {target.story.id} --run-on {target.story.target}",
+            )
+        return target.story.to_dict()
+
+    # Setting out.
+
+    async def _set_out(self, name: str, to: str, order: Order) -> tuple[Source, Story]:
+        self._refuse_second(name)
+        id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        journal = Journal(self.config.migrations / id)
+        story = Story(id, name, self.config.node, to, order.mode)
+        source = Source(order, partial(self._dial, to), journal, story, leaving.handlers())
+        self._sources[id] = source
+
+        async def propose() -> tuple[Offer, Leaving]:
+            view = await to_thread.run_sync(partial(self.inspection.container, name))
+            choice = view.demand_movable(order.mode)
+            story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
+            journal.note(role="source", offered=view.offered.to_dict(), record=story.to_dict())
+            job = Leaving(
+                self.config,
+                self.containerd,
+                journal,
+                offered=view.offered,
+                task=view.task,
+                upper=view.upper,
+                kind=choice.kind,
+            )
+            return view.offer(id, order.mode), job
+
+        self._tasks.start_soon(source.run, propose, name=f"move {id}")
+        return source, story
+
+    def _refuse_second(self, name: str) -> None:
+        for source in self._sources.values():
+            if source.story.name == name and not source.machine.ended:
+                raise Refused(
+                    f"{name} is on its way already",
+                    why=f"migration {source.story.id} is in phase {source.phase}",
+                    remedy=f"wait for it, or podferry cancel {source.story.id}",
+                )
+        for target in self._targets.values():
+            if target.story.name == name and not target.machine.ended:
+                raise Refused(
+                    f"{name} is still arriving here", why=f"migration {target.story.id}", remedy="wait for it"
+                )
+
+    def _check_names(self, name: str, to: str) -> None:
+        if to == self.config.node:
+            raise UsageError(
+                f"{name} is on {to} already", why="source and target are one node", remedy="name another node"
+            )
+        if to not in self.config.peers:
+            known = ", ".join(sorted(self.config.peers)) or "none"
+            raise UsageError(f"no node {to} is known here", why=f"the other nodes are: {known}")
+
+    def _source(self, id: str) -> Source:
+        if id not in self._sources:
+            raise UsageError(f"no migration {id} began here", remedy="podferry status lists them")
+        return self._sources[id]
+
+    def _dial(self, node: str) -> AbstractAsyncContextManager[Channel]:
+        return dial(node, self.config.peers[node], self.credentials)
+
+    # What other agents want.
+
+    async def _converse(self, channel: Channel) -> None:
+        first = await channel.receive()
+        match first:
+            case Offer():
+                await self._receive(channel, first)
+            case Query():
+                await self._answer(channel, first.migration)
+            case _:
+                raise PeerMisbehaved(f"{channel.peer} began with a {type(first).__name__}")
+
+    async def _receive(self, channel: Channel, offer: Offer) -> None:
+        try:
+            offered = Offered.from_dict(offer.container, offer.name)
+            facts = await to_thread.run_sync(partial(self.inspection.weigh, offer, offered))
+            self._refuse_second(offer.name)
+        except PodferryError as error:
+            await channel.send(Refuse(offer.migration, (ErrorReport.of(error),)))
+            await channel.receive()
+            return
+        journal = Journal(self.config.migrations / offer.migration)
+        story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
+        journal.note(role="target", offered=offered.to_dict(), record=story.to_dict())
+        job = Arriving(self.config, self.containerd, journal, offered)
+        target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
+        self._targets[offer.migration] = target
+        await target.converse(channel, Accept(offer.migration, facts), self._tasks)
+
+    async def _answer(self, channel: Channel, migration: str) -> None:
+        target = self._targets.get(migration)
+        if target is None:
+            await channel.send(Unknown(migration))
+            return
+        if target.story.source != channel.peer:
+            raise PeerUntrusted(f"{channel.peer} asks for a migration of {target.story.source}'s")
+        await target.tell(channel, asked=True)
+
+    def _report(self, error: PodferryError) -> None:
+        self.log.warning("a conversation ended with an error", error=str(error), evidence=error.evidence)
+
+
+def _saved(directory: Path) -> Record | None:
+    try:
+        record: Record = json.loads((directory / "record.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record
