@@ -22,13 +22,14 @@ import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, PeerMisbehaved, TimedOut
-from podferry.node.cgroup import Cgroup
+from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
 from podferry.node.netns import in_network_of, in_new_network
 from podferry.node.process import ending, last_lines, spawn
@@ -36,6 +37,7 @@ from podferry.node.process import ending, last_lines, spawn
 PORT = 7117
 READY_TIMEOUT = 120.0  # seconds
 END_TIMEOUT = 10.0  # seconds
+FIRST_LOOK, LAST_LOOK = 0.001, 0.05  # seconds
 # As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
 NO_COMMAND = b"\xff" * 32
 CRIU_CONF = Path(__file__).with_name("criu.conf")
@@ -161,7 +163,8 @@ class Hold:
             os.close(status)
         if not done:
             error = self._failed() if ready else self._late(timeout)
-            self.rollback()
+            with contextlib.suppress(CgroupFailed):
+                self.rollback(0)
             raise error
         try:
             self.criu = self._find_criu()
@@ -182,18 +185,18 @@ class Hold:
         self.cgroup.kill()
         self._end()
 
-    def rollback(self) -> None:
-        """Let the container go on. May be called again after a failure.
+    def rollback(self, patience: float = READY_TIMEOUT) -> None:
+        """Let the container go on. A dump that is still under way is given `patience` seconds to get ready.
 
-        Raises `CgroupFailed` where the container has ended meanwhile.
+        May be called again after a failure. Raises `CgroupFailed` where the container has ended meanwhile.
         """
-        if self.alive():
-            # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
+        self.criu = self.criu or self._find_criu()
+        # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
+        if self.criu is not None and self._listens(self.criu, patience):
             self.cgroup.thaw()
             with contextlib.suppress(OSError, Failed):
                 self._say(NO_COMMAND)
-                if self.runc is not None:
-                    self.runc.wait(END_TIMEOUT)
+                self.criu.wait(END_TIMEOUT)
         self._end()
         self.cgroup.thaw()
 
@@ -209,25 +212,36 @@ class Hold:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Hold:
-        """The inverse of `to_dict`. Raises `PeerMisbehaved` on anything else."""
+        """The inverse of `to_dict`. `cgroup` and `work` are enough: they can be journalled before `start`, and what it
+        had started by the agent's end is found by them. Raises `PeerMisbehaved` on anything else.
+        """
         try:
-            hold = Hold(str(data["id"]), Cgroup.from_dict(data["cgroup"]), Path(data["work"]))
-            hold.runc, hold.criu = (
-                Process(int(data[who][0]), int(data[who][1])) if data[who] else None for who in ("runc", "criu")
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            hold = Hold(str(data.get("id", "")), Cgroup.from_dict(data["cgroup"]), Path(data["work"]))
+            hold.runc, hold.criu = (_process(data.get(who)) for who in ("runc", "criu"))
+        except (KeyError, TypeError, ValueError) as error:
             raise PeerMisbehaved.because("not a hold", error) from error
         return hold
 
-    def _find_criu(self) -> Process:
-        """CRIU is runc's child."""
-        assert self.runc is not None
-        for task in Path(f"/proc/{self.runc.pid}/task").iterdir():
-            for word in (task / "children").read_text().split():
-                process = Process.of(int(word))
-                if process is not None and Path(f"/proc/{word}/comm").read_text().startswith("criu"):
-                    return process
-        raise self._failed()
+    def _find_criu(self) -> Process | None:
+        """CRIU's process, which works in our work directory; `None` where there is none (any more)."""
+        work = self.work.resolve()
+        for proc in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (proc / "comm").read_text() == "criu\n" and (proc / "cwd").readlink() == work:
+                    return Process.of(int(proc.name))
+        return None
+
+    def _listens(self, criu: Process, patience: float) -> bool:
+        """Wait until CRIU's page server listens, which has no event for others; false where CRIU ends before."""
+        listening = f":{PORT:04X} 00000000:0000 0A "
+        deadline, pause = time.monotonic() + patience, FIRST_LOOK
+        while criu.alive() and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if listening in Path(f"/proc/{criu.pid}/net/tcp").read_text():
+                    return True
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_LOOK)
+        return False
 
     def _say(self, message: bytes) -> None:
         """Send `message` to CRIU's page server, from within CRIU's network."""
@@ -243,12 +257,8 @@ class Hold:
         """End CRIU, whatever it does, and reap runc."""
         if self.criu is not None:
             self.criu.kill()
-        if self.runc is not None:
-            if self.criu is None and self.runc.alive():
-                with contextlib.suppress(OSError, Failed):
-                    self._find_criu().kill()
-            if not self.runc.wait(END_TIMEOUT):
-                self.runc.kill()
+        if self.runc is not None and not self.runc.wait(END_TIMEOUT):
+            self.runc.kill()
         if self._child is not None:
             self._child.wait()
 
@@ -261,6 +271,13 @@ class Hold:
 
     def _late(self, timeout: float) -> TimedOut:
         return explained(TimedOut, f"no dump of {self.id} after {timeout:g} s", self.work / "dump.log")
+
+
+def _process(data: Any) -> Process | None:
+    if data is None:
+        return None
+    pid, started = data
+    return Process(int(pid), int(started))
 
 
 def _poll(fd: int, timeout: float) -> bool:
