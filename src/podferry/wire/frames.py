@@ -120,7 +120,7 @@ _FILE = struct.Struct("<BBQ")
 _TREE = struct.Struct("<B")
 
 HEADER_SIZE = _HEADER.size
-_SIZES: dict[Kind, tuple[int, int]] = {
+BODY_SIZES: dict[Kind, tuple[int, int]] = {
     Kind.CONTROL: (2, MAX_PAYLOAD),
     Kind.PAGES: (_PAGES.size + _PAGES_RUN.size + 1, _PAGES.size + MAX_PAGES * _PAGES_RUN.size + MAX_PAYLOAD),
     Kind.DROP: (_DROP.size + _DROP_RUN.size, _DROP.size + MAX_DROPS * _DROP_RUN.size),
@@ -129,9 +129,9 @@ _SIZES: dict[Kind, tuple[int, int]] = {
     Kind.BEAT: (0, 0),
 }
 """The shortest and the longest body of each kind, in bytes."""
-_FLAGS: dict[Kind, Flag] = {Kind.PAGES: Flag.ZSTD, Kind.FILE: Flag.LAST}
+FLAGS_OF: dict[Kind, Flag] = {Kind.PAGES: Flag.ZSTD, Kind.FILE: Flag.LAST}
 """The flags that a kind may carry; the others none."""
-MAX_BODY = max(longest for _, longest in _SIZES.values())
+MAX_BODY = max(longest for _, longest in BODY_SIZES.values())
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,254}\Z")
 
@@ -184,8 +184,9 @@ class FrameReader:
     """Bytes in, frames out, through one buffer of fixed size.
 
     Read into `buffer()`, say how much with `received()`, then call `next()` until it gives None. The payloads are views
-    of that buffer: they end with the next call of `buffer()`, and using them later raises ValueError. After illegal
-    input every call of `next` raises the same `PeerMisbehaved`.
+    of that buffer: they end with the next call of `buffer()`, and using them later raises ValueError (slices taken of
+    them, which Python does not trace, show other bytes then). After illegal input `next` raises the same `PeerMisbehaved`
+    for ever.
     """
 
     AHEAD = 1 << 16
@@ -327,13 +328,13 @@ def _size(payload: Buffer) -> int:
 
 
 def _check_header(kind: int, flags: int, reserved: int, length: int) -> None:
-    if kind not in _SIZES:
+    if kind not in BODY_SIZES:
         raise _Illegal(f"unknown kind {kind}")
     kind = Kind(kind)
-    shortest, longest = _SIZES[kind]
+    shortest, longest = BODY_SIZES[kind]
     if not shortest <= length <= longest:
         raise _Illegal(f"{length} bytes of {kind.name}, allowed are {shortest} to {longest}")
-    if flags & ~_FLAGS.get(kind, Flag.NONE) or reserved:
+    if flags & ~FLAGS_OF.get(kind, Flag.NONE) or reserved:
         raise _Illegal(f"flags {flags:#x} and reserved {reserved:#x} of {kind.name}")
 
 

@@ -28,7 +28,7 @@ from podferry.wire.tls import certified_names, explain
 T = TypeVar("T")
 Ready = Callable[[ssl.SSLSocket], Awaitable[None]]
 
-UNSENT = 1 << 19
+UNSENT = 1 << 20
 """How much may wait in the kernel unsent, in bytes: enough for any link's next moment, little enough that an urgent page or
 a word about the freeze does not queue behind megabytes. The send buffer beyond it is what the kernel's autotuning says."""
 
