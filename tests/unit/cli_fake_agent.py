@@ -42,6 +42,7 @@ class FakeAgent:
         self.asked: list[dict[str, Any]] = []
         self.begun = threading.Event()
         self.deaf = False
+        self.refuses_to_stand_down = False
         self._cancelled: dict[str, anyio.Event] = {}
 
     @property
@@ -139,6 +140,10 @@ class FakeAgent:
         return self.stories[id].to_dict()
 
     async def resolve(self, emit: Emit, id: str, run_on: str) -> dict[str, Any]:
+        if id not in self.stories:
+            raise UsageError(f"no migration {id} began here")
+        if self.refuses_to_stand_down:
+            raise Refused("the job runs here already")
         self.asked.append({"resolve": id, "run_on": run_on})
         return self.stories[id].to_dict()
 

@@ -12,7 +12,7 @@ from cli_fake_agent import FakeAgent, serving
 from podferry.agent.story import Story
 from podferry.cli.agents import Endpoint, Fleet, Where
 from podferry.cli.client import AgentClient, AgentUnreachable
-from podferry.errors import UsageError
+from podferry.errors import Refused, UsageError
 from podferry.model import Mode, Outcome
 
 pytestmark = pytest.mark.unit
@@ -102,3 +102,16 @@ def test_the_target_stands_in_for_a_dead_source(fleet: Fleet) -> None:
         fleet.first_of(["node-c", "node-d"])
     with pytest.raises(UsageError, match="no node 'node-z'"):
         fleet.at("node-z")
+
+
+def test_who_shall_not_run_is_told_first(fleet: Fleet, agents: dict[str, FakeAgent]) -> None:
+    for agent in agents.values():
+        agent.stories["m1"] = Story("m1", "train", "node-a", "node-b", Mode.LIVE)
+    assert fleet.stand_down("node-b", id="m1", run_on="node-a") is None
+    assert agents["node-b"].asked == [{"resolve": "m1", "run_on": "node-a"}]
+    assert agents["node-a"].asked == []
+    assert isinstance(fleet.stand_down("node-c", id="m1", run_on="node-a"), AgentUnreachable)
+    assert fleet.stand_down("node-b", id="m2", run_on="node-a") is None, "it knows nothing of it"
+    agents["node-b"].refuses_to_stand_down = True
+    with pytest.raises(Refused):
+        fleet.stand_down("node-b", id="m1", run_on="node-a")

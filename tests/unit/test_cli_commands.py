@@ -119,7 +119,7 @@ def test_control_characters_never_reach_the_terminal(podferry: Podferry, agent: 
 @pytest.mark.parametrize(
     ("argv", "code", "error"),
     [
-        (["migrate", "mute", "--to", "node-b"], 7, "PF230"),
+        (["migrate", "mute", "--to", "node-b"], 7, "PF270"),
         (["migrate", "nobody", "--to", "node-b"], 2, "PF101"),
         (["migrate", "train"], 2, "PF101"),
         (["migrate", "train", "--to", "node-b", "--bandwidth", "fast"], 2, "PF101"),
@@ -127,8 +127,8 @@ def test_control_characters_never_reach_the_terminal(podferry: Podferry, agent: 
         (["frobnicate"], 2, "PF101"),
         (["status", "m9"], 2, "PF101"),
         (["cancel", "m9"], 2, "PF101"),
-        (["--agent", "nothing", "ps"], 7, "PF230"),
-        (["ps", "--agent", "nothing"], 7, "PF230"),
+        (["--agent", "nothing", "ps"], 7, "PF270"),
+        (["ps", "--agent", "nothing"], 7, "PF270"),
         (["ps", "--agent", "nothing", "--lab", "x"], 2, "PF101"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.cli.timeline import Window, ticks
+from podferry.cli.record import Record
+from podferry.cli.timeline import Window, closeup, downtime, overview, ticks
 from podferry.cli.units import duration, parse_rate, size
 from podferry.errors import UsageError
 
@@ -70,3 +71,24 @@ def test_ticks_lie_in_the_window_and_are_few(start: float, length: float, count:
     moments = ticks(window, count)
     assert len(moments) <= count + 1
     assert all(window.start_ms <= moment <= window.end_ms for moment in moments)
+
+
+def a_record(spans: list[tuple[str, float, float]], **fields: object) -> Record:
+    contract = dict.fromkeys(("id", "name", "source", "target", "mode"), "x")
+    made = [{"name": name, "where": "source", "start_ms": start, "end_ms": end} for name, start, end in spans]
+    return Record.from_dict({**contract, "outcome": None, "spans": made, **fields})
+
+
+def test_the_downtime_is_found_by_its_span_or_by_the_freeze() -> None:
+    assert downtime(a_record([("freeze", 100, 110), ("downtime", 101, 300)], downtime_ms=199)) == Window(101, 300)
+    assert downtime(a_record([("freeze", 100, 110)], downtime_ms=50)) == Window(100, 150)
+    assert downtime(a_record([("freeze", 100, 110)])) is None
+    assert downtime(a_record([], downtime_ms=50)) is None
+    assert closeup(a_record([("downtime", 1000, 1100), ("fill", 1100, 9000)])) == Window(988, 1112)
+
+
+def test_the_whole_leaves_out_what_the_closeup_shows_and_folds_late_rounds() -> None:
+    rounds = [(f"round {number}", number * 10.0, number * 10.0 + 10) for number in range(1, 31)]
+    record = a_record([*rounds, ("freeze", 400, 405), ("downtime", 400, 500), ("fill", 500, 900)])
+    shown = [span.name for span in overview(record)]
+    assert shown == ["round 1", "round 2", "round 3", "round 4", "round 5", "rounds 6 to 30", "fill"]

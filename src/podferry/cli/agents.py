@@ -174,6 +174,21 @@ class Fleet:
                 errors.append(error)
         raise errors[0]
 
+    def stand_down(self, node: str, *, id: str, run_on: str) -> AgentUnreachable | None:
+        """Tell `node`, before the other hears of it, that the job of the migration `id` shall run on the other.
+
+        Returns why it could not be told. Raises its refusal: then the other must not run either (I1).
+        """
+        if len(self.endpoints) == 1:
+            return None  # there is one agent to speak with, and it is asked for its part next
+        try:
+            self.at(node).call("resolve", id=id, run_on=run_on)
+        except AgentUnreachable as silent:
+            return silent
+        except UsageError:
+            return None  # it has nothing of that migration, so nothing that could run
+        return None
+
     @staticmethod
     def _client(endpoint: Endpoint) -> AgentClient:
         if endpoint.client is None:

@@ -229,7 +229,10 @@ def resolve(
     nodes = [record.source, record.target]
     if run_on not in nodes:
         raise UsageError(f"{run_on} has no part in the migration {id}", remedy=f"choose {' or '.join(nodes)}")
-    _show(Record.from_dict(fleet.first_of(nodes).call("resolve", id=id, run_on=run_on)), json)
+    loser = record.target if run_on == record.source else record.source
+    if silent := fleet.stand_down(loser, id=id, run_on=run_on):
+        stderr().print(words(f"{loser} could not be told, so it is yours to keep it down: {silent}", "yellow"))
+    _show(Record.from_dict(fleet.at(run_on).call("resolve", id=id, run_on=run_on)), json)
 
 
 @app.command()

@@ -26,7 +26,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 class AgentUnreachable(Failed):
     """No agent answers at the socket, or it went away before its answer was complete."""
 
-    code = "PF230"
+    code = "PF270"
 
 
 class AgentClient:

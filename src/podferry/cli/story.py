@@ -55,7 +55,8 @@ def _precopy(record: Record) -> str:
         )
     text += f".{_writes(rounds)}"
     if record.tracker:
-        text += f" Written pages were found by {record.tracker}."
+        why = record.raw.get("tracker_reason")
+        text += f" Written pages were found by {record.tracker}{f' ({why})' if why else ''}."
     return text
 
 

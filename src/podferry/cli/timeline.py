@@ -9,6 +9,8 @@ from podferry.cli.record import SOURCE, TARGET, Record, Span
 
 DOWNTIME = "downtime"
 FREEZE = "freeze"
+ROUND = "round "
+FEW_ROUNDS = 5
 MARGIN = 0.12
 
 
@@ -45,10 +47,21 @@ def steps(record: Record) -> list[Span]:
 
 def overview(record: Record) -> list[Span]:
     """The steps to show on the whole: those of the cut-over are too short for it, and the close-up has them."""
-    close = closeup(record)
+    close, spans = closeup(record), _folded(steps(record))
     if close is None:
-        return steps(record)
-    return [span for span in steps(record) if not (span.start_ms >= close.start_ms and span.end_ms <= close.end_ms)]
+        return spans
+    return [span for span in spans if not (span.start_ms >= close.start_ms and span.end_ms <= close.end_ms)]
+
+
+def _folded(spans: list[Span]) -> list[Span]:
+    """The same with one span for all rounds after the first few, so that a long pre-copy does not fill the screen."""
+    rounds = [span for span in spans if span.name.startswith(ROUND)]
+    late = rounds[FEW_ROUNDS:]
+    if len(late) < 2:
+        return spans
+    name = f"rounds {late[0].name.removeprefix(ROUND)} to {late[-1].name.removeprefix(ROUND)}"
+    one = Span(name, late[0].where, late[0].start_ms, max(span.end_ms for span in late))
+    return [one if span is late[0] else span for span in spans if span not in late[1:]]
 
 
 def lanes(spans: list[Span]) -> Iterator[tuple[str, list[Span]]]:
