@@ -50,6 +50,10 @@ class References:
     def _prefix(self) -> str:
         return f"{self.node}.{self.instance}."
 
+    def holds(self, chain: str) -> bool:
+        """Whether the share is known to have this reference."""
+        return chain in self._wanted and chain in self._written
+
     def add(self, *chains: str) -> None:
         """Refer to layers. When this returns, the collector of any node will see it in time."""
         with self._lock:

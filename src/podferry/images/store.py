@@ -56,8 +56,9 @@ class LayerStore:
 
         One that is visibly damaged is set aside and counts as not there. None may also mean "not seen yet".
         """
-        if self._look(chain) is None:
-            return None
+        layer = self._look(chain)
+        if layer is None or self.read_only or self.references.holds(chain):
+            return layer
         self._refer(chain)
         layer = self._look(chain)  # again: only what is seen after the reference was written is safe from the collector
         if layer is None:
@@ -180,7 +181,13 @@ class LayerStore:
     def _open(self, chain: str) -> Layer:
         at = f"{layout.LAYERS}/{layout.name_of(chain)}"
         record = layout.decode_layer(chain, self.share.read(f"{at}/{layout.RECORD}"))
-        self._form(record).glance(at, record)
+        try:
+            self._form(record).glance(at, record)
+        except FileNotFoundError as gone:
+            again = layout.decode_layer(chain, self.share.read(f"{at}/{layout.RECORD}"))
+            if again.token == record.token:  # or else it was moved while we looked
+                raise LayerDamaged(f"layer {chain} is damaged", why="its files are missing") from gone
+            raise
         return Layer(record, at)
 
     def _form(self, record: LayerRecord) -> Form:

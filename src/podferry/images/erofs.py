@@ -1,0 +1,76 @@
+"""The form that keeps a layer as one EROFS image: one file to look up, copy, check and mount.
+
+The share needs to carry nothing but plain files: owners, device numbers and extended attributes are inside the image.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import uuid
+from pathlib import Path
+
+from podferry.images import layout
+from podferry.images.faults import LayerDamaged, faults
+from podferry.images.layout import FormName, LayerRecord
+from podferry.images.ports import Payload
+from podferry.images.posix import PosixShare
+from podferry.images.tree import survey
+from podferry.node.process import run
+
+IMAGE = "layer.erofs"
+MAGIC = struct.pack("<I", 0xE0F5E1E2)  # linux/magic.h, EROFS_SUPER_MAGIC_V1
+MAGIC_AT = 1024  # bytes into the image, fs/erofs: EROFS_SUPER_OFFSET
+MAKE_DEADLINE = 1800.0  # seconds for mkfs.erofs on the local disk
+NAMESPACE = uuid.UUID("5d1ff3c3-66f8-4a3c-9fd5-2a6f3f4b62f0")
+
+
+class ErofsForm:
+    """A layer as one EROFS image. `scratch` is a local directory in which images are built before they are copied."""
+
+    name = FormName.EROFS
+
+    def __init__(self, share: PosixShare, scratch: Path) -> None:
+        self.share = share
+        self.scratch = scratch
+
+    def write(self, source: Path, into: str) -> Payload:
+        inodes, _ = survey(source)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        image = self.scratch / f"{layout.new_token()}.erofs"
+        try:
+            run(
+                ["mkfs.erofs", "--quiet", "-U", str(uuid.uuid5(NAMESPACE, into)), image, source],
+                timeout=MAKE_DEADLINE,
+                remedy="install erofs-utils, or use --form dir",
+            )
+            digest = self.share.copy_in(image, f"{into}/{IMAGE}")
+            return Payload(digest, image.stat().st_size, inodes)
+        finally:
+            image.unlink(missing_ok=True)
+
+    def check(self, at: str, record: LayerRecord) -> None:
+        self.glance(at, record)
+        if self.share.digest(f"{at}/{IMAGE}") != record.digest:
+            raise LayerDamaged(
+                f"layer {record.chain} is damaged", why=f"the digest of {IMAGE} is not the one published"
+            )
+
+    def glance(self, at: str, record: LayerRecord) -> None:
+        path = self.share.path(f"{at}/{IMAGE}")
+
+        def look() -> tuple[os.stat_result, bytes]:
+            with faults(f"cannot look at {path}"):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    return os.fstat(descriptor), os.pread(descriptor, len(MAGIC), MAGIC_AT)
+                finally:
+                    os.close(descriptor)
+
+        about, magic = self.share.call(f"look at {at}", look)
+        if not stat.S_ISREG(about.st_mode) or about.st_size != record.bytes or magic != MAGIC:
+            raise LayerDamaged(
+                f"layer {record.chain} is damaged",
+                why=f"{IMAGE} has {about.st_size} bytes instead of {record.bytes}, or is no EROFS image",
+            )

@@ -1,0 +1,116 @@
+"""`podferry-snapshotter`: options in, a running service out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import structlog
+import typer
+
+from podferry.errors import PodferryError
+from podferry.images import layout
+from podferry.images.collect import DAY, Collector
+from podferry.images.erofs import ErofsForm
+from podferry.images.guard import Guard
+from podferry.images.housekeeping import Housekeeping
+from podferry.images.layout import FormName
+from podferry.images.leases import Leases
+from podferry.images.metadata import Home, Metadata
+from podferry.images.metrics import Metrics
+from podferry.images.opening import open_share
+from podferry.images.ports import SystemClock
+from podferry.images.publisher import Publisher
+from podferry.images.references import References
+from podferry.images.service import Service
+from podferry.images.snapshotter import Snapshotter
+from podferry.images.store import LayerStore
+from podferry.images.tree import TreeForm
+from podferry.protos import snapshots_pb2_grpc
+
+SOCKET = Path("/run/podferry/snapshotter.sock")
+ROOT = Path("/var/lib/podferry/snapshotter")
+CALLS = 64  # at once: pulls that wait for another node hold one each
+
+log = structlog.get_logger()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def serve(
+    share: Annotated[Path, typer.Option(help="where the share is mounted")],
+    socket_path: Annotated[Path, typer.Option("--socket", help="the socket that containerd is told of")] = SOCKET,
+    root: Annotated[Path, typer.Option(help="the node's own disk")] = ROOT,
+    form: Annotated[FormName, typer.Option(help="how layers are put on the share")] = FormName.EROFS,
+    node: Annotated[str, typer.Option(help="this node's name on the share")] = "",
+    lease: Annotated[float, typer.Option(help="seconds after which a silent publisher counts as dead")] = 30.0,
+    wait: Annotated[float, typer.Option(help="seconds to wait for another node's layer at most")] = 60.0,
+    deadline: Annotated[float, typer.Option(help="seconds after which the share counts as hung")] = 15.0,
+    read_only: Annotated[bool, typer.Option(help="use the share's layers, add none")] = False,
+    collect: Annotated[bool, typer.Option(help="remove layers that no node uses")] = True,
+    grace: Annotated[float, typer.Option(help="seconds for which an unused layer is kept")] = DAY,
+    metrics_port: Annotated[int, typer.Option(help="serve Prometheus metrics on this port of 127.0.0.1; 0: no")] = 0,
+) -> None:
+    """containerd's snapshots over layers that live once, on a file system that every node mounts."""
+    metrics = Metrics()
+    root = root.resolve()
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    metadata = Metadata(root / "metadata.db")
+    clock = SystemClock()
+    opened = open_share(share.resolve(), guard=Guard(deadline), read_only=read_only)
+    name = layout.check_node(node or os.environ.get("NODE_NAME", "") or socket.gethostname())
+    instance = metadata.fact("instance", layout.new_token)
+    used = [layer.chain for layer in metadata.layers(Home.SHARE) if layer.chain]
+    store = LayerStore(
+        opened,
+        clock,
+        References(opened, clock, name, instance, used),
+        Leases(opened, clock, name, lease),
+        forms={FormName.DIR: TreeForm(opened), FormName.EROFS: ErofsForm(opened, root / "scratch")},
+        form=form,
+        read_only=read_only,
+    )
+    publisher = Publisher(root, metadata, store, published=metrics.layer_published, failed=metrics.failed)
+    snapshotter = Snapshotter(root, metadata, store, publisher, wait=wait)
+    collector = Collector(opened, clock, grace=grace) if collect else None
+    housekeeping = Housekeeping(opened, publisher, collector, metrics)
+    snapshotter.cleanup()
+    server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), maximum_concurrent_rpcs=4 * CALLS)
+    snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshotter, metrics.called), server)  # type: ignore[no-untyped-call]
+    socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    socket_path.unlink(missing_ok=True)
+    server.add_insecure_port(f"unix://{socket_path}")
+    socket_path.chmod(0o600)
+    if metrics_port:
+        from prometheus_client import start_http_server
+
+        start_http_server(metrics_port, "127.0.0.1", metrics.registry)
+    for part in (publisher.run, housekeeping.run):
+        threading.Thread(target=part, name=part.__qualname__, daemon=True).start()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    server.start()
+    log.info("ready", socket=str(socket_path), share=str(opened.root), share_id=opened.id, node=name, form=form.value)
+    stop.wait()
+    publisher.stop()
+    housekeeping.stop()
+    server.stop(5.0).wait()
+    metadata.close()
+
+
+def main() -> None:
+    """The program `podferry-snapshotter`."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        app()
+    except PodferryError as error:
+        print(error.report(), file=sys.stderr)
+        sys.exit(1)

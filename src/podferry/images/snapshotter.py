@@ -1,0 +1,314 @@
+"""What each call of containerd's snapshot service does.
+
+Unpacking goes to the node's own disk and `Commit` returns as soon as that is durable, because containerd holds its
+metadata lock meanwhile; the layer is copied to the share right after, by the `Publisher`. Until then, and whenever the
+share is away, the node works from its own copy.
+
+On disk below the root:
+
+    metadata.db         names, kinds, parents, labels
+    snapshots/ID/fs     the files of a snapshot that are on this node; `work` beside it is overlayfs's
+    images/ID           where a layer's EROFS image is mounted
+    l/ID                a link to wherever the layer is now; short, since 128 of them go into one mount call
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from podferry.errors import PodferryError
+from podferry.images import layout
+from podferry.images.erofs import IMAGE
+from podferry.images.faults import LayerMissing, faults
+from podferry.images.layout import FormName
+from podferry.images.leases import Lease
+from podferry.images.metadata import Home, Kind, Metadata, Snapshot, SnapshotExists, SnapshotInUse, SnapshotMissing
+from podferry.images.mounts import mount_image, mount_points, unmount
+from podferry.images.posix import PosixShare
+from podferry.images.publisher import Publisher
+from podferry.images.store import Layer, LayerStore
+from podferry.images.tree import FILES, walk
+
+REF = "containerd.io/snapshot.ref"
+"""The label with which containerd's unpacker says which layer it is about to download."""
+UID_MAP, GID_MAP = "containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"
+POLL = (0.2, 2.0)  # seconds between looks while another node makes a layer: the first, and the longest
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A mount as containerd takes it."""
+
+    type: str
+    source: str
+    options: list[str]
+
+
+class Snapshotter:
+    """containerd's snapshotter over a layer store. Safe to use from several threads.
+
+    `wait` is how long, in seconds, a `Prepare` waits for another node that is making the same layer; after that the
+    node makes it for itself. containerd's garbage collector stands still for so long at worst.
+    """
+
+    def __init__(
+        self, root: Path, metadata: Metadata, store: LayerStore, publisher: Publisher, *, wait: float = 60.0
+    ) -> None:
+        self.root = root
+        self.metadata = metadata
+        self.store = store
+        self.publisher = publisher
+        self.wait = wait
+        self._mounting = threading.Lock()
+        for folder in ("snapshots", "images", "l"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+
+    # -- containerd's calls ------------------------------------------------------------------------------------------
+
+    def stat(self, name: str) -> Snapshot:
+        """The snapshot `name`."""
+        return self.metadata.get(name)
+
+    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
+        """Change labels."""
+        return self.metadata.update(name, labels, paths)
+
+    def walk(self, filters: Sequence[str]) -> list[Snapshot]:
+        """The snapshots that a filter asks for."""
+        return self.metadata.all(filters)
+
+    def usage(self, name: str) -> tuple[int, int]:
+        """Bytes and inodes on this node's disk; a layer that lives on the share takes none."""
+        found = self.metadata.get(name)
+        if found.kind is Kind.COMMITTED:
+            return found.bytes, found.inodes
+        return disk_usage(self.files(found))
+
+    def prepare(
+        self, key: str, parent: str, labels: Mapping[str, str], stop: threading.Event | None = None
+    ) -> list[Mount]:
+        """A new active snapshot. With the label of a layer that the share has, `SnapshotExists`: nothing to download."""
+        chain = labels.get(REF, "")
+        if layout.is_chain(chain) and self._found(chain, parent, labels, stop or threading.Event()):
+            raise SnapshotExists(f"layer {chain} is there already")
+        return self._create(Kind.ACTIVE, key, parent, labels)
+
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        """A new read-only snapshot."""
+        return self._create(Kind.VIEW, key, parent, labels)
+
+    def mounts(self, key: str) -> list[Mount]:
+        """How to mount an active snapshot or a view."""
+        found = self.metadata.get(key)
+        if found.kind is Kind.COMMITTED:
+            raise SnapshotInUse(f"snapshot {key} is committed", why="only active snapshots and views are mounted")
+        return self._mounts(found)
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
+        """Make an active snapshot a layer; it is copied to the share afterwards."""
+        active = self.metadata.get(key)
+        chain = labels.get(REF) or active.labels.get(REF, "")
+        size = disk_usage(self.files(active))
+        done = self.metadata.commit(
+            name, key, labels, size=size, chain=chain if layout.is_chain(chain) else None, parent=parent
+        )
+        self._link(done, Path("..") / "snapshots" / str(done.id) / "fs")
+        if done.chain is not None:
+            self.publisher.wake()
+
+    def remove(self, name: str) -> None:
+        """Forget a snapshot; its files go right away, the layer on the share stays for others."""
+        gone = self.metadata.remove(name)
+        if gone.chain is not None and not self._still_used(gone.chain):
+            self.store.references.drop(gone.chain)
+        if (chain := gone.labels.get(REF)) is not None and gone.kind is Kind.ACTIVE:
+            self.publisher.abandon(chain)
+        self._delete(gone.id)
+
+    def cleanup(self) -> None:
+        """Delete what crashes and finished moves left on disk."""
+        known = self.metadata.ids()
+        for folder in ("snapshots", "images", "l"):
+            for entry in (self.root / folder).iterdir():
+                if not entry.name.isdecimal() or int(entry.name) not in known:
+                    self._delete_entry(entry)
+        self.publisher.drop_copies()
+
+    # -- what they are made of ---------------------------------------------------------------------------------------
+
+    def files(self, snapshot: Snapshot) -> Path:
+        """Where the files of a snapshot are on this node's disk."""
+        return self.root / "snapshots" / str(snapshot.id) / "fs"
+
+    def _found(self, chain: str, parent: str, labels: Mapping[str, str], stop: threading.Event) -> bool:
+        """Whether the layer is there, if need be after another node has made it; then it is a snapshot of ours."""
+        if self.metadata.layer(chain, parent) is not None:
+            return True
+        try:
+            layer = self._await(chain, stop)
+        except PodferryError as error:  # the share is an opportunity; without it containerd downloads as always
+            log.warning("share not asked", chain=chain, code=error.code, why=str(error))
+            return False
+        if layer is None:
+            return False
+        self.metadata.refer(chain, parent, chain, labels)
+        log.info("layer found on the share", chain=chain, bytes=layer.record.bytes, published_by=layer.record.node)
+        return True
+
+    def _await(self, chain: str, stop: threading.Event) -> Layer | None:
+        """The layer; None when it is ours to make, or when waiting took too long."""
+        if self.store.read_only:
+            return self.store.find(chain)
+        clock = self.store.clock
+        until = clock.monotonic() + self.wait
+        pause = POLL[0]
+        while True:
+            answer = self.store.claim(chain)
+            if isinstance(answer, Layer):
+                return answer
+            if self.publisher.holds(chain):  # containerd began before, and died; or does so in another namespace
+                return None
+            if isinstance(answer, Lease):
+                self.publisher.hold(chain, answer)
+                return None
+            if clock.monotonic() >= until:
+                log.warning("no longer waiting for another node's layer", chain=chain, node=answer.node)
+                return None
+            if clock.pause(pause, stop):
+                return None
+            pause = min(pause * 1.5, POLL[1])
+
+    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        made = self.metadata.create(kind, key, parent, labels)
+        try:
+            mounts = self._mounts(made)
+            self._make_directories(made)
+            return mounts
+        except BaseException:
+            with suppress(SnapshotMissing):
+                self.metadata.remove(key)
+            self._delete(made.id)
+            raise
+
+    def _make_directories(self, made: Snapshot) -> None:
+        files = self.files(made)
+        shutil.rmtree(files.parent, ignore_errors=True)  # of a crash before the same number was given out
+        files.mkdir(parents=True, mode=0o755)
+        files.chmod(0o755)
+        (files.parent / "work").mkdir(mode=0o711)
+        owner = _mapped_root(made.labels) or self._owner_of_parent(made)
+        if owner is not None:
+            os.chown(files, *owner)
+
+    def _owner_of_parent(self, made: Snapshot) -> tuple[int, int] | None:
+        """The owner of the root directory, which overlayfs takes from the top layer."""
+        if not made.parent:
+            return None
+        parent = self.metadata.get(made.parent)
+        top = self.root / "l" / str(parent.id)
+        share = self.store.share
+        assert isinstance(share, PosixShare)
+        about = share.call(f"look at {top}", top.stat) if parent.home is Home.SHARE else top.stat()
+        return about.st_uid, about.st_gid
+
+    def _mounts(self, snapshot: Snapshot) -> list[Mount]:
+        lowers = [self._lower(layer) for layer in self.metadata.chain(snapshot.name)]
+        files = self.files(snapshot)
+        writable = snapshot.kind is Kind.ACTIVE
+        if not lowers:
+            return [Mount("bind", str(files), ["rw" if writable else "ro", "rbind"])]
+        if not writable and len(lowers) == 1:
+            return [Mount("bind", str(lowers[0]), ["ro", "rbind"])]
+        options = [f"lowerdir={':'.join(map(str, lowers))}"]
+        if writable:
+            options = [f"workdir={files.parent / 'work'}", f"upperdir={files}", *options]
+        return [Mount("overlay", "overlay", options)]
+
+    def _lower(self, layer: Snapshot) -> Path:
+        """The path of a layer for overlayfs, there and answering."""
+        link = self.root / "l" / str(layer.id)
+        if layer.home is Home.DISK or layer.chain is None:
+            return link
+        mounted = self.root / "images" / str(layer.id)
+        if mounted in mount_points(mounted):
+            return link
+        published = self.store.need(layer.chain)
+        share = self.store.share
+        assert isinstance(share, PosixShare)
+        if published.record.form is FormName.DIR:
+            self._link(layer, share.path(f"{published.at}/{FILES}"))
+            return link
+        with self._mounting:
+            if mounted not in mount_points(mounted):
+                mounted.mkdir(exist_ok=True)
+                image = share.path(f"{published.at}/{IMAGE}")
+
+                def mount() -> None:
+                    with faults(f"cannot mount {image}"):
+                        mount_image(image, mounted)
+
+                try:
+                    share.call(f"mount {image}", mount)
+                except FileNotFoundError as gone:
+                    raise LayerMissing(f"layer {layer.chain} is not on the share", why=str(gone)) from gone
+            self._link(layer, Path("..") / "images" / str(layer.id))
+        return link
+
+    def _link(self, layer: Snapshot, target: Path) -> None:
+        link = self.root / "l" / str(layer.id)
+        if link.is_symlink() and link.readlink() == target:
+            return
+        draft = link.with_name(f".{layer.id}.{layout.new_token()}")
+        draft.symlink_to(target)
+        draft.rename(link)
+
+    def _still_used(self, chain: str) -> bool:
+        return any(layer.chain == chain for layer in self.metadata.layers())
+
+    def _delete(self, identity: int) -> None:
+        for folder in ("l", "images", "snapshots"):
+            self._delete_entry(self.root / folder / str(identity))
+
+    def _delete_entry(self, entry: Path) -> None:
+        try:
+            if entry.parent.name == "images":
+                unmount(entry)
+                with suppress(FileNotFoundError):
+                    entry.rmdir()
+            elif entry.is_symlink():
+                entry.unlink(missing_ok=True)
+            elif entry.exists():
+                shutil.rmtree(entry)
+        except OSError as error:  # the snapshot is gone already; `cleanup` tries again
+            log.warning("left on disk", path=str(entry), why=str(error))
+
+
+def disk_usage(root: Path) -> tuple[int, int]:
+    """Bytes and inodes that a tree takes on disk."""
+    found = [entry.about for entry in walk(root) if entry.link is None]
+    return sum(about.st_blocks * 512 for about in found), len(found)
+
+
+def _mapped_root(labels: Mapping[str, str]) -> tuple[int, int] | None:
+    """The host's user and group for the root of a user namespace, from containerd's `0:HOST:LENGTH` labels."""
+
+    def host(label: str) -> int:
+        for mapping in labels.get(label, "").split(","):
+            inside, _, rest = mapping.partition(":")
+            if inside == "0":
+                return int(rest.partition(":")[0])
+        return -1
+
+    if UID_MAP not in labels and GID_MAP not in labels:
+        return None
+    return host(UID_MAP), host(GID_MAP)
