@@ -1,0 +1,146 @@
+"""What a node is and has, as far as a migration cares. Facts travel to the peer, which compares them with its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from podferry.errors import CommandFailed, PeerMisbehaved, TimedOut
+from podferry.memory import tracker, uffd
+from podferry.node.cgroup import CgroupKind, cgroup_kind
+from podferry.node.process import run
+from podferry.wire.strict import NotStrict, from_json, to_json
+
+PROGRAM_TIMEOUT = 10.0  # seconds
+LAZY_FEATURES = (
+    uffd.Feature.EVENT_FORK | uffd.Feature.EVENT_REMAP | uffd.Feature.EVENT_REMOVE | uffd.Feature.EVENT_UNMAP
+)
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """A node. Versions are empty where the program is missing; sizes are in bytes.
+
+    `cpu_flags` are the processor's features as /proc/cpuinfo names them; `clock` is the node's wall clock, in seconds
+    since 1970; `lazy_pages` says whether restored tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and
+    `soft_dirty` are what memory trackers need.
+    """
+
+    kernel: str
+    machine: str
+    page_size: int
+    boot: str
+    cpus: int
+    cpu_model: str
+    cpu_flags: tuple[str, ...]
+    criu: str
+    runc: str
+    containerd: str
+    cgroup: CgroupKind
+    memory_available: int
+    disk_free: int
+    lazy_pages: bool
+    pagemap_scan: bool
+    wp_async: bool
+    soft_dirty: bool
+    pipe_max_size: int
+    clock: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON; `from_dict` is the inverse."""
+        facts: dict[str, Any] = to_json(self)
+        return facts
+
+    @staticmethod
+    def from_dict(data: Any) -> NodeFacts:
+        """Facts that a peer sent. Raises `PeerMisbehaved` for anything else."""
+        try:
+            return from_json(NodeFacts, data)
+        except NotStrict as error:
+            raise PeerMisbehaved.because("not the facts of a node", error) from error
+
+
+def node_facts(root: Path, *, containerd: str = "", runc: str = "runc", criu: str = "criu") -> NodeFacts:
+    """The facts of this node. `root` is the directory for whose file system free space is asked; `containerd` its version."""
+    model, flags = _processor(Path("/proc/cpuinfo").read_text())
+    kernel = tracker.probe()
+    return NodeFacts(
+        kernel=platform.release(),
+        machine=platform.machine(),
+        page_size=uffd.PAGE,
+        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        cpus=os.cpu_count() or 1,
+        cpu_model=model,
+        cpu_flags=flags,
+        criu=version(criu),
+        runc=version(runc),
+        containerd=containerd,
+        cgroup=cgroup_kind(),
+        memory_available=memory_available(),
+        disk_free=shutil.disk_usage(root).free,
+        lazy_pages=_has_lazy_pages(),
+        pagemap_scan=kernel.pagemap_scan,
+        wp_async=kernel.wp_async,
+        soft_dirty=kernel.soft_dirty,
+        pipe_max_size=int(Path("/proc/sys/fs/pipe-max-size").read_text()),
+        clock=time.time(),
+    )
+
+
+def version(program: str) -> str:
+    """The version that `PROGRAM --version` prints, such as `4.1.1`; empty where there is no such program.
+
+    Asked once for each file: an upgraded program is asked anew.
+    """
+    path = shutil.which(program, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    if path is None:
+        return ""
+    stat = Path(path).stat()
+    return _version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=16)
+def _version(path: str, _mtime: int, _size: int) -> str:
+    try:
+        printed = run([path, "--version"], timeout=PROGRAM_TIMEOUT, check=False).stdout
+    except (CommandFailed, TimedOut):
+        return ""
+    found = re.search(r"\d+(?:\.\d+)+", printed)
+    return found[0] if found else ""
+
+
+def memory_available() -> int:
+    """Bytes that the kernel could give away without swapping."""
+    found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def _processor(cpuinfo: str) -> tuple[str, tuple[str, ...]]:
+    """The processor's model and features: x86 says `flags`, arm64 `Features`. Those of the first: kernels want equal ones."""
+    first = cpuinfo.split("\n\n", 1)[0]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    model = fields.get("model name") or " ".join(
+        f"{name} {fields[name]}" for name in ("CPU implementer", "CPU part", "CPU variant") if name in fields
+    )
+    return model, tuple(sorted((fields.get("flags") or fields.get("Features") or "").split()))
+
+
+def _has_lazy_pages() -> bool:
+    """Whether CRIU can hand over page faults: a userfaultfd that reports forks, moves and removals."""
+    try:
+        fd = uffd.create()
+    except OSError:
+        return False
+    try:
+        return uffd.api(fd) & LAZY_FEATURES == LAZY_FEATURES
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

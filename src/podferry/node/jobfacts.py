@@ -1,0 +1,218 @@
+"""What a running container has that a migration must know of: from its spec, from /proc, from its cgroup."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import stat
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from podferry.errors import PeerMisbehaved
+from podferry.node.cgroup import Cgroup
+from podferry.node.records import Container, Task
+from podferry.wire.strict import NotStrict, from_json, to_json
+
+NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts", "time")
+# What CRIU 4 saves of files without a name (its files.c); everything else of that kind it refuses.
+SAVED = frozenset({"eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "timerfd", "pidfd"})
+# null, zero, full, random, urandom; tty, console, ptmx; pseudo-terminals.
+PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)})
+PTS_MAJORS = range(136, 144)
+TCP_ESTABLISHED, TCP_LISTEN = "01", "0A"
+LISTED = 32  # of each kind, at most: facts travel
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A directory or file of the node that is mounted into the container."""
+
+    source: str
+    destination: str
+
+
+@dataclass(frozen=True)
+class ContainerFacts:
+    """A running container. Sizes are in bytes.
+
+    `host_namespaces` are those it shares with the node's first process. `devices` are device files that it has open or
+    may open, beyond those that every container has. `unsaved` names kernel objects that it has open and CRIU cannot
+    save: `io_uring`, `userfaultfd`, `perf_event`, .... `connections` are its established TCP connections, those within
+    the container too. `stdio` says what descriptors 0, 1 and 2 of its first process are: `pipe`, `null`, `terminal`,
+    `socket`, `closed` or `file PATH`. `memory` is all that its cgroup uses, `anonymous` what a migration sends as pages,
+    `shared` and `tmpfs` what CRIU writes into its images while the container stands still.
+    """
+
+    id: str
+    image: str
+    binary: str
+    pids: tuple[int, ...]
+    host_namespaces: tuple[str, ...]
+    devices: tuple[str, ...]
+    unsaved: tuple[str, ...]
+    binds: tuple[Bind, ...]
+    connections: tuple[str, ...]
+    stdio: tuple[str, ...]
+    memory: int | None
+    anonymous: int
+    shared: int
+    tmpfs: int
+    upper: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON; `from_dict` is the inverse."""
+        facts: dict[str, Any] = to_json(self)
+        return facts
+
+    @staticmethod
+    def from_dict(data: Any) -> ContainerFacts:
+        """Facts that a peer sent. Raises `PeerMisbehaved` for anything else."""
+        try:
+            return from_json(ContainerFacts, data)
+        except NotStrict as error:
+            raise PeerMisbehaved.because("not the facts of a container", error) from error
+
+
+def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) -> ContainerFacts:
+    """Look at a running container. What ends or vanishes meanwhile is left out. Raises `CgroupFailed`."""
+    spec = record.spec_json()
+    pids = cgroup.pids()
+    open_files = list(_open_files(pids))
+    inodes = {match[1] for link, _ in open_files if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
+    sizes = [_status(pid) for pid in pids]
+    return ContainerFacts(
+        id=record.id,
+        image=record.image,
+        binary=record.runc_options().binary_name or "runc",
+        pids=pids,
+        host_namespaces=tuple(sorted(_host_namespaces(task.pid))),
+        devices=_few({*_open_devices(open_files), *_allowed_devices(spec)}),
+        unsaved=_few(_unsaved(open_files)),
+        binds=tuple(_binds(spec)),
+        connections=_few(_connections(task.pid, inodes)),
+        stdio=tuple(_stdio(task.pid, number) for number in (0, 1, 2)),
+        memory=cgroup.memory_usage(),
+        anonymous=sum(size.get("RssAnon", 0) + size.get("VmSwap", 0) for size in sizes),
+        shared=sum(size.get("RssShmem", 0) for size in sizes),
+        tmpfs=sum(_tmpfs(task.pid)),
+        upper=disk_usage(upper),
+    )
+
+
+def disk_usage(root: Path) -> int:
+    """Bytes on disk of all that is below `root`."""
+    total = 0
+    for directory, names, files in os.walk(root):
+        for name in (*names, *files):
+            with contextlib.suppress(OSError):
+                total += (Path(directory) / name).lstat().st_blocks * 512
+    return total
+
+
+def _open_files(pids: Iterable[int]) -> Iterator[tuple[str, os.stat_result]]:
+    """What the processes have open: the kernel's name for it, and its stat."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for path in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    yield str(path.readlink()), path.stat()
+
+
+def _open_devices(open_files: Iterable[tuple[str, os.stat_result]]) -> Iterator[str]:
+    for link, found in open_files:
+        if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
+            major, minor = os.major(found.st_rdev), os.minor(found.st_rdev)
+            if (major, minor) not in PLAIN_DEVICES and major not in PTS_MAJORS:
+                yield link
+
+
+def _allowed_devices(spec: dict[str, Any]) -> Iterator[str]:
+    """Device files that the spec puts into the container beyond the runtime's own."""
+    for device in (spec.get("linux") or {}).get("devices") or []:
+        if (device.get("major"), device.get("minor")) not in PLAIN_DEVICES:
+            yield str(device.get("path"))
+
+
+def _unsaved(open_files: Iterable[tuple[str, os.stat_result]]) -> Iterator[str]:
+    for link, _ in open_files:
+        if (match := re.match(r"anon_inode:\[?([^\]]+)\]?", link)) and match[1] not in SAVED:
+            yield match[1]
+
+
+def _host_namespaces(pid: int) -> Iterator[str]:
+    for name in NAMESPACES:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/ns/{name}").readlink() == Path(f"/proc/1/ns/{name}").readlink():
+                yield name
+
+
+def _binds(spec: dict[str, Any]) -> Iterator[Bind]:
+    for mount in spec.get("mounts") or []:
+        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or []):
+            yield Bind(str(mount.get("source")), str(mount.get("destination")))
+
+
+def _connections(pid: int, inodes: set[str]) -> Iterator[str]:
+    """Established TCP connections whose sockets are among `inodes`, as `LOCAL -> REMOTE`."""
+    for family, name in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] == TCP_ESTABLISHED and words[9] in inodes:
+                    yield f"{_address(family, words[1])} -> {_address(family, words[2])}"
+
+
+def _address(family: socket.AddressFamily, text: str) -> str:
+    """An address of /proc/net/tcp: words of 32 bits as the processor orders them, and the port, in hexadecimal."""
+    host, port = text.split(":")
+    words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
+    packed = struct.pack(f"{'<' if sys.byteorder == 'little' else '>'}{len(words)}I", *words)
+    return f"{socket.inet_ntop(family, packed)}:{int(port, 16)}"
+
+
+def _stdio(pid: int, number: int) -> str:
+    path = Path(f"/proc/{pid}/fd/{number}")
+    try:
+        link, found = str(path.readlink()), path.stat()
+    except OSError:
+        return "closed"
+    if stat.S_ISFIFO(found.st_mode):
+        return "pipe"
+    if stat.S_ISSOCK(found.st_mode):
+        return "socket"
+    if stat.S_ISCHR(found.st_mode):
+        return "null" if (os.major(found.st_rdev), os.minor(found.st_rdev)) == (1, 3) else "terminal"
+    return f"file {link}"
+
+
+def _status(pid: int) -> dict[str, int]:
+    """The sizes in /proc/PID/status, in bytes."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return {}
+    return {name: int(size) << 10 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+
+
+def _tmpfs(pid: int) -> Iterator[int]:
+    """How much each of the container's own memory file systems holds."""
+    with contextlib.suppress(OSError):
+        seen = set()
+        for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+            left, _, right = line.partition(" - ")
+            words = left.split()
+            if right.startswith("tmpfs ") and words[2] not in seen and words[3] == "/":
+                seen.add(words[2])
+                with contextlib.suppress(OSError):
+                    found = os.statvfs(f"/proc/{pid}/root{words[4]}")
+                    yield (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def _few(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(names)))[:LISTED]
