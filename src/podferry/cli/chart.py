@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -12,7 +15,7 @@ from podferry.cli.terminal import words
 from podferry.cli.timeline import Window
 from podferry.model import Outcome
 
-WIDTH = 48
+WIDTH, LEAST_WIDTH = 48, 16
 STYLE = {
     Outcome.COMPLETED: "bold green",
     Outcome.REFUSED: "bold yellow",
@@ -97,32 +100,47 @@ def rounds(record: Record) -> RenderableType:
 
 def _bars(title: str, spans: list[Span], window: Window, still: Window | None) -> RenderableType:
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
-    table.add_column("")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
     table.add_column(title, no_wrap=True)
-    table.add_column("", justify="right")
+    table.add_column("", justify="right", no_wrap=True)
     for where, lane in timeline.lanes(spans):
         label = where
         for span in lane:
             if window.shares(span):
-                bar = _bar(span, window, still)
-                table.add_row(words(label, "dim"), words(span.name), bar, units.duration(span.ms))
+                table.add_row(words(label, "dim"), words(span.name), Bar(span, window, still), units.duration(span.ms))
                 label = ""
     if still is not None:
-        bar = _bar(Span(timeline.DOWNTIME, "", still.start_ms, still.end_ms), window, still)
+        bar = Bar(Span(timeline.DOWNTIME, "", still.start_ms, still.end_ms), window, still)
         table.add_row("", words(timeline.DOWNTIME, "red"), bar, words(units.duration(still.ms), "red"))
     return table
 
 
-def _bar(span: Span, window: Window, still: Window | None) -> Text:
-    """A bar of `WIDTH` cells; the cells in which the job stood still are red and heavy."""
-    first = min(WIDTH - 1, int(window.place(span.start_ms) * WIDTH))
-    last = max(first + 1, round(window.place(span.end_ms) * WIDTH))
-    bar = Text("·" * first, "bright_black")
-    for cell in range(first, last):
-        middle = window.start_ms + (cell + 0.5) / WIDTH * window.ms
-        stopped = span.name == timeline.DOWNTIME or (
-            still is not None and window.ms < 8 * still.ms and still.start_ms <= middle < still.end_ms
-        )
-        bar.append("█" if stopped else "▬", "red" if stopped else "cyan")
-    return bar + Text("·" * (WIDTH - last), "bright_black")
+@dataclass(frozen=True)
+class Bar:
+    """A span as a bar on its window, as wide as there is room; the cells in which the job stood still are heavy and red."""
+
+    span: Span
+    window: Window
+    still: Window | None
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(LEAST_WIDTH, options.max_width), min(WIDTH, options.max_width))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(WIDTH, options.max_width)
+        first = min(width - 1, int(self.window.place(self.span.start_ms) * width))
+        last = max(first + 1, round(self.window.place(self.span.end_ms) * width))
+        bar = Text("·" * first, "bright_black")
+        for cell in range(first, last):
+            stopped = self._stopped(self.window.start_ms + (cell + 0.5) / width * self.window.ms)
+            bar.append("█" if stopped else "▬", "red" if stopped else "cyan")
+        yield bar.append("·" * (width - last), "bright_black")
+
+    def _stopped(self, moment: float) -> bool:
+        """On a picture of the whole a cell is longer than the downtime: there only the downtime's own bar is heavy."""
+        if self.span.name == timeline.DOWNTIME:
+            return True
+        if self.still is None or self.window.ms > 8 * self.still.ms:
+            return False
+        return self.still.start_ms <= moment < self.still.end_ms

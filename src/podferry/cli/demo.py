@@ -56,18 +56,18 @@ def demo(
     try:
         with steps() as progress:
             lab.up(2, progress=progress)
-        record = _act(lab)
-        if html is not None:
-            _write_page(record, html)
+        _act(lab, html)
     finally:
-        if not keep:
+        if keep:
+            _say(f"\nThe lab stays: podferry --lab {LAB} ps; podferry lab down --lab {LAB} removes it.")
+        else:
             _say("\nThe lab goes; nothing is left behind but a cache of its images.")
             with steps() as progress:
                 lab.down(progress)
     stderr().print(words(f"The demo took {units.duration((time.monotonic() - began) * 1000)}.", "dim"))
 
 
-def _act(lab: Lab) -> Record:
+def _act(lab: Lab, html: Path | None) -> None:
     _say(
         f"2. A job on {SOURCE} that rewrites {MEBIBYTES} MiB of memory all the time; each value depends on the ones before. "
         f"The same job on {TARGET}, to compare with: it stays where it is."
@@ -84,8 +84,14 @@ def _act(lab: Lab) -> Record:
     _say(f"3. It moves to {TARGET} while it computes.")
     record = _move(lab, output)
     stdout().print(chart.summary(record))
+    if html is not None:
+        _write_page(record, html)
     if record.outcome is not Outcome.COMPLETED:
-        raise record.error or Failed("the job did not move", why=record.reason)
+        raise Failed.because(
+            "the job did not move",
+            record.error or Failed(record.reason),
+            remedy="podferry lab demo --keep leaves everything as it is, for a look",
+        )
     _say(f"4. It goes on on {TARGET}, where it was.")
     with output.shown(_print_line):
         output.wait_for(job.FINAL)
@@ -93,7 +99,6 @@ def _act(lab: Lab) -> Record:
     twin = Output(lab, TWIN)
     twin.wait_for(job.FINAL)
     compare(_facts(lab, TARGET, MOVED, output), _facts(lab, TARGET, TWIN, twin))
-    return record
 
 
 def _move(lab: Lab, output: Output) -> Record:
