@@ -34,6 +34,17 @@ NODE_PACKAGES = [
     "tini",
 ]
 JOB_PACKAGES = ["python3", "libpython3-stdlib"]
+# Nobody installs packages in a job; without these every node unpacks the image in two thirds of the time.
+JOB_UNUSED = [
+    "usr/lib/*/gconv",
+    "usr/lib/*/perl-base",
+    "usr/lib/apt",
+    "usr/share/bash-completion",
+    "usr/share/debconf",
+    "usr/share/perl5",
+    "var/lib/apt",
+    "var/lib/dpkg",
+]
 # Raised by hand when what is done to a root changes, but none of its packages.
 EDITION = 1
 
@@ -47,12 +58,22 @@ def node_root(progress: Progress) -> Path:
 def job_archive(progress: Progress) -> Path:
     """The OCI archive of `JOB_IMAGE`. The first time takes a minute."""
     arch = architecture()
-    recipe = {"suite": SUITE, "packages": JOB_PACKAGES, "arch": arch, "edition": EDITION, "name": JOB_IMAGE}
+    recipe = {
+        "suite": SUITE,
+        "packages": JOB_PACKAGES,
+        "without": JOB_UNUSED,
+        "arch": arch,
+        "edition": EDITION,
+        "name": JOB_IMAGE,
+    }
 
     def build(into: Path) -> None:
         root = Path(tempfile.mkdtemp(prefix="job-root-", dir=CACHE))
         try:
             _build("job image", JOB_PACKAGES, root, progress)
+            for pattern in JOB_UNUSED:
+                for path in root.glob(pattern):
+                    remove(path)
             progress("job image: packing")
             oci.write_archive(
                 root,
