@@ -9,6 +9,7 @@ namespace and go when their descriptor is closed.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import random
 import stat
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from podferry.node.upper import Receiver, Source, refresh_root
+from podferry.node.upper import Receiver, Source, refresh_root, shared_files
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from upper_tree import BLOCK, Gardener, move, picture, remove
@@ -29,6 +30,8 @@ pytestmark = [pytest.mark.node, pytest.mark.skipif(os.geteuid() != 0, reason="ne
 FSOPEN, FSCONFIG, FSMOUNT = 430, 431, 432  # include/uapi/asm-generic/unistd.h
 FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
 CLOEXEC = 1
+MOVE_MOUNT, MOVE_MOUNT_F_EMPTY_PATH, AT_FDCWD = 429, 4, -100
+CLONE_NEWNS, MS_REC, MS_PRIVATE, MNT_DETACH = 0x20000, 0x4000, 0x40000, 2
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -127,6 +130,51 @@ def test_the_roots_own_mode_needs_a_refresh(tmp_path: Path, lower: Path) -> None
         assert picture(there) == picture(here)
         assert not readable_by_others(there / "etc" / "one")
         assert not readable_by_others(here / "etc" / "one")
+
+
+def test_a_containers_mappings_are_named_by_their_paths_in_the_tree(tmp_path: Path, lower: Path) -> None:
+    with overlay(lower, tmp_path / "a") as (here, upper):
+        (here / "var" / "a b\nc").write_bytes(b"x" * 4096)
+        ready, ended = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(ended[1])
+                enter(int(here.name), tmp_path)
+                with Path("/var/a b\nc").open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+                    memory[0] = 1
+                    os.write(ready[1], b"x")
+                    os.read(ended[0], 1)
+            finally:
+                os._exit(0)
+        os.close(ready[1])
+        assert os.read(ready[0], 1) == b"x", "the child could not enter the overlay"
+        found = shared_files(child)
+        os.close(ended[1])
+        os.waitpid(child, 0)
+        os.close(ready[0])
+        os.close(ended[0])
+        with Source(upper) as source:
+            assert found & source.plan().manifest.entries.keys() == {b"var/a b\nc"}
+
+
+def enter(mount: int, place: Path) -> None:
+    """Make the mount the root of a mount namespace of this process's own, as runc does."""
+    root = os.fsencode(place / "root")
+    (place / "root").mkdir()
+    os.chdir("/")
+    checked(libc.unshare(CLONE_NEWNS))
+    checked(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None))
+    call(MOVE_MOUNT, mount, b"", AT_FDCWD, root, MOVE_MOUNT_F_EMPTY_PATH)
+    os.chdir(root)
+    checked(libc.pivot_root(b".", b"."))
+    checked(libc.umount2(b".", MNT_DETACH))
+    os.chdir("/")
+
+
+def checked(got: int) -> None:
+    if got != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def readable_by_others(path: Path) -> bool:

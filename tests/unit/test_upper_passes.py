@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from upper_tree import BLOCK, ROOT, Gardener, move, picture
 
 from podferry.errors import Failed, Refused
-from podferry.node.upper import MAX_CHUNK, Policy, Receiver, Source
+from podferry.node.upper import MAX_CHUNK, Policy, Receiver, Source, shared_files
 from podferry.node.upper.scan import scan
 
 pytestmark = pytest.mark.unit
@@ -231,8 +231,14 @@ def test_a_store_through_a_mapping_is_seen_where_the_path_is_suspect(pair: Pair)
         settle(pair.here)
         pair.move()
         memory[BLOCK] = ord("c")
-        pair.move(frozen=True, suspects=(b"mapped",))
+        assert b"mapped" in shared_files(os.getpid(), os.fsencode(pair.here))
+        pair.move(suspects=(b"mapped",))
         pair.check()
+        settle(pair.here)
+        pair.move()
+        memory[5] = ord("d")
+    pair.move(frozen=True)
+    pair.check()
 
 
 def test_a_default_acl_leaves_no_trace_on_what_the_receiver_makes(pair: Pair) -> None:

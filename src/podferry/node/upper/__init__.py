@@ -7,6 +7,7 @@ Not carried: inode flags (`chattr +i`), project quotas, and open files without a
 """
 
 from podferry.node.upper.entries import Entry, Manifest
+from podferry.node.upper.mappings import shared_files
 from podferry.node.upper.overlay import refresh_root
 from podferry.node.upper.plan import Plan, diff
 from podferry.node.upper.receive import Receiver
@@ -26,4 +27,5 @@ __all__ = [
     "diff",
     "refresh_root",
     "scan",
+    "shared_files",
 ]

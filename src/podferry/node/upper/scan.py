@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import time
 from collections.abc import Collection
 
@@ -26,6 +27,7 @@ from podferry.node.upper.entries import MAX_DEPTH, MAX_PATH, MAX_XATTRS, Entry, 
 from podferry.node.upper.linux import open_beneath
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h; the clock that file systems stamp with
+ENCODING = sys.getfilesystemencoding()
 SECOND = 1_000_000_000
 
 VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
@@ -84,7 +86,7 @@ class _Scan:
             with os.scandir(fd) as listing:
                 for item in listing:
                     name = item.name
-                    path = prefix + os.fsencode(name)
+                    path = prefix + name.encode(ENCODING, "surrogateescape")  # os.fsencode in half the time
                     try:
                         found = item.stat(follow_symlinks=False)
                         old = known.get(path)

@@ -56,6 +56,7 @@ class Source:
         self._manifest: Manifest | None = None
         self._blocks: dict[tuple[int, int], Blocks] = {}
         self._stale: set[int] = set()
+        self._suspects: set[bytes] = set()
         self._entries = self._sent = 0
         try:
             self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -78,10 +79,12 @@ class Source:
     def plan(self, *, suspects: Collection[bytes] = (), frozen: bool = False) -> Plan:
         """Look at the tree and compare it with what the target has. Raises `Refused` and `Failed`.
 
-        `suspects` are the paths that some process of the container has mapped shared and writable: their content may
-        change without a trace (see `scan`). `frozen` says that the container stands still and this is the last pass.
+        `suspects` are the paths that some process of the container has mapped shared (`shared_files`): their content
+        may change without a trace. A path once named stays suspect, since the stores that matter may have been made
+        before it was unmapped. `frozen` says that the container stands still and this is the last pass.
         """
-        now = scan(self._root, self._manifest, suspects=suspects, frozen=frozen)
+        self._suspects.update(suspects)
+        now = scan(self._root, self._manifest, suspects=self._suspects, frozen=frozen)
         plan = diff(self._manifest, now, frozen=frozen)
         if not self.policy.devices:
             for step in plan.steps:
@@ -155,11 +158,11 @@ class Source:
             return
         try:
             yield from self._blocks_of(fd, step, create=create)
-            if frozen:
-                _check_unchanged(fd, step)
+            if frozen and not _unchanged(fd, step.entry):
+                raise _moved(step)
         except Shrunk:
             if frozen:
-                _check_unchanged(fd, step)
+                raise _moved(step) from None
             self._blocks.pop((step.entry.dev, step.entry.ino), None)
             self._stale.add(step.entry.ino)
         except OSError as error:
@@ -223,11 +226,14 @@ def _hole(index: int, size: int) -> Record:
     return records.hole(index * BLOCK, min(BLOCK, size - index * BLOCK))
 
 
-def _check_unchanged(fd: int, step: Step) -> None:
+def _unchanged(fd: int, entry: Entry) -> bool:
     found = os.fstat(fd)
-    if (found.st_size, found.st_ctime_ns) != (step.entry.size, step.entry.ctime_ns):
-        raise Failed(
-            f"{os.fsdecode(step.path)} of the upper layer changed while its container was frozen",
-            why="a process outside the container writes to it",
-            remedy="stop that process and migrate again",
-        )
+    return (found.st_size, found.st_ctime_ns) == (entry.size, entry.ctime_ns)
+
+
+def _moved(step: Step) -> Failed:
+    return Failed(
+        f"{os.fsdecode(step.path)} of the upper layer changed while its container was frozen",
+        why="a process outside the container writes to it",
+        remedy="stop that process and migrate again",
+    )
