@@ -117,7 +117,7 @@ class Link:
         if self._error is None:
             with suppress(OSError, ValueError):
                 self._socket.unwrap()  # sends close_notify; the peer's is not waited for
-            with suppress(OSError), anyio.move_on_after(PARTING, shield=True):
+            with suppress(OSError, PodferryError), anyio.move_on_after(PARTING, shield=True):
                 socket.socket.shutdown(self._socket, socket.SHUT_WR)
                 while await self._do(partial(socket.socket.recv, self._socket, 1 << 16), self._wait):
                     pass
