@@ -117,11 +117,9 @@ class Snapshotter:
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make an active snapshot a layer; it is copied to the share afterwards."""
         active = self.metadata.get(key)
-        chain = labels.get(REF) or active.labels.get(REF, "")
         size = disk_usage(self.files(active))
-        done = self.metadata.commit(
-            name, key, labels, size=size, chain=chain if layout.is_chain(chain) else None, parent=parent
-        )
+        chain = _chain(name, labels, active.labels)
+        done = self.metadata.commit(name, key, labels, size=size, chain=chain, parent=parent)
         self._link(done, Path("..") / "snapshots" / str(done.id) / "fs")
         if done.chain is not None:
             self.publisher.wake()
@@ -291,6 +289,12 @@ class Snapshotter:
                 shutil.rmtree(entry)
         except OSError as error:  # the snapshot is gone already; `cleanup` tries again
             log.warning("left on disk", path=str(entry), why=str(error))
+
+
+def _chain(name: str, *labels: Mapping[str, str]) -> str | None:
+    """The layer that a snapshot is: by label, or by the name `NAMESPACE/NUMBER/CHAIN` that clients without it use."""
+    named = [given[REF] for given in labels if REF in given] or [name.rpartition("/")[2]]
+    return named[0] if layout.is_chain(named[0]) else None
 
 
 def disk_usage(root: Path) -> tuple[int, int]:
