@@ -1,0 +1,127 @@
+"""Holds as the journal keeps them, processes by more than their pid, and CRIU's log as a person reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from podferry.errors import EVIDENCE_LINES, PeerMisbehaved, TimedOut
+from podferry.node.cgroup import Cgroup
+from podferry.node.checkpoint import CheckpointFailed, Hold, Process
+from podferry.node.criulog import error_lines, explained
+from podferry.node.process import spawn
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def sleeper() -> subprocess.Popen[bytes]:
+    return spawn(["sleep", "60"])
+
+
+def test_a_process_is_itself_only(sleeper: subprocess.Popen[bytes]) -> None:
+    process = Process.of(sleeper.pid)
+    assert process is not None and process.alive()
+    another = Process(process.pid, process.started + 1)
+    assert not another.alive()
+    another.kill()
+    assert another.wait(0)
+    assert not process.wait(0)
+    process.kill()
+    assert process.wait(10)
+    assert not process.alive(), "a zombie does nothing"
+    assert sleeper.wait() == -9
+    assert Process.of(sleeper.pid) is None
+    process.kill()
+
+
+def test_the_journal_keeps_a_hold(tmp_path: Path) -> None:
+    hold = Hold("job", Cgroup(tmp_path), tmp_path / "work")
+    for runc, criu in ((None, None), (Process(12, 34), None), (Process(12, 34), Process(56, 78))):
+        hold.runc, hold.criu = runc, criu
+        again = Hold.from_dict(json.loads(json.dumps(hold.to_dict())))
+        assert again.to_dict() == hold.to_dict()
+        assert (again.runc, again.criu) == (runc, criu)
+    assert Hold.from_dict({"cgroup": hold.cgroup.to_dict(), "work": "/w"}).runc is None
+    for wrong in (
+        {},
+        {"id": "x", "cgroup": {}, "work": "/"},
+        {**hold.to_dict(), "runc": [1]},
+        {**hold.to_dict(), "criu": 3},
+    ):
+        with pytest.raises(PeerMisbehaved):
+            Hold.from_dict(wrong)
+
+
+def test_dump_options_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointFailed, match="leave-running"):
+        Hold.start(
+            "job",
+            Cgroup(tmp_path),
+            runc_root=tmp_path,
+            images=tmp_path / "i",
+            work=tmp_path / "w",
+            flags=["--leave-running"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (
+            "Error (criu/files-ext.c:94): Can't dump file 3 of that type [600] (unknown anon_inode:[io_uring])",
+            "io_uring",
+        ),
+        ("Error (criu/files-ext.c:94): Can't dump file 5 of that type [20666] (chr 195:255)", "195:255"),
+        (
+            "Error (criu/files-ext.c:94): Can't dump file 4 of that type [600] (unknown anon_inode:kvm-vcpu:0)",
+            "kvm-vcpu",
+        ),
+        ("Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established option.", "TCP"),
+        ("Error (criu/fsnotify.c:284): fsnotify: \tCan't dump that handle", "inotify"),
+        ("Error (criu/file-lock.c:110): Some file locks are hold by dumping tasks! You can try --file-locks", "locks"),
+        (
+            "Error (criu/files-reg.c:1031): Can't dump ghost file /data/x of 99 size, increase limit",
+            "/data/x of 99 bytes",
+        ),
+        (
+            "Error (criu/seize.c:635): Unable to freeze cgroup /sys/fs/cgroup/freezer/x (100 x 100ms attempts)",
+            "did not stop",
+        ),
+        ("Error (criu/page-pipe.c:418): page-pipe: tee: 65536: Operation not permitted", "pipes"),
+    ],
+)
+def test_known_causes_are_named(tmp_path: Path, line: str, why: str) -> None:
+    log = tmp_path / "dump.log"
+    log.write_text(
+        f"(00.000001) Version: 4.1.1\n(00.010000) {line}\n(00.020000) Error (criu/cr-dump.c:2111): Dumping FAILED.\n"
+    )
+    error = explained(CheckpointFailed, "cannot dump job", log)
+    assert why in error.why
+    assert error.remedy
+    assert any(line in shown for shown in error.evidence)
+    assert "Version" not in "".join(error.evidence)
+
+
+def test_an_unknown_cause_is_quoted(tmp_path: Path) -> None:
+    log = tmp_path / "dump.log"
+    log.write_text("".join(f"(00.00000{n}) Error (criu/new.c:{n}): something new {n}\n" for n in range(40)))
+    error = explained(TimedOut, "no dump", log)
+    assert isinstance(error, TimedOut)
+    assert len(error_lines(log)) == EVIDENCE_LINES
+    assert "something new" in error.why
+
+
+def test_no_log_at_all(tmp_path: Path) -> None:
+    error = explained(CheckpointFailed, "cannot dump", tmp_path / "none", said=["runc: exit status 1"])
+    assert error.why == "runc: exit status 1"
+    assert explained(CheckpointFailed, "cannot dump", tmp_path / "none").why == "it left no log"
+
+
+def test_a_process_that_was_never_there() -> None:
+    assert Process.of(2**22 + 1) is None
+    assert os.getpid() == Process(os.getpid(), Process.of(os.getpid()).started).pid  # type: ignore[union-attr]

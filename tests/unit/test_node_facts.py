@@ -1,0 +1,134 @@
+"""Facts that travel, and the parts of /proc they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from podferry.errors import PeerMisbehaved
+from podferry.node import facts, jobfacts
+from podferry.node.facts import NodeFacts, node_facts, version
+from podferry.node.jobfacts import Bind, ContainerFacts
+
+pytestmark = pytest.mark.unit
+
+X86 = "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t\t: fpu sse avx2\n\nprocessor\t: 1\nmodel name\t: Other\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\nCPU variant\t: 0x1\n"
+
+JOB = ContainerFacts(
+    id="job",
+    image="example.org/job:1",
+    binary="podferry-runc",
+    pids=(1, 2),
+    host_namespaces=("net",),
+    devices=("/dev/kvm",),
+    unsaved=("io_uring",),
+    binds=(Bind("/data", "/data"),),
+    connections=("10.0.0.1:1 -> 10.0.0.2:2",),
+    stdio=("null", "pipe", "pipe"),
+    memory=None,
+    anonymous=1,
+    shared=2,
+    tmpfs=3,
+    upper=4,
+)
+
+
+def test_the_processor() -> None:
+    assert facts._processor(X86) == ("Some CPU @ 3 GHz", ("avx2", "fpu", "sse"))
+    assert facts._processor(ARM) == (
+        "CPU implementer 0x41 CPU part 0xd40 CPU variant 0x1",
+        ("asimd", "fp", "sve"),
+    )
+
+
+def test_this_machine() -> None:
+    if not Path("/sys/fs/cgroup").exists():
+        pytest.skip("no cgroups here")
+    here = node_facts(Path("/"), runc="no-such-runc", criu="no-such-criu")
+    assert (here.runc, here.criu) == ("", "")
+    assert here.kernel == os.uname().release and here.cpus >= 1
+    assert here.memory_available > 0 and here.disk_free > 0
+    assert NodeFacts.from_dict(json.loads(json.dumps(here.to_dict()))) == here
+
+
+def test_versions() -> None:
+    assert version("no-such-program") == ""
+    assert version("tar")[0].isdigit()
+
+
+@pytest.mark.parametrize("change", [{"kernel": 6}, {"extra": 1}, {"cpu_flags": "avx"}, {"memory_available": -1}])
+def test_facts_from_a_peer_are_checked(change: dict[str, object]) -> None:
+    data = dict.fromkeys(NodeFacts.__dataclass_fields__, "") | change
+    with pytest.raises(PeerMisbehaved):
+        NodeFacts.from_dict(data)
+    with pytest.raises(PeerMisbehaved):
+        ContainerFacts.from_dict(JOB.to_dict() | change)
+    for wrong in (None, [], {}):
+        with pytest.raises(PeerMisbehaved):
+            ContainerFacts.from_dict(wrong)
+
+
+def test_facts_of_a_container_travel() -> None:
+    assert ContainerFacts.from_dict(json.loads(json.dumps(JOB.to_dict()))) == JOB
+
+
+def test_open_files() -> None:
+    reader, writer = os.pipe()
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    random, event = os.open("/dev/urandom", os.O_RDONLY), os.eventfd(0)
+    try:
+        found = list(jobfacts._open_files([os.getpid(), 2**22 + 1]))
+        assert "anon_inode:[eventfd]" in {link for link, _ in found}
+        assert not set(jobfacts._unsaved(found)) & {"eventfd", "eventpoll"}
+        assert "/dev/urandom" not in set(jobfacts._open_devices(found))
+        inodes = {str(os.fstat(client.fileno()).st_ino)}
+        host, port = client.getsockname()
+        [connection] = jobfacts._connections(os.getpid(), inodes)
+        assert connection == f"{host}:{port} -> 127.0.0.1:{server.getsockname()[1]}"
+        assert not list(jobfacts._connections(os.getpid(), set()))
+    finally:
+        for fd in (reader, writer, random, event):
+            os.close(fd)
+        client.close()
+        server.close()
+
+
+def test_addresses() -> None:
+    assert jobfacts._address(socket.AF_INET, "0100007F:1BCD") == "127.0.0.1:7117"
+    assert jobfacts._address(socket.AF_INET6, "00000000000000000000000001000000:0050") == "::1:80"
+
+
+def test_what_a_spec_mounts_and_allows() -> None:
+    spec = {
+        "mounts": [
+            {"type": "proc", "source": "proc", "destination": "/proc"},
+            {"type": "bind", "source": "/data", "destination": "/data", "options": ["rbind", "ro"]},
+            {"source": "/etc/hosts", "destination": "/etc/hosts", "options": ["bind"]},
+        ],
+        "linux": {
+            "devices": [{"path": "/dev/null", "major": 1, "minor": 3}, {"path": "/dev/kvm", "major": 10, "minor": 232}]
+        },
+    }
+    assert list(jobfacts._binds(spec)) == [Bind("/data", "/data"), Bind("/etc/hosts", "/etc/hosts")]
+    assert list(jobfacts._allowed_devices(spec)) == ["/dev/kvm"]
+    assert list(jobfacts._binds({})) == list(jobfacts._allowed_devices({"linux": None})) == []
+
+
+def test_stdio_kinds(tmp_path: Path) -> None:
+    assert jobfacts._stdio(2**22 + 1, 1) == "closed"
+    kinds = {jobfacts._stdio(os.getpid(), number) for number in (0, 1, 2)}
+    assert all(kind.split()[0] in {"pipe", "null", "terminal", "socket", "closed", "file"} for kind in kinds)
+
+
+def test_disk_usage(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/file").write_bytes(bytes(100_000))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert jobfacts.disk_usage(tmp_path) >= 100_000
+    assert jobfacts.disk_usage(tmp_path / "none") == 0
