@@ -48,8 +48,7 @@ class Prey:
         self.receiver = Receiver(self.root)
 
     def look(self) -> object:
-        everything = picture(self.base)
-        return {name: seen for name, seen in everything.items() if not name.startswith("tree/") and name != "tree"}
+        return picture(self.outside), sorted(path.name for path in self.base.iterdir())
 
     def feed(self, *told: Record) -> None:
         self.receiver.feed(b"".join(part for record in (records.begin(fresh=True), *told) for part in record))
