@@ -62,14 +62,19 @@ class PodferryError(Exception):
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> PodferryError:
-        """Rebuild an error that crossed a socket. An unknown code becomes a `Failed`, its code kept in `why`."""
+        """Rebuild an error that crossed a socket. One of a kind that is not loaded here keeps its code and its family."""
         code = str(data.get("code", ""))
-        kind = PodferryError._codes.get(code)
-        what, why = str(data.get("what", "unnamed error")), str(data.get("why", ""))
-        if kind is None:
-            kind, why = Failed, f"{why} (code {code})".strip()
+        kind = PodferryError._codes.get(code) or {"PF1": Refused, "PF9": Bug}.get(code[:3], Failed)
         evidence = [str(line) for line in data.get("evidence", [])]
-        return kind(what, why=why, remedy=str(data.get("remedy", "")), evidence=evidence)
+        error = kind(
+            str(data.get("what", "unnamed error")),
+            why=str(data.get("why", "")),
+            remedy=str(data.get("remedy", "")),
+            evidence=evidence,
+        )
+        if code and kind.code != code:
+            error.code = code  # type: ignore[misc]
+        return error
 
     @classmethod
     def because(cls, what: str, cause: BaseException, *, remedy: str = "") -> Self:

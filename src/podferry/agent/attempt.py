@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Generic, TypeVar
 
@@ -14,6 +14,7 @@ from podferry.agent.journal import Journal
 from podferry.agent.story import Story
 from podferry.core.phases import Machine
 from podferry.core.undo import Handler, Leftover
+from podferry.errors import Bug, PodferryError
 
 UNDO_DEADLINE = 60.0
 
@@ -46,11 +47,20 @@ class Attempt(Generic[Phase, Event]):
         self.machine.fire(event)
         self.story.enter(phase, note)
         self.journal.save_record(self.story.to_dict())
-        self.log.info("phase", phase=str(phase), event=str(event), note=note)
+        self.log.info("phase", phase=str(phase), because=str(event), note=note)
 
     async def at_gate(self) -> None:
         """Where a breakpoint may hold this agent."""
         await gate.hold(self.role, self.phase)
+
+    def cause_of(self, error: BaseException) -> PodferryError:
+        """What went wrong, out of the groups that tasks wrap it in. What is not ours is a bug and is logged whole."""
+        causes = list(_leaves(error))
+        for cause in causes:
+            if isinstance(cause, PodferryError):
+                return cause
+        self.log.error("bug", exc_info=error)
+        return Bug.because(f"the {self.role}'s half of the migration failed", causes[0])
 
     async def take_back(self) -> list[Leftover]:
         """Undo everything that the ledger holds, within a deadline, whoever cancels meanwhile."""
@@ -69,3 +79,11 @@ class Attempt(Generic[Phase, Event]):
         self.journal.save_record(self.story.to_dict())
         self.journal.close()
         self.ended.set()
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error

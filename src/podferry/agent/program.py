@@ -10,7 +10,6 @@ from pathlib import Path
 
 import anyio
 import structlog
-from anyio.abc import CancelScope
 
 from podferry import __version__
 from podferry.agent.config import load
@@ -56,7 +55,7 @@ async def _work(agent: Agent) -> None:
         await agent.run(lambda: agent.log.info("ready", socket=str(agent.config.socket), listen=agent.config.listen))
 
 
-async def _until_told(scope: CancelScope) -> None:
+async def _until_told(scope: anyio.CancelScope) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             scope.cancel()

@@ -124,15 +124,12 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                     await self._cut_over(letters)
             except TimeoutError:
                 self._cause = TimedOut(f"the migration did not reach its end within {self.order.timeout:.0f} s")
-            except PodferryError as error:
-                self._cause = self._cause or error
             except anyio.get_cancelled_exc_class():
                 with anyio.CancelScope(shield=True):
                     await self._undo(Cancelled("the agent is stopping"), letters)
                 raise
-            except Exception as error:
-                self.log.exception("bug")
-                self._cause = Bug.because("the migration failed", error)
+            except Exception as error:  # noqa: BLE001 - whatever went wrong, the job must go on
+                self._cause = self._cause or self.cause_of(error)
             if self._cause is None and letters is not None:
                 self._pass_the_right_to_run()
                 await self._after_go(helpers, letters)

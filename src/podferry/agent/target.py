@@ -17,14 +17,13 @@ from podferry.agent.ports import LOG, ArrivingJob
 from podferry.agent.story import Story
 from podferry.core.phases import TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
 from podferry.core.undo import Handler
-from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
+from podferry.errors import Failed, PeerMisbehaved, PodferryError
 from podferry.model import Outcome
 from podferry.wire.channel import Channel
 from podferry.wire.frames import Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
     Abort,
     Accept,
-    Done,
     ErrorReport,
     Filled,
     GaveUp,
@@ -75,15 +74,12 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             async with anyio.create_task_group() as helpers:
                 await self._receive(channel, helpers)
                 helpers.cancel_scope.cancel()
-        except* PodferryError as errors:
-            await self._give_up(_first(errors), channel)
-        except* anyio.get_cancelled_exc_class():
+        except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
                 await self._give_up(Failed("the agent is stopping"), channel)
             raise
-        except* Exception as errors:
-            self.log.exception("bug")
-            await self._give_up(Bug.because("the target's half failed", _first(errors)), channel)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the source must hear that nothing runs here
+            await self._give_up(self.cause_of(error), channel)
         else:
             after_go.start_soon(self.go_on, name=f"resume {self.story.id}")
             await self.tell(channel, asked=False)
@@ -221,13 +217,3 @@ async def _say(channel: Channel, message: Message) -> None:
         await channel.send(message)
     except PodferryError:
         return
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> PodferryError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, PodferryError) else Bug.because("the target's half failed", error)
-
-
-__all__ = ["Done", "Target"]

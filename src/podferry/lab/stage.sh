@@ -58,12 +58,11 @@ for bind in "$PACKAGE:/opt/podferry/src/podferry" $BINDS; do
 done
 
 hostname "$NAME"
-mkdir -p "$R/share" "$R/old" "$R/var/log/podferry" "$R/run/service" "$R/etc/containerd" "$R/etc/criu" "$R/usr/local/sbin"
+mkdir -p "$R/share" "$R/old" "$R/var/log/podferry" "$R/run/service" "$R/etc/containerd" "$R/usr/local/sbin"
 ln -sfn podferry/hosts "$R/etc/hosts"
 ln -sfn podferry/hostname "$R/etc/hostname"
 ln -sfn podferry/machine-id "$R/etc/machine-id"
 ln -sfn ../podferry/containerd.toml "$R/etc/containerd/config.toml"
-ln -sfn /opt/podferry/src/podferry/node/criu.conf "$R/etc/criu/runc.conf"
 ln -sfn /opt/podferry/src/podferry/node/podferry-runc "$R/usr/local/sbin/podferry-runc"
 : > "$R/etc/resolv.conf"
 for service in $SERVICES; do
