@@ -92,6 +92,7 @@ def test_what_comes_from_elsewhere_is_text() -> None:
 
 
 def test_extremes_draw() -> None:
+    assert "details" in Reader(page(Record.from_dict(completed()))).tags
     many = [{"round": one, "pages": one, "bytes": 10**one, "ms": 0, "dirty_rate": None} for one in range(40)]
     long = [{"name": "x" * 300, "where": "target", "start_ms": 0, "end_ms": 1e8, "detail": ""}] * 50
     for change in ({"rounds_detail": many}, {"spans": long}, {"spans": [], "downtime_ms": 0}, {"spans": long[:1]}):

@@ -15,6 +15,7 @@ from podferry.cli.terminal import words
 from podferry.cli.timeline import Window
 from podferry.model import Outcome
 
+FIRST_ROUNDS, LAST_ROUNDS = 6, 4
 WIDTH, LEAST_WIDTH = 48, 16
 STYLE = {
     Outcome.COMPLETED: "bold green",
@@ -83,11 +84,17 @@ def numbers(record: Record) -> RenderableType:
 
 
 def rounds(record: Record) -> RenderableType:
-    """The pre-copy rounds as a table."""
+    """The pre-copy rounds as a table; of many the first and the last."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("round", "pages", "sent", "took", "job wrote"):
         table.add_column(title, justify="right")
-    for one in record.rounds_detail:
+    shown = record.rounds_detail
+    hidden = len(shown) - FIRST_ROUNDS - LAST_ROUNDS
+    for place, one in enumerate(shown):
+        if hidden > 1 and place == FIRST_ROUNDS:
+            table.add_row("...", "", f"{hidden} more", "", "", style="dim")
+        if hidden > 1 and FIRST_ROUNDS <= place < len(shown) - LAST_ROUNDS:
+            continue
         table.add_row(
             str(one.number),
             f"{one.pages:,}",
@@ -102,7 +109,7 @@ def _bars(title: str, spans: list[Span], window: Window, still: Window | None) -
     table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
     table.add_column("", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column(title, no_wrap=True)
+    table.add_column(title)
     table.add_column("", justify="right", no_wrap=True)
     for where, lane in timeline.lanes(spans):
         label = where

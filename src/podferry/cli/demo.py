@@ -27,7 +27,7 @@ from podferry.model import Mode, Outcome
 
 LAB = "demo"
 SOURCE, TARGET = "node-a", "node-b"
-MOVED, TWIN = "moved", "unmoved"
+MOVED, TWIN = "job", "twin"
 MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 1800, 3000, 50
 MOVE_AT = 300
 BUNDLES = Path("run/containerd/io.containerd.runtime.v2.task") / containers.NAMESPACE

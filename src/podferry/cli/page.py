@@ -14,6 +14,7 @@ from podferry.cli.pictures import rounds_picture, timeline_picture
 from podferry.cli.record import Record
 from podferry.model import Outcome
 
+MANY_ROUNDS = 12
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -55,9 +56,17 @@ def _header(record: Record) -> Element:
     return el(
         "header",
         el("span", badge, class_=f"badge {kind}"),
-        el("h1", story.headline(record)),
+        el("h1", *_unbroken(story.headline(record))),
         el("p", " · ".join(facts), class_="sub"),
     )
+
+
+def _unbroken(text: str) -> list[Child]:
+    """The words, so marked that a node's name is not broken at its dash."""
+    pieces: list[Child] = []
+    for word in text.split(" "):
+        pieces += [el("span", word, class_="unbroken") if "-" in word else word, " "]
+    return pieces[:-1]
 
 
 def _figures(record: Record) -> Element:
@@ -135,12 +144,13 @@ def _rounds(record: Record) -> Child:
         ]
         for one in record.rounds_detail
     ]
+    table = _table(["round", "pages", "sent", "took", "rate", "job wrote"], rows, numbers=set(range(6)))
     return el(
         "section",
         el("h2", "Rounds"),
         el("p", "What each pre-copy round sent; a fifth of the height is a factor of ten.", class_="sub"),
         _scrolling(rounds_picture(record.rounds_detail)),
-        _table(["round", "pages", "sent", "took", "rate", "job wrote"], rows, numbers=set(range(6))),
+        table if len(rows) <= MANY_ROUNDS else el("details", el("summary", f"All {len(rows)} rounds"), table),
     )
 
 

@@ -20,6 +20,7 @@ LETTER = 6.6
 CAPTION = 14.0
 LEAST_LANE = 36.0
 ROUND_HEIGHT = 150.0
+LABELLED_SLOT = 56.0
 
 
 def timeline_picture(record: Record, spans: list[Span], window: Window, label: str) -> Element:
@@ -49,7 +50,7 @@ def timeline_picture(record: Record, spans: list[Span], window: Window, label: s
         add(svg, el("text", where, x=10, y=top + 16, class_="where"))
         add(
             svg,
-            el("text", _shorten(names[where], LEFT - 14), x=10, y=top + 29, class_="node") if len(rows) > 1 else None,
+            el("text", _shorten(names[where], LEFT - 14), x=10, y=top + 29, class_="node"),
         )
         for number, row in enumerate(rows):
             for span in row:
@@ -68,11 +69,16 @@ def rounds_picture(rounds: list[Round]) -> Element:
         left, top = place * slot + slot * 0.16, 20 + ROUND_HEIGHT - height
         column = el("rect", x=left, y=top, width=slot * 0.68, height=height, rx=3, class_="column")
         add(svg, _titled(column, f"round {one.number}: {one.pages:,} pages in {units.duration(one.ms)}"))
-        middle = left + slot * 0.34
-        if slot >= 44 or place in (0, len(rounds) - 1):
-            add(svg, el("text", units.size(one.bytes), x=middle, y=top - 6, text_anchor="middle", class_="value"))
-            number = el("text", str(one.number), x=middle, y=ROUND_HEIGHT + 36, text_anchor="middle", class_="tick")
-            add(svg, number)
+        if slot >= LABELLED_SLOT:
+            x, anchor = left + slot * 0.34, "middle"
+        elif place == 0:
+            x, anchor = left, "start"
+        elif place == len(rounds) - 1:
+            x, anchor = left + slot * 0.68, "end"
+        else:
+            continue
+        add(svg, el("text", units.size(one.bytes), x=x, y=top - 6, text_anchor=anchor, class_="value"))
+        add(svg, el("text", str(one.number), x=x, y=ROUND_HEIGHT + 36, text_anchor=anchor, class_="tick"))
     return svg
 
 

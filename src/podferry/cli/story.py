@@ -61,8 +61,9 @@ def _precopy(record: Record) -> str:
 
 
 def _writes(rounds: list[Round]) -> str:
-    known = [one.dirty_rate for one in rounds if one.dirty_rate]
-    return f" The job wrote up to {units.rate(max(known))} meanwhile." if known else ""
+    known = [(one.dirty_rate, one.ms) for one in rounds if one.dirty_rate is not None and one.ms > 0]
+    took = sum(ms for _, ms in known)
+    return f" Meanwhile the job wrote {units.rate(sum(rate * ms for rate, ms in known) / took)}." if took else ""
 
 
 def _stop(record: Record) -> str:

@@ -11,7 +11,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from podferry.cli import units
 from podferry.cli.record import Progress as Event
 from podferry.cli.terminal import plain, print_json, stderr, words
-from podferry.core.phases import SourcePhase
+from podferry.core.phases import SOURCE_ENDS, SourcePhase
+
+NOTHING_TO_SEND = frozenset({SourcePhase.CHECK, SourcePhase.UNDO, *SOURCE_ENDS})
 
 
 class View(Protocol):
@@ -121,8 +123,10 @@ class LiveView:
 
 
 def facts(event: Event) -> str:
-    """Bytes, rate, time left and round, as far as they are known."""
+    """Bytes, rate, time left and round, as far as they are known and still mean something."""
     known: list[str] = []
+    if event.phase in NOTHING_TO_SEND:
+        return ""
     if event.total_bytes:
         known.append(f"{units.size(event.bytes)} of {units.size(event.total_bytes)}")
     elif event.bytes:
