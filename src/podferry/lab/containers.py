@@ -48,10 +48,9 @@ def start(
     settings = [f"--env={key}={value}" for key, value in (env or {}).items()]
     log = f"--log-uri=file://{LOGS / name}.log"
     lab.exec(node, ["rm", "-f", f"{LOGS / name}.log"])
-    lab.exec(
-        node,
-        [*_CTR, "run", "--detach", "--runc-binary", RUNTIME, log, *settings, reference, name, *argv],
-    )
+    # ctr would ask for its default share of the CPU even where a node has no cpu controller.
+    options = ["--detach", "--runc-binary", RUNTIME, "--cpu-shares=0", log]
+    lab.exec(node, [*_CTR, "run", *options, *settings, reference, name, *argv])
 
 
 def stop(lab: Lab, name: str) -> None:

@@ -15,7 +15,7 @@ from podferry.errors import Failed, Refused, TimedOut, UsageError
 from podferry.lab import cache, cgroups, config, images, kernel, machine, network, site, state
 from podferry.lab.debian import Progress
 from podferry.lab.state import STORAGE, SWITCH
-from podferry.node.process import Arg, Completed, last_lines, run
+from podferry.node.process import Arg, Completed, last_lines, raise_for, run
 from podferry.wire.pki import Authority
 
 DEFAULT_NODES = 2
@@ -143,18 +143,12 @@ class Lab:
 
     def status(self) -> LabStatus:
         """The lab as it is now. Raises `UsageError` where there is none."""
+        state.require_root()
         settings = self._read_settings()
         pids = {one.machine: one.pid for one in cgroups.processes(self.name) if one.first}
-        switch = pids.get(SWITCH)
-        found = {
-            name: Node(
-                name,
-                address,
-                pids.get(name),
-                cut=switch is not None and name in pids and network.is_cut(switch, name),
-            )
-            for name, address in self._addresses(settings).items()
-        }
+        cut = network.cut_off(pids[SWITCH]) if SWITCH in pids else set()
+        addresses = self._addresses(settings)
+        found = {name: Node(name, address, pids.get(name), name in cut) for name, address in addresses.items()}
         storage = found.pop(STORAGE)
         return LabStatus(self.name, f"{state.subnet(self.name)}.0/24", settings.link, storage, tuple(found.values()))
 
@@ -186,7 +180,12 @@ class Lab:
         timeout: float | None = None,
     ) -> Completed:
         """Run `argv` inside a node (or `storage`) to its end, as `process.run` does; `timeout` in seconds."""
-        return run(self.command(node, argv, cwd=cwd), check=check, input=input, env=env, timeout=timeout)
+        done = run(self.command(node, argv, cwd=cwd), check=False, input=input, env=env, timeout=timeout)
+        typed = ["podferry", "lab", "exec", "--lab", self.name, node, "--", *(str(arg) for arg in argv)]
+        done = replace(done, argv=typed)
+        if check:
+            raise_for(done)
+        return done
 
     def root(self, node: str) -> Path:
         """A running node's root directory as this machine reaches it."""

@@ -78,13 +78,13 @@ def connect(switch: int, port: Port, rate: str) -> None:
 def set_cut(switch: int, name: str, *, cut: bool) -> None:
     """Take a machine's packets in both directions, without a word to either side, or let them pass again."""
     state = _DISABLED if cut else _FORWARDING
-    _ip(switch, ["link", "set", name, "type", "bridge_slave", "state", str(state)])
+    run([*_in_network_of(switch), "bridge", "link", "set", "dev", name, "state", str(state)], remedy=_REMEDY)
 
 
-def is_cut(switch: int, name: str) -> bool:
-    """Whether `set_cut` cut the machine off."""
-    shown = json.loads(_ip(switch, ["-json", "-details", "link", "show", name]).stdout)
-    return bool(shown[0]["linkinfo"]["info_slave_data"]["state"] == "disabled")
+def cut_off(switch: int) -> set[str]:
+    """The machines that `set_cut` cut off."""
+    ports = json.loads(run([*_in_network_of(switch), "bridge", "-json", "link", "show"], remedy=_REMEDY).stdout)
+    return {str(port["ifname"]) for port in ports if port["state"] == "disabled"}
 
 
 def _shape(pid: int, interface: str, rate: str) -> None:
