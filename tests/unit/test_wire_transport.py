@@ -473,7 +473,7 @@ async def test_a_server_that_takes_nothing_is_lost_while_we_send(pki: Path) -> N
     def stall(raw: Raw) -> None:
         greet(raw)
         raw.hear()
-        raw.say(Accept("m-1", {}))
+        raw.say(Accept("m-1", {}), Beat(), Beat())  # the beats stay unread: we only send
         anyio.from_thread.run(release.wait)
 
     pages = Pages(1, 1, ((0, 256),), bytes(MAX_PAYLOAD))

@@ -32,6 +32,10 @@ UNSENT = 1 << 20
 """How much may wait in the kernel unsent, in bytes: enough for any link's next moment, little enough that an urgent page or
 a word about the freeze does not queue behind megabytes. The send buffer beyond it is what the kernel's autotuning says."""
 
+CLOSED_WINDOW = 1 << 14
+"""Bytes unread from which on our own receive window may be why the peer is silent; no receive buffer is smaller than twice
+this, and unread beats alone do not come near it within the silence that is allowed."""
+
 _LAST_DATA_RECEIVED = 52  # offset of tcpi_last_data_recv, u32 milliseconds, in struct tcp_info (linux/tcp.h)
 PARTING = 1.0
 """Seconds to wait, at the end, for the peer to close too, so that unread bytes do not reset what we said last."""
@@ -92,12 +96,12 @@ class Link:
         self.last_sent = time.monotonic()
 
     def silence(self) -> float:
-        """For how many seconds the peer has sent nothing at all; 0 while there is something that we have not read.
+        """For how many seconds the peer has sent nothing at all; 0 while so much lies unread that it may not send more.
 
         The kernel's clock counts, so it does not matter whether anyone reads.
         """
         (unread,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, b"\0" * 4))
-        if unread:
+        if unread >= CLOSED_WINDOW:
             return 0.0
         info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_RECEIVED + 4)
         milliseconds: int = struct.unpack_from("=I", info, _LAST_DATA_RECEIVED)[0]
