@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from podferry.agent.nodefacts import node_facts, version
+from podferry.core.facts import NodeFacts
 from podferry.errors import PeerMisbehaved
 from podferry.node import facts, jobfacts
-from podferry.node.facts import NodeFacts, node_facts, version
 from podferry.node.jobfacts import Bind, ContainerFacts
 
 pytestmark = pytest.mark.unit

@@ -42,7 +42,7 @@ from podferry.wire.messages import (
     decode,
     encode,
 )
-from podferry.wire.strict import MAX_DEPTH, fields_of
+from podferry.core.strict import MAX_DEPTH, fields_of
 
 pytestmark = pytest.mark.unit
 

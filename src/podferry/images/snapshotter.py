@@ -117,6 +117,8 @@ class Snapshotter:
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make an active snapshot a layer; it is copied to the share afterwards."""
         active = self.metadata.get(key)
+        if active.kind is not Kind.ACTIVE:
+            raise SnapshotInUse(f"snapshot {key} is not active")
         size = disk_usage(self.files(active))
         chain = _chain(name, labels, active.labels)
         done = self.metadata.commit(name, key, labels, size=size, chain=chain, parent=parent)

@@ -21,6 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
+from podferry.core.facts import CgroupKind
 from podferry.errors import Failed, PeerMisbehaved, Refused, TimedOut
 
 FREEZE_TIMEOUT = 10.0  # seconds
@@ -32,14 +33,6 @@ class CgroupFailed(Failed):
     """A control group did not do what was asked, or has gone with its container."""
 
     code = "PF240"
-
-
-class CgroupKind(StrEnum):
-    """Which cgroup trees a node has."""
-
-    V1 = "v1"
-    V2 = "v2"
-    HYBRID = "hybrid"
 
 
 class Frozen(StrEnum):

@@ -10,14 +10,12 @@ import stat
 import struct
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from podferry.errors import PeerMisbehaved
+from podferry.core.facts import Bind, ContainerFacts
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
-from podferry.wire.strict import NotStrict, from_json, to_json
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts", "time")
 # What CRIU 4 saves of files without a name (its files.c); everything else of that kind it refuses.
@@ -27,56 +25,6 @@ PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1
 PTS_MAJORS = range(136, 144)
 TCP_ESTABLISHED, TCP_LISTEN = "01", "0A"
 LISTED = 32  # of each kind, at most: facts travel
-
-
-@dataclass(frozen=True)
-class Bind:
-    """A directory or file of the node that is mounted into the container."""
-
-    source: str
-    destination: str
-
-
-@dataclass(frozen=True)
-class ContainerFacts:
-    """A running container. Sizes are in bytes.
-
-    `host_namespaces` are those it shares with the node's first process. `devices` are device files that it has open or
-    may open, beyond those that every container has. `unsaved` names kernel objects that it has open and CRIU cannot
-    save: `io_uring`, `userfaultfd`, `perf_event`, .... `connections` are its established TCP connections, those within
-    the container too. `stdio` says what descriptors 0, 1 and 2 of its first process are: `pipe`, `null`, `terminal`,
-    `socket`, `closed` or `file PATH`. `memory` is all that its cgroup uses, `anonymous` what a migration sends as pages,
-    `shared` and `tmpfs` what CRIU writes into its images while the container stands still.
-    """
-
-    id: str
-    image: str
-    binary: str
-    pids: tuple[int, ...]
-    host_namespaces: tuple[str, ...]
-    devices: tuple[str, ...]
-    unsaved: tuple[str, ...]
-    binds: tuple[Bind, ...]
-    connections: tuple[str, ...]
-    stdio: tuple[str, ...]
-    memory: int | None
-    anonymous: int
-    shared: int
-    tmpfs: int
-    upper: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts as JSON; `from_dict` is the inverse."""
-        facts: dict[str, Any] = to_json(self)
-        return facts
-
-    @staticmethod
-    def from_dict(data: Any) -> ContainerFacts:
-        """Facts that a peer sent. Raises `PeerMisbehaved` for anything else."""
-        try:
-            return from_json(ContainerFacts, data)
-        except NotStrict as error:
-            raise PeerMisbehaved.because("not the facts of a container", error) from error
 
 
 def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) -> ContainerFacts:

@@ -14,10 +14,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+from podferry.core.strict import DEFAULT_INT, DEFAULT_LIST, DEFAULT_TEXT, JsonObject, Limit, fields_of
 from podferry.wire import frames
 from podferry.wire.messages import MESSAGES, SOURCE_MESSAGES, TARGET_MESSAGES, ErrorReport, FileSum, SpaceSum, TreeSum
 from podferry.wire.session import MEANING, State, transitions
-from podferry.wire.strict import DEFAULT_INT, DEFAULT_LIST, DEFAULT_TEXT, JsonObject, Limit, fields_of
 
 _SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from podferry import __version__
+from podferry.core.strict import JsonObject, Limit, NotStrict, dump, from_json, parse, to_json
 from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
-from podferry.wire.strict import JsonObject, Limit, NotStrict, dump, from_json, parse, to_json
 
 PROTOCOL = 1
 """The number both ends must share. It changes whenever an older end could misunderstand a newer one."""

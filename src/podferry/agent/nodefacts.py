@@ -7,64 +7,19 @@ import platform
 import re
 import shutil
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from podferry.errors import CommandFailed, PeerMisbehaved, TimedOut
+from podferry.core.facts import NodeFacts
+from podferry.errors import CommandFailed, TimedOut
 from podferry.memory import tracker, uffd
-from podferry.node.cgroup import CgroupKind, cgroup_kind
+from podferry.node.cgroup import cgroup_kind
 from podferry.node.process import run
-from podferry.wire.strict import NotStrict, from_json, to_json
 
 PROGRAM_TIMEOUT = 10.0  # seconds
 LAZY_FEATURES = (
     uffd.Feature.EVENT_FORK | uffd.Feature.EVENT_REMAP | uffd.Feature.EVENT_REMOVE | uffd.Feature.EVENT_UNMAP
 )
-
-
-@dataclass(frozen=True)
-class NodeFacts:
-    """A node. Versions are empty where the program is missing; sizes are in bytes.
-
-    `cpu_flags` are the processor's features as /proc/cpuinfo names them; `clock` is the node's wall clock, in seconds
-    since 1970; `lazy_pages` says whether restored tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and
-    `soft_dirty` are what memory trackers need.
-    """
-
-    kernel: str
-    machine: str
-    page_size: int
-    boot: str
-    cpus: int
-    cpu_model: str
-    cpu_flags: tuple[str, ...]
-    criu: str
-    runc: str
-    containerd: str
-    cgroup: CgroupKind
-    memory_available: int
-    disk_free: int
-    lazy_pages: bool
-    pagemap_scan: bool
-    wp_async: bool
-    soft_dirty: bool
-    pipe_max_size: int
-    clock: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts as JSON; `from_dict` is the inverse."""
-        facts: dict[str, Any] = to_json(self)
-        return facts
-
-    @staticmethod
-    def from_dict(data: Any) -> NodeFacts:
-        """Facts that a peer sent. Raises `PeerMisbehaved` for anything else."""
-        try:
-            return from_json(NodeFacts, data)
-        except NotStrict as error:
-            raise PeerMisbehaved.because("not the facts of a node", error) from error
 
 
 def node_facts(root: Path, *, containerd: str = "", runc: str = "runc", criu: str = "criu") -> NodeFacts:
