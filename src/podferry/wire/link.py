@@ -33,8 +33,9 @@ UNSENT = 1 << 20
 a word about the freeze does not queue behind megabytes. The send buffer beyond it is what the kernel's autotuning says."""
 
 CLOSED_WINDOW = 1 << 14
-"""Bytes unread from which on our own receive window may be why the peer is silent; no receive buffer is smaller than twice
-this, and unread beats alone do not come near it within the silence that is allowed."""
+"""Bytes unread from which on our own receive window may be why the peer is silent. Unread beats alone do not come near it
+within the silence that is allowed; a receive buffer begins at 128 KiB by Linux's default (net.ipv4.tcp_rmem), and a kernel
+so short of memory that it closes the window below this is the case that is not told from a dead peer."""
 
 _LAST_DATA_RECEIVED = 52  # offset of tcpi_last_data_recv, u32 milliseconds, in struct tcp_info (linux/tcp.h)
 PARTING = 1.0
