@@ -121,10 +121,11 @@ def _read(path: Path) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise PeerMisbehaved.because(f"the image {path} cannot be read", error) from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_IMAGE:
+        os.close(fd)
+        raise PeerMisbehaved(f"{path} is not an image", why="no plain file, or larger than any image")
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_IMAGE:
-            raise PeerMisbehaved(f"{path} is not an image", why="no plain file, or larger than any image")
         return file.read()
 
 
