@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from podferry.agent.config import Config
+from podferry.agent.nodefacts import node_facts
 from podferry.agent.offered import Offered, log_file
+from podferry.core.facts import ContainerFacts, NodeFacts
+from podferry.core.preflight import Question, refusals
 from podferry.errors import Refused, UsageError
 from podferry.memory.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
 from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import Containerd, NotFound
+from podferry.node.jobfacts import container_facts
 from podferry.node.records import Container, Status, Stdio, Task, upper_dir
 from podferry.wire.messages import Offer
 
@@ -29,12 +31,9 @@ class View:
     offered: Offered
     task: Task
     upper: Path
-    memory_bytes: int
-    upper_bytes: int
+    container: ContainerFacts
+    node: NodeFacts
     tracker: Choice
-    refusals: tuple[Refused, ...] = ()
-    warnings: list[str] = field(default_factory=list)
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def offer(self, migration: str, mode: Mode) -> Offer:
         """What the target is asked."""
@@ -43,22 +42,20 @@ class View:
             self.offered.record.id,
             mode,
             self.offered.to_dict(),
-            dict(self.facts),
-            self.memory_bytes,
-            self.upper_bytes,
+            {"container": self.container.to_dict(), "node": self.node.to_dict()},
+            self.container.anonymous,
+            self.container.upper,
         )
 
+    def question(self, mode: Mode, target: NodeFacts | None = None) -> Question:
+        """What preflight is asked."""
+        return Question(self.container, self.node, target, mode)
+
     def demand_movable(self, mode: Mode) -> Choice:
-        """How it will be tracked in `mode`. Raises the first reason for which it cannot move."""
-        if self.refusals:
-            raise self.refusals[0]
-        if mode is not Mode.LIVE:
-            return Choice(Kind.NONE, f"mode {mode} tracks nothing")
-        if self.tracker.kind is Kind.NONE:
-            raise Refused(
-                "no live migration here", why=self.tracker.reason, remedy="use --mode stop or --mode postcopy"
-            )
-        return self.tracker
+        """How it will be tracked in `mode`. Raises the first reason of this node's for which it cannot move."""
+        for refusal in refusals(self.question(mode)):
+            raise refusal
+        return self.tracker if mode is Mode.LIVE else Choice(Kind.NONE, f"mode {mode} tracks nothing")
 
 
 class Inspection:
@@ -107,46 +104,44 @@ class Inspection:
         parent = self._containerd.snapshot(record.snapshotter, record.snapshot_key).parent
         stdio = Stdio(task.stdin, task.stdout, task.stderr, task.terminal)
         log_file(stdio)
+        cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
         return View(
             Offered(record, parent, stdio, DUMP_FLAGS),
             task,
             upper,
-            self._memory(record),
-            disk_usage(upper),
+            container_facts(record, task, cgroup, upper),
+            self.node_facts(),
             self._choice,
         )
 
-    def weigh(self, offer: Offer, offered: Offered) -> dict[str, Any]:
-        """Can this node take what is offered? Returns its facts. Raises `Refused` with the first reason why not."""
-        record = offered.record
+    def node_facts(self) -> NodeFacts:
+        """What this node is and has."""
+        return node_facts(self._config.state, containerd=self._containerd.version())
+
+    def weigh(self, offer: Offer, offered: Offered) -> tuple[NodeFacts, list[Refused]]:
+        """Can this node take what is offered? Its facts, and every reason why not. Raises `PeerMisbehaved`."""
+        record, here = offered.record, self.node_facts()
+        container = ContainerFacts.from_dict(offer.facts.get("container"))
+        source = NodeFacts.from_dict(offer.facts.get("node"))
+        found = refusals(Question(container, source, here, Mode(offer.mode)))
         if any(one.id == record.id for one in self._containerd.containers()):
-            raise Refused(
-                f"there is a container named {record.id} on {self._config.node} already",
-                remedy="remove it, or rename one",
+            found.append(
+                Refused(
+                    f"there is a container named {record.id} on {self._config.node} already",
+                    remedy="remove it, or rename one",
+                )
             )
         try:
             self._containerd.snapshot(record.snapshotter, offered.parent)
         except NotFound as missing:
-            raise Refused(
-                f"the image {record.image} is not on {self._config.node}",
-                why=str(missing),
-                remedy=f"pull {record.image} there, for the snapshotter {record.snapshotter}",
-            ) from missing
-        free = available_memory()
-        if offer.memory_bytes > free:
-            raise Refused(
-                f"{self._config.node} has too little memory",
-                why=f"the job uses {offer.memory_bytes >> 20} MiB, {free >> 20} MiB are available there",
-                remedy="free memory there, or choose another node",
+            found.append(
+                Refused(
+                    f"the image {record.image} is not on {self._config.node}",
+                    why=str(missing),
+                    remedy=f"pull {record.image} there, for the snapshotter {record.snapshotter}",
+                )
             )
-        room = shutil.disk_usage(self._config.state).free
-        if offer.upper_bytes > room:
-            raise Refused(
-                f"{self._config.node} has too little disk",
-                why=f"the upper layer holds {offer.upper_bytes >> 20} MiB, {room >> 20} MiB are free there",
-                remedy="free disk space there, or choose another node",
-            )
-        return {}
+        return here, found
 
     def _memory(self, record: Container) -> int:
         cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
@@ -179,20 +174,3 @@ def resident(pid: int) -> int:
         return 0
     sizes = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return sum(int(sizes[name].split()[0]) << 10 for name in ("RssAnon", "VmSwap") if name in sizes)
-
-
-def disk_usage(root: Path) -> int:
-    """Bytes that the files below `root` take up."""
-    total = 0
-    for path in root.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512
-        except OSError:
-            continue
-    return total
-
-
-def available_memory() -> int:
-    """Bytes that the kernel could give away without swapping."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) << 10

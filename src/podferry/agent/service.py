@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -30,19 +31,23 @@ from podferry.agent.offered import Offered
 from podferry.agent.source import Order, Source
 from podferry.agent.story import Story
 from podferry.agent.target import Target
+from podferry.core.facts import NodeFacts
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Policy
-from podferry.errors import PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
+from podferry.core.preflight import warnings
+from podferry.errors import Failed, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
 from podferry.wire.channel import Channel
-from podferry.wire.messages import Abort, Accept, ErrorReport, Offer, Query, Refuse, Unknown
+from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Offer, Query, Refuse, Unknown
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
 
 KEEP_RECORDS = 200
 
 Record = dict[str, Any]
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
 class Agent:
@@ -77,6 +82,17 @@ class Agent:
             self._tasks.start_soon(partial(serve, listener, self.credentials, self._converse, self._report))
             await control.serve(self.config.socket, ops, started=ready)
 
+    def _start(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do something in the background. One migration's bug must not end the others."""
+
+        async def guarded() -> None:
+            try:
+                await work()
+            except Exception:
+                self.log.exception("bug")
+
+        self._tasks.start_soon(guarded)
+
     # What an earlier agent left.
 
     def _recover(self) -> None:
@@ -95,7 +111,7 @@ class Agent:
             story = Story.from_dict(journal.load_record() or journal.facts["record"])
             attempt: Source | Target
             attempt = self._source_again(journal, story) if role == "source" else self._target_again(journal, story)
-            self._tasks.start_soon(attempt.go_on, name=f"recover {story.id}")
+            self._start(attempt.go_on)
 
     def _source_again(self, journal: Journal, story: Story) -> Source:
         offered = Offered.from_dict(journal.facts["offered"], story.name)
@@ -127,29 +143,33 @@ class Agent:
 
     async def op_node(self, emit: Emit) -> Record:
         """This node and its agent."""
-        return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers)}
+        facts = await to_thread.run_sync(self.inspection.node_facts)
+        return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers), **facts.to_dict()}
 
     async def op_check(self, emit: Emit, name: str, to: str) -> Record:
         """Could this container move there? Nothing is touched."""
         self._check_names(name, to)
         view = await to_thread.run_sync(partial(self.inspection.container, name))
-        refusals: list[Record] = []
+        reasons: list[PodferryError] = []
+        target: NodeFacts | None = None
         offer = view.offer(f"check-{secrets.token_hex(4)}", Mode.LIVE)
         async with anyio.create_task_group() as helpers:
             letters = await Letters.open(helpers, self._dial(to))
             await letters.channel.send(offer)
             answer = await letters.expect(Accept, Refuse)
             if isinstance(answer, Refuse):
-                refusals = [one.error().to_dict() for one in answer.refusals]
+                reasons += [one.error() for one in answer.refusals]
+            elif isinstance(answer, Accept):
+                target = NodeFacts.from_dict(answer.facts)
             await letters.channel.send(Abort(offer.migration, "only a check"))
             await letters.close()
         return {
             "name": name,
             "source": self.config.node,
             "target": to,
-            "movable": not refusals,
-            "refusals": refusals,
-            "warnings": view.warnings,
+            "movable": not reasons,
+            "refusals": [reason.to_dict() for reason in reasons],
+            "warnings": warnings(view.question(Mode.LIVE, target)),
             "tracker": str(view.tracker.kind),
             "tracker_reason": view.tracker.reason,
             "memory_bytes": offer.memory_bytes,
@@ -271,7 +291,7 @@ class Agent:
             )
             return view.offer(id, order.mode), job
 
-        self._tasks.start_soon(source.run, propose, name=f"move {id}")
+        self._start(partial(source.run, propose))
         return source, story
 
     def _refuse_second(self, name: str) -> None:
@@ -318,13 +338,27 @@ class Agent:
                 raise PeerMisbehaved(f"{channel.peer} began with a {type(first).__name__}")
 
     async def _receive(self, channel: Channel, offer: Offer) -> None:
+        reasons: list[PodferryError] = []
         try:
+            if not _ID.fullmatch(offer.migration) or (self.config.migrations / offer.migration).exists():
+                raise PeerMisbehaved(
+                    f"{offer.migration!r} cannot be a migration's name, or is one's that was here before"
+                )
             offered = Offered.from_dict(offer.container, offer.name)
-            facts = await to_thread.run_sync(partial(self.inspection.weigh, offer, offered))
+            facts, refused = await to_thread.run_sync(partial(self.inspection.weigh, offer, offered))
+            reasons += refused
             self._refuse_second(offer.name)
         except PodferryError as error:
-            await channel.send(Refuse(offer.migration, (ErrorReport.of(error),)))
+            reasons.append(error)
+        if reasons:
+            await channel.send(Refuse(offer.migration, tuple(map(ErrorReport.of, reasons))))
             await channel.receive()
+            return
+        await channel.send(Accept(offer.migration, facts.to_dict()))
+        first = await channel.receive()
+        if isinstance(first, Abort):
+            nothing = Failed("the source took its offer back before anything was made here", why=first.reason)
+            await channel.send(GaveUp(offer.migration, ErrorReport.of(nothing)))
             return
         journal = Journal(self.config.migrations / offer.migration)
         story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
@@ -332,7 +366,7 @@ class Agent:
         job = Arriving(self.config, self.containerd, journal, offered)
         target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
         self._targets[offer.migration] = target
-        await target.converse(channel, Accept(offer.migration, facts), self._tasks)
+        await target.converse(channel, first, self._start)
 
     async def _answer(self, channel: Channel, migration: str) -> None:
         target = self._targets.get(migration)

@@ -7,6 +7,7 @@ right to run has come; from then on it makes the job run whether or not the sour
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 
 import anyio
 from anyio.abc import TaskGroup
@@ -23,7 +24,6 @@ from podferry.wire.channel import Channel
 from podferry.wire.frames import Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
     Abort,
-    Accept,
     ErrorReport,
     Filled,
     GaveUp,
@@ -38,6 +38,8 @@ from podferry.wire.messages import (
     Running,
     StateEnd,
 )
+
+Resume = Callable[[], Awaitable[None]]
 
 
 class Target(Attempt[TargetPhase, TargetEvent]):
@@ -63,16 +65,16 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
     # The story.
 
-    async def converse(self, channel: Channel, accept: Accept, after_go: TaskGroup) -> None:
-        """Take in what the source sends, up to GO; what follows runs in `after_go`, which outlives the connection."""
+    async def converse(self, channel: Channel, first: Message | Data, after_go: Callable[[Resume], object]) -> None:
+        """Take in what the source sends, `first` and all after it up to GO. What follows is given to `after_go`, since it
+        outlives the connection."""
         self.story.enter(self.phase)
         self.journal.enter(self.phase)
         try:
             await self.at_gate()
             await self.job.prepare()
-            await channel.send(accept)
             async with anyio.create_task_group() as helpers:
-                await self._receive(channel, helpers)
+                await self._receive(channel, first, helpers)
                 helpers.cancel_scope.cancel()
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
@@ -81,7 +83,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the source must hear that nothing runs here
             await self._give_up(self.cause_of(error), channel)
         else:
-            after_go.start_soon(self.go_on, name=f"resume {self.story.id}")
+            after_go(self.go_on)
             await self.tell(channel, asked=False)
 
     async def go_on(self) -> None:
@@ -93,8 +95,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 await self._fill()
             elif self.phase not in TARGET_MAY_RUN and not self.machine.ended:
                 await self._give_up(Failed("the target's agent was restarted before GO"), None)
-        except PodferryError as error:
-            await self._give_up(error, None)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the source must hear whether it runs here
+            await self._give_up(self.cause_of(error), None)
 
     async def tell(self, channel: Channel, *, asked: bool) -> None:
         """Say what became of the job, and once more when its memory is in place: the answer to GO and, if `asked`, to `Query`."""
@@ -111,10 +113,9 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         if self._filled is not None:
             await channel.send(self._filled)
 
-    async def _receive(self, channel: Channel, helpers: TaskGroup) -> None:
+    async def _receive(self, channel: Channel, item: Message | Data, helpers: TaskGroup) -> None:
         """Everything up to GO, in the order in which it comes."""
         while True:
-            item = await channel.receive()
             match item:
                 case Pages() | Drop() | Tree() | File():
                     self._take(item)
@@ -133,6 +134,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                     raise Failed("the source took its offer back", why=item.reason)
                 case _:
                     raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
+            item = await channel.receive()
 
     def _take(self, item: Data) -> None:
         match item:

@@ -21,9 +21,8 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from podferry.errors import Failed, PeerMisbehaved, TimedOut
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
 from podferry.node.netns import in_network_of, in_new_network
-from podferry.node.process import ending, last_lines, spawn
+from podferry.node.process import Child, ending, last_lines, spawn
 
 PORT = 7117
 READY_TIMEOUT = 120.0  # seconds
@@ -107,7 +106,7 @@ class Hold:
         self.work = work
         self.runc: Process | None = None
         self.criu: Process | None = None
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._status: int | None = None
 
     @staticmethod
@@ -190,13 +189,11 @@ class Hold:
 
         May be called again after a failure. Raises `CgroupFailed` where the container has ended meanwhile.
         """
-        self.criu = self.criu or self._find_criu()
         # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
-        if self.criu is not None and self._listens(self.criu, patience):
+        if self._settled(patience):
             self.cgroup.thaw()
             with contextlib.suppress(OSError, Failed):
-                self._say(NO_COMMAND)
-                self.criu.wait(END_TIMEOUT)
+                self._fail_criu()
         self._end()
         self.cgroup.thaw()
 
@@ -222,36 +219,43 @@ class Hold:
             raise PeerMisbehaved.because("not a hold", error) from error
         return hold
 
-    def _find_criu(self) -> Process | None:
-        """CRIU's process, which works in our work directory; `None` where there is none (any more)."""
-        work = self.work.resolve()
-        for proc in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (proc / "comm").read_text() == "criu\n" and (proc / "cwd").readlink() == work:
-                    return Process.of(int(proc.name))
-        return None
+    def _settled(self, patience: float) -> bool:
+        """Wait until CRIU's page server listens, which has no event for others; false where all has ended before.
 
-    def _listens(self, criu: Process, patience: float) -> bool:
-        """Wait until CRIU's page server listens, which has no event for others; false where CRIU ends before."""
-        listening = f":{PORT:04X} 00000000:0000 0A "
+        What is not known of runc and CRIU is looked for: their agent may have died before it wrote it down.
+        """
         deadline, pause = time.monotonic() + patience, FIRST_LOOK
-        while criu.alive() and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if listening in Path(f"/proc/{criu.pid}/net/tcp").read_text():
+        self.runc = self.runc or self._find_runc()
+        while True:
+            self.criu = self.criu or self._find_criu()
+            if self.criu is not None and self.criu.alive():
+                if _listens(self.criu):
                     return True
+            elif self.runc is None or not self.runc.alive():
+                return False
+            if time.monotonic() > deadline:
+                return False
             time.sleep(pause)
             pause = min(2 * pause, LAST_LOOK)
-        return False
 
-    def _say(self, message: bytes) -> None:
-        """Send `message` to CRIU's page server, from within CRIU's network."""
+    def _find_runc(self) -> Process | None:
+        """runc's process, which was told of our work directory."""
+        told = f"\0--work-path\0{self.work}\0".encode()
+        return _find(lambda proc: told in (proc / "cmdline").read_bytes())
+
+    def _find_criu(self) -> Process | None:
+        """CRIU's process, which works in our work directory."""
+        work = self.work.resolve()
+        return _find(lambda proc: (proc / "comm").read_text() == "criu\n" and (proc / "cwd").readlink() == work)
+
+    def _fail_criu(self) -> None:
+        """Send CRIU's page server a command that there is none of, from within its network, and wait for CRIU's end."""
         assert self.criu is not None
         with in_network_of(self.criu.pid, socket.socket) as connection:
             connection.settimeout(END_TIMEOUT)
             connection.connect(("127.0.0.1", PORT))
-            connection.sendall(message)
-            with contextlib.suppress(OSError):
-                connection.recv(1)  # CRIU closes, maybe with what it did not read: a reset
+            connection.sendall(NO_COMMAND)
+            self.criu.wait(END_TIMEOUT)
 
     def _end(self) -> None:
         """End CRIU, whatever it does, and reap runc."""
@@ -271,6 +275,22 @@ class Hold:
 
     def _late(self, timeout: float) -> TimedOut:
         return explained(TimedOut, f"no dump of {self.id} after {timeout:g} s", self.work / "dump.log")
+
+
+def _find(matches: Callable[[Path], bool]) -> Process | None:
+    """The first process whose directory in /proc matches."""
+    for proc in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if matches(proc):
+                return Process.of(int(proc.name))
+    return None
+
+
+def _listens(criu: Process) -> bool:
+    """Whether the page server listens in CRIU's network."""
+    with contextlib.suppress(OSError):
+        return f":{PORT:04X} 00000000:0000 0A " in Path(f"/proc/{criu.pid}/net/tcp").read_text()
+    return False
 
 
 def _process(data: Any) -> Process | None:

@@ -25,6 +25,7 @@ CLEAN_ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C.UTF-8", "HOME": "/root"}
 
 Arg = str | Path
 File = int | IO[bytes] | None
+Child = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def spawn(
     stdout: File = None,
     stderr: File = None,
     pass_fds: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
+) -> Child:
     """Start `argv` in its own session and return at once; what is not given is /dev/null."""
     words = [str(arg) for arg in argv]
     try:

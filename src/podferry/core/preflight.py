@@ -1,0 +1,229 @@
+"""May this container move from that node to this one? Facts in, refusals out: each with a reason and a remedy.
+
+A refusal is said before anything is touched. What is only worth knowing is a warning. The checks are one function each and stand in
+one list; all are asked, so that a person reads every reason at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from podferry.core.facts import ContainerFacts, NodeFacts
+from podferry.errors import Refused
+from podferry.model import Mode
+
+OLDEST_CRIU = (4, 0)
+OLDEST_RUNC = (1, 1)
+PIPE_BYTES = 4 << 20
+MEMORY_RESERVE = 64 << 20
+DISK_RESERVE = 256 << 20
+CLOCKS_APART = 60.0
+MUCH_IN_IMAGES = 64 << 20
+
+# Bind mounts that containerd and the kubelet make for every container, each node for itself.
+OWN_BINDS = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/termination-log", "/dev/shm"})
+
+
+class NodeUnfit(Refused):
+    """A node lacks what a migration needs."""
+
+    code = "PF110"
+
+
+class NodesDiffer(Refused):
+    """What runs on the source could not run on the target."""
+
+    code = "PF111"
+
+
+class NoRoom(Refused):
+    """The target has too little memory or disk."""
+
+    code = "PF112"
+
+
+class ContainerBound(Refused):
+    """The container holds something that belongs to its node."""
+
+    code = "PF113"
+
+
+@dataclass(frozen=True)
+class Question:
+    """May `container` move from `source` to `target` in `mode`? Where the target is not known yet, `target` is None."""
+
+    container: ContainerFacts
+    source: NodeFacts
+    target: NodeFacts | None
+    mode: Mode
+
+
+def refusals(question: Question) -> list[Refused]:
+    """Every reason against, the most basic first."""
+    return [refusal for check in CHECKS for refusal in check(question)]
+
+
+def warnings(question: Question) -> list[str]:
+    """What is worth knowing although it does not stand in the way."""
+    found = []
+    container, target = question.container, question.target
+    in_images = container.shared + container.tmpfs
+    if in_images > MUCH_IN_IMAGES:
+        found.append(
+            f"{in_images >> 20} MiB are shared memory or in memory file systems: they move while the job stands still"
+        )
+    if container.connections:
+        found.append(f"{len(container.connections)} open TCP connections will be closed")
+    if target is not None and question.source.kernel != target.kernel:
+        found.append(f"the kernels differ: {question.source.kernel} and {target.kernel}")
+    return found
+
+
+def _programs(question: Question) -> Iterator[Refused]:
+    for where, node in _nodes(question):
+        for program, version, oldest in (("CRIU", node.criu, OLDEST_CRIU), ("runc", node.runc, OLDEST_RUNC)):
+            wanted = ".".join(map(str, oldest))
+            if not version:
+                yield NodeUnfit(f"the {where} has no {program}", remedy=f"install {program} {wanted} or later there")
+            elif numbers(version) < oldest:
+                yield NodeUnfit(
+                    f"the {where}'s {program} is too old",
+                    why=f"it is {version}; {wanted} is the oldest that works",
+                    remedy=f"install a later {program} there",
+                )
+
+
+def _kernels(question: Question) -> Iterator[Refused]:
+    if question.target is not None and not question.target.lazy_pages:
+        yield NodeUnfit(
+            "the target's kernel cannot feed pages to a restored job",
+            why="it has no userfaultfd that reports forks, moves and removals",
+            remedy="use a kernel with CONFIG_USERFAULTFD",
+        )
+    source = question.source
+    if question.mode is Mode.LIVE and not (source.soft_dirty or (source.pagemap_scan and source.wp_async)):
+        yield NodeUnfit(
+            "the source's kernel cannot track written memory",
+            why="it has neither asynchronous userfaultfd protection with PAGEMAP_SCAN (Linux 6.7) nor soft-dirty bits",
+            remedy="use --mode stop, or a later kernel",
+        )
+    if source.pipe_max_size < PIPE_BYTES:
+        yield NodeUnfit(
+            "the source's pipes are too small for CRIU's lazy dump",
+            why=f"fs.pipe-max-size is {source.pipe_max_size}",
+            remedy=f"sysctl -w fs.pipe-max-size={PIPE_BYTES}",
+        )
+
+
+def _processors(question: Question) -> Iterator[Refused]:
+    source, target = question.source, question.target
+    if target is None:
+        return
+    if (source.machine, source.page_size) != (target.machine, target.page_size):
+        yield NodesDiffer(
+            "the nodes have different processors",
+            why=f"{source.machine} with pages of {source.page_size}, {target.machine} with pages of {target.page_size}",
+            remedy="choose a target of the same architecture",
+        )
+        return
+    missing = sorted(set(source.cpu_flags) - set(target.cpu_flags))
+    if missing:
+        yield NodesDiffer(
+            "the target's processor lacks features that the job may be using",
+            why=", ".join(missing[:12]) + (" ..." if len(missing) > 12 else ""),
+            remedy="choose a target with the same processor, or mask these features in virtual machines",
+        )
+
+
+def _criu_generations(question: Question) -> Iterator[Refused]:
+    source, target = question.source, question.target
+    if target and source.criu and target.criu and numbers(target.criu) < numbers(source.criu)[:2]:
+        yield NodesDiffer(
+            "the target's CRIU is older than the source's",
+            why=f"{target.criu} may not read what {source.criu} writes",
+            remedy="bring both nodes to one version of CRIU",
+        )
+
+
+def _clocks(question: Question) -> Iterator[Refused]:
+    if question.target is not None and (apart := abs(question.source.clock - question.target.clock)) > CLOCKS_APART:
+        yield NodesDiffer(
+            "the nodes' clocks differ",
+            why=f"by {apart:.0f} s: the job would see it",
+            remedy="synchronise the nodes' clocks",
+        )
+
+
+def _room(question: Question) -> Iterator[Refused]:
+    container, target = question.container, question.target
+    if target is None:
+        return
+    memory = container.anonymous + container.shared + container.tmpfs + MEMORY_RESERVE
+    if memory > target.memory_available:
+        yield NoRoom(
+            "the target has too little memory",
+            why=f"the job needs {memory >> 20} MiB, {target.memory_available >> 20} MiB are available",
+            remedy="free memory there, or choose another node",
+        )
+    disk = container.upper + DISK_RESERVE
+    if disk > target.disk_free:
+        yield NoRoom(
+            "the target has too little disk",
+            why=f"the changed files need {disk >> 20} MiB, {target.disk_free >> 20} MiB are free",
+            remedy="free disk space there, or choose another node",
+        )
+
+
+def _bound(question: Question) -> Iterator[Refused]:
+    container = question.container
+    if shared := sorted(set(container.host_namespaces) - {"user", "time", "cgroup"}):
+        yield ContainerBound(
+            "the container shares namespaces with its node",
+            why=", ".join(shared),
+            remedy="run it with namespaces of its own (no hostNetwork, hostPID, hostIPC)",
+        )
+    if container.devices:
+        yield ContainerBound(
+            "the container uses devices of its node",
+            why=", ".join(container.devices[:8]),
+            remedy="a job with devices cannot move yet",
+        )
+    if binds := sorted(one.source for one in container.binds if one.destination not in OWN_BINDS):
+        yield ContainerBound(
+            "the container has directories of its node mounted",
+            why=", ".join(binds[:8]),
+            remedy="use a volume that both nodes have",
+        )
+    unsaved = {
+        "io_uring": "an open io_uring",
+        "userfaultfd": "a userfaultfd of its own",
+    }
+    if container.unsaved:
+        yield ContainerBound(
+            "the container has something open that CRIU cannot save",
+            why=", ".join(unsaved.get(one, one) for one in container.unsaved),
+            remedy="have the job close it, or run it without (for io_uring, most libraries have a switch)",
+        )
+
+
+CHECKS: tuple[Callable[[Question], Iterator[Refused]], ...] = (
+    _programs,
+    _kernels,
+    _processors,
+    _criu_generations,
+    _clocks,
+    _room,
+    _bound,
+)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """A version's numbers, for comparing: `4.1.1` is (4, 1, 1)."""
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def _nodes(question: Question) -> Iterator[tuple[str, NodeFacts]]:
+    yield "source", question.source
+    if question.target is not None:
+        yield "target", question.target
