@@ -36,7 +36,7 @@ from podferry.node.containerd import AlreadyExists, Containerd, NotFound
 from podferry.node.incoming import Incoming
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
-from podferry.node.upper import Receiver
+from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.messages import StateEnd
 
 POISE_TIMEOUT = 60.0
@@ -187,6 +187,7 @@ class Arriving:
                 trees[UPPER].digest,
             ):
                 raise Failed("the upper layer did not arrive whole", why=f"{came} is not {trees[UPPER]}")
+            refresh_root(self._containerd.bundle(self._offer.record.id) / "rootfs")
         if sum(one.size for one in end.files if one.directory == LOG) != self._log_end:
             raise Failed("the container's log did not arrive whole", why=f"{self._log_end} bytes came")
         for one in end.spaces:

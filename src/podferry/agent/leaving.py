@@ -34,6 +34,7 @@ from podferry.node.containerd import Containerd, NotFound
 from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.upper import Source as UpperSource
+from podferry.node.upper import shared_files
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
@@ -148,7 +149,7 @@ class Leaving:
     async def upper(self, *, last: bool) -> AsyncIterator[bytes]:
         """One pass over the upper layer."""
         plan = await to_thread.run_sync(
-            partial(self._upper.plan, suspects=self._mapped_shared() if last else (), frozen=last)
+            partial(self._upper.plan, suspects=self._mapped_shared(), frozen=last)
         )
         for chunk in self._upper.send(plan):
             yield chunk
@@ -174,15 +175,8 @@ class Leaving:
                 yield offset, data
 
     def _mapped_shared(self) -> set[bytes]:
-        """Files that a process of the container has mapped shared and writable, as the upper layer names them."""
-        found = set()
-        for pid in self._cgroup.pids():
-            with suppress(OSError):
-                for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
-                    words = line.split(maxsplit=5)
-                    if words[1].endswith(b"s") and b"w" in words[1] and len(words) > 5 and words[5].startswith(b"/"):
-                        found.add(words[5].lstrip(b"/"))
-        return found
+        """Files whose content may change without a trace: a process of the container has them mapped."""
+        return {path for pid in self._cgroup.pids() for path in shared_files(pid)}
 
     # The freeze.
 
