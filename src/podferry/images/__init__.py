@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from podferry.images.layout import FormName
+from podferry.images.opening import initialise, open_share
+from podferry.images.references import forget
+from podferry.images.report import ImagesReport, images_report
+
+__all__ = ["FormName", "ImagesReport", "forget", "images_report", "initialise", "main", "open_share"]
+
 
 def main() -> None:
     """The program `podferry-snapshotter`."""

@@ -25,12 +25,15 @@ def open_share(root: Path, *, guard: Guard | None = None, create: bool = True, r
     """The share mounted at `root`, checked.
 
     An empty directory becomes a share if `create` is true and something is mounted there (an unmounted mount point is
-    an empty directory too). Raises `ShareRefused` with nothing changed, or the errors of `podferry.images.faults`.
+    an empty directory too); one that does not exist is made, below such a mount.
+    Raises `ShareRefused` with nothing changed, or the errors of `podferry.images.faults`.
     """
     guard = guard or Guard()
 
     def look() -> str | None:
         with faults(f"cannot open the share {root}"):
+            if create and not read_only and not root.exists() and _mounted_kind(root) is not None:
+                root.mkdir(mode=0o755, exist_ok=True)
             return _identify(root)
 
     share_id = guard.call(f"open the share {root}", look)
