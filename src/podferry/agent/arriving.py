@@ -200,8 +200,8 @@ class Arriving:
 
     # The resume.
 
-    async def release(self) -> None:
-        """Give the wrapper its verdict, and see the task started."""
+    async def release(self) -> float:
+        """Give the wrapper its verdict, and see the task started. Returns since when it runs."""
         if self._starter is None:
             await self._adopt()
         if not (self.scratch / "started.json").exists():
@@ -218,6 +218,8 @@ class Arriving:
         except PodferryError as error:
             raise Failed.because("the restore failed", error) from error
         self._journal.release("starter")
+        status = await self._status_of_feeder("filling", "done")
+        return float(status["resumed_ns"]) / 1e9
 
     async def _adopt(self) -> None:
         """Go on where a killed agent was: its wrapper has ended unless the verdict was given; then wait for what became of it."""
@@ -241,14 +243,14 @@ class Arriving:
             self._journal.release(kind)
         return {name: value for name, value in status.items() if name != "state"}
 
-    async def _status_of_feeder(self, wanted: str) -> Json:
-        """Wait for a state of the page feeder; its death before is an error."""
+    async def _status_of_feeder(self, *wanted: str) -> Json:
+        """Wait for one of these states of the page feeder; its death before is an error."""
         path = self.scratch / "feeder.json"
         while True:
             alive = self._feeder is not None and self._feeder.alive()
             with suppress(OSError, ValueError):
                 status: Json = json.loads(path.read_text())
-                if status["state"] == wanted:
+                if status["state"] in wanted:
                     return status
                 if status["state"] == "failed":
                     raise Failed(

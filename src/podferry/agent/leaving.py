@@ -148,9 +148,7 @@ class Leaving:
 
     async def upper(self, *, last: bool) -> AsyncIterator[bytes]:
         """One pass over the upper layer."""
-        plan = await to_thread.run_sync(
-            partial(self._upper.plan, suspects=self._mapped_shared(), frozen=last)
-        )
+        plan = await to_thread.run_sync(partial(self._upper.plan, suspects=self._mapped_shared(), frozen=last))
         for chunk in self._upper.send(plan):
             yield chunk
 

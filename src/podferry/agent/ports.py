@@ -130,8 +130,11 @@ class ArrivingJob(Protocol):
         """Everything is here and whole, or a `Failed` says what is not."""
         ...
 
-    async def release(self) -> None:
-        """Restore it. It runs when this returns; where it raises, it never will."""
+    async def release(self) -> float:
+        """Restore it. It runs when this returns; where it raises, it never will.
+
+        Returns since when it runs, in seconds of this node's monotonic clock.
+        """
         ...
 
     async def filled(self) -> Json:

@@ -302,7 +302,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             self.fire(SourceEvent.GAVE_UP)
             await self._undo(word.error.error(), letters)
         else:
-            self._downtime_ends()
+            if isinstance(word, Running):
+                self._downtime_ended(word.ran_ns / 1e9)
             self.fire(SourceEvent.RUNNING)
             await self._commit(letters)
 
@@ -423,10 +424,12 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self.story.end(outcome, reason, error)
         self.close()
 
-    def _downtime_ends(self) -> None:
+    def _downtime_ended(self, seconds_ago: float) -> None:
+        """The job ran again on the target for so long when its word arrived: the way of the word is counted in."""
         if self._frozen_at:
-            self.story.downtime_ms = (time.monotonic() - self._frozen_at) * 1e3
-            self.story.add_span("downtime", "source", self.story.at(self._frozen_at), self.story.now())
+            end = max(self._frozen_at, time.monotonic() - seconds_ago)
+            self.story.downtime_ms = (end - self._frozen_at) * 1e3
+            self.story.add_span("downtime", "source", self.story.at(self._frozen_at), self.story.at(end))
 
     # What is sent.
 

@@ -58,7 +58,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         super().__init__(target_machine(phase), journal, story, handlers)
         self.job = job
         self._poised = anyio.Event()
-        self._runs_since_ns = 0
+        self._runs_since = time.monotonic()
         self._filled: Filled | None = None
         self._error: PodferryError | None = None
         self._word_known = anyio.Event()
@@ -108,7 +108,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         if self._error is not None:
             await channel.send(GaveUp(self.story.id, ErrorReport.of(self._error)))
             return
-        await channel.send(Running(self.story.id, self._runs_since_ns))
+        ran = time.monotonic() - self._runs_since
+        await channel.send(Running(self.story.id, max(0, round(ran * 1e9))))
         await self.ended.wait()
         if self._filled is not None:
             await channel.send(self._filled)
@@ -167,14 +168,11 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     async def _resume(self) -> None:
         await self.at_gate()
         with self.story.span("restore", "target"):
-            await self.job.release()
-        self._runs_since_ns = time.time_ns()
-        self.journal.note(runs_since_ns=self._runs_since_ns)
+            self._runs_since = await self.job.release()
         self.fire(TargetEvent.RUNNING)
         self._word_known.set()
 
     async def _fill(self) -> None:
-        self._runs_since_ns = self._runs_since_ns or int(self.journal.facts.get("runs_since_ns", 1))
         self._word_known.set()
         await self.at_gate()
         began = time.monotonic()

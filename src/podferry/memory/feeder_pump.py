@@ -163,6 +163,7 @@ class Pump:
         for task in self._tasks.values():
             if not task.forked:
                 task.prefer(self._last_written(task.copy))
+        self._report.status.resumed_ns = time.monotonic_ns()
         self._report.enter(State.FILLING)
 
     def _last_written(self, copy: Copy) -> Iterator[tuple[int, int]]:

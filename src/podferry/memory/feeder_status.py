@@ -27,6 +27,7 @@ class State(StrEnum):
 class Status:
     """The contents of the file. Bytes, counts, and milliseconds; `error` is a `PodferryError` as its `to_dict` gives it.
 
+    `resumed_ns` is when CRIU said that the tasks run, on the node's monotonic clock; 0 before.
     `slowest_ms` bounds from above how long a fault has waited for its answer. `waiting` says why nothing moves, if so.
     """
 
@@ -39,6 +40,7 @@ class Status:
     waiting: str = ""
     error: dict[str, Any] | None = None
     pid: int = 0
+    resumed_ns: int = 0
 
 
 @dataclass

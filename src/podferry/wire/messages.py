@@ -182,10 +182,13 @@ class Restoring:
 
 @dataclass(frozen=True)
 class Running:
-    """The container runs on the target, since this moment of the target's wall clock in nanoseconds."""
+    """The container runs on the target; when this was said it had run for so many nanoseconds.
+
+    A duration, so that the nodes' clocks need not agree.
+    """
 
     migration: Id
-    resumed_at_ns: int
+    ran_ns: int
 
 
 @dataclass(frozen=True)
