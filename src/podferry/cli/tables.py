@@ -60,7 +60,7 @@ def print_records(answers: Answers) -> None:
 def print_down(answers: Answers) -> None:
     """A line for every node that did not answer."""
     for node, error in answers.down:
-        stderr().print(words(f"{node} is down: {error}", "yellow"))
+        stderr().print(words(error if node in str(error) else f"{node}: {error}", "yellow"))
 
 
 def print_check(result: dict[str, Any]) -> None:
@@ -90,9 +90,15 @@ def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:
         right = title in ("MEMORY", "DOWNTIME", "TOTAL")
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            title, justify="right" if right else "left", overflow="fold", no_wrap=title in ("ID", "STARTED")
+        )
     return table
 
 
 def _clock(unix: float | None) -> str:
-    return datetime.fromtimestamp(unix).isoformat(sep=" ", timespec="seconds") if unix else ""
+    """The hour for what began today, the day for what is older."""
+    if not unix:
+        return ""
+    began = datetime.fromtimestamp(unix)
+    return f"{began:%H:%M:%S}" if began.date() == datetime.now().date() else f"{began:%Y-%m-%d}"
