@@ -81,6 +81,7 @@ def test_dump_options_are_checked(tmp_path: Path) -> None:
             "Error (criu/files-ext.c:94): Can't dump file 4 of that type [600] (unknown anon_inode:kvm-vcpu:0)",
             "kvm-vcpu",
         ),
+        ("Error (criu/sockets.c:628): sockets: Can't get 1:16 opt: Operation not supported", "CRIU before 4.2"),
         ("Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established option.", "TCP"),
         ("Error (criu/fsnotify.c:284): fsnotify: \tCan't dump that handle", "inotify"),
         ("Error (criu/file-lock.c:110): Some file locks are hold by dumping tasks! You can try --file-locks", "locks"),
@@ -98,7 +99,7 @@ def test_dump_options_are_checked(tmp_path: Path) -> None:
 def test_known_causes_are_named(tmp_path: Path, line: str, why: str) -> None:
     log = tmp_path / "dump.log"
     log.write_text(
-        f"(00.000001) Version: 4.1.1\n(00.010000) {line}\n(00.020000) Error (criu/cr-dump.c:2111): Dumping FAILED.\n"
+        f"(00.000001) Version: 4.1.1\n(00.001) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE\n(00.010000) {line}\n(00.020000) Error (criu/cr-dump.c:2111): Dumping FAILED.\n"
     )
     error = explained(CheckpointFailed, "cannot dump job", log)
     assert why in error.why

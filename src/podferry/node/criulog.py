@@ -12,6 +12,7 @@ from podferry.node.process import last_lines
 
 E = TypeVar("E", bound=PodferryError)
 
+_HARMLESS = re.compile(r"RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED")
 _ERROR_LINE = re.compile(r"\b(Error|Warn) +\(")
 _LOG_TAIL = 1 << 20  # bytes; at the log level of criu.conf a log is far smaller
 
@@ -55,6 +56,11 @@ CAUSES = (
         r"unix: .*(?:[Ee]xternal socket|is external)|Runs? with --ext-unix-sk|can't (?:dump|be handled).*external",
         "the job is connected to a unix socket whose other end is outside of the container",
         "close the connection before the migration, or do not mount the socket into the pod",
+    ),
+    _cause(
+        r"sockets: Can't get 1:(?:16|34) opt: Operation not supported",
+        "the job has a TCP or UDP socket, which CRIU before 4.2 cannot save on Linux 6.16 and later",
+        "install CRIU 4.2 or later",
     ),
     _cause(
         r"Connected TCP socket",
@@ -143,5 +149,6 @@ def explained(kind: type[E], what: str, log: Path, *, said: list[str] | None = N
             if found := cause.pattern.search(line):
                 groups = ["", *(group or "" for group in found.groups())]
                 return kind(what, why=cause.why.format(*groups), remedy=cause.remedy, evidence=evidence)
-    why = next((line for line in evidence if "Error (" in line), (said or evidence or ["it left no log"])[0])
+    errors = [line for line in evidence if "Error (" in line and not _HARMLESS.search(line)]
+    why = (errors or said or evidence or ["it left no log"])[0]
     return kind(what, why=why, remedy=f"see {log}", evidence=evidence)

@@ -119,7 +119,8 @@ class Incoming:
     def abandon(self, reason: PodferryError | None = None) -> None:
         """End a `wait_poised` in another thread with `reason`: the call that should bring the wrapper has failed."""
         self._reason = reason or Cancelled(f"nobody waits for {self.key} any more")
-        os.eventfd_write(self._abandoned, 1)
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            os.eventfd_write(self._abandoned, 1)
 
     def alive(self) -> bool:
         """Whether a wrapper that was poised still waits."""

@@ -1,0 +1,348 @@
+"""Freeze, hold, commit and roll back real containers, with real CRIU and runc, on the cgroups that a node has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from node_job import Arrival, Job
+
+from podferry.agent.nodefacts import node_facts
+from podferry.core.facts import NodeFacts
+from podferry.errors import Refused
+from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
+from podferry.node.checkpoint import CheckpointFailed, Hold
+from podferry.node.containerd import Containerd, ContainerdFailed
+from podferry.node.incoming import Incoming
+from podferry.node.jobfacts import ContainerFacts, container_facts
+from podferry.node.process import run, spawn
+from podferry.node.records import Container, Status, upper_dir
+from podferry.node.stdio import drained
+
+pytestmark = pytest.mark.node
+
+MEMORY = """
+import hashlib, time
+data = bytearray(range(256)) * 4096 * 32
+n = 0
+while True:
+    data[n * 4096 % len(data)] = n % 251
+    if n % 10 == 0:
+        print(n, hashlib.sha256(data).hexdigest(), flush=True)
+    n += 1
+    time.sleep(0.002)
+"""
+
+
+@pytest.fixture
+def client() -> Iterator[Containerd]:
+    with Containerd() as client:
+        yield client
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    path = Path("/var/log/podferry/node-tests")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def job(client: Containerd, place: Path) -> Iterator[Job]:
+    job = Job(client, "hold-source", place)
+    job.remove()
+    yield job
+    job.remove()
+
+
+def stands_still(job: Job) -> None:
+    """Two looks with a wait between that lets a running job print."""
+    before = job.lines()
+    signal.sigtimedwait([], 0.1)
+    assert job.lines() == before
+
+
+def test_freeze_and_thaw(job: Job) -> None:
+    job.start()
+    job.wait_lines()
+    cgroup = job.cgroup
+    assert Cgroup.of(job.task.pid) == cgroup
+    assert job.task.pid in cgroup.pids()
+    for _ in range(20):
+        cgroup.freeze()
+        assert cgroup.state() is Frozen.FROZEN
+        cgroup.thaw()
+        assert cgroup.state() is Frozen.THAWED
+    cgroup.freeze()
+    drained(job.task.pid)
+    stands_still(job)
+    cgroup.thaw()
+    job.wait_lines()
+    assert (cgroup.memory_usage() or 1) > 0
+
+
+def test_throttling_gives_the_quota_back(job: Job) -> None:
+    job.start()
+    cgroup = job.cgroup
+    before = cgroup.cpu_quota()
+    with cgroup.throttled(0.1) as kept:
+        assert kept == before
+        assert cgroup.cpu_quota().quota == before.scaled(0.1, os.cpu_count() or 1).quota
+    assert cgroup.cpu_quota() == before
+
+
+def test_a_kill_leaves_nothing(job: Job) -> None:
+    job.start("import os, time\nfor _ in range(5): os.fork()\ntime.sleep(1000)")
+    cgroup = job.cgroup
+    cgroup.kill()
+    assert job.client.wait_task(job.id, 20) == 137
+    assert cgroup.pids() == ()
+    cgroup.kill()
+
+
+@pytest.mark.parametrize("after", ["ready", "restart of the agent", "death of CRIU", "restart and death of CRIU"])
+def test_rollback(job: Job, after: str) -> None:
+    job.start()
+    job.wait_lines()
+    hold = job.hold()
+    stands_still(job)
+    assert hold.alive()
+    if "restart" in after:
+        hold = Hold.from_dict(hold.to_dict())
+    if "death" in after:
+        assert hold.criu is not None
+        hold.criu.kill()
+        assert hold.criu.wait(10)
+        stands_still(job)
+    before = job.lines()
+    hold.rollback()
+    job.wait_lines()
+    assert [int(line) for line in job.lines()] == list(range(len(job.lines()))), "it went on where it was"
+    assert len(before) < len(job.lines())
+    assert job.cgroup.state() is Frozen.THAWED
+    assert job.task.status is Status.RUNNING
+    hold.rollback()
+    job.wait_lines()
+    again = job.hold()
+    again.rollback()
+    job.wait_lines()
+
+
+@pytest.mark.parametrize("after", ["ready", "restart of the agent", "death of CRIU"])
+def test_commit(job: Job, after: str) -> None:
+    job.start()
+    job.wait_lines()
+    hold = job.hold()
+    before = job.lines()
+    if "restart" in after:
+        hold = Hold.from_dict(hold.to_dict())
+    if "death" in after:
+        assert hold.criu is not None
+        hold.criu.kill()
+    hold.commit()
+    assert job.client.wait_task(job.id, 20) == 137
+    assert job.lines() == before, "not one instruction more"
+    assert not hold.alive()
+    hold.commit()
+    job.client.delete_task(job.id)
+    with pytest.raises(CgroupFailed):
+        hold.rollback()
+
+
+def test_an_agent_that_died_in_the_middle_of_the_dump(job: Job, place: Path) -> None:
+    job.start()
+    job.wait_lines()
+    cgroup, root = job.cgroup, job.client.runc_root(job.record)
+    cgroup.freeze()
+    planned = {"cgroup": cgroup.to_dict(), "work": str(place / "work")}  # all that the journal had
+    hold = Hold.start(job.id, cgroup, runc_root=root, images=place / "images", work=place / "work")
+    assert hold._status is not None
+    os.close(hold._status)
+    again = Hold.from_dict(planned)
+    again.rollback()
+    job.wait_lines()
+    assert again._find_criu() is None
+    assert hold._child is not None and hold._child.wait(20) is not None
+
+
+def test_nobody_else_reaches_the_page_server(job: Job) -> None:
+    job.start()
+    job.wait_lines()
+    hold = job.hold()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", 7117), timeout=5)
+    assert hold.alive()
+    hold.rollback()
+
+
+def test_a_dump_that_fails_leaves_the_job_running_and_says_why(job: Job) -> None:
+    job.start(
+        "import socket, time\n"
+        "a = socket.create_server(('127.0.0.1', 9))\n"
+        "b = socket.create_connection(('127.0.0.1', 9)); c = a.accept()\n"
+        "n = 0\nwhile True:\n    print(n, flush=True); n += 1; time.sleep(0.01)"
+    )
+    job.wait_lines()
+    facts = facts_of(job)
+    assert len(facts.connections) == 2
+    with pytest.raises(CheckpointFailed) as failed:
+        job.hold()
+    assert "TCP" in failed.value.why, failed.value.report()
+    assert failed.value.evidence
+    job.wait_lines()
+    assert job.cgroup.state() is Frozen.THAWED
+
+
+def facts_of(job: Job) -> ContainerFacts:
+    record = job.record
+    mounts = job.client.mounts(record.snapshotter, record.snapshot_key)
+    return container_facts(record, job.task, job.cgroup, upper_dir(mounts))
+
+
+def test_facts(job: Job) -> None:
+    job.start(
+        "import mmap, os, time\n"
+        "keep = mmap.mmap(-1, 1 << 22); keep[0] = 1\n"
+        "open('/dev/shm/x', 'wb').write(bytes(1 << 20))\nopen('/home/x', 'wb').write(bytes(1 << 20))\n"
+        "print('ready', flush=True)\ntime.sleep(1000)"
+    )
+    job.wait_lines(1)
+    facts = facts_of(job)
+    assert facts.pids == (job.task.pid,)
+    assert facts.stdio == ("null", "pipe", "pipe")
+    assert not {"pid", "mnt", "net", "ipc", "uts"} & set(facts.host_namespaces)
+    assert (facts.unsaved, facts.connections, facts.devices) == ((), (), ())
+    assert Path(facts.binary).name == "podferry-runc"
+    assert facts.tmpfs >= 1 << 20 and facts.upper >= 1 << 20 and facts.anonymous > 1 << 20
+    assert ContainerFacts.from_dict(facts.to_dict()) == facts
+    node = node_facts(Path("/var/lib/containerd"), containerd=job.client.version())
+    assert NodeFacts.from_dict(node.to_dict()) == node
+    assert node.criu and node.runc and node.cgroup is cgroup_kind()
+    assert node.lazy_pages
+
+
+def test_the_whole_way_to_another_container(job: Job, client: Containerd) -> None:
+    """Poised, frozen, held, restored from the pages of the frozen source, running; then the source is killed."""
+    job.start(MEMORY)
+    job.wait_lines()
+    assert Container.from_bytes(job.record.to_bytes()) == job.record
+    arrival = Arrival(job, "hold-target")
+    try:
+        arrival.poise()
+        assert arrival.incoming.alive()
+        hold = job.hold()
+        with arrival.fed(hold.work.parent / "images"):
+            arrival.incoming.restore()
+            assert arrival.created is not None
+            pid = arrival.created.result(60)
+            assert client.start_task("hold-target") == pid
+            arrival.job.wait_lines()
+        hold.commit()
+        assert client.wait_task(job.id, 20) == 137
+        arrival.job.wait_lines(10)
+        assert expected(job.lines() + arrival.job.lines())
+        assert client.task("hold-target").status is Status.RUNNING
+        assert arrival.job.cgroup != hold.cgroup
+        again = arrival.job.hold()
+        again.rollback()
+        arrival.job.wait_lines()
+        assert expected(job.lines() + arrival.job.lines())
+        client.kill_task("hold-target", signal.SIGKILL)
+        assert client.wait_task("hold-target", 20) == 137
+        client.delete_task("hold-target")
+        assert not Path("/run/podferry/restored/hold-target").exists()
+    finally:
+        arrival.close()
+    assert "hold-target" not in Incoming.left()
+
+
+def expected(lines: list[str]) -> bool:
+    """Whether these are the numbers and sums that MEMORY prints when nothing disturbs it."""
+    import hashlib
+
+    data, printed = bytearray(range(256)) * 4096 * 32, []
+    for n in range(len(lines) * 10):
+        data[n * 4096 % len(data)] = n % 251
+        if n % 10 == 0:
+            printed.append(f"{n} {hashlib.sha256(data).hexdigest()}")
+    return lines == printed
+
+
+def test_refused_and_cold(job: Job, client: Containerd) -> None:
+    job.start()
+    job.wait_lines()
+    for verdict in ("refuse", "cold"):
+        arrival = Arrival(job, "hold-target")
+        try:
+            arrival.poise()
+            assert arrival.created is not None
+            if verdict == "cold":
+                arrival.incoming.cold()
+                arrival.created.result(60)
+                client.start_task("hold-target")
+                arrival.job.wait_lines()
+                assert arrival.job.lines()[0] == "0"
+            else:
+                arrival.incoming.refuse("the store is incomplete")
+                with pytest.raises(ContainerdFailed, match="podferry-runc: the store is incomplete"):
+                    arrival.created.result(60)
+        finally:
+            arrival.close()
+    job.wait_lines()
+
+
+def test_an_agent_that_dies_ends_the_poised_task(job: Job) -> None:
+    job.start()
+    arrival = Arrival(job, "hold-target")
+    try:
+        arrival.poise()
+        arrival.incoming.close()
+        assert arrival.created is not None
+        with pytest.raises(ContainerdFailed, match="the agent went away"):
+            arrival.created.result(60)
+    finally:
+        arrival.close()
+
+
+def test_an_image_that_is_not_here(job: Job, client: Containerd) -> None:
+    job.start()
+    with pytest.raises(Refused, match="not on node-x"):
+        client.prepare(job.record.snapshotter, "hold-none", "sha256:none", image=job.record.image, node="node-x")
+
+
+def test_the_v2_freezer(place: Path) -> None:
+    """On its own v2 tree, whatever the node's controllers are on: freezing needs none."""
+    mount = place / "unified"
+    mount.mkdir()
+    run(["mount", "-t", "cgroup2", "cgroup2", mount])
+    group = mount / f"podferry-test-{os.getpid()}"
+    child = None
+    try:
+        (group / "nested").mkdir(parents=True)
+        child = spawn(["sh", "-c", "while :; do :; done"])
+        (group / "nested/cgroup.procs").write_text(str(child.pid))
+        cgroup = Cgroup(group)
+        assert cgroup.pids() == (child.pid,)
+        for _ in range(20):
+            cgroup.freeze()
+            assert cgroup.state() is Frozen.FROZEN
+            cgroup.thaw()
+            assert cgroup.state() is Frozen.THAWED
+        cgroup.freeze()
+        cgroup.kill()
+        assert child.wait(20) == -signal.SIGKILL
+    finally:
+        if child is not None:
+            child.kill()
+            child.wait()
+        for directory in (group / "nested", group):
+            if directory.exists():
+                directory.rmdir()
+        run(["umount", mount])
