@@ -99,7 +99,8 @@ def test_dump_options_are_checked(tmp_path: Path) -> None:
 def test_known_causes_are_named(tmp_path: Path, line: str, why: str) -> None:
     log = tmp_path / "dump.log"
     log.write_text(
-        f"(00.000001) Version: 4.1.1\n(00.001) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE\n(00.010000) {line}\n(00.020000) Error (criu/cr-dump.c:2111): Dumping FAILED.\n"
+        "(00.000001) Version: 4.1.1\n(00.001000) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE\n"
+        f"(00.010000) {line}\n(00.020000) Error (criu/cr-dump.c:2111): Dumping FAILED.\n"
     )
     error = explained(CheckpointFailed, "cannot dump job", log)
     assert why in error.why
