@@ -66,7 +66,9 @@ def _identify(root: Path) -> str | None:
     marker = root / layout.MARKER
     if marker.exists():
         return layout.decode_marker(marker.read_bytes())
-    foreign = sorted(entry.name for entry in root.iterdir() if entry.name not in OF_THE_FILE_SYSTEM)
+    foreign = _foreign(root)
+    if layout.MARKER in foreign:  # another node has just made it
+        return layout.decode_marker(marker.read_bytes())
     if foreign:
         raise ShareRefused(
             f"{root} belongs to somebody else",
@@ -80,6 +82,16 @@ def _identify(root: Path) -> str | None:
             remedy="mount the share; to use a plain local directory: podferry images init --local",
         )
     return None
+
+
+def _foreign(root: Path) -> list[str]:
+    """What lies in a directory besides what a file system or a node making a share puts there."""
+    drafts = f".{layout.MARKER}."
+    return sorted(
+        entry.name
+        for entry in root.iterdir()
+        if entry.name not in OF_THE_FILE_SYSTEM and not entry.name.startswith(drafts)
+    )
 
 
 def _mounted_kind(root: Path) -> str | None:
@@ -97,7 +109,7 @@ def _mounted_kind(root: Path) -> str | None:
 def initialise(root: Path) -> str:
     """Make a share of the empty directory `root`, mounted or not; its id. A second call finds the first's."""
     with faults(f"cannot make a share of {root}"):
-        if not (root / layout.MARKER).exists() and any(root.iterdir()):
+        if (foreign := _foreign(root)) and layout.MARKER not in foreign:
             raise ShareRefused(f"{root} is not empty", remedy="give podferry an empty directory of its own")
         return _initialise(root)
 
