@@ -7,7 +7,6 @@ the node's own Python, and its reports come back one by one, as pytest-xdist bri
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import mmap
 import os
@@ -45,8 +44,7 @@ class SessionLab:
             lab = Lab(f"test-{os.getpid()}")
             packages = site.development(images.node_root(print), print)
             self._lab = lab
-            agent = importlib.util.find_spec("podferry.agent.__main__") is not None
-            lab.up(2, "1gbit", agent=agent, binds={IN_NODE: CHECKOUT, DEVELOPMENT: packages}, progress=print)
+            lab.up(2, "1gbit", binds={IN_NODE: CHECKOUT, DEVELOPMENT: packages}, progress=print)
         return self._lab
 
     def down(self) -> None:
