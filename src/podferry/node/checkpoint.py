@@ -22,7 +22,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,9 +244,13 @@ class Hold:
         return _find(lambda proc: told in (proc / "cmdline").read_bytes())
 
     def _find_criu(self) -> Process | None:
-        """CRIU's process, which works in our work directory."""
+        """CRIU's process, which works in our work directory: a child of runc, unless runc has died."""
         work = self.work.resolve()
-        return _find(lambda proc: (proc / "comm").read_text() == "criu\n" and (proc / "cwd").readlink() == work)
+
+        def matches(proc: Path) -> bool:
+            return (proc / "comm").read_text() == "criu\n" and (proc / "cwd").readlink() == work
+
+        return (self.runc and _find(matches, _children(self.runc.pid))) or _find(matches)
 
     def _fail_criu(self) -> None:
         """Send CRIU's page server a command that there is none of, from within its network, and wait for CRIU's end."""
@@ -277,13 +281,21 @@ class Hold:
         return explained(TimedOut, f"no dump of {self.id} after {timeout:g} s", self.work / "dump.log")
 
 
-def _find(matches: Callable[[Path], bool]) -> Process | None:
-    """The first process whose directory in /proc matches."""
-    for proc in Path("/proc").glob("[0-9]*"):
+def _find(matches: Callable[[Path], bool], among: Iterable[int] | None = None) -> Process | None:
+    """The first process, of those `among` or of all, whose directory in /proc matches."""
+    for proc in Path("/proc").glob("[0-9]*") if among is None else (Path(f"/proc/{pid}") for pid in among):
         with contextlib.suppress(OSError):
             if matches(proc):
                 return Process.of(int(proc.name))
     return None
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def _listens(criu: Process) -> bool:
