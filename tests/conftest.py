@@ -150,6 +150,8 @@ def run_in_node(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
         said, lines = error.report() if isinstance(error, PodferryError) else str(error), []
     for line in lines:
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=json.loads(line))
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)  # of a skip; JSON has no tuples
         outcomes.setdefault(report.nodeid, []).append(report)
     for one in module:
         if not any(report.when == "teardown" for report in outcomes[one.nodeid]):
