@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from trackers_zoo import Zoo
 
 from podferry.memory.maps import PAGE, private_anonymous, read_areas
 from podferry.memory.reader import Data, Gone, Reader, Zero
 from podferry.memory.tracker import Kind, Round, Tracker, choose, create, probe
 
-DRIVER = Path(__file__).with_name("trackers_driver.py")
 FACTS = probe()
 SEEDS = 300
 MANY_SEEDS = 5000
@@ -31,99 +27,6 @@ pytestmark = [
 needs_uffd = pytest.mark.skipif(
     choose(FACTS).kind is not Kind.UFFD, reason=f"no uffd tracker here: {choose(FACTS).reason}"
 )
-
-
-class Job:
-    """One driver process, and the line to it."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._file = sock.makefile("rw")
-        self.pid = int(self._file.readline().split()[0])
-        self._owed = 0
-
-    def ask(self, line: str) -> None:
-        """Give an order without waiting for the answer."""
-        self._file.write(line + "\n")
-        self._file.flush()
-        self._owed += 1
-
-    def answer(self) -> str:
-        """Wait until all orders are done; the last answer."""
-        last = ""
-        while self._owed:
-            last = self._file.readline().strip()
-            assert last, f"job {self.pid} died"
-            self._owed -= 1
-        return last
-
-    def do(self, expression: str) -> str:
-        self.ask(f"do {expression}")
-        return self.answer()
-
-
-class Zoo:
-    """Driver processes; the first is a warm one that others are forked from."""
-
-    def __init__(self, path: Path) -> None:
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen(512)
-        self._program = subprocess.Popen([sys.executable, "-S", "-I", str(DRIVER), str(path)])
-        self.mother = self.arrival()
-        self.jobs: dict[int, Job] = {}
-
-    def arrival(self) -> Job:
-        sock, _ = self._listener.accept()
-        return Job(sock)
-
-    def fork(self, parent: Job | None = None) -> Job:
-        parent = parent or self.mother
-        parent.answer()
-        parent.ask("fork")
-        child = self.arrival()
-        assert int(parent.answer()) == child.pid
-        self.jobs[child.pid] = child
-        return child
-
-    def exec(self, job: Job) -> Job:
-        job.answer()
-        job.ask("exec")
-        job.answer()
-        self.jobs[job.pid] = self.arrival()
-        assert job.pid in self.jobs
-        return self.jobs[job.pid]
-
-    def exit(self, job: Job) -> None:
-        job.answer()
-        job.ask("exit")
-        del self.jobs[job.pid]
-
-    def freeze(self) -> None:
-        for job in self.jobs.values():
-            job.answer()
-            os.kill(job.pid, signal.SIGSTOP)
-        for job in self.jobs.values():
-            wait_for_state(job.pid, "T")
-
-    def clear(self) -> None:
-        for pid in self.jobs:
-            os.kill(pid, signal.SIGKILL)
-        self.jobs.clear()
-
-    def close(self) -> None:
-        self.clear()
-        self._program.kill()
-        self._program.wait()
-        self._listener.close()
-
-
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def wait_for_state(pid: int, state: str) -> None:
-    while state_of(pid) != state:
-        os.sched_yield()
 
 
 class Copy:
@@ -215,13 +118,24 @@ def live_through(zoo: Zoo, tracker: Tracker, seed: int) -> None:
         copy.check(pid)
 
 
+def live_through_all(zoo: Zoo, seeds: range) -> None:
+    for seed in seeds:
+        with tracking(Kind.UFFD, lambda: list(zoo.jobs)) as tracker:
+            try:
+                live_through(zoo, tracker, seed)
+            except AssertionError as error:
+                raise AssertionError(f"seed {seed}: {error}") from error
+        zoo.clear()
+
+
 @needs_uffd
 @pytest.mark.parametrize("first", range(0, SEEDS, 50))
 def test_the_copy_is_the_process(jobs: Zoo, first: int) -> None:
-    for seed in range(first, first + 50):
-        with tracking(Kind.UFFD, lambda: list(jobs.jobs)) as tracker:
-            try:
-                live_through(jobs, tracker, seed)
-            except AssertionError as error:
-                raise AssertionError(f"seed {seed}: {error}") from error
-        jobs.clear()
+    live_through_all(jobs, range(first, first + 50))
+
+
+@needs_uffd
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(SEEDS, MANY_SEEDS, 100))
+def test_the_copy_is_the_process_for_thousands(jobs: Zoo, first: int) -> None:
+    live_through_all(jobs, range(first, first + 100))

@@ -64,8 +64,8 @@ def parse_maps(text: bytes) -> list[Area]:
 def parse_smaps(text: bytes) -> list[Area]:
     """The areas of a `/proc/PID/smaps`, with their VmFlags."""
     heads = list(_LINE.finditer(text))
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    return [_area(head, _flags(text, head.end(), end)) for head, end in zip(heads, ends, strict=True)]
+    ends = [*(head.start() for head in heads[1:]), len(text)]
+    return [_area(head, _flags(text, head.end(), end)) for head, end in zip(heads, ends, strict=False)]
 
 
 def read_areas(pid: int, *, flags: bool = False) -> list[Area]:

@@ -53,6 +53,9 @@ class Category(IntFlag):
     """It is a guard (MADV_GUARD_INSTALL) and faults; known from Linux 6.15 on."""
 
 
+HELD = Category.PRESENT | Category.SWAPPED
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """What a scan looks for.
@@ -118,6 +121,12 @@ class Scanner:
                 # walk_end may lag behind what was reported when the last part of the walk ended by itself.
                 position = max(walked, found.ends[-1])
         return found
+
+    def present(self, pagemap: int, windows: Iterable[tuple[int, int]]) -> Runs:
+        """The pages of `windows` that hold something to copy: there, or in swap, and not the zero page."""
+        skipped = unreadable()
+        query = Query(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
+        return self.scan(pagemap, windows, query).all()
 
     def _call(self, pagemap: int, start: int, end: int, query: Query) -> tuple[int, int]:
         argument = bytearray(

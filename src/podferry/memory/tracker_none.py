@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from podferry.memory.maps import Area, covered, private_anonymous, spans
-from podferry.memory.pagemap import Category, Query, Scanner, has_scan, read_entries, unreadable
-from podferry.memory.ranges import Runs
+from podferry.memory.pagemap import Scanner, has_scan, read_entries
 from podferry.memory.tracker import Kind, Pids
-from podferry.memory.tracker_spaces import FollowingTracker, Look, Space, owns_userfaultfd
+from podferry.memory.tracker_process import owns_userfaultfd
+from podferry.memory.tracker_spaces import FollowingTracker, Look, Space
 
 
 class NoTracker(FollowingTracker):
@@ -23,13 +23,8 @@ class NoTracker(FollowingTracker):
         space.untracked = "this kernel can track nothing"
 
     def _look(self, space: Space, areas: list[Area], *, final: bool, dropped: bool) -> Look:
-        present = self._present(space, spans(areas)) & covered(private_anonymous(areas))
+        pagemap, windows = space.pagemap, spans(areas)
+        scanner = self._scanner
+        present = scanner.present(pagemap, windows) if scanner else read_entries(pagemap, windows).present
+        present &= covered(private_anonymous(areas))
         return Look(present, present)
-
-    def _present(self, space: Space, windows: list[tuple[int, int]]) -> Runs:
-        if self._scanner is None:
-            return read_entries(space.pagemap, windows).present
-        skipped = unreadable()
-        held = Category.PRESENT | Category.SWAPPED
-        query = Query(mask=skipped, inverted=skipped, anyof=held, returned=Category.WPALLOWED)
-        return self._scanner.scan(space.pagemap, windows, query).all()

@@ -11,7 +11,8 @@ from pathlib import Path
 from podferry.memory.maps import Area, covered, private_anonymous, spans
 from podferry.memory.pagemap import read_entries
 from podferry.memory.tracker import Kind, Pause, Pids, Round, no_pause
-from podferry.memory.tracker_spaces import FollowingTracker, Look, Space, owns_userfaultfd
+from podferry.memory.tracker_process import owns_userfaultfd
+from podferry.memory.tracker_spaces import FollowingTracker, Look, Space
 
 _SOFT_DIRTY = "4"
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from podferry.memory.maps import Area, private_anonymous, read_areas
 from podferry.memory.pagemap import is_alive, open_pagemap
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracker import Kind, Pids, Round, SpaceRound
+from podferry.memory.tracker_process import share_memory, uses_direct_io
 
-_KCMP = {"x86_64": 312, "aarch64": 272}  # arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
-_KCMP_VM = 1
 _ATTEMPTS = 3  # to look at a process that execs again and again
 
 
@@ -34,6 +31,14 @@ class Space:
     foreign_uffd: bool = False
     stopped: float = 0.0
     """Seconds for which it was held since the last round."""
+    again: Runs = EMPTY
+    """To be reported once more, see `FollowingTracker._settle`."""
+
+    def close_uffd(self) -> None:
+        """End the protection of its pages."""
+        if self.uffd is not None:
+            os.close(self.uffd)
+            self.uffd = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,8 @@ class Look:
     written: Runs
     present: Runs | None
     deferred: Runs = field(default=EMPTY)
+    foreign_uffd: bool = False
+    """Whether an area belongs to another userfaultfd."""
 
 
 class FollowingTracker(ABC):
@@ -80,49 +87,53 @@ class FollowingTracker(ABC):
         listed = set(self._pids())
         before = set(self._spaces)
         self._forget_false_sharing(listed)
+        for pid in before - listed:
+            self._release(self._spaces.pop(pid))
         spaces: dict[int, SpaceRound] = {}
         for pid in sorted(listed - set(self._shared)):
             seen = self._visit(pid, final=final, dropped=dropped)
             if seen:
                 spaces[pid] = seen
-        for pid in set(self._spaces) - set(spaces):
-            self._release(self._spaces.pop(pid))
+            elif pid in self._spaces:
+                self._release(self._spaces.pop(pid))
         now = set(spaces)
         return Round(spaces, new=frozenset(now - before), gone=frozenset(before - now), shared=dict(self._shared))
 
     def _visit(self, pid: int, *, final: bool, dropped: bool) -> SpaceRound | None:
         """Look at one process; None if it has ended, has no memory of its own, or changes faster than we look."""
-        fresh = False
+        fresh, known = False, EMPTY
         for _ in range(_ATTEMPTS):
             try:
                 areas = read_areas(pid)
                 space = self._spaces.get(pid)
                 if space is None or not is_alive(space.pagemap) or space.vdso != _vdso(areas):
-                    space, fresh = self._take_up(pid, space, final=final), True
+                    fresh = True
+                    if space is not None:  # what was known of its old memory is dropped by the next look
+                        known = space.known
+                        self._release(self._spaces.pop(pid))
+                    space = self._take_up(pid, known, final=final)
                     if space is None:
                         return None
                     areas = read_areas(pid)
-                ours = private_anonymous(areas)
                 look = self._look(space, areas, final=final, dropped=dropped)
+                in_flight = not final and uses_direct_io(pid)
             except OSError:  # between two system calls it execed or ended; the next attempt tells
                 continue
             if is_alive(space.pagemap):
-                return self._settle(space, ours, look, fresh=fresh)
+                return self._settle(space, private_anonymous(areas), look, fresh=fresh, in_flight=in_flight)
         return None
 
-    def _take_up(self, pid: int, old: Space | None, *, final: bool) -> Space | None:
-        """Follow a new address space. What was known of the process's old one is dropped by the next look."""
-        known = old.known if old else EMPTY
-        if old:
-            self._release(self._spaces.pop(pid))
+    def _take_up(self, pid: int, known: Runs, *, final: bool) -> Space | None:
+        """Follow a new address space; None if it is another process's, or there is none."""
         pagemap = open_pagemap(pid)
         try:
             vdso = _vdso(read_areas(pid))
-            owner = self._owner(pid, vdso) if is_alive(pagemap) else None
+            owner = self._owner(pid, vdso)
+            alive = is_alive(pagemap)
         except OSError:
             os.close(pagemap)
             raise
-        if owner is not None or not is_alive(pagemap):  # not alive: a zombie, or a kernel thread
+        if owner is not None or not alive:  # not alive: a zombie, or a kernel thread
             os.close(pagemap)
             if owner is not None:
                 self._shared[pid] = owner
@@ -136,9 +147,13 @@ class FollowingTracker(ABC):
         alike = (space.pid for space in self._spaces.values() if space.vdso == vdso)
         return next((other for other in alike if share_memory(other, pid)), None)
 
-    def _settle(self, space: Space, areas: list[Area], look: Look, *, fresh: bool) -> SpaceRound:
-        """Work out what vanished; what is there and was never reported counts as written."""
-        written, vanished = look.written, EMPTY
+    def _settle(self, space: Space, areas: list[Area], look: Look, *, fresh: bool, in_flight: bool) -> SpaceRound:
+        """Work out what vanished; what is there and was never reported counts as written.
+
+        Direct I/O writes into pages that it looked up before it began, unseen by any page table. What is reported while
+        such a transfer may be under way is therefore reported twice: a frozen process has none under way.
+        """
+        written, vanished, again = look.written, EMPTY, space.again
         if look.present is None:
             space.known |= written
         else:
@@ -146,16 +161,18 @@ class FollowingTracker(ABC):
             changed = space.known ^ reported
             vanished = changed & space.known
             written |= changed & reported
+            again &= reported
             space.known = reported
+        space.again = written if in_flight else EMPTY
         stopped, space.stopped = space.stopped, 0.0
         return SpaceRound(
             areas=tuple(areas),
-            written=written,
+            written=written | again,
             dropped=vanished,
             deferred=look.deferred,
             fresh=fresh,
             untracked=space.untracked,
-            foreign_uffd=space.foreign_uffd,
+            foreign_uffd=space.foreign_uffd or look.foreign_uffd,
             stopped=stopped,
         )
 
@@ -165,32 +182,13 @@ class FollowingTracker(ABC):
             if pid in listed and owner in listed and share_memory(pid, owner):
                 continue
             del self._shared[pid]
-            if owner in self._spaces:
-                self._spaces[owner].vdso = -1
+            if space := self._spaces.get(owner):
+                space.vdso = -1
+                space.close_uffd()
 
     def _release(self, space: Space) -> None:
-        if space.uffd is not None:
-            os.close(space.uffd)
+        space.close_uffd()
         os.close(space.pagemap)
-
-
-def share_memory(one: int, other: int) -> bool:
-    """Whether two processes have the same address space, by kcmp(2); no where the kernel cannot tell."""
-    number = _KCMP.get(os.uname().machine)
-    if number is None:
-        return False
-    return int(ctypes.CDLL(None).syscall(ctypes.c_long(number), one, other, _KCMP_VM, 0, 0)) == 0
-
-
-def owns_userfaultfd(pid: int) -> bool:
-    """Whether a process has a userfaultfd open. Raises OSError if it is gone."""
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            if str(descriptor.readlink()) == "anon_inode:[userfaultfd]":
-                return True
-        except FileNotFoundError:
-            continue
-    return False
 
 
 def _vdso(areas: list[Area]) -> int:

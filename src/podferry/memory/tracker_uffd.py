@@ -17,15 +17,14 @@ import errno
 from podferry.memory import uffd
 from podferry.memory.inject import Outcome
 from podferry.memory.injector import Injector, NotInjected
-from podferry.memory.maps import Area, covered, private_anonymous, spans
-from podferry.memory.pagemap import Category, Query, Scanner, is_alive, unreadable
+from podferry.memory.maps import Area, covered, private_anonymous, read_areas, spans
+from podferry.memory.pagemap import HELD, Category, Query, Scanner, is_alive, unreadable
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracker import Kind, Pids
-from podferry.memory.tracker_spaces import FollowingTracker, Look, Space, owns_userfaultfd
+from podferry.memory.tracker_process import owns_userfaultfd
+from podferry.memory.tracker_spaces import FollowingTracker, Look, Space
 
 _FEATURES = uffd.Feature.WP_ASYNC | uffd.Feature.WP_UNPOPULATED
-_HELD = Category.PRESENT | Category.SWAPPED
-_IN_VAIN = frozenset({Outcome.FOREIGN_CODE})
 
 
 class UffdTracker(FollowingTracker):
@@ -44,45 +43,58 @@ class UffdTracker(FollowingTracker):
         self._injector.close()
 
     def _attach(self, space: Space, *, final: bool) -> None:
-        space.foreign_uffd = owns_userfaultfd(space.pid)
-        if space.foreign_uffd:
-            space.untracked = "it uses userfaultfd itself"
-        elif final:
-            space.untracked = "it appeared with the freeze"
+        if final:
+            space.untracked, space.foreign_uffd = "it appeared with the freeze", owns_userfaultfd(space.pid)
         else:
-            self._inject(space)
+            self._begin(space)
 
-    def _inject(self, space: Space) -> None:
+    def _begin(self, space: Space) -> None:
+        """Track a space if it can be; if not, say why and whether that may change."""
+        space.foreign_uffd, space.retry, space.untracked = True, False, "it uses userfaultfd itself"
+        if owns_userfaultfd(space.pid):
+            return
+        space.retry, space.untracked = True, "another process tracks its memory"
+        if self._is_tracked(space):
+            return
+        space.foreign_uffd = False
         try:
             opened = self._injector.open_userfaultfd(space.pid)
         except NotInjected as failure:
-            space.untracked = failure.why
-            space.retry = failure.outcome not in _IN_VAIN
+            space.retry, space.untracked = failure.outcome is not Outcome.FOREIGN_CODE, failure.why
             return
         space.uffd, space.stopped, space.untracked = opened.uffd, opened.stopped, ""
         if not is_alive(space.pagemap):
             raise ProcessLookupError(errno.ESRCH, "the process became another program")
         uffd.api(space.uffd, _FEATURES)
 
+    def _is_tracked(self, space: Space) -> bool:
+        """Whether somebody protects pages asynchronously already: to share that would lose writes for both."""
+        query = Query(Category.WPALLOWED, Category(0), HELD, Category.WPALLOWED)
+        return bool(self._scanner.scan(space.pagemap, spans(read_areas(space.pid)), query).starts)
+
     def _look(self, space: Space, areas: list[Area], *, final: bool, dropped: bool) -> Look:
         windows, ours = spans(areas), private_anonymous(areas)
         if space.uffd is None and space.retry and not final:
-            self._inject(space)
-        untracked = self._untracked(space, windows) & covered(ours)
-        deferred = EMPTY
-        if space.uffd is not None and not final:
-            deferred = self._register(space, ours, untracked)
+            self._begin(space)
         if space.uffd is None:
-            return Look(untracked, untracked)
-        written, present = self._tracked(space, windows, final=final, dropped=dropped)
+            present = self._scanner.present(space.pagemap, windows) & covered(ours)
+            return Look(present, present)
+        untracked = self._untracked(space, windows) & covered(ours)
+        deferred, foreign = EMPTY, False
+        if not final:
+            deferred, foreign = _register(space.uffd, ours, untracked)
+        written, tracked = self._tracked(space, windows, final=final, dropped=dropped)
         return Look(
-            written | (untracked - deferred), None if present is None else present | untracked, deferred=deferred
+            written=written | (untracked - deferred),
+            present=None if tracked is None else tracked | untracked,
+            deferred=deferred,
+            foreign_uffd=foreign,
         )
 
     def _untracked(self, space: Space, windows: list[tuple[int, int]]) -> Runs:
         """The pages that are there in areas that are not registered."""
         skipped = unreadable() | Category.WPALLOWED
-        query = Query(mask=skipped, inverted=skipped, anyof=_HELD, returned=Category.WPALLOWED)
+        query = Query(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
         return self._scanner.scan(space.pagemap, windows, query).all()
 
     def _tracked(
@@ -91,22 +103,25 @@ class UffdTracker(FollowingTracker):
         """What was written in registered areas, and if `dropped` all that is there."""
         skipped = unreadable()
         mask = skipped | Category.WPALLOWED | (Category(0) if dropped else Category.WRITTEN)
-        query = Query(mask=mask, inverted=skipped, anyof=_HELD, returned=Category.WRITTEN, protect=not final)
+        query = Query(mask=mask, inverted=skipped, anyof=HELD, returned=Category.WRITTEN, protect=not final)
         regions = self._scanner.scan(space.pagemap, windows, query)
         if dropped:
             return regions.having(Category.WRITTEN), regions.all()
         return regions.all(), None
 
-    def _register(self, space: Space, areas: list[Area], untracked: Runs) -> Runs:
-        """Register the areas that hold `untracked` pages; returns those of the pages whose areas refuse."""
-        assert space.uffd is not None
-        refused = []
-        for area in areas:
-            if not untracked.clip(area.start, area.end):
-                continue
-            try:
-                uffd.register(space.uffd, area.start, area.size, uffd.Mode.WP)
-            except OSError as error:
-                space.foreign_uffd |= error.errno == errno.EBUSY
-                refused.append(area)
-        return untracked & covered(refused) if refused else EMPTY
+
+def _register(descriptor: int, areas: list[Area], untracked: Runs) -> tuple[Runs, bool]:
+    """Register the areas that hold `untracked` pages.
+
+    Returns those of the pages whose areas refuse, and whether one is another userfaultfd's.
+    """
+    refused, foreign = [], False
+    for area in areas:
+        if not untracked.clip(area.start, area.end):
+            continue
+        try:
+            uffd.register(descriptor, area.start, area.size, uffd.Mode.WP)
+        except OSError as error:
+            foreign |= error.errno == errno.EBUSY
+            refused.append(area)
+    return untracked & covered(refused) if refused else EMPTY, foreign

@@ -1,0 +1,105 @@
+"""Driver processes for the tests of trackers and injector, and what is asked of processes there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+DRIVER = Path(__file__).with_name("trackers_driver.py")
+
+
+class Job:
+    """One driver process, and the line to it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._file = sock.makefile("rw")
+        self.pid = int(self._file.readline().split()[0])
+        self._owed = 0
+
+    def ask(self, line: str) -> None:
+        """Give an order without waiting for the answer."""
+        self._file.write(line + "\n")
+        self._file.flush()
+        self._owed += 1
+
+    def answer(self) -> str:
+        """Wait until all orders are done; the last answer."""
+        last = ""
+        while self._owed:
+            last = self._file.readline().strip()
+            assert last, f"job {self.pid} died"
+            self._owed -= 1
+        return last
+
+    def do(self, expression: str) -> str:
+        self.ask(f"do {expression}")
+        return self.answer()
+
+
+class Zoo:
+    """Driver processes; the first is a warm one that others are forked from."""
+
+    def __init__(self, path: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(512)
+        self._program = subprocess.Popen([sys.executable, "-S", "-I", str(DRIVER), str(path)])
+        self.mother = self.arrival()
+        self.jobs: dict[int, Job] = {}
+
+    def arrival(self) -> Job:
+        sock, _ = self._listener.accept()
+        return Job(sock)
+
+    def fork(self, parent: Job | None = None) -> Job:
+        parent = parent or self.mother
+        parent.answer()
+        parent.ask("fork")
+        child = self.arrival()
+        assert int(parent.answer()) == child.pid
+        self.jobs[child.pid] = child
+        return child
+
+    def exec(self, job: Job) -> Job:
+        job.answer()
+        job.ask("exec")
+        job.answer()
+        self.jobs[job.pid] = self.arrival()
+        assert job.pid in self.jobs
+        return self.jobs[job.pid]
+
+    def exit(self, job: Job) -> None:
+        job.answer()
+        job.ask("exit")
+        del self.jobs[job.pid]
+
+    def freeze(self) -> None:
+        for job in self.jobs.values():
+            job.answer()
+            os.kill(job.pid, signal.SIGSTOP)
+        for job in self.jobs.values():
+            wait_for_state(job.pid, "T")
+
+    def clear(self) -> None:
+        for pid in self.jobs:
+            os.kill(pid, signal.SIGKILL)
+        self.jobs.clear()
+
+    def close(self) -> None:
+        self.clear()
+        self._program.kill()
+        self._program.wait()
+        self._listener.close()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_for_state(pid: int, state: str) -> None:
+    while state_of(pid) != state:
+        os.sched_yield()
