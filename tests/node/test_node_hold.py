@@ -172,6 +172,26 @@ def test_an_agent_that_died_in_the_middle_of_the_dump(job: Job, place: Path) -> 
     assert hold._child is not None and hold._child.wait(20) is not None
 
 
+def test_a_criu_that_dies_before_the_freezer_holds_spoils_the_dump(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.start()
+    job.wait_lines()
+    freeze, frozen = Cgroup.freeze, []
+
+    def freeze_late(cgroup: Cgroup) -> None:
+        if frozen:  # the second time is under CRIU's hold
+            criu = job._hold and job._hold.criu
+            assert criu
+            criu.kill()
+            assert criu.wait(10)
+        frozen.append(cgroup)
+        freeze(cgroup)
+
+    monkeypatch.setattr(Cgroup, "freeze", freeze_late)
+    with pytest.raises(CheckpointFailed, match="died"):
+        job.hold()
+    job.wait_lines()
+
+
 def test_nobody_else_reaches_the_page_server(job: Job) -> None:
     job.start()
     job.wait_lines()

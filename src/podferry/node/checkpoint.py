@@ -168,6 +168,8 @@ class Hold:
         try:
             self.criu = self._find_criu()
             self.cgroup.freeze()
+            if not self.alive():  # then the tasks ran on until the freeze, and the images are of the past
+                raise CheckpointFailed(f"CRIU died as it held {self.id}", remedy="see the kernel's log: out of memory?")
         except BaseException:
             self.rollback()
             raise
