@@ -1,4 +1,4 @@
-"""The store's copy of one restored task, as the feeder uses it: numbered pages, mapped into our memory, freed as they go.
+"""The store's copy of one restored task, as the feeder uses it: numbered pages, freed as they go.
 
 A task and the processes it forks share one copy: a page's memory is freed when nobody who shares it still wants it.
 """
@@ -13,20 +13,13 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Protocol
 
-from podferry.errors import Failed
+from podferry.errors import Bug
 from podferry.memory.ranges import Runs
 from podferry.memory.store import PageStore
 from podferry.memory.uffd import PAGE
 
-WINDOW = 1 << 30
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_MAP_FAILED = ctypes.c_void_p(-1).value
-_MADV_POPULATE_READ = 22  # since Linux 5.14; include/uapi/asm-generic/mman-common.h
+LARGEST_READ = 256 << 10
+"""Bytes. Few enough to stay in the CPU's cache between the read from the store and the copy into the task."""
 
 
 class PageIndex:
@@ -82,7 +75,9 @@ class Copy:
         self.held = bytearray(self.index.count)
         self.sharers: list[Sharer] = []
         self._store = store
-        self._windows: dict[int, int] = {}
+        buffer = mmap.mmap(-1, LARGEST_READ)
+        self._view = memoryview(buffer)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         for start, end in store.present(space) & pages:
             self.hold(start, end)
 
@@ -98,16 +93,16 @@ class Copy:
             yield first, stop if stop >= 0 else last
             first = stop if stop >= 0 else last
 
-    def source(self, origin: int, length: int) -> tuple[int, int]:
-        """Where in our memory the bytes of `origin` are, and how many of `length` lie there in one piece, ready to read."""
-        window, offset = divmod(origin, WINDOW)
-        base = self._windows.get(window)
-        if base is None:
-            base = self._windows[window] = self._map(window * WINDOW)
-        length = min(length, WINDOW - offset)
-        # Without it the kernel, which may not fault while it holds the target's locks, stops at every page of ours.
-        _libc.madvise(base + offset, length, _MADV_POPULATE_READ)
-        return base + offset, length
+    def read(self, origin: int, length: int) -> tuple[int, int]:
+        """Bring bytes from the store to where the kernel can copy them from: their address in our memory, and how many.
+
+        A buffer, not a mapping of the store: setting up and tearing down a mapping's page tables costs as much, and
+        faults are not allowed where the kernel copies from.
+        """
+        count = os.preadv(self._store.fileno(self.space), [self._view[: min(length, LARGEST_READ)]], origin)
+        if count < PAGE or count % PAGE:
+            raise Bug(f"the page store ends before {origin + count:#x}, which it should hold")
+        return self._address, count
 
     def release(self, first: int, last: int) -> None:
         """Free the pages of a range of numbers that nobody wants any more."""
@@ -134,16 +129,3 @@ class Copy:
         step = 1 << 16
         for first in range(0, self.index.count, step):
             self.release(first, min(first + step, self.index.count))
-
-    def close(self) -> None:
-        """Take the store's file out of our memory."""
-        for base in self._windows.values():
-            _libc.munmap(base, WINDOW)
-        self._windows.clear()
-
-    def _map(self, offset: int) -> int:
-        fd = self._store.fileno(self.space)
-        base = _libc.mmap(None, WINDOW, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
-        if base is None or base == _MAP_FAILED:
-            raise Failed("cannot map the page store", why=os.strerror(ctypes.get_errno()))
-        return int(base)

@@ -11,7 +11,7 @@ from enum import Enum
 
 from podferry.errors import Bug, Failed
 from podferry.memory import uffd
-from podferry.memory.feeder_copy import Copy
+from podferry.memory.feeder_copy import LARGEST_READ, Copy
 from podferry.memory.feeder_source import Frame, Source, Word
 from podferry.memory.feeder_space import AddressSpace
 from podferry.memory.store_runs import Run
@@ -19,8 +19,9 @@ from podferry.memory.uffd import PAGE
 
 AROUND = 16
 """Pages put in place for one fault, if they are owed: 64 KiB."""
-SMALLEST_STEP, LARGEST_STEP = 16, 256
-"""Pages of one step of filling: from 64 KiB right after a fault to 1 MiB when it is quiet."""
+SMALLEST_STEP, LARGEST_STEP = 16, LARGEST_READ // PAGE
+"""Pages of one step of filling: from 64 KiB right after a fault to 256 KiB when it is quiet. Larger ones are no faster, and
+a fault waits for the step that it finds under way."""
 
 
 class Answer(Enum):
@@ -165,7 +166,7 @@ class Task:
             return Answer.ABSENT
         answer = self._feed(number, self._step)
         if answer is Answer.DONE:
-            self._step = min(2 * self._step, LARGEST_STEP)
+            self._step = min(self._step + SMALLEST_STEP, LARGEST_STEP)
         return answer
 
     def finished(self) -> bool:
@@ -178,8 +179,6 @@ class Task:
         self.copy.sharers.remove(self)
         if self.left or not self.copy.sharers:
             self.copy.release_all()
-        if not self.copy.sharers:
-            self.copy.close()
 
     def _fault(self, address: int) -> Answer:
         origin = self.space.origin(address)
@@ -227,7 +226,7 @@ class Task:
         target = self.space.target(origin, min(last - number, room) * PAGE)
         if target is None or target.start != origin:
             raise Bug(f"the page {origin:#x} is owed to the process {self.pid} but has no place there")
-        source, length = self.copy.source(origin, target.end - origin)
+        source, length = self.copy.read(origin, target.end - origin)
         while True:
             done, error = uffd.copy(self.fd, target.value, source, length)
             if done:
