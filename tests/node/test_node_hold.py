@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from node_job import Arrival, Job
+from node_job import COUNT, Arrival, Job
 
 from podferry.agent.nodefacts import node_facts
 from podferry.core.facts import NodeFacts
@@ -218,6 +218,34 @@ def test_a_dump_that_fails_leaves_the_job_running_and_says_why(job: Job) -> None
     assert failed.value.evidence
     job.wait_lines()
     assert job.cgroup.state() is Frozen.THAWED
+
+
+SYSCALL = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+UNSAVABLE = {
+    "io_uring": SYSCALL
+    + "fd = libc.syscall(425, 8, ctypes.create_string_buffer(120))\nassert fd > 0, ctypes.get_errno()",
+    "userfaultfd": SYSCALL + "fd = libc.syscall(323, 1)\nassert fd > 0, ctypes.get_errno()",
+    "unix socket": "import socket\na = socket.socket(socket.AF_UNIX)\na.connect('/peer/socket')",
+    "file locks": "import fcntl\na = open('/home/x', 'w')\nfcntl.flock(a, fcntl.LOCK_EX)",
+    "deleted file": "import os\na = open('/home/x', 'wb')\na.write(bytes(80 << 20))\na.flush()\nos.unlink('/home/x')",
+}
+
+
+@pytest.mark.parametrize("what", UNSAVABLE)
+def test_what_criu_cannot_save_is_named(job: Job, place: Path, what: str) -> None:
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.bind(str(place / "socket"))
+        peer.listen()
+        mount = f"--mount=type=bind,src={place},dst=/peer,options=rbind"
+        job.start(f"{UNSAVABLE[what]}\n{COUNT}", mount)
+        job.wait_lines()
+        if what in ("io_uring", "userfaultfd"):
+            assert what in facts_of(job).unsaved
+        with pytest.raises(CheckpointFailed) as failed:
+            job.hold(flags=[] if what == "file locks" else ["--file-locks"])
+        assert what in failed.value.why, failed.value.report()
+        assert failed.value.remedy
+        job.wait_lines()
 
 
 def facts_of(job: Job) -> ContainerFacts:

@@ -33,7 +33,7 @@ def _cause(pattern: str, why: str, remedy: str) -> Cause:
 # The texts are those of CRIU 4.1 and 4.2. `{1}` is the first group of the pattern.
 CAUSES = (
     _cause(
-        r"anon_inode:\[io_uring\]",
+        r"anon_inode:\[io_uring\]|send_fds failed \(-22\)",  # since 6.7 the kernel does not even let it be handed over
         "the job has an io_uring ring, which CRIU cannot save",
         "run the job without io_uring (for Node.js UV_USE_IO_URING=0)",
     ),
@@ -53,7 +53,7 @@ CAUSES = (
         "run the job without it",
     ),
     _cause(
-        r"unix: .*(?:[Ee]xternal socket|is external)|Runs? with --ext-unix-sk|can't (?:dump|be handled).*external",
+        r"unix: (?:Dangling connection|.*[Ee]xternal)|--ext-unix-sk",
         "the job is connected to a unix socket whose other end is outside of the container",
         "close the connection before the migration, or do not mount the socket into the pod",
     ),
