@@ -83,6 +83,7 @@ class Arriving:
         self._upper = Receiver(upper_dir(mounts))
         journal.acquire("scratch", directory=str(self.scratch))
         self._store = PageStore.create(self.scratch / "store")
+        journal.acquire("restored", key=record.id)
         journal.acquire("incoming", key=record.id)
         self._incoming = Incoming.prepare(record.id, flags=("--lazy-pages", *self._offer.flags), run=self._config.run)
         if (path := self._offer.log) is not None:
@@ -127,6 +128,9 @@ class Arriving:
             await self._starter_ended()
         except PodferryError as error:
             incoming.abandon(error)
+        except anyio.get_cancelled_exc_class():
+            incoming.abandon()
+            raise
         else:
             incoming.abandon(Bug("the container started although its state had not arrived"))
 
@@ -234,14 +238,31 @@ class Arriving:
         await self._start_task()
 
     async def filled(self) -> Json:
-        """Wait until the page feeder has put every page in its place."""
-        if self._feeder is None:
-            self._feeder = process_of(self._journal.ledger.facts("feeder"))
-        status = await self._status_of_feeder("done")
-        self._journal.release("feeder")
-        for kind in ("task", "container", "snapshot", "log"):
+        """Wait until the page feeder has put every page in its place. From then on the ledger holds only what is in the way."""
+        if (figures := self._journal.facts.get("filled")) is None:
+            if self._feeder is None:
+                self._feeder = process_of(self._journal.ledger.facts("feeder"))
+            status = await self._status_of_feeder("done")
+            figures = {name: value for name, value in status.items() if name != "state"}
+            self._journal.note(filled=figures)
+        for kind in ("task", "container", "snapshot", "log", "restored"):
             self._journal.release(kind)
-        return {name: value for name, value in status.items() if name != "state"}
+        return dict(figures)
+
+    async def close(self) -> None:
+        """Let go of descriptors; a wrapper that still waits fails."""
+        if self._incoming is not None:
+            self._incoming.close()
+        if self._store is not None:
+            self._store.close()
+        if self._upper is not None:
+            self._upper.close()
+        for fd in (*self._images.values(), self._log):
+            if fd >= 0:
+                os.close(fd)
+        self._incoming = self._store = self._upper = None
+        self._images.clear()
+        self._log = -1
 
     async def _status_of_feeder(self, *wanted: str) -> Json:
         """Wait for one of these states of the page feeder; its death before is an error."""
@@ -253,9 +274,7 @@ class Arriving:
                 if status["state"] in wanted:
                     return status
                 if status["state"] == "failed":
-                    raise Failed(
-                        "the page feeder failed", why=str(status.get("reason")), evidence=self._log_of("feeder")
-                    )
+                    raise Failed("the page feeder failed", why=_reason(status), evidence=self._log_of("feeder"))
             if not alive:
                 raise Failed("the page feeder died", evidence=self._log_of("feeder"))
             await anyio.sleep(LOOK_EVERY)
@@ -299,6 +318,10 @@ class Arriving:
         return self._store
 
 
+def _reason(status: Json) -> str:
+    return str(PodferryError.from_dict(status["error"])) if status.get("error") else ""
+
+
 def handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:
     """How each thing that the ledger of an arriving container may hold is taken back."""
 
@@ -312,15 +335,12 @@ def handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:
 
         return call
 
-    def remove_incoming(facts: Mapping[str, Any]) -> None:
-        shutil.rmtree(config.incoming / facts["key"], ignore_errors=True)
-        (config.run / "restored" / facts["key"]).unlink(missing_ok=True)
-
     return {
         "container": threaded(lambda facts: gone(containerd.delete_container)(facts["id"])),
         "snapshot": threaded(lambda facts: gone(containerd.remove_snapshot)(facts["snapshotter"], facts["key"])),
         "scratch": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
-        "incoming": threaded(remove_incoming),
+        "incoming": threaded(lambda facts: shutil.rmtree(config.incoming / facts["key"], ignore_errors=True)),
+        "restored": threaded(lambda facts: (config.run / "restored" / facts["key"]).unlink(missing_ok=True)),
         "log": threaded(lambda facts: Path(facts["path"]).unlink(missing_ok=True)),
         "task": threaded(lambda facts: remove_task(containerd, facts["id"])),
         "feeder": threaded(kill_helper),

@@ -137,6 +137,10 @@ class ArrivingJob(Protocol):
         """
         ...
 
+    async def close(self) -> None:
+        """Let go of descriptors and watchers; what was made stays."""
+        ...
+
     async def filled(self) -> Json:
         """Return, with figures, once every page is in its place."""
         ...

@@ -180,8 +180,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             figures = await self.job.filled()
         self.story.extra["fill"] = figures
         self._filled = Filled(self.story.id, round((time.monotonic() - began) * 1e3))
-        self.journal.ledger.entries = [one for one in self.journal.ledger.entries if one.kind == "scratch"]
-        await self.take_back()
+        await self._clear()
         self.fire(TargetEvent.FILLED)
         self.story.end(Outcome.COMPLETED, "the job runs here")
         self.close()
@@ -199,9 +198,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         if self.phase is not TargetPhase.GIVING_UP:
             self.fire(TargetEvent.TROUBLE, note=str(cause))
         await self.at_gate()
-        leftovers = await self.take_back()
-        if leftovers:
-            self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
+        await self._clear()
         self._error = cause
         self.fire(TargetEvent.GONE)
         self.story.end(Outcome.ROLLED_BACK, str(cause), cause)
@@ -210,6 +207,13 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         if channel is not None:
             with anyio.move_on_after(2.0):
                 await _say(channel, GaveUp(self.story.id, ErrorReport.of(cause)))
+
+    async def _clear(self) -> None:
+        """Take back what the ledger still holds, and let go of descriptors."""
+        await self.job.close()
+        leftovers = await self.take_back()
+        if leftovers:
+            self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
 
 
 async def _say(channel: Channel, message: Message) -> None:
