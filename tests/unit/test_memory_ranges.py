@@ -80,7 +80,7 @@ def test_pieces_cover_and_stay_small(a: Runs, size: int) -> None:
 
 
 @given(runs)
-def test_disjoint_joins_what_touches(a: Runs) -> None:
+def test_what_touches_is_joined(a: Runs) -> None:
     cut = list(a.pieces(3))
     assert Runs.disjoint([start for start, _ in cut], [end for _, end in cut]) == a
 

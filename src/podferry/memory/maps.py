@@ -100,7 +100,7 @@ def spans(areas: Iterable[Area]) -> list[tuple[int, int]]:
 
 
 def covered(areas: Iterable[Area]) -> Runs:
-    """The addresses of `areas`, which must not overlap."""
+    """The addresses of `areas`, which must be in order, as they are read."""
     areas = list(areas)
     return Runs.disjoint([area.start for area in areas], [area.end for area in areas])
 

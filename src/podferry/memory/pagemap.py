@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntFlag
 from functools import cache
+from itertools import compress, repeat
+from operator import and_
 
 from podferry.memory.ranges import Runs
 
@@ -74,7 +76,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """What a scan found: parallel rows of starts, ends and categories, ascending within each window."""
+    """What a scan found: parallel rows of starts, ends and categories, ascending."""
 
     starts: array[int]
     ends: array[int]
@@ -86,13 +88,8 @@ class Regions:
 
     def having(self, category: Category) -> Runs:
         """The pages found that are of `category`."""
-        wanted = int(category)
-        found = [
-            (start, end)
-            for start, end, categories in zip(self.starts, self.ends, self.categories, strict=True)
-            if categories & wanted
-        ]
-        return Runs.disjoint([start for start, _ in found], [end for _, end in found])
+        wanted = list(map(and_, self.categories, repeat(int(category))))
+        return Runs.disjoint(compress(self.starts, wanted), compress(self.ends, wanted))
 
 
 class Scanner:
@@ -102,7 +99,7 @@ class Scanner:
         self._vector = array("Q", bytes(_REGIONS * _WORDS * 8))
 
     def scan(self, pagemap: int, windows: Iterable[tuple[int, int]], query: Query) -> Regions:
-        """The pages of `windows`, disjoint runs of page-aligned addresses, that `query` asks for.
+        """The pages of `windows`, ascending disjoint runs of page-aligned addresses, that `query` asks for.
 
         A process that has ended has no pages. Raises OSError.
         """
