@@ -18,6 +18,7 @@ import pytest
 
 from podferry.errors import PodferryError
 from podferry.lab import Lab, cgroups, images, inside, list_labs, site
+from podferry.lab.progress import phases
 from podferry.lab.state import CACHE, INSIDE
 
 CHECKOUT = Path(__file__).parents[1]
@@ -42,9 +43,10 @@ class SessionLab:
         """The lab, up."""
         if self._lab is None:
             lab = Lab(f"test-{os.getpid()}")
-            packages = site.development(images.node_root(print), print)
+            tell = phases(print)
+            packages = site.development(images.node_root(tell), tell)
             self._lab = lab
-            lab.up(2, "1gbit", binds={IN_NODE: CHECKOUT, DEVELOPMENT: packages}, progress=print)
+            lab.up(2, "1gbit", binds={IN_NODE: CHECKOUT, DEVELOPMENT: packages}, progress=tell)
         return self._lab
 
     def down(self) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from podferry.errors import CommandFailed, PodferryError, Refused, UsageError
-from podferry.lab import Lab, cgroups, containers, network
+from podferry.lab import Lab, cgroups, containers, images, network
+from podferry.lab.progress import quiet
 from podferry.lab.state import SWITCH
 from podferry.node.process import run
 
@@ -73,6 +74,13 @@ def test_up_again_changes_nothing(lab: Lab) -> None:
 def test_a_lab_does_not_shrink(lab: Lab) -> None:
     with pytest.raises(UsageError, match="has 2 nodes already"):
         lab.up(1)
+
+
+def test_what_nodes_were_made_with_stays(lab: Lab) -> None:
+    before = lab.status()
+    with pytest.raises(UsageError, match="other settings"):
+        lab.up(agent=False)
+    assert lab.status() == before
 
 
 def test_every_node_has_its_own_namespaces_root_and_name(lab: Lab) -> None:
@@ -264,7 +272,8 @@ def test_the_kernels_settings_are_not_a_nodes_to_change(lab: Lab) -> None:
 
 def test_a_containers_output_is_there_from_its_first_line(lab: Lab) -> None:
     text = "import os\nprint('first', os.environ['K'])\nfor i in range(5): print(i)"
-    containers.start(lab, "node-b", "talker", ["python3", "-c", text], env={"K": "v"})
+    image = str(images.job_archive(quiet))
+    containers.start(lab, "node-b", "talker", ["python3", "-c", text], image=image, env={"K": "v"})
     try:
         with pytest.raises(UsageError, match="there is a container talker on node-b"):
             containers.start(lab, "node-a", "talker", ["true"])

@@ -58,10 +58,10 @@ def test_older_recipes_go_unless_a_lab_may_stand_on_them(
 
     older = cache.cached("job", 1, build, suffix=".tar")
     other = cache.cached("node", 2, build)
-    (own_cache / "job-root-abc").mkdir()
+    (own_cache / "job.root").mkdir()
     newer = cache.cached("job", 3, build, suffix=".tar")
     assert older.exists() == bool(labs)
-    assert all(path.exists() for path in (newer, other, own_cache / "job-root-abc"))
+    assert all(path.exists() for path in (newer, other, own_cache / "job.root"))
 
 
 def read(archive: tarfile.TarFile, name: str) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 
 from podferry.agent.config import load
 from podferry.errors import UsageError
-from podferry.lab import config, network, state
+from podferry.lab import config, network, progress, state
 
 pytestmark = pytest.mark.unit
 
@@ -105,3 +105,12 @@ def test_a_lock_keeps_others_out_and_goes_with_its_last_holder(tmp_path: Path) -
         thread.join()
     assert most == 1
     assert not path.exists()
+
+
+def test_a_log_gets_one_line_for_each_phase() -> None:
+    lines: list[str] = []
+    tell = progress.phases(lines.append)
+    steps = ["n: starting", "i: [1/2] a", "i: [1/2] b", "i: [2/2] a", "j: [2/2] a", "n: ready", "n: ready"]
+    for step in steps:
+        tell(step)
+    assert lines == ["n: starting", "i: [1/2] a", "i: [2/2] a", "j: [2/2] a", "n: ready", "n: ready"]

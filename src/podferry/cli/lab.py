@@ -16,9 +16,9 @@ from rich.table import Table
 from podferry.cli.terminal import print_json, stderr, stdout, words
 from podferry.errors import UsageError
 from podferry.lab import Lab, LabStatus, Node, containers, list_labs
-from podferry.lab.debian import Progress
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.lab import DEFAULT_LINK, DEFAULT_NODES
+from podferry.lab.progress import Progress, phases
 from podferry.lab.state import STORAGE, require_root
 from podferry.node.process import CLEAN_ENVIRONMENT
 
@@ -203,15 +203,15 @@ def _progress() -> Iterator[Progress]:
     """Where long work tells its steps: one line that changes on a terminal, else a line for each step."""
     console = stderr()
     if not console.is_terminal:
-        yield lambda step: console.print(words(step))
+        yield phases(lambda step: console.print(words(step)))
         return
     with console.status("") as spinner:
 
         def show(step: str) -> None:
             spinner.update(words(step))
-            if not step.startswith(("node image", "job image")):
-                console.print(words(step, "dim"))
+            log(step)
 
+        log = phases(lambda step: console.print(words(step, "dim")))
         yield show
 
 

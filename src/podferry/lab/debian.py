@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from podferry.errors import Refused
+from podferry.lab.progress import Progress
 from podferry.node.process import CLEAN_ENVIRONMENT, Completed, raise_for, run, spawn
-
-Progress = Callable[[str], None]
-"""Takes one line saying what is being done now."""
 
 SUITE = "trixie"
 APT = Path("/etc/apt")
 _SUITES = re.compile(r"(bookworm|trixie|forky|sid|stable|testing|unstable)")
 _PHASES = ("Retrieving", "Validating", "Extracting", "Unpacking", "Configuring")
+# What debootstrap mounts and starts must not outlive us, least of all /proc inside a tree that is built anew.
+_ALONE = ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 _UNUSED = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian")
 
 
@@ -50,7 +50,7 @@ def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress) -
     """
     _require_debootstrap(progress)
     debs.mkdir(parents=True, exist_ok=True)
-    argv = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", f"--cache-dir={debs.absolute()}"]
+    argv = [*_ALONE, "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", f"--cache-dir={debs}"]
     _watch([*argv, SUITE, str(into), mirror()], into / "debootstrap" / "debootstrap.log", progress)
     for unused in (*_UNUSED, "var/cache/apt", "var/lib/apt/lists"):
         shutil.rmtree(into / unused, ignore_errors=True)

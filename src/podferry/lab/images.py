@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from podferry.lab import oci
 from podferry.lab.cache import cached, remove
-from podferry.lab.debian import SUITE, Progress, architecture, bootstrap
+from podferry.lab.debian import SUITE, architecture, bootstrap
+from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE
 
 JOB_IMAGE = "podferry.local/job:1"
@@ -68,7 +68,8 @@ def job_archive(progress: Progress) -> Path:
     }
 
     def build(into: Path) -> None:
-        root = Path(tempfile.mkdtemp(prefix="job-root-", dir=CACHE))
+        root = into.with_name("job.root")
+        remove(root)  # of a build that was killed
         try:
             _build("job image", JOB_PACKAGES, root, progress)
             for pattern in JOB_UNUSED:

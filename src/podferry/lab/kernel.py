@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from podferry.lab.debian import Progress
+from podferry.lab.progress import Progress
 from podferry.lab.state import STATE, locked
 
 PIPE_MAX_SIZE = Path("/proc/sys/fs/pipe-max-size")

@@ -13,7 +13,7 @@ from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
 from podferry.lab import cache, cgroups, config, images, kernel, machine, network, site, state
-from podferry.lab.debian import Progress
+from podferry.lab.progress import Progress, quiet
 from podferry.lab.state import STORAGE, SWITCH
 from podferry.node.process import Arg, Completed, last_lines, raise_for, run
 from podferry.wire.pki import Authority
@@ -71,10 +71,6 @@ class LabStatus:
     nodes: tuple[Node, ...]
 
 
-def quiet(_: str) -> None:
-    """A progress callback that says nothing."""
-
-
 class Lab:
     """The lab called `name`, whether it is up or not. Every method needs root and raises `PodferryError`."""
 
@@ -99,24 +95,16 @@ class Lab:
         """Bring the lab up, or complete what is missing of it; what is not given stays as it was.
 
         `link` is a rate such as 1gbit, or none. Nodes that run are not restarted, except for their agents where their
-        configuration changed. Raises `UsageError` for fewer nodes than there are.
+        configuration changed. Raises `UsageError` for fewer nodes than there are, and for other cgroups, binds or
+        agents than those they were made with.
         """
         state.require_root()
         state.require_plain_disk()
         with state.locked(self._lock):
-            before = self._read_settings() if self.exists() else None
             given: dict[str, Any] = {"nodes": nodes, "link": link, "cgroups": cgroup, "agent": agent}
-            settings = replace(
-                before or Settings(), **{key: value for key, value in given.items() if value is not None}
-            )
             if binds is not None:
-                settings = replace(settings, binds={inside: str(source) for inside, source in binds.items()})
-            if before and settings.nodes < before.nodes:
-                raise UsageError(
-                    f"lab {self.name} has {before.nodes} nodes already", remedy="take it down first to have fewer"
-                )
-            network.bits_per_second(settings.link)
-            state.node_names(settings.nodes)
+                given["binds"] = {inside: str(source) for inside, source in binds.items()}
+            settings = self._settle({key: value for key, value in given.items() if value is not None})
             image = images.node_root(progress)
             binds_of_nodes = self._binds(settings, image, progress)
             kernel.raise_pipe_size(progress)
@@ -219,6 +207,22 @@ class Lab:
         return self.node(node)
 
     # -- how -------------------------------------------------------------------------------------------------------
+
+    def _settle(self, given: Mapping[str, Any]) -> Settings:
+        """The lab's settings with those that are `given`, checked."""
+        before = self._read_settings() if self.exists() else None
+        settings = replace(before or Settings(), **given)
+        network.bits_per_second(settings.link)
+        state.node_names(settings.nodes)
+        if before and settings.nodes < before.nodes:
+            raise UsageError(f"lab {self.name} has {before.nodes} nodes already", remedy="take it down first")
+        if before and replace(settings, nodes=before.nodes, link=before.link) != before:
+            raise UsageError(
+                f"lab {self.name} is up with other settings",
+                why="only its nodes and its link can change while it is up",
+                remedy="take it down first",
+            )
+        return settings
 
     def _start_missing(self, settings: Settings, image: Path, binds: Mapping[str, Path], progress: Progress) -> None:
         addresses = self._addresses(settings)

@@ -108,7 +108,7 @@ def _unshare(
 def _not_started(name: str, said: Completed) -> CommandFailed:
     return CommandFailed(
         f"{name} did not start",
-        why=f"{said.stderr.strip().splitlines()[-1:] or 'its first process ended'}",
+        why=(said.stderr.strip() or "its first process ended").splitlines()[-1],
         remedy="the lab needs root with all capabilities but CAP_SYS_RESOURCE",
         evidence=said.stderr.splitlines(),
         argv=said.argv,

@@ -10,7 +10,8 @@ from pathlib import Path
 import podferry
 from podferry.errors import UsageError
 from podferry.lab.cache import cached
-from podferry.lab.debian import Progress, downloads
+from podferry.lab.debian import downloads
+from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE
 from podferry.node.process import CLEAN_ENVIRONMENT, run
 

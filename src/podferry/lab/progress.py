@@ -1,0 +1,26 @@
+"""How long work says what it is doing: one line of text for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str], None]
+"""Takes one line saying what is being done now."""
+
+
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+def phases(write: Progress) -> Progress:
+    """A progress for logs: of the many steps `WHAT: [1/5] ...` of one phase only the first is written."""
+    last = ""
+
+    def tell(step: str) -> None:
+        nonlocal last
+        phase = step.partition("] ")[0] if ": [" in step else ""
+        if not phase or phase != last:
+            write(step)
+        last = phase
+
+    return tell
