@@ -135,13 +135,13 @@ def move(rng: random.Random) -> None:
     elif rng.random() < 0.3:
         new, flags = pages, MAYMOVE | DONTUNMAP
     result = LIBC.mremap(address, pages * PAGE, new * PAGE, flags, hint)
-    if result == ctypes.c_void_p(-1).value:  # two areas by now
-        if hint:
-            LIBC.munmap(hint, new * PAGE)
-        return
-    if not flags & DONTUNMAP:
+    failed = result == ctypes.c_void_p(-1).value  # two areas by now, of which the first may have moved
+    if failed and hint:
+        LIBC.munmap(hint, new * PAGE)
+    if failed or not flags & DONTUNMAP:
         areas.remove((address, pages))
-    areas.append((result, new))
+    if not failed:
+        areas.append((result, new))
 
 
 def protect(rng: random.Random) -> None:

@@ -79,6 +79,35 @@ def read_areas(pid: int, *, flags: bool = False) -> list[Area]:
     return parse_maps(Path(f"/proc/{pid}/maps").read_bytes())
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """An address space, worked up for looking at it again and again."""
+
+    text: bytes
+    areas: tuple[Area, ...]
+    """The pre-copied areas."""
+    windows: tuple[tuple[int, int], ...]
+    """See `spans`."""
+    covered: Runs
+    """The addresses of `areas`."""
+    vdso: int
+    """Where the vDSO is: as good as an address space's name, since every exec places it anew. 0 if there is none."""
+
+
+def layout_of(text: bytes) -> Layout:
+    """Work up a `/proc/PID/maps`."""
+    areas = parse_maps(text)
+    ours = private_anonymous(areas)
+    vdso = next((area.start for area in areas if area.name == "[vdso]"), 0)
+    return Layout(text, tuple(ours), tuple(spans(areas)), covered(ours), vdso)
+
+
+def read_layout(pid: int, last: Layout | None = None) -> Layout:
+    """The present layout of a live process; `last` itself if nothing has changed since. Raises as `read_areas`."""
+    text = Path(f"/proc/{pid}/maps").read_bytes()
+    return last if last and last.text == text else layout_of(text)
+
+
 def locked_bytes(pid: int) -> int:
     """How much address space is locked (mlock): CRIU puts such memory into its images, during the freeze."""
     match = _LOCKED.search(Path(f"/proc/{pid}/status").read_bytes())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, compress, islice
 from operator import ne
 from typing import Self
@@ -192,11 +192,12 @@ class Runs:
                 yield piece, min(piece + size, end)
 
 
-def union(sets: Sequence[Runs]) -> Runs:
+def union(sets: Iterable[Runs]) -> Runs:
     """The union of many sets."""
-    if len(sets) == 1:
-        return sets[0]
-    return Runs(run for one in sets for run in one)
+    filled = [one for one in sets if one]
+    if len(filled) <= 1:
+        return filled[0] if filled else EMPTY
+    return Runs(run for one in filled for run in one)
 
 
 EMPTY = Runs()

@@ -85,10 +85,13 @@ class Reader:
         while pieces:
             batch = self._batch(pieces)
             arrived = self._gather(batch)
+            dense = not _may_hold_zeroes(self._view[: arrived // PAGE * PAGE])
             offset = 0
             for start, end in batch:
                 whole = min(max(arrived - offset, 0), end - start) // PAGE * PAGE
-                if whole:
+                if whole and dense:
+                    yield Data(start, self._view[offset : offset + whole])
+                elif whole:
                     yield from tell_zeroes(start, self._view[offset : offset + whole])
                 offset += end - start
                 if start + whole < end:
@@ -143,10 +146,10 @@ class Reader:
 
 def tell_zeroes(address: int, memory: memoryview) -> Iterator[Data | Zero]:
     """Split whole pages into data and zeroes. Only pages whose first word is zero are looked at in full."""
-    heads = memory.cast("Q")[:: PAGE // 8].tobytes()
-    if heads.find(_WORD) < 0:  # also finds unaligned zeroes: then the loop below tells
+    if not _may_hold_zeroes(memory):
         yield Data(address, memory)
         return
+    heads = _heads(memory)
     zeroes = [
         offset
         for index in range(len(memory) // PAGE)
@@ -161,6 +164,16 @@ def tell_zeroes(address: int, memory: memoryview) -> Iterator[Data | Zero]:
         begin = end
     if begin < len(memory):
         yield Data(address + begin, memory[begin:])
+
+
+def _heads(memory: memoryview) -> bytes:
+    """The first word of every page."""
+    return memory.cast("Q")[:: PAGE // 8].tobytes()
+
+
+def _may_hold_zeroes(memory: memoryview) -> bool:
+    """False if no page can be zero."""
+    return _WORD in _heads(memory)  # also finds unaligned ones, which do no harm
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from podferry.memory.maps import Area, covered, private_anonymous, spans
 from podferry.memory.pagemap import Scanner, has_scan, read_entries
 from podferry.memory.tracker import Kind, Pids
 from podferry.memory.tracker_process import owns_userfaultfd
@@ -22,9 +21,9 @@ class NoTracker(FollowingTracker):
         space.foreign_uffd = owns_userfaultfd(space.pid)
         space.untracked = "this kernel can track nothing"
 
-    def _look(self, space: Space, areas: list[Area], *, final: bool, dropped: bool) -> Look:
-        pagemap, windows = space.pagemap, spans(areas)
+    def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
+        pagemap, windows = space.pagemap, space.layout.windows
         scanner = self._scanner
         present = scanner.present(pagemap, windows) if scanner else read_entries(pagemap, windows).present
-        present &= covered(private_anonymous(areas))
+        present &= space.layout.covered
         return Look(present, present)

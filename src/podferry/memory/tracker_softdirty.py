@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from podferry.memory.maps import Area, covered, private_anonymous, spans
 from podferry.memory.pagemap import read_entries
 from podferry.memory.tracker import Kind, Pause, Pids, Round, no_pause
 from podferry.memory.tracker_process import owns_userfaultfd
@@ -33,9 +32,9 @@ class SoftDirtyTracker(FollowingTracker):
     def _attach(self, space: Space, *, final: bool) -> None:
         space.foreign_uffd = owns_userfaultfd(space.pid)
 
-    def _look(self, space: Space, areas: list[Area], *, final: bool, dropped: bool) -> Look:
-        entries = read_entries(space.pagemap, spans(areas))
+    def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
+        entries = read_entries(space.pagemap, space.layout.windows)
         if not final:
             Path(f"/proc/{space.pid}/clear_refs").write_text(_SOFT_DIRTY)
-        ours = covered(private_anonymous(areas))
+        ours = space.layout.covered
         return Look(entries.soft_dirty & ours, entries.present & ours)

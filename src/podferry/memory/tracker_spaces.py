@@ -6,9 +6,9 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from podferry.memory.maps import Area, private_anonymous, read_areas
+from podferry.memory.maps import Layout, read_layout
 from podferry.memory.pagemap import is_alive, open_pagemap
-from podferry.memory.ranges import EMPTY, Runs
+from podferry.memory.ranges import EMPTY, Runs, union
 from podferry.memory.tracker import Kind, Pids, Round, SpaceRound
 from podferry.memory.tracker_process import share_memory, uses_direct_io
 
@@ -21,9 +21,11 @@ class Space:
 
     pid: int
     pagemap: int
-    vdso: int
+    layout: Layout
     known: Runs = EMPTY
     """What was reported as written and not as dropped since: what the other side has."""
+    unsettled: list[Runs] = field(default_factory=list)
+    """What was reported since, to be added; not while the job stands still."""
     uffd: int | None = None
     untracked: str = ""
     retry: bool = False
@@ -31,6 +33,8 @@ class Space:
     foreign_uffd: bool = False
     stopped: float = 0.0
     """Seconds for which it was held since the last round."""
+    stale: bool = False
+    """Whether it may no longer be its process's."""
     again: Runs = EMPTY
     """To be reported once more, see `FollowingTracker._settle`."""
 
@@ -80,8 +84,8 @@ class FollowingTracker(ABC):
         """Begin to track a space, as far as possible; not if `final`. Raises OSError if it is gone."""
 
     @abstractmethod
-    def _look(self, space: Space, areas: list[Area], *, final: bool, dropped: bool) -> Look:
-        """Find what was written in a space. Raises OSError if it is gone."""
+    def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
+        """Find what was written in a space, laid out as `space.layout` says. Raises OSError if it is gone."""
 
     def _round(self, *, final: bool, dropped: bool) -> Round:
         listed = set(self._pids())
@@ -104,31 +108,42 @@ class FollowingTracker(ABC):
         fresh, known = False, EMPTY
         for _ in range(_ATTEMPTS):
             try:
-                areas = read_areas(pid)
-                space = self._spaces.get(pid)
-                if space is None or not is_alive(space.pagemap) or space.vdso != _vdso(areas):
+                space = self._current(pid)
+                if space is None:
                     fresh = True
-                    if space is not None:  # what was known of its old memory is dropped by the next look
-                        known = space.known
-                        self._release(self._spaces.pop(pid))
+                    if old := self._spaces.pop(
+                        pid, None
+                    ):  # what was known of its old memory is dropped by the next look
+                        known = union([old.known, *old.unsettled])
+                        self._release(old)
                     space = self._take_up(pid, known, final=final)
                     if space is None:
                         return None
-                    areas = read_areas(pid)
-                look = self._look(space, areas, final=final, dropped=dropped)
+                look = self._look(space, final=final, dropped=dropped)
                 in_flight = not final and uses_direct_io(pid)
             except OSError:  # between two system calls it execed or ended; the next attempt tells
                 continue
             if is_alive(space.pagemap):
-                return self._settle(space, private_anonymous(areas), look, fresh=fresh, in_flight=in_flight)
+                return self._settle(space, look, fresh=fresh, in_flight=in_flight)
         return None
+
+    def _current(self, pid: int) -> Space | None:
+        """The space that is followed for a process, with its present layout; None if it has another one now."""
+        space = self._spaces.get(pid)
+        if space is None or space.stale:
+            return None
+        layout = read_layout(pid, space.layout)
+        if not is_alive(space.pagemap) or space.layout.vdso != layout.vdso:
+            return None
+        space.layout = layout
+        return space
 
     def _take_up(self, pid: int, known: Runs, *, final: bool) -> Space | None:
         """Follow a new address space; None if it is another process's, or there is none."""
         pagemap = open_pagemap(pid)
         try:
-            vdso = _vdso(read_areas(pid))
-            owner = self._owner(pid, vdso)
+            layout = read_layout(pid)
+            owner = self._owner(pid, layout.vdso)
             alive = is_alive(pagemap)
         except OSError:
             os.close(pagemap)
@@ -138,16 +153,16 @@ class FollowingTracker(ABC):
             if owner is not None:
                 self._shared[pid] = owner
             return None
-        space = self._spaces[pid] = Space(pid, pagemap, vdso, known=known)
+        space = self._spaces[pid] = Space(pid, pagemap, layout, known=known)
         self._attach(space, final=final)
         return space
 
     def _owner(self, pid: int, vdso: int) -> int | None:
         """The process that is followed and has the same address space."""
-        alike = (space.pid for space in self._spaces.values() if space.vdso == vdso)
+        alike = (space.pid for space in self._spaces.values() if space.layout.vdso == vdso)
         return next((other for other in alike if share_memory(other, pid)), None)
 
-    def _settle(self, space: Space, areas: list[Area], look: Look, *, fresh: bool, in_flight: bool) -> SpaceRound:
+    def _settle(self, space: Space, look: Look, *, fresh: bool, in_flight: bool) -> SpaceRound:
         """Work out what vanished; what is there and was never reported counts as written.
 
         Direct I/O writes into pages that it looked up before it began, unseen by any page table. What is reported while
@@ -155,8 +170,10 @@ class FollowingTracker(ABC):
         """
         written, vanished, again = look.written, EMPTY, space.again
         if look.present is None:
-            space.known |= written
+            space.unsettled.append(written)
         else:
+            space.known = union([space.known, *space.unsettled])
+            space.unsettled.clear()
             reported = look.present - look.deferred
             changed = space.known ^ reported
             vanished = changed & space.known
@@ -166,7 +183,7 @@ class FollowingTracker(ABC):
         space.again = written if in_flight else EMPTY
         stopped, space.stopped = space.stopped, 0.0
         return SpaceRound(
-            areas=tuple(areas),
+            areas=space.layout.areas,
             written=written | again,
             dropped=vanished,
             deferred=look.deferred,
@@ -183,14 +200,9 @@ class FollowingTracker(ABC):
                 continue
             del self._shared[pid]
             if space := self._spaces.get(owner):
-                space.vdso = -1
+                space.stale = True
                 space.close_uffd()
 
     def _release(self, space: Space) -> None:
         space.close_uffd()
         os.close(space.pagemap)
-
-
-def _vdso(areas: list[Area]) -> int:
-    """Where the vDSO is: as good as an address space's name, since every exec places it anew."""
-    return next((area.start for area in areas if area.name == "[vdso]"), 0)

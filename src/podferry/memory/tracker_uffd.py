@@ -6,18 +6,19 @@ that finds such pages protects them again in the same step. Only pages that are 
 would leave markers that look like swapped pages. Hence a page that was there and is not has been given back.
 
 An area that is not registered, because it was mapped or moved since the last look, counts as written and is registered
-before it is read. Registering splits areas off: a program that first maps two areas side by side and later moves both
-with one mremap gets EFAULT if only one of them is registered.
+before it is read. The kernel does not merge areas of which only some are registered. So a program that maps new memory
+over a part of old, and then moves old and new with one mremap, may get EFAULT where it would not have without us.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
 from podferry.memory import uffd
 from podferry.memory.inject import Outcome
 from podferry.memory.injector import Injector, NotInjected
-from podferry.memory.maps import Area, covered, private_anonymous, read_areas, spans
+from podferry.memory.maps import Area, covered
 from podferry.memory.pagemap import HELD, Category, Query, Scanner, is_alive, unreadable
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracker import Kind, Pids
@@ -70,20 +71,20 @@ class UffdTracker(FollowingTracker):
     def _is_tracked(self, space: Space) -> bool:
         """Whether somebody protects pages asynchronously already: to share that would lose writes for both."""
         query = Query(Category.WPALLOWED, Category(0), HELD, Category.WPALLOWED)
-        return bool(self._scanner.scan(space.pagemap, spans(read_areas(space.pid)), query).starts)
+        return bool(self._scanner.scan(space.pagemap, space.layout.windows, query).starts)
 
-    def _look(self, space: Space, areas: list[Area], *, final: bool, dropped: bool) -> Look:
-        windows, ours = spans(areas), private_anonymous(areas)
+    def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
+        layout = space.layout
         if space.uffd is None and space.retry and not final:
             self._begin(space)
         if space.uffd is None:
-            present = self._scanner.present(space.pagemap, windows) & covered(ours)
+            present = self._scanner.present(space.pagemap, layout.windows) & layout.covered
             return Look(present, present)
-        untracked = self._untracked(space, windows) & covered(ours)
+        untracked = self._untracked(space) & layout.covered
         deferred, foreign = EMPTY, False
         if not final:
-            deferred, foreign = _register(space.uffd, ours, untracked)
-        written, tracked = self._tracked(space, windows, final=final, dropped=dropped)
+            deferred, foreign = _register(space.uffd, layout.areas, untracked)
+        written, tracked = self._tracked(space, final=final, dropped=dropped)
         return Look(
             written=written | (untracked - deferred),
             present=None if tracked is None else tracked | untracked,
@@ -91,26 +92,24 @@ class UffdTracker(FollowingTracker):
             foreign_uffd=foreign,
         )
 
-    def _untracked(self, space: Space, windows: list[tuple[int, int]]) -> Runs:
+    def _untracked(self, space: Space) -> Runs:
         """The pages that are there in areas that are not registered."""
         skipped = unreadable() | Category.WPALLOWED
         query = Query(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
-        return self._scanner.scan(space.pagemap, windows, query).all()
+        return self._scanner.scan(space.pagemap, space.layout.windows, query).all()
 
-    def _tracked(
-        self, space: Space, windows: list[tuple[int, int]], *, final: bool, dropped: bool
-    ) -> tuple[Runs, Runs | None]:
+    def _tracked(self, space: Space, *, final: bool, dropped: bool) -> tuple[Runs, Runs | None]:
         """What was written in registered areas, and if `dropped` all that is there."""
         skipped = unreadable()
         mask = skipped | Category.WPALLOWED | (Category(0) if dropped else Category.WRITTEN)
         query = Query(mask=mask, inverted=skipped, anyof=HELD, returned=Category.WRITTEN, protect=not final)
-        regions = self._scanner.scan(space.pagemap, windows, query)
+        regions = self._scanner.scan(space.pagemap, space.layout.windows, query)
         if dropped:
             return regions.having(Category.WRITTEN), regions.all()
         return regions.all(), None
 
 
-def _register(descriptor: int, areas: list[Area], untracked: Runs) -> tuple[Runs, bool]:
+def _register(descriptor: int, areas: Iterable[Area], untracked: Runs) -> tuple[Runs, bool]:
     """Register the areas that hold `untracked` pages.
 
     Returns those of the pages whose areas refuse, and whether one is another userfaultfd's.
