@@ -117,9 +117,9 @@ def test_what_a_spec_mounts_and_allows() -> None:
             "devices": [{"path": "/dev/null", "major": 1, "minor": 3}, {"path": "/dev/kvm", "major": 10, "minor": 232}]
         },
     }
-    assert list(jobfacts._binds(spec)) == [Bind("/data", "/data"), Bind("/etc/hosts", "/etc/hosts")]
+    assert list(jobfacts.binds(spec)) == [Bind("/data", "/data"), Bind("/etc/hosts", "/etc/hosts")]
     assert list(jobfacts._allowed_devices(spec)) == ["/dev/kvm"]
-    assert list(jobfacts._binds({})) == list(jobfacts._allowed_devices({"linux": None})) == []
+    assert list(jobfacts.binds({})) == list(jobfacts._allowed_devices({"linux": None})) == []
 
 
 def test_stdio_kinds(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ SAMPLES: dict[EventType, Event] = {
         Filled(M, 1),
         Crashed(M, REPORT),
         GaveUp(M, REPORT),
-        *(kind(M) for kind in (Poise, Go, Done, Query, Poised, Ready, Restoring, Unknown)),
+        Poise(M, False),
+        *(kind(M) for kind in (Go, Done, Query, Poised, Ready, Restoring, Unknown)),
     )
 }
 STATES = pytest.mark.parametrize("state", State)

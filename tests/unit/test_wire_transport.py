@@ -337,7 +337,7 @@ def illegal_words() -> Iterator[tuple[str, list[Message | frames.Frame | bytes],
     yield "path for a file name", [HELLO, OFFER, hostile_file()], "illegal frame"
     yield "damaged compressed pages", [HELLO, OFFER, Pages(1, 1, ((0, 1),), b"x" * 99, zstd=True)], "compressed pages"
     yield "the target's word", [HELLO, OFFER, Accept("m-1", {})], "illegal Accept"
-    yield "another migration", [HELLO, OFFER, messages.Poise("m-2")], "this session about"
+    yield "another migration", [HELLO, OFFER, messages.Poise("m-2", False)], "this session about"
     yield "message cut", [HELLO, head + bytes(payload)[:-5]], "closed the connection"
     yield "header cut", [HELLO, head[:3]], "closed the connection"
     yield "nothing after hello", [HELLO], "closed the connection"

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from podferry.agent.helpers import ended, helper_environment, kill_helper, proce
 from podferry.agent.journal import Journal
 from podferry.agent.offered import Offered
 from podferry.agent.ports import IMAGES, LOG, UPPER, Json
+from podferry.agent.relay import Relay
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused, TimedOut
 from podferry.memory.criu_images import missing
@@ -44,6 +45,7 @@ STATE_TIMEOUT = 7200.0
 RESTORE_TIMEOUT = 60.0
 LARGEST_IMAGE = 1 << 34
 LOOK_EVERY = 0.02
+FEEDER_SOCKET = "feeder.sock"
 
 
 class Arriving:
@@ -66,8 +68,7 @@ class Arriving:
         await to_thread.run_sync(self._prepare)
 
     def _prepare(self) -> None:
-        record, journal = self._offer.record, self._journal
-        record = replace(record, snapshot_key=record.id)
+        record, journal = self._offer.record_here(self._config.wrapper), self._journal
         journal.acquire("container", id=record.id)
         try:
             self._containerd.create_container(record)
@@ -91,17 +92,19 @@ class Arriving:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
 
-    async def poise(self) -> None:
+    async def poise(self, *, postcopy: bool) -> None:
         """Start the page feeder, and a task whose creation waits for the state in the wrapper."""
-        self._start_feeder()
+        self._start_feeder(postcopy=postcopy)
         with anyio.fail_after(POISE_TIMEOUT):
             await self._status_of_feeder("listening")
             await self._start_task()
 
-    def _start_feeder(self) -> None:
+    def _start_feeder(self, *, postcopy: bool) -> None:
         incoming, store = self._need_incoming(), self.scratch / "store"
         argv = [*python("podferry.memory.feeder"), "--work", incoming.work, "--images", incoming.images]
         argv += ["--store", store, "--status", self.scratch / "feeder.json"]
+        if postcopy:
+            argv += ["--source", self.scratch / FEEDER_SOCKET]
         self._feeder = self._spawn("feeder", argv)
 
     async def _start_task(self) -> None:
@@ -194,13 +197,29 @@ class Arriving:
             refresh_root(self._containerd.bundle(self._offer.record.id) / "rootfs")
         if sum(one.size for one in end.files if one.directory == LOG) != self._log_end:
             raise Failed("the container's log did not arrive whole", why=f"{self._log_end} bytes came")
+        if self._journal.facts.get("postcopy"):
+            return store.sync()
         for one in end.spaces:
             store.complete(one.space)
         store.verify({one.space: StoreTotals(1, one.pages, one.pages * PAGE) for one in end.spaces})
         if lacking := missing(store, images):
             raise Failed("memory is missing", why=f"of the processes {sorted(lacking)}, nothing was said of some pages")
         store.sync()
-        store.close()
+        return store.close()
+
+    # Post-copy.
+
+    def relay(self) -> Relay:
+        """Connect to the page feeder."""
+        if self._store is None:
+            self._store = PageStore.open(self.scratch / "store")
+        return Relay(self.scratch / FEEDER_SOCKET)
+
+    def all_owed_came(self, relay: Relay) -> None:
+        """What is absent now, of the pages that CRIU left to the feeder, is zero."""
+        for space, gaps in missing(self._need_store(), self._need_incoming().images).items():
+            for start, end in gaps:
+                relay.zero(space, start, end)
 
     # The resume.
 

@@ -16,7 +16,7 @@ class Config:
 
     `node` is this node's name and must be the one in its certificate; `listen` is HOST:PORT for other agents; `certificates`
     holds ca.crt, node.crt and node.key; `peers` maps node names to HOST:PORT; `state` is on disk, `run` on a tmpfs;
-    `containerd` and `namespace` say whose containers are moved.
+    `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node.
     """
 
     node: str
@@ -28,6 +28,7 @@ class Config:
     containerd: Path = Path("/run/containerd/containerd.sock")
     namespace: str = "default"
     share: Path | None = None
+    wrapper: Path = Path("/usr/local/sbin/podferry-runc")
 
     @property
     def socket(self) -> Path:
@@ -50,7 +51,7 @@ class Config:
         return self.run / "outgoing"
 
 
-PATHS = frozenset({"certificates", "state", "run", "containerd", "share"})
+PATHS = frozenset({"certificates", "state", "run", "containerd", "share", "wrapper"})
 
 
 def load(path: Path) -> Config:

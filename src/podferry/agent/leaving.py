@@ -21,9 +21,10 @@ from podferry.agent.config import Config
 from podferry.agent.helpers import remove_task
 from podferry.agent.journal import Journal
 from podferry.agent.offered import Offered
+from podferry.agent.owed import Owed
 from podferry.agent.ports import Change
 from podferry.core.undo import Handler
-from podferry.errors import Failed
+from podferry.errors import Bug, Failed
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.reader import Data, Reader
 from podferry.memory.tracker import Kind, Round, create
@@ -67,6 +68,7 @@ class Leaving:
         self._log_sent = 0
         self._quota: CpuQuota | None = None
         self._hold: Hold | None = None
+        self._owed: Owed | None = None
 
     # Memory.
 
@@ -113,6 +115,18 @@ class Leaving:
             yield from self._forget(space, dropped)
         for space, written in change.written.items():
             yield from self._read_space(space, written, round)
+
+    def owe(self, change: Change) -> Iterator[Drop]:
+        """Post-copy: leave what `change` lists for later. The frames make the target forget what it has of it."""
+        for space in {**change.dropped, **change.written}:
+            yield from self._forget(space, change.dropped.get(space, EMPTY) | change.written.get(space, EMPTY))
+        self._owed = Owed(self._pids, change.written)
+
+    def owed(self) -> Owed:
+        """Post-copy: the memory that the target has not got."""
+        if self._owed is None:
+            raise Bug("nothing was left for later")
+        return self._owed
 
     def _read_space(self, space: int, written: Runs, round: int) -> Iterator[Pages | Drop]:
         """Pages that hold only zeros are dropped instead: absent pages of a complete space are zero."""
@@ -228,6 +242,8 @@ class Leaving:
 
     async def close(self) -> None:
         """Let go of descriptors."""
+        if self._owed is not None:
+            self._owed.close()
         self._tracker.close()
         self._upper.close()
         for reader in self._readers.values():
@@ -244,6 +260,13 @@ class Remains:
     async def commit(self) -> None:
         """Kill the frozen original and remove what is left of it here."""
         await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
+
+    def owed(self) -> Owed:
+        """All memory: what the earlier agent sent died with it."""
+        cgroup = Cgroup.of_container(self._containerd.runc_root(self._offered.record), self._offered.record.id)
+        seen = create(Kind.NONE, cgroup.pids).final()
+        pids = {pid_inside(pid): pid for pid in seen.spaces}
+        return Owed(pids, {space: seen.spaces[pid].written for space, pid in pids.items()})
 
     async def close(self) -> None:
         """Nothing is open."""

@@ -8,18 +8,21 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from podferry.core.preflight import OWN_BINDS
 from podferry.errors import PeerMisbehaved, Refused
 from podferry.node.checkpoint import FLAGS
-from podferry.node.records import Container, Stdio
+from podferry.node.jobfacts import binds
+from podferry.node.records import Container, Opaque, Stdio
 
 LOG_ROOTS = (Path("/var/log"),)
 """A container's output is only ever written below these, whatever the source says."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+OPTIONS_TYPE = "containerd.runc.v1.Options"
 _SCHEME = "file://"
 
 
@@ -31,6 +34,13 @@ class Offered:
     parent: str
     stdio: Stdio = field(default_factory=Stdio)
     flags: tuple[str, ...] = ()
+
+    def record_here(self, wrapper: Path) -> Container:
+        """The record as this node keeps it: with its own podferry-runc, whatever path the source names."""
+        options = self.record.runc_options()
+        options.binary_name, options.root = str(wrapper), ""
+        value = Opaque(OPTIONS_TYPE, options.SerializeToString())
+        return replace(self.record, snapshot_key=self.record.id, options=value)
 
     @property
     def log(self) -> Path | None:
@@ -59,6 +69,13 @@ class Offered:
         if not isinstance(parent, str) or not set(flags) <= FLAGS:
             raise PeerMisbehaved("not an offer of a container", why=f"flags {flags!r}")
         offered = Offered(record, parent, stdio, flags)
+        spec = record.spec_json()
+        if spec.get("hooks"):
+            raise Refused(
+                "the container has hooks, which would run on the target as root", remedy="run it without hooks"
+            )
+        if foreign := sorted(one.source for one in binds(spec) if one.destination not in OWN_BINDS):
+            raise Refused("the container wants directories of this node", why=", ".join(foreign[:8]))
         if (log := offered.log) is not None and not any(log.is_relative_to(root) for root in LOG_ROOTS):
             raise PeerMisbehaved(f"the source wants output written to {log}", why=f"that is not below {LOG_ROOTS[0]}")
         return offered

@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from podferry.memory.ranges import Runs
+from podferry.agent.owed import Owed
+from podferry.agent.relay import Relay
+from podferry.memory.ranges import EMPTY, Runs
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
 
@@ -29,6 +31,14 @@ class Change:
     written: Mapping[int, Runs] = field(default_factory=dict)
     dropped: Mapping[int, Runs] = field(default_factory=dict)
 
+    def __or__(self, later: Change) -> Change:
+        """Both, to be read now: of what one says is written and the other that it is gone, the reading tells."""
+
+        def both(one: Mapping[int, Runs], other: Mapping[int, Runs]) -> Mapping[int, Runs]:
+            return {space: one.get(space, EMPTY) | other.get(space, EMPTY) for space in {**one, **other}}
+
+        return Change(both(self.written, later.written), both(self.dropped, later.dropped))
+
     @property
     def bytes(self) -> int:
         """How much there is to send."""
@@ -37,6 +47,10 @@ class Change:
 
 class HeldJob(Protocol):
     """The frozen original on the source, once the right to run has passed."""
+
+    def owed(self) -> Owed:
+        """Post-copy: the memory that the target has not got. Where nobody remembers what it got, that is all memory."""
+        ...
 
     async def commit(self) -> None:
         """Kill the frozen original. Only after the target said that it runs."""
@@ -56,6 +70,10 @@ class LeavingJob(HeldJob, Protocol):
 
     async def last_look(self) -> Change:
         """The last one, with the job frozen: nothing may change after it. The tracker is gone when it returns."""
+        ...
+
+    def owe(self, change: Change) -> Iterator[Drop]:
+        """Post-copy: leave what `change` lists for later. The frames make the target forget what it has of it."""
         ...
 
     def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
@@ -102,8 +120,8 @@ class ArrivingJob(Protocol):
         """Its record, snapshot and places for pages and images. Raises `Refused` where name or image stand in the way."""
         ...
 
-    async def poise(self) -> None:
-        """Have its task created up to the point where only the state is missing."""
+    async def poise(self, *, postcopy: bool) -> None:
+        """Have its task created up to the point where only the state is missing; in `postcopy`, pages come afterwards."""
         ...
 
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
@@ -135,6 +153,14 @@ class ArrivingJob(Protocol):
 
         Returns since when it runs, in seconds of this node's monotonic clock.
         """
+        ...
+
+    def relay(self) -> Relay:
+        """Post-copy: connect to the page feeder. Pages that arrive from now on must be told to it."""
+        ...
+
+    def all_owed_came(self, relay: Relay) -> None:
+        """Post-copy: the source has sent all that it owed; what is still absent is zero."""
         ...
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -43,10 +44,17 @@ def main() -> None:
     try:
         if os.geteuid() != 0:
             raise UsageError("podferry-agent needs root", why="it reads other processes' memory and freezes cgroups")
+        _raise_file_limit()
         anyio.run(_work, Agent(load(arguments.config)))
     except PodferryError as error:
         print(error.report(), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _raise_file_limit() -> None:
+    """CRIU inherits it, and a lazy dump opens about 512 pipes per GiB of the job (measured)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _work(agent: Agent) -> None:

@@ -7,9 +7,10 @@ on only the target's own word, or a person's, can bring it back.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import anyio
 import xxhash
@@ -18,6 +19,8 @@ from anyio.abc import TaskGroup
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
 from podferry.agent.letters import Letters
+from podferry.agent.owed import Owed
+from podferry.agent.pages import PageSender
 from podferry.agent.ports import IMAGES, LOG, UPPER, Change, HeldJob, LeavingJob
 from podferry.agent.story import Story
 from podferry.core.phases import SourceEvent, SourcePhase, source_machine
@@ -37,6 +40,8 @@ from podferry.wire.messages import (
     GaveUp,
     Go,
     Offer,
+    PagesEnd,
+    PageWanted,
     Poise,
     Poised,
     Query,
@@ -51,6 +56,7 @@ from podferry.wire.messages import (
 )
 
 ASK_AGAIN = 1.0
+ROUND_PAUSE = 0.02
 DRAIN_PATIENCE = 120.0
 
 
@@ -65,6 +71,7 @@ class Order:
     policy: Policy = field(default_factory=Policy)
 
 
+Kind = TypeVar("Kind")
 Propose = Callable[[], Awaitable[tuple[Offer, LeavingJob]]]
 """Looks at the container and says what is offered. Raises `Refused` where it cannot move."""
 
@@ -94,6 +101,11 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self._frozen_at = 0.0
         self._quota = 1.0
         self._log_bytes = 0
+        self._pending = Change()
+        self._filled = False
+        self._owed: Owed | None = None
+        self._postcopy = bool(journal.facts.get("postcopy"))
+        self._pages: PageSender
 
     # What may be asked from outside.
 
@@ -169,6 +181,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             letters = await Letters.open(helpers, self._dial())
             helpers.start_soon(self._watch_container)
             letters.channel.limit(self.order.bandwidth)
+            self._pages = PageSender(letters.channel)
             await letters.channel.send(proposal)
             answer = await letters.expect(Accept, Refuse)
         if isinstance(answer, Refuse):
@@ -188,18 +201,17 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             with self.story.span("upper layer, first pass"):
                 await self._send_upper(letters, last=False)
                 await self._send_log(letters, last=False)
-            change = await self.job.look()
-            while True:
-                change = await self._round(letters, change)
-                if await self._converged(letters):
-                    break
-            self.fire(SourceEvent.CONVERGED)
-            await self._poise(letters, change)
-        else:
-            self.fire(SourceEvent.CONVERGED)
-            await self._poise(letters, None)
+            self._pending = await self.job.look()
+            await self._round(letters)
+            while not await self._converged():
+                await self._round(letters)
+        self._postcopy = self._postcopy or self.order.mode is Mode.POSTCOPY
+        self.journal.note(postcopy=self._postcopy)
+        self.story.extra["postcopy_dependency"] = self._postcopy
+        self.fire(SourceEvent.CONVERGED)
+        await self._poise(letters)
 
-    async def _converged(self, letters: Letters) -> bool:
+    async def _converged(self) -> bool:
         decision = decide(self.story.rounds, self.order.policy, rate=self._rate(), quota=self._quota)
         self.log.info("decision", step=str(decision.step), reason=decision.reason)
         match decision.step:
@@ -209,7 +221,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 self._quota = decision.quota
                 await self.job.slow_down(decision.quota)
             case Step.POSTCOPY:
-                raise Bug("post-copy was chosen where it is not to be had")
+                self._postcopy = True
+                return True
             case Step.GIVE_UP:
                 raise Failed(
                     decision.reason,
@@ -219,38 +232,37 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 pass
         return False
 
-    async def _poise(self, letters: Letters, change: Change | None) -> None:
+    async def _poise(self, letters: Letters) -> None:
         """Have the target ready but for the state, while rounds go on, so that none of its work is downtime."""
         await self.at_gate()
         with self.story.span("poise", "target", "sandbox, network, volumes, root file system"):
-            await letters.channel.send(Poise(self.story.id))
+            await letters.channel.send(Poise(self.story.id, self._postcopy))
             async with anyio.create_task_group() as rounds:
-                if change is not None:
-                    rounds.start_soon(self._keep_copying, letters, change)
+                if self.order.mode is Mode.LIVE and not self._postcopy:
+                    rounds.start_soon(self._keep_copying, letters)
                 await letters.expect(Poised)
                 rounds.cancel_scope.cancel()
 
-    async def _keep_copying(self, letters: Letters, change: Change) -> None:
+    async def _keep_copying(self, letters: Letters) -> None:
         while True:
+            await anyio.sleep(ROUND_PAUSE)
             with anyio.CancelScope(shield=True):
-                change = await self._round(letters, change)
-            await anyio.sleep(0.01)
+                await self._round(letters)
 
-    async def _round(self, letters: Letters, change: Change) -> Change:
-        """Send `change`, see it arrive, and look what was written meanwhile."""
+    async def _round(self, letters: Letters) -> None:
+        """Send what is pending, see it arrive, and look what was written meanwhile: that is pending then."""
         number, began, before = len(self.story.rounds) + 1, time.monotonic(), letters.channel.traffic.sent
         start = self.story.now()
-        pages = await self._send_pages(letters, change, number)
+        pages = await self._send_pages(self._pending, number)
         sent = letters.channel.traffic.sent - before
         await letters.channel.send(RoundEnd(number, pages, sent))
         while (await letters.expect(RoundAck)).round != number:
             pass
         seconds = time.monotonic() - began
-        pending = await self.job.look()
-        self.story.add_round(Round(number, pages, sent, seconds, pending.bytes))
+        self._pending = await self.job.look()
+        self.story.add_round(Round(number, pages, sent, seconds, self._pending.bytes))
         self.story.add_span(f"round {number}", "source", start, self.story.now(), f"{pages} pages")
-        self.story.expect(letters.channel.traffic.sent + pending.bytes)
-        return pending
+        self.story.expect(letters.channel.traffic.sent + self._pending.bytes)
 
     def _rate(self) -> float:
         """What the link has carried, in bytes a second, judged by the largest round."""
@@ -265,19 +277,24 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         with self.story.span("freeze"):
             await self.job.freeze()
         with self.story.span("last look"):
-            change = await self.job.last_look()
+            change = self._pending | await self.job.last_look()
         files: list[FileSum] = []
         async with anyio.create_task_group() as parts:
             parts.start_soon(self._send_images, letters, files)
-            with self.story.span("last pages", detail=f"{change.bytes >> 10} KiB"):
-                await self._send_pages(letters, change, len(self.story.rounds) + 1)
+            with self.story.span("last pages", detail=f"{change.bytes >> 10} KiB{' left for later' * self._postcopy}"):
+                if self._postcopy:
+                    for drop in self.job.owe(change):
+                        await self._pages.send(drop)
+                else:
+                    await self._send_pages(change, len(self.story.rounds) + 1)
             with self.story.span("upper layer, last pass"):
                 await self._send_upper(letters, last=True)
                 await self._send_log(letters, last=True)
         files.append(FileSum(LOG, "log", self._log_bytes, ""))
         tree = self.job.upper_totals(UPPER)
         with self.story.span("check what arrived", "target"):
-            await letters.channel.send(StateEnd(self.story.id, tuple(files), self.job.memory_totals(), (tree,)))
+            spaces = () if self._postcopy else self.job.memory_totals()
+            await letters.channel.send(StateEnd(self.story.id, tuple(files), spaces, (tree,)))
             await letters.expect(Ready)
 
     def _pass_the_right_to_run(self) -> None:
@@ -301,23 +318,82 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         elif isinstance(word, GaveUp):
             self.fire(SourceEvent.GAVE_UP)
             await self._undo(word.error.error(), letters)
-        else:
-            if isinstance(word, Running):
-                self._downtime_ended(word.ran_ns / 1e9)
-            self.fire(SourceEvent.RUNNING)
-            await self._commit(letters)
+        elif letters is not None and isinstance(word, Running):
+            self._downtime_ended(word.ran_ns / 1e9)
+            if not self._postcopy:
+                self.fire(SourceEvent.RUNNING)
+                await self._commit(letters)
+            elif await self._serve(letters):
+                await self._commit(letters)
+            else:
+                await self._after_go(helpers, None)
+
+    async def _serve(self, letters: Letters) -> bool:
+        """Post-copy: give the running job its memory, first what it waits for. False when contact was lost."""
+        self.fire(SourceEvent.RUNNING_SHORT)
+        await self.at_gate()
+        self._pages = PageSender(letters.channel)
+        try:
+            async with self._answering(letters) as owed:
+                with self.story.span("serve pages", detail=f"{owed.bytes >> 20} MiB owed at the resume"):
+                    for frame in owed.rest():
+                        await self._pages.send(frame)
+                        self.story.sent(letters.channel.traffic.sent)
+                    await letters.channel.send(PagesEnd(self.story.id, ()))
+                    word = await letters.expect(Filled, Crashed)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the target needs this node
+            self.log.warning("contact lost while serving pages", error=str(self.cause_of(error)))
+            self.fire(SourceEvent.CONTACT_LOST)
+            return False
+        if not isinstance(word, Filled):
+            self.fire(SourceEvent.CONTACT_LOST, note="the job died on the target before it had all its memory")
+            return False
+        self.story.extra["filled_ms"] = word.ms
+        self._filled = True
+        self.fire(SourceEvent.FILLED)
+        return True
+
+    @asynccontextmanager
+    async def _answering(self, letters: Letters) -> AsyncIterator[Owed]:
+        """Post-copy: send each page that the job, or its restore, waits for, as long as the context lasts."""
+        owed = self._owed = self._owed or self._original().owed()
+
+        async def answer() -> None:
+            while True:
+                want = await letters.expect(PageWanted)
+                for frame in owed.wanted(want.space, want.address):
+                    await letters.channel.send(frame)
+
+        async with anyio.create_task_group() as answers:
+            answers.start_soon(answer)
+            try:
+                yield owed
+            finally:
+                answers.cancel_scope.cancel()
+
+    def _original(self) -> HeldJob:
+        if self._held is None:
+            raise Bug("there is no frozen original")
+        return self._held
 
     async def _say_go(self, letters: Letters) -> Running | GaveUp | None:
         """Send GO and hear what became of it; None where the contact broke."""
         start = self.story.now()
         try:
             await letters.channel.send(Go(self.story.id))
-            return await letters.expect(Running, GaveUp)
-        except PodferryError as error:
-            self.log.warning("contact lost after GO", error=str(error))
+            return await self._hear(letters, Running, GaveUp)
+        except Exception as error:  # noqa: BLE001 - whatever it is, only the target knows now
+            self.log.warning("contact lost after GO", error=str(self.cause_of(error)))
             return None
         finally:
             self.story.add_span("restore", "target", start, self.story.now())
+
+    async def _hear(self, letters: Letters, *kinds: type[Kind]) -> Kind:
+        """The target's next word of one of `kinds`; in post-copy even its restore needs pages meanwhile."""
+        if not self._postcopy:
+            return await letters.expect(*kinds)
+        async with self._answering(letters):
+            return await letters.expect(*kinds)
 
     async def _ask(self, helpers: TaskGroup) -> tuple[Letters | None, Running | GaveUp | None]:
         """Try to reach the target again, once; a person's verdict ends the wait early."""
@@ -325,7 +401,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             letters = await Letters.open(helpers, self._dial())
             await letters.channel.send(Query(self.story.id))
             while True:
-                match await letters.expect(Running, GaveUp, Restoring, Unknown, Crashed):
+                match await self._hear(letters, Running, GaveUp, Restoring, Unknown, Crashed):
                     case (Running() | GaveUp()) as word:
                         return letters, word
                     case Unknown():
@@ -336,8 +412,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                         break
                     case Restoring():
                         continue
-        except PodferryError as error:
-            self.log.info("the target does not answer", error=str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is asked again
+            self.log.info("the target does not answer", error=str(self.cause_of(error)))
         with anyio.move_on_after(ASK_AGAIN):
             await self._verdict.wait()
         return None, None
@@ -346,9 +422,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         """The job runs there: the frozen original here is killed and cleaned away."""
         await self.at_gate()
         with anyio.CancelScope(shield=True), self.story.span("commit"):
-            if self._held is None:
-                raise Bug("there is no original to kill")
-            await self._held.commit()
+            await self._original().commit()
             leftovers = await self.take_back()
         if leftovers:
             self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
@@ -361,11 +435,14 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         event = SourceEvent.CONTACT_LOST
         with anyio.move_on_after(DRAIN_PATIENCE), self.story.span("fill", "target"):
             try:
-                if letters is not None:
+                if letters is not None and self._filled:
+                    event = SourceEvent.FILLED
+                elif letters is not None:
                     filled = await letters.expect(Filled, Crashed)
                     if isinstance(filled, Filled):
                         event = SourceEvent.FILLED
                         self.story.extra["filled_ms"] = filled.ms
+                if letters is not None:
                     await letters.channel.send(Done(self.story.id))
                     await letters.close()
             except PodferryError as error:
@@ -433,15 +510,15 @@ class Source(Attempt[SourcePhase, SourceEvent]):
 
     # What is sent.
 
-    async def _send_pages(self, letters: Letters, change: Change, number: int) -> int:
+    async def _send_pages(self, change: Change, number: int) -> int:
         """Send what `change` lists. Returns how many pages carried data."""
         pages = 0
         for frame in self.job.read(change, number):
-            await letters.channel.send(frame)
+            await self._pages.send(frame)
             if isinstance(frame, Pages):
                 pages += frame.count
                 self.story.memory_bytes += len(frame.payload)
-            self.story.sent(letters.channel.traffic.sent)
+            self.story.sent(self._pages.channel.traffic.sent)
         return pages
 
     async def _send_upper(self, letters: Letters, *, last: bool) -> None:

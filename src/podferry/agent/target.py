@@ -15,13 +15,14 @@ from anyio.abc import TaskGroup
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
 from podferry.agent.ports import LOG, ArrivingJob
+from podferry.agent.relay import Relay
 from podferry.agent.story import Story
 from podferry.core.phases import TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
 from podferry.core.undo import Handler
 from podferry.errors import Failed, PeerMisbehaved, PodferryError
 from podferry.model import Outcome
 from podferry.wire.channel import Channel
-from podferry.wire.frames import Data, Drop, File, Pages, Tree
+from podferry.wire.frames import PAGE, Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
     Abort,
     ErrorReport,
@@ -29,6 +30,8 @@ from podferry.wire.messages import (
     GaveUp,
     Go,
     Message,
+    PagesEnd,
+    PageWanted,
     Poise,
     Poised,
     Ready,
@@ -104,6 +107,13 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             await self._give_up(Failed("the source lost contact before its GO arrived"), None)
         if asked and not self._word_known.is_set():
             await channel.send(Restoring(self.story.id))
+        async with anyio.create_task_group() as ways:
+            if self.journal.facts.get("postcopy") and not self.machine.ended:
+                ways.start_soon(self._fetch, channel)
+            await self._tell(channel)
+            ways.cancel_scope.cancel()
+
+    async def _tell(self, channel: Channel) -> None:
         await self._word_known.wait()
         if self._error is not None:
             await channel.send(GaveUp(self.story.id, ErrorReport.of(self._error)))
@@ -113,6 +123,36 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         await self.ended.wait()
         if self._filled is not None:
             await channel.send(self._filled)
+
+    async def _fetch(self, channel: Channel) -> None:
+        """Post-copy: hand what the source sends to the page feeder, and what the feeder wants to the source."""
+        relay = self.job.relay()
+        try:
+            async with anyio.create_task_group() as ways:
+                ways.start_soon(self._pass_on_wants, relay, channel)
+                while True:
+                    item = await channel.receive()
+                    match item:
+                        case Pages():
+                            self._take(item)
+                            for start, count in item.runs:
+                                relay.arrived(item.space, start, start + count * PAGE)
+                        case Drop():
+                            for start, end in item.runs:
+                                relay.zero(item.space, start, end)
+                        case PagesEnd():
+                            self.job.all_owed_came(relay)
+                            await relay.flush()
+                            break
+                        case _:
+                            raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
+                    await relay.flush()
+        finally:
+            relay.close()
+
+    async def _pass_on_wants(self, relay: Relay, channel: Channel) -> None:
+        while (want := await relay.wanted()) is not None:
+            await channel.send(PageWanted(want.space, want.start))
 
     async def _receive(self, channel: Channel, item: Message | Data, helpers: TaskGroup) -> None:
         """Everything up to GO, in the order in which it comes."""
@@ -124,7 +164,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 case RoundEnd():
                     await channel.send(RoundAck(item.round))
                 case Poise():
-                    helpers.start_soon(self._poise, channel)
+                    self.journal.note(postcopy=item.postcopy)
+                    helpers.start_soon(self._poise, channel, item.postcopy)
                 case StateEnd():
                     await self._verify(item)
                     await channel.send(Ready(self.story.id))
@@ -152,9 +193,9 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             case File():
                 self.job.image(item.name, item.offset, memoryview(item.payload), last=item.last)
 
-    async def _poise(self, channel: Channel) -> None:
+    async def _poise(self, channel: Channel, postcopy: bool) -> None:
         with self.story.span("poise", "target"):
-            await self.job.poise()
+            await self.job.poise(postcopy=postcopy)
         self.fire(TargetEvent.POISED)
         await channel.send(Poised(self.story.id))
         await self.at_gate()

@@ -73,8 +73,6 @@ def warnings(question: Question) -> list[str]:
         found.append(
             f"{in_images >> 20} MiB are shared memory or in memory file systems: they move while the job stands still"
         )
-    if container.connections:
-        found.append(f"{len(container.connections)} open TCP connections will be closed")
     if target is not None and question.source.kernel != target.kernel:
         found.append(f"the kernels differ: {question.source.kernel} and {target.kernel}")
     return found
@@ -194,6 +192,12 @@ def _bound(question: Question) -> Iterator[Refused]:
             "the container has directories of its node mounted",
             why=", ".join(binds[:8]),
             remedy="use a volume that both nodes have",
+        )
+    if container.connections:
+        yield ContainerBound(
+            "the container has open TCP connections",
+            why=", ".join(container.connections[:4]),
+            remedy="have the job close them first; connections cannot move yet",
         )
     unsaved = {
         "io_uring": "an open io_uring",

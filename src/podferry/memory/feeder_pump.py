@@ -85,9 +85,9 @@ class Pump:
         self._looked = time.monotonic()
         for fd in ready & self._tasks.keys():
             self._read(self._tasks[fd])
-        self._answer(before if timeout == 0 else self._looked)
         for frame in self._source.news() if self._source.fileno() in ready else ():
             self._hear_agent(frame)
+        self._answer(before if timeout == 0 else self._looked)
         if self._criu.fileno() in ready:
             self._hear_criu()
 

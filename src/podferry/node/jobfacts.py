@@ -42,7 +42,7 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
         host_namespaces=tuple(sorted(_host_namespaces(task.pid))),
         devices=_few({*_open_devices(open_files), *_allowed_devices(spec)}),
         unsaved=_few(_unsaved(open_files)),
-        binds=tuple(_binds(spec)),
+        binds=tuple(binds(spec)),
         connections=_few(_connections(task.pid, inodes)),
         stdio=tuple(_stdio(task.pid, number) for number in (0, 1, 2)),
         memory=cgroup.memory_usage(),
@@ -100,7 +100,8 @@ def _host_namespaces(pid: int) -> Iterator[str]:
                 yield name
 
 
-def _binds(spec: dict[str, Any]) -> Iterator[Bind]:
+def binds(spec: dict[str, Any]) -> Iterator[Bind]:
+    """What of the node a spec mounts into the container."""
     for mount in spec.get("mounts") or []:
         if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or []):
             yield Bind(str(mount.get("source")), str(mount.get("destination")))

@@ -137,9 +137,13 @@ class RoundAck:
 
 @dataclass(frozen=True)
 class Poise:
-    """The source is near to convergence: make the target's container and let it wait for state."""
+    """The source is near to convergence: make the target's container and let it wait for state.
+
+    With `postcopy`, pages go on coming after the resume.
+    """
 
     migration: Id
+    postcopy: bool
 
 
 @dataclass(frozen=True)

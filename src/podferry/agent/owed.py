@@ -1,0 +1,73 @@
+"""Post-copy on the source: the memory that the target has not got yet, read from the frozen original when it is wanted.
+
+What the job waits for goes first; the rest is pushed in the background. A page is given once for the asking and once by the push at
+most: the target takes the first and ignores the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from podferry.memory.ranges import EMPTY, Runs
+from podferry.memory.reader import Data, Reader
+from podferry.memory.uffd import PAGE
+from podferry.wire.batch import PageBatch
+from podferry.wire.frames import MAX_DROPS, Drop, Pages
+
+WINDOW = 64 << 10
+"""Bytes around a wanted page that go with it: what is read next is often near."""
+PUSH = 256 << 10
+"""Bytes in a pushed frame: as long as it is on its way, a wanted page waits."""
+ROUND = 0
+
+
+class Owed:
+    """`runs` of memory, by space, of the frozen processes `pids`, by space too."""
+
+    def __init__(self, pids: Mapping[int, int], runs: Mapping[int, Runs]) -> None:
+        self._pids, self._runs = pids, dict(runs)
+        self._given: dict[int, Runs] = {}
+        self._asking: dict[int, Reader] = {}
+
+    @property
+    def bytes(self) -> int:
+        """How much is still to be pushed."""
+        given = sum((self._given.get(space, EMPTY) & runs).size for space, runs in self._runs.items())
+        return sum(runs.size for runs in self._runs.values()) - given
+
+    def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
+        """The frames that answer for the page at `address` of `space`, and for what is owed around it."""
+        start = address // WINDOW * WINDOW
+        near = self._runs.get(space, EMPTY).clip(start, start + WINDOW) - self._given.get(space, EMPTY)
+        page = Runs.of(address, address + PAGE)
+        if space not in self._pids or not near & page:
+            yield Drop(space, tuple(page))
+            return
+        reader = self._asking[space] = self._asking.get(space) or Reader(self._pids[space])
+        yield from self._read(reader, space, near)
+
+    def rest(self) -> Iterator[Pages | Drop]:
+        """All that is still owed, in frames that are short enough for a wanted page to get between them."""
+        for space, runs in self._runs.items():
+            with Reader(self._pids[space], piece=PUSH) as reader:
+                for start, end in runs.pieces(PUSH):
+                    if left := Runs.of(start, end) - self._given.get(space, EMPTY):
+                        yield from self._read(reader, space, left)
+
+    def close(self) -> None:
+        """Let go of the processes."""
+        for reader in self._asking.values():
+            reader.close()
+        self._asking.clear()
+
+    def _read(self, reader: Reader, space: int, runs: Runs) -> Iterator[Pages | Drop]:
+        batch, void = PageBatch(space, ROUND), []
+        self._given[space] = self._given.get(space, EMPTY) | runs
+        for piece in reader.read(runs):
+            if isinstance(piece, Data):
+                yield from batch.add(piece.address, piece.memory)
+            else:
+                void.append((piece.start, piece.end))
+        yield from batch.flush()
+        for first in range(0, len(void), MAX_DROPS):
+            yield Drop(space, tuple(void[first : first + MAX_DROPS]))
