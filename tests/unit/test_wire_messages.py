@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry import __version__
+from podferry.core.strict import MAX_DEPTH, fields_of
 from podferry.errors import Bug, PeerLost, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire import messages
@@ -29,6 +30,7 @@ from podferry.wire.messages import (
     Offer,
     PagesEnd,
     PageWanted,
+    Poise,
     Progress,
     Query,
     Refuse,
@@ -42,7 +44,6 @@ from podferry.wire.messages import (
     decode,
     encode,
 )
-from podferry.core.strict import MAX_DEPTH, fields_of
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +54,7 @@ SAMPLES: list[Message] = [
     Offer("m-1", "job", Mode.LIVE, {"image": "x", "n": [1, 2.5, None, True]}, {}, 1 << 40, 0),
     Accept("m-1", {"cpu": {"flags": ["a"]}}),
     Refuse("m-1", (REPORT,)),
+    Poise("m-1", True),
     RoundEnd(1, 2, 3),
     RoundAck(1),
     StateEnd("m-1", (FileSum(0, "core-1.img", 5, "ab"),), (SpaceSum(1, 2),), (TreeSum(0, 1, 2, "cd"),)),
