@@ -28,7 +28,7 @@ class Opened:
 class NotInjected(Failed):
     """A process could not be given a userfaultfd; it goes on unharmed. `outcome` says which kind of reason."""
 
-    code = "PF260"
+    code = "PF265"
     outcome = Outcome.REFUSED
 
 
