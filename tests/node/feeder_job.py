@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -281,3 +282,83 @@ def live(work: Path, pid: int, seed: int, pages: int, steps: int) -> None:
     job.look()  # before the restore has finished: CRIU's own code does that
     finish(connection)
     job.run(steps)
+
+
+@dataclass
+class Chunks:
+    """A thread's own pieces of memory: address, and for each page what it must hold (a number of `content`, or None)."""
+
+    chance: random.Random
+    seed: int
+    owned: list[tuple[int, list[int | None]]]
+
+    def run(self, steps: int) -> None:
+        """Reallocate, free and look, as an allocator does that maps and moves large blocks; the kernel chooses addresses."""
+        for _ in range(steps):
+            at = self.chance.randrange(len(self.owned))
+            address, pages = self.owned[at]
+            match self.chance.randrange(10):
+                case 0 | 1 | 2:
+                    self.look(address, pages, 3)
+                case 3 | 4 | 5 | 6:
+                    self.owned[at] = self.move(address, pages)
+                case 7:
+                    cut = self.chance.randrange(len(pages)) + 1
+                    check(libc.munmap(address, cut * PAGE))
+                    self.owned[at] = (address + cut * PAGE, pages[cut:])
+                case 8:
+                    first = self.chance.randrange(len(pages))
+                    check(libc.madvise(address + first * PAGE, PAGE, MADV_DONTNEED))
+                    pages[first] = None
+                case 9:
+                    self.fork()
+            if not self.owned[at][1]:
+                del self.owned[at]
+            if not self.owned:
+                return
+        for address, pages in self.owned:
+            self.look(address, pages, len(pages))
+
+    def look(self, address: int, pages: list[int | None], count: int) -> None:
+        for number in self.chance.sample(range(len(pages)), min(count, len(pages))):
+            page = pages[number]
+            wanted = bytes(PAGE) if page is None else content(self.seed, page)
+            mine = ctypes.string_at(address + number * PAGE, PAGE)
+            assert mine == wanted, f"page {page} at {address + number * PAGE:#x} holds {mine[:8].hex()}"
+
+    def move(self, address: int, pages: list[int | None]) -> tuple[int, list[int | None]]:
+        more = self.chance.choice([0, 1, 4])
+        to = libc.mremap(address, len(pages) * PAGE, (len(pages) + more) * PAGE, MAYMOVE, None)
+        assert to != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+        return to, [*pages, *[None] * more]
+
+    def fork(self) -> None:
+        child = os.fork()
+        if child:
+            _, status = os.waitpid(child, 0)
+            assert status == 0, f"a forked child ended with {status:#x}"
+            return
+        ended = 1
+        try:
+            for address, pages in self.owned:
+                self.look(address, pages, 5)
+            ended = 0
+        except AssertionError as error:
+            os.write(2, f"in a forked child: {error}\n".encode())
+        finally:
+            os._exit(ended)
+
+
+def live_threaded(work: Path, pid: int, seed: int, pages: int, steps: int) -> None:
+    """Be a job of several threads that all change the one address space at once."""
+    map_at(MOVED, pages * PAGE)
+    connection = hand_over(work, pid, MOVED, pages * PAGE)
+    finish(connection)
+    threads, size = 4, 8
+    owned: list[list[tuple[int, list[int | None]]]] = [[] for _ in range(threads)]
+    for first in range(0, pages, size):
+        owned[first // size % threads].append((MOVED + first * PAGE, list(range(first, first + size))))
+    jobs = [Chunks(random.Random(seed * threads + n), seed, owned[n]) for n in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(job.run, steps) for job in jobs]:
+            done.result()

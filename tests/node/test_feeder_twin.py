@@ -9,11 +9,11 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from feeder_job import MOVED, fill_store, live, write_images
+from feeder_job import MOVED, fill_store, live, live_threaded, write_images
 
 from podferry.memory import feeder, feeder_task
 from podferry.memory.feeder_status import State, read_status
@@ -71,7 +71,7 @@ def feed_slowly(place: Path, seed: int, ready: int) -> int:
     )
 
 
-def play(place: Path, seed: int) -> None:
+def play(place: Path, seed: int, life: Callable[..., None] = live) -> None:
     """One job, one feeder, one seed."""
     fill_store(place / "store", PID, seed, PAGES)
     write_images(place, {PID: [(MOVED, MOVED + PAGES * PAGE)]})
@@ -80,7 +80,7 @@ def play(place: Path, seed: int) -> None:
     os.close(writer)
     try:
         assert os.read(reader, 16) == b"ready\n"
-        job = in_child(live, place, PID, seed, PAGES, STEPS)
+        job = in_child(life, place, PID, seed, PAGES, STEPS)
         _, status = os.waitpid(job, 0)
         assert status == 0, f"seed {seed}: {read_status(place / 'status')}"
         _, status = os.waitpid(server, 0)
@@ -102,6 +102,12 @@ def play(place: Path, seed: int) -> None:
 def test_a_job_that_is_being_fed_equals_its_twin(place: Path, seeds: range) -> None:
     for seed in seeds:
         play(place, seed)
+
+
+@pytest.mark.parametrize("seeds", [range(n, n + 20) for n in range(0, 100, 20)], ids=lambda seeds: f"from{seeds.start}")
+def test_threads_that_change_one_address_space_at_once_lose_nothing(place: Path, seeds: range) -> None:
+    for seed in seeds:
+        play(place, seed, live_threaded)
 
 
 @pytest.mark.slow

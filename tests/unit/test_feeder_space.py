@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 
 import pytest
 from hypothesis import given
@@ -30,10 +32,12 @@ class Model:
             self.mapped.pop(page, None)
             self.origin.pop(page, None)
 
-    def remap(self, first: int, last: int, to: int) -> None:
-        areas = {page: self.mapped.pop(page) for page in range(first, last) if page in self.mapped}
+    def remap(self, first: int, last: int, to: int, *, leave: bool = False) -> None:
+        areas = {page: self.mapped[page] for page in range(first, last) if page in self.mapped}
         origins = {page: self.origin.pop(page) for page in range(first, last) if page in self.origin}
         self.unmap(to, to + last - first)
+        if not leave:
+            self.unmap(first, last)
         self.mapped.update({page + to - first: wiped for page, wiped in areas.items()})
         self.origin.update({page + to - first: origin for page, origin in origins.items()})
 
@@ -71,23 +75,27 @@ def apply(space: AddressSpace, model: Model, change: tuple[str, int, int, int]) 
         model.unmap(first, last)
     elif kind == "look":
         origins = {
-            run.value // PAGE + i: run.start // PAGE + i
+            origin // PAGE
             for run in space.origins(first * PAGE, last * PAGE)
-            for i in range((run.end - run.start) // PAGE)
+            for origin in range(run.start, run.end, PAGE)
         }
-        assert origins == {page: model.origin[page] for page in range(first, last) if page in model.origin}
+        assert origins == {model.origin[page] for page in range(first, last) if page in model.origin}
     elif to + last - first <= PAGES and (to >= last or to + last - first <= first):
         lost |= lost_pages(space.unmap(to * PAGE, (to + last - first) * PAGE))
-        lost |= lost_pages(space.remap(Remap(first * PAGE, to * PAGE, (last - first) * PAGE)))
+        space.remap(Remap(first * PAGE, to * PAGE, (last - first) * PAGE))
         assert not space.unsettled()
-        model.remap(first, last, to)
+        if kind == "remap":
+            assert space.unmap(first * PAGE, last * PAGE) == []
+        model.remap(first, last, to, leave=kind == "leave")
     assert lost == before - set(model.origin.values())
 
 
 pages = st.sets(st.integers(0, PAGES - 1))
 areas = st.dictionaries(st.integers(0, PAGES - 1), st.booleans())
 numbers = st.integers(0, PAGES - 1)
-changes = st.lists(st.tuples(st.sampled_from(["unmap", "remap", "remap", "look"]), numbers, st.integers(1, 8), numbers))
+changes = st.lists(
+    st.tuples(st.sampled_from(["unmap", "remap", "remap", "leave", "look"]), numbers, st.integers(1, 8), numbers)
+)
 
 
 @given(pages, areas, changes)
@@ -119,45 +127,96 @@ def test_a_child_goes_its_own_way(
     same(child, childs)
 
 
-@given(st.permutations(range(3)), st.sampled_from(["unmap", "move"]))
-def test_reports_of_two_threads_may_come_in_any_order(order: list[int], first: str) -> None:
-    """Thread 1 frees A (pages 0-3). Thread 2's mremap gets A for B (8-11). Thread 3 then gets B's old place for C (16-19)."""
+A, B, C, D = 0, 6, 12, 18
+SIZE = 4
 
-    def reports() -> list[tuple[str, int, int]]:
-        freeing = ("unmap", 0, 0) if first == "unmap" else ("remap", 0, 20)
-        return [freeing, ("remap", 8, 0), ("remap", 16, 8)]
 
-    space, model = build({*range(4), *range(8, 12), *range(16, 20)}, {})
-    truth = reports()
-    for kind, at, to in truth:
-        model.unmap(at, at + 4) if kind == "unmap" else model.remap(at, at + 4, to)
-    for position in order:
-        kind, at, to = truth[position]
-        if kind == "unmap":
-            space.unmap(at * PAGE, (at + 4) * PAGE)
+def move(start: int, to: int) -> list[tuple[str, int, int]]:
+    """How the kernel reports an mremap: in two steps."""
+    return [("remap", start, to), ("unmap", start, start)]
+
+
+def report(space: AddressSpace, change: tuple[str, int, int]) -> None:
+    kind, first, to = change
+    if kind == "unmap":
+        space.unmap(first * PAGE, (first + SIZE) * PAGE)
+    else:
+        space.remap(Remap(first * PAGE, to * PAGE, SIZE * PAGE))
+
+
+def merges(*threads: list[tuple[str, int, int]]) -> Iterator[list[tuple[int, tuple[str, int, int]]]]:
+    """Every order in which the reports of threads can be read, each with its thread's number."""
+    order = [number for number, steps in enumerate(threads) for _ in steps]
+    for shuffled in sorted(set(permutations(order))):
+        rest = [iter(steps) for steps in threads]
+        yield [(number, next(rest[number])) for number in shuffled]
+
+
+FREEING = [[("unmap", A, A)], move(A, D)]
+
+
+@pytest.mark.parametrize("freeing", FREEING, ids=["unmap", "move"])
+def test_reports_of_three_threads_may_come_in_any_order(freeing: list[tuple[str, int, int]]) -> None:
+    """The first frees A, the second's mremap gets A for what is at B, the third's gets B for what is at C."""
+    for merged in merges(freeing, move(B, A), move(C, B)):
+        space, model = build({page + n for page in (A, B, C) for n in range(SIZE)}, {})
+        for _, change in merged:
+            report(space, change)
+        if len(freeing) == 1:
+            model.unmap(A, A + SIZE)
         else:
-            space.remap(Remap(at * PAGE, to * PAGE, 4 * PAGE))
-    assert not space.unsettled()
-    same(space, model)
+            model.remap(A, A + SIZE, D)
+        model.remap(B, B + SIZE, A)
+        model.remap(C, C + SIZE, B)
+        assert not space.unsettled(), merged
+        same(space, model)
 
 
-def test_a_move_that_waits_in_vain_is_carried_out_once_nothing_is_under_way() -> None:
-    space, model = build({0, 1}, {})
-    assert space.remap(Remap(0, PAGE, PAGE)) == []
+@pytest.mark.parametrize("freeing", FREEING, ids=["unmap", "move"])
+def test_a_child_has_what_its_thread_has_moved(freeing: list[tuple[str, int, int]]) -> None:
+    """Thread 2 gets A for what is at B, and forks once its mremap has returned, whatever of thread 1 is unread."""
+    for merged in merges(freeing, move(B, A)):
+        space, _ = build({page + n for page in (A, B) for n in range(SIZE)}, {})
+        left = 2
+        for thread, change in merged:
+            report(space, change)
+            left -= thread
+            if thread and not left:
+                child, _ = space.fork()
+                assert not child.unsettled()
+                assert child.origin(A * PAGE) == B * PAGE, merged
+                assert child.target(B * PAGE, PAGE) == (B * PAGE, (B + 1) * PAGE, A * PAGE)
+        assert space.origin(A * PAGE) == B * PAGE
+
+
+@pytest.mark.parametrize(
+    ("sequel", "place"), [([("unmap", A, A)], None), (move(A, C), C)], ids=["unmapped again", "moved again"]
+)
+def test_pages_in_flight_can_go_on(sequel: list[tuple[str, int, int]], place: int | None) -> None:
+    """Thread 1 has moved A away, its second report is late. Thread 2 moves B to A and at once does more with it."""
+    for merged in merges([("unmap", A, A)], [*move(B, A), *sequel]):
+        space, _ = build({page + n for page in (A, B) for n in range(SIZE)}, {})
+        report(space, ("remap", A, D))
+        for _, change in merged:
+            report(space, change)
+        assert not space.unsettled()
+        found = space.target(B * PAGE, SIZE * PAGE)
+        assert (found.value // PAGE if found else None) == place, merged
+        assert space.origin(D * PAGE) == A * PAGE
+
+
+def test_pages_in_flight_can_be_dropped() -> None:
+    space, _ = build({A, B}, {})
+    report(space, ("remap", B, A))
     assert space.unsettled()
-    assert space.origin(0) == 0
+    assert B in lost_pages(space.origins(A * PAGE, (A + 1) * PAGE))
+
+
+def test_what_is_in_flight_in_vain_lands_once_nothing_is_under_way() -> None:
+    space, model = build({0, 1}, {})
+    space.remap(Remap(0, PAGE, PAGE))
+    assert space.unsettled()
+    assert space.target(0, PAGE) is None
     assert lost_pages(space.settle()) == {1}
     model.remap(0, 1, 1)
-    same(space, model)
-
-
-def test_a_child_does_not_wait_for_what_is_reported_to_its_parent() -> None:
-    space, model = build({*range(4), *range(8, 12)}, {})
-    space.remap(Remap(8 * PAGE, 0, 4 * PAGE))
-    child, lost = space.fork()
-    assert lost_pages(lost) == {0, 1, 2, 3}
-    model.remap(8, 12, 0)
-    same(child, model)
-    assert space.unsettled()
-    space.unmap(0, 4 * PAGE)
     same(space, model)

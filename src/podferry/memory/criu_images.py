@@ -72,7 +72,7 @@ def lazy_pages(images: Path, pid: int) -> Runs:
             starts.append(start)
             ends.append(end)
         last = end
-    return Runs.disjoint(starts, ends)
+    return Runs(zip(starts, ends, strict=True))
 
 
 def anonymous_areas(images: Path, pid: int) -> RunMap:

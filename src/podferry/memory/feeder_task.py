@@ -103,7 +103,7 @@ class Task:
             case uffd.Remove(start, end):
                 self._forgive(self.space.origins(start, end))
             case uffd.Remap():
-                self._forgive(self.space.remap(message))
+                self.space.remap(message)
             case uffd.Fork(fd):
                 return self._fork(fd)
             case uffd.PageFault(address):

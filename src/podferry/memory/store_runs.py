@@ -65,7 +65,7 @@ class RunMap:
 
     def runs(self) -> Runs:
         """The addresses as a set, without their values."""
-        return Runs.disjoint(self._starts, self._ends)
+        return Runs(zip(self._starts, self._ends, strict=True))
 
     def at(self, address: int) -> int | None:
         """The value of one address, or None."""
