@@ -241,8 +241,24 @@ class Arriving:
         except PodferryError as error:
             raise Failed.because("the restore failed", error) from error
         self._journal.release("starter")
+        return await self.resumed()
+
+    async def resumed(self) -> float:
+        """Since when it runs, as `release` returns it, for an agent that was restarted. Raises where it is gone."""
+        if self._feeder is None:
+            self._feeder = process_of(self._journal.ledger.facts("feeder"))
         status = await self._status_of_feeder("filling", "done")
+        if not await self.is_here():
+            raise Failed("the job is gone", evidence=self._log_of("feeder"))
         return float(status["resumed_ns"]) / 1e9
+
+    async def is_here(self) -> bool:
+        """Whether containerd has a task of it, running or ended."""
+        try:
+            await to_thread.run_sync(self._containerd.task, self._offer.record.id)
+        except NotFound:
+            return False
+        return True
 
     async def _adopt(self) -> None:
         """Go on where a killed agent was: its wrapper has ended unless the verdict was given; then wait for what became of it."""
@@ -290,7 +306,7 @@ class Arriving:
             alive = self._feeder is not None and self._feeder.alive()
             with suppress(OSError, ValueError):
                 status: Json = json.loads(path.read_text())
-                if status["state"] in wanted:
+                if status["state"] in wanted and (alive or status["state"] == "done"):
                     return status
                 if status["state"] == "failed":
                     raise Failed("the page feeder failed", why=_reason(status), evidence=self._log_of("feeder"))

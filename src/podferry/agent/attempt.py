@@ -55,7 +55,7 @@ class Attempt(Generic[Phase, Event]):
 
     def cause_of(self, error: BaseException) -> PodferryError:
         """What went wrong, out of the groups that tasks wrap it in. What is not ours is a bug and is logged whole."""
-        causes = list(_leaves(error))
+        causes = list(leaves(error))
         for cause in causes:
             if isinstance(cause, PodferryError):
                 return cause
@@ -81,9 +81,10 @@ class Attempt(Generic[Phase, Event]):
         self.ended.set()
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors themselves, out of the groups that tasks wrap them in."""
     if isinstance(error, BaseExceptionGroup):
         for one in error.exceptions:
-            yield from _leaves(one)
+            yield from leaves(one)
     else:
         yield error

@@ -14,6 +14,7 @@ import anyio
 
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
+from podferry.node.records import Status
 
 END_TIMEOUT = 10.0
 INHERITED = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PODFERRY_RUN")
@@ -42,10 +43,11 @@ def kill_helper(facts: Mapping[str, Any]) -> None:
     reap(process)
 
 
-def reap(process: Process) -> None:
+def reap(process: Process | None) -> None:
     """Take note of a child's end, so that it leaves no zombie."""
     with suppress(ChildProcessError):
-        os.waitpid(process.pid, os.WNOHANG)
+        if process is not None:
+            os.waitpid(process.pid, os.WNOHANG)
 
 
 async def ended(process: Process) -> None:
@@ -60,6 +62,16 @@ async def ended(process: Process) -> None:
     finally:
         os.close(pidfd)
     reap(process)
+
+
+def runs(containerd: Containerd, id: str) -> bool:
+    """Whether a container's task is there and has not ended. Where containerd does not say, nothing speaks against it."""
+    try:
+        return containerd.task(id).status is not Status.STOPPED
+    except NotFound:
+        return False
+    except ContainerdFailed:
+        return True
 
 
 def remove_task(containerd: Containerd, id: str) -> None:

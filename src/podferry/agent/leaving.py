@@ -18,13 +18,13 @@ import anyio
 from anyio import to_thread
 
 from podferry.agent.config import Config
-from podferry.agent.helpers import remove_task
+from podferry.agent.helpers import reap, remove_task, runs
 from podferry.agent.journal import Journal
 from podferry.agent.offered import Offered
 from podferry.agent.owed import Owed
 from podferry.agent.ports import Change
 from podferry.core.undo import Handler
-from podferry.errors import Bug, Failed
+from podferry.errors import Bug, Failed, PodferryError
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.reader import Data, Reader
 from podferry.memory.tracker import Kind, Round, create
@@ -233,8 +233,15 @@ class Leaving:
                 await anyio.wait_readable(pidfd)
             finally:
                 os.close(pidfd)
-        status = await to_thread.run_sync(self._containerd.wait_task, self._offered.record.id, 5.0)
+        try:
+            status = await to_thread.run_sync(self._containerd.wait_task, self._offered.record.id, 5.0)
+        except PodferryError:
+            return "its exit status is not known"
         return f"exit status {status}"
+
+    async def runs(self) -> bool:
+        """Whether the container is there and has not ended."""
+        return await to_thread.run_sync(runs, self._containerd, self._offered.record.id)
 
     async def commit(self) -> None:
         """Kill the frozen original and remove what is left of it here."""
@@ -268,6 +275,10 @@ class Remains:
         pids = {pid_inside(pid): pid for pid in seen.spaces}
         return Owed(pids, {space: seen.spaces[pid].written for space, pid in pids.items()})
 
+    async def runs(self) -> bool:
+        """Whether the container is there and has not ended."""
+        return await to_thread.run_sync(runs, self._containerd, self._offered.record.id)
+
     async def close(self) -> None:
         """Nothing is open."""
 
@@ -282,7 +293,9 @@ def commit(journal: Journal, containerd: Containerd, offered: Offered) -> None:
     """Kill the frozen original and remove its task, record, snapshot and log. May be called again after a failure."""
     record = offered.record
     if (facts := journal.ledger.facts("hold")) is not None:
-        Hold.from_dict(dict(facts)).commit()
+        hold = Hold.from_dict(dict(facts))
+        hold.commit()
+        reap(hold.runc)
     for kind in ("hold", "freeze", "quota"):
         journal.release(kind)
     remove_task(containerd, record.id)
@@ -301,8 +314,10 @@ def handlers() -> dict[str, Handler]:
         return lambda facts: to_thread.run_sync(function, facts)
 
     def roll_back(facts: Mapping[str, Any]) -> None:
+        hold = Hold.from_dict(dict(facts))
         with suppress(CgroupFailed):
-            Hold.from_dict(dict(facts)).rollback()
+            hold.rollback()
+        reap(hold.runc)
 
     def thaw(facts: Mapping[str, Any]) -> None:
         with suppress(CgroupFailed):

@@ -54,6 +54,10 @@ class Owed:
                     if left := Runs.of(start, end) - self._given.get(space, EMPTY):
                         yield from self._read(reader, space, left)
 
+    def start_over(self) -> None:
+        """Nobody knows what arrived of what was given: all of it is owed again."""
+        self._given.clear()
+
     def close(self) -> None:
         """Let go of the processes."""
         for reader in self._asking.values():

@@ -53,7 +53,11 @@ class HeldJob(Protocol):
         ...
 
     async def commit(self) -> None:
-        """Kill the frozen original. Only after the target said that it runs."""
+        """Kill the frozen original. Only after the target said that it runs. May be called again after a failure."""
+        ...
+
+    async def runs(self) -> bool:
+        """Whether the container is there and has not ended; frozen counts."""
         ...
 
     async def close(self) -> None:
@@ -165,6 +169,14 @@ class ArrivingJob(Protocol):
 
     async def close(self) -> None:
         """Let go of descriptors and watchers; what was made stays."""
+        ...
+
+    async def resumed(self) -> float:
+        """Since when it runs, as `release` returns it, for an agent that was restarted. Raises where it is gone."""
+        ...
+
+    async def is_here(self) -> bool:
+        """Whether containerd has a task of it, running or ended."""
         ...
 
     async def filled(self) -> Json:

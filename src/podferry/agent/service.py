@@ -100,40 +100,45 @@ class Agent:
         forget_old(self.config.migrations, KEEP_RECORDS)
         for directory in journals(self.config.migrations):
             journal = Journal(directory)
-            role, offered = journal.facts.get("role"), journal.facts.get("offered")
-            ends: frozenset[str] = SOURCE_ENDS if role == "source" else TARGET_ENDS
-            if not offered or journal.phase in ends or not journal.phase:
+            ends: frozenset[str] = SOURCE_ENDS if journal.facts.get("role") == "source" else TARGET_ENDS
+            if journal.phase in ends or "record" not in journal.facts:
                 journal.close()
                 continue
             self.log.warning(
                 "taking up a migration that was interrupted", migration=directory.name, phase=journal.phase
             )
-            story = Story.from_dict(journal.load_record() or journal.facts["record"])
-            attempt: Source | Target
-            attempt = self._source_again(journal, story) if role == "source" else self._target_again(journal, story)
-            self._start(attempt.go_on)
+            try:
+                self._start(self._again(journal).go_on)
+            except Exception:
+                self.log.exception("what is left of a migration cannot be read", migration=directory.name)
+
+    def _again(self, journal: Journal) -> Source | Target:
+        story = Story.from_dict(journal.load_record() or journal.facts["record"])
+        if journal.facts["role"] == "source":
+            source = self._sources[story.id] = self._source_again(journal, story)
+            return source
+        target = self._targets[story.id] = self._target_again(journal, story)
+        return target
 
     def _source_again(self, journal: Journal, story: Story) -> Source:
-        offered = Offered.from_dict(journal.facts["offered"], story.name)
-        source = Source(
+        held = None
+        if "offered" in journal.facts:
+            held = leaving.Remains(journal, self.containerd, Offered.from_dict(journal.facts["offered"], story.name))
+        return Source(
             Order(story.mode),
             partial(self._dial, story.target),
             journal,
             story,
             leaving.handlers(),
-            SourcePhase(journal.phase),
-            held=leaving.Remains(journal, self.containerd, offered),
+            SourcePhase(journal.phase or SourcePhase.CHECK),
+            held=held,
         )
-        self._sources[story.id] = source
-        return source
 
     def _target_again(self, journal: Journal, story: Story) -> Target:
         offered = Offered.from_dict(journal.facts["offered"], story.name)
         job = Arriving(self.config, self.containerd, journal, offered)
         handlers = arriving.handlers(self.config, self.containerd)
-        target = Target(job, journal, story, handlers, TargetPhase(journal.phase))
-        self._targets[story.id] = target
-        return target
+        return Target(job, journal, story, handlers, TargetPhase(journal.phase or TargetPhase.RECEIVE))
 
     # What people ask.
 
@@ -272,6 +277,7 @@ class Agent:
         id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         journal = Journal(self.config.migrations / id)
         story = Story(id, name, self.config.node, to, order.mode)
+        journal.note(role="source", record=story.to_dict())
         source = Source(order, partial(self._dial, to), journal, story, leaving.handlers())
         self._sources[id] = source
 
@@ -279,7 +285,7 @@ class Agent:
             view = await to_thread.run_sync(partial(self.inspection.container, name))
             choice = view.demand_movable(order.mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
-            journal.note(role="source", offered=view.offered.to_dict(), record=story.to_dict())
+            journal.note(offered=view.offered.to_dict(), record=story.to_dict())
             job = Leaving(
                 self.config,
                 self.containerd,
@@ -369,13 +375,23 @@ class Agent:
         await target.converse(channel, first, self._start)
 
     async def _answer(self, channel: Channel, migration: str) -> None:
-        target = self._targets.get(migration)
+        target = self._targets.get(migration) or self._remembered(migration)
         if target is None:
             await channel.send(Unknown(migration))
             return
         if target.story.source != channel.peer:
             raise PeerUntrusted(f"{channel.peer} asks for a migration of {target.story.source}'s")
         await target.tell(channel, asked=True)
+
+    def _remembered(self, migration: str) -> Target | None:
+        """The target's half of a migration that had ended before this agent began."""
+        if not _ID.fullmatch(migration) or not (self.config.migrations / migration).exists():
+            return None
+        journal = Journal(self.config.migrations / migration)
+        journal.close()
+        if journal.facts.get("role") != "target" or journal.phase not in TARGET_ENDS:
+            return None
+        return self._target_again(journal, Story.from_dict(journal.load_record() or journal.facts["record"]))
 
     def _report(self, error: PodferryError) -> None:
         self.log.warning("a conversation ended with an error", error=str(error), evidence=error.evidence)

@@ -7,57 +7,48 @@ on only the target's own word, or a person's, can bring it back.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import anyio
-import xxhash
 from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import Attempt
+from podferry.agent.contact import Contact
 from podferry.agent.journal import Journal
 from podferry.agent.letters import Letters
-from podferry.agent.owed import Owed
-from podferry.agent.pages import PageSender
-from podferry.agent.ports import IMAGES, LOG, UPPER, Change, HeldJob, LeavingJob
+from podferry.agent.ports import Change, HeldJob, LeavingJob
+from podferry.agent.sending import Sender
 from podferry.agent.story import Story
 from podferry.core.phases import SourceEvent, SourcePhase, source_machine
 from podferry.core.precopy import Policy, Round, Step, decide
-from podferry.core.undo import Handler
+from podferry.core.undo import Handler, Leftover
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
 from podferry.model import Mode, Outcome
 from podferry.wire.channel import Channel
-from podferry.wire.frames import MAX_PAYLOAD, File, Pages, Tree
+from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import (
     Abort,
     Accept,
     Crashed,
     Done,
-    FileSum,
     Filled,
     GaveUp,
-    Go,
     Offer,
-    PagesEnd,
-    PageWanted,
     Poise,
     Poised,
-    Query,
     Ready,
     Refuse,
-    Restoring,
     RoundAck,
     RoundEnd,
     Running,
-    StateEnd,
-    Unknown,
 )
 
 ASK_AGAIN = 1.0
 ROUND_PAUSE = 0.02
 DRAIN_PATIENCE = 120.0
+COMMIT_TRIES = 30
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,6 @@ class Order:
     policy: Policy = field(default_factory=Policy)
 
 
-Kind = TypeVar("Kind")
 Propose = Callable[[], Awaitable[tuple[Offer, LeavingJob]]]
 """Looks at the container and says what is offered. Raises `Refused` where it cannot move."""
 
@@ -98,14 +88,12 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self._cause: PodferryError | None = None
         self._resolved: SourceEvent | None = None
         self._verdict = anyio.Event()
-        self._frozen_at = 0.0
+        self._frozen_at = float(journal.facts.get("frozen_at", 0.0))
         self._quota = 1.0
-        self._log_bytes = 0
         self._pending = Change()
         self._filled = False
-        self._owed: Owed | None = None
         self._postcopy = bool(journal.facts.get("postcopy"))
-        self._pages: PageSender
+        self._sender: Sender
 
     # What may be asked from outside.
 
@@ -181,7 +169,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             letters = await Letters.open(helpers, self._dial())
             helpers.start_soon(self._watch_container)
             letters.channel.limit(self.order.bandwidth)
-            self._pages = PageSender(letters.channel)
+            self._sender = Sender(letters.channel, self.story)
             await letters.channel.send(proposal)
             answer = await letters.expect(Accept, Refuse)
         if isinstance(answer, Refuse):
@@ -199,8 +187,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         await self.at_gate()
         if self.order.mode is Mode.LIVE:
             with self.story.span("upper layer, first pass"):
-                await self._send_upper(letters, last=False)
-                await self._send_log(letters, last=False)
+                await self._sender.files(self.job, last=False)
             self._pending = await self.job.look()
             await self._round(letters)
             while not await self._converged():
@@ -253,7 +240,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         """Send what is pending, see it arrive, and look what was written meanwhile: that is pending then."""
         number, began, before = len(self.story.rounds) + 1, time.monotonic(), letters.channel.traffic.sent
         start = self.story.now()
-        pages = await self._send_pages(self._pending, number)
+        pages = await self._sender.change(self.job, self._pending, number)
         sent = letters.channel.traffic.sent - before
         await letters.channel.send(RoundEnd(number, pages, sent))
         while (await letters.expect(RoundAck)).round != number:
@@ -274,27 +261,23 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self.fire(SourceEvent.POISED)
         await self.at_gate()
         self._frozen_at = time.monotonic()
+        self.journal.note(frozen_at=self._frozen_at)
         with self.story.span("freeze"):
             await self.job.freeze()
         with self.story.span("last look"):
             change = self._pending | await self.job.last_look()
-        files: list[FileSum] = []
         async with anyio.create_task_group() as parts:
-            parts.start_soon(self._send_images, letters, files)
+            parts.start_soon(self._sender.images, self.job)
             with self.story.span("last pages", detail=f"{change.bytes >> 10} KiB{' left for later' * self._postcopy}"):
                 if self._postcopy:
-                    for drop in self.job.owe(change):
-                        await self._pages.send(drop)
+                    await self._sender.frames(self.job.owe(change))
                 else:
-                    await self._send_pages(change, len(self.story.rounds) + 1)
+                    await self._sender.change(self.job, change, len(self.story.rounds) + 1)
             with self.story.span("upper layer, last pass"):
-                await self._send_upper(letters, last=True)
-                await self._send_log(letters, last=True)
-        files.append(FileSum(LOG, "log", self._log_bytes, ""))
-        tree = self.job.upper_totals(UPPER)
+                await self._sender.files(self.job, last=True)
         with self.story.span("check what arrived", "target"):
             spaces = () if self._postcopy else self.job.memory_totals()
-            await letters.channel.send(StateEnd(self.story.id, tuple(files), spaces, (tree,)))
+            await letters.channel.send(self._sender.state_end(self.job, spaces))
             await letters.expect(Ready)
 
     def _pass_the_right_to_run(self) -> None:
@@ -304,135 +287,87 @@ class Source(Attempt[SourcePhase, SourceEvent]):
     async def _after_go(self, helpers: TaskGroup, letters: Letters | None) -> None:
         """Find out whether the job runs there, however long it takes, and act on it."""
         await self.at_gate()
-        word = await self._say_go(letters) if letters else None
-        while word is None and self._resolved is None:
+        contact = Contact(self.story, self.log, self._dial, self._original().owed if self._postcopy else None)
+        word: Running | GaveUp | Filled | None = await contact.say_go(letters) if letters else None
+        while word is None or (self._postcopy and isinstance(word, Running)):
+            if isinstance(word, Running):
+                word = await self._serve(contact, word)
+                continue
             if self.phase is not SourcePhase.LOST:
                 self.fire(SourceEvent.CONTACT_LOST)
-            letters, word = await self._ask(helpers)
+            if self._resolved is not None:
+                break
+            word = await contact.ask(helpers)
+            if word is None:
+                await self._verdict_within(ASK_AGAIN)
         if self._resolved is SourceEvent.RESOLVED_HERE:
             self.fire(SourceEvent.RESOLVED_HERE)
-            await self._undo(Failed("contact was lost, and a person decided that the job runs on here"), letters)
-        elif self._resolved is SourceEvent.RESOLVED_THERE:
-            self.fire(SourceEvent.RESOLVED_THERE)
-            await self._commit(letters)
+            await self._undo(
+                Failed("contact was lost, and a person decided that the job runs on here"), contact.letters
+            )
         elif isinstance(word, GaveUp):
             self.fire(SourceEvent.GAVE_UP)
-            await self._undo(word.error.error(), letters)
-        elif letters is not None and isinstance(word, Running):
-            self._downtime_ended(word.ran_ns / 1e9)
-            if not self._postcopy:
+            await self._undo(word.error.error(), contact.letters)
+        else:
+            if isinstance(word, Running):
+                self._downtime_ended(word.ran_ns / 1e9)
                 self.fire(SourceEvent.RUNNING)
-                await self._commit(letters)
-            elif await self._serve(letters):
-                await self._commit(letters)
-            else:
-                await self._after_go(helpers, None)
+            elif self._resolved is SourceEvent.RESOLVED_THERE:
+                self.fire(SourceEvent.RESOLVED_THERE)
+            await self._commit(contact.letters)
 
-    async def _serve(self, letters: Letters) -> bool:
-        """Post-copy: give the running job its memory, first what it waits for. False when contact was lost."""
+    async def _serve(self, contact: Contact, word: Running) -> Filled | None:
+        """Post-copy: the target needs this node until it has every page. None when contact was lost before."""
+        self._downtime_ended(word.ran_ns / 1e9)
         self.fire(SourceEvent.RUNNING_SHORT)
         await self.at_gate()
-        self._pages = PageSender(letters.channel)
-        try:
-            async with self._answering(letters) as owed:
-                with self.story.span("serve pages", detail=f"{owed.bytes >> 20} MiB owed at the resume"):
-                    for frame in owed.rest():
-                        await self._pages.send(frame)
-                        self.story.sent(letters.channel.traffic.sent)
-                    await letters.channel.send(PagesEnd(self.story.id, ()))
-                    word = await letters.expect(Filled, Crashed)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the target needs this node
-            self.log.warning("contact lost while serving pages", error=str(self.cause_of(error)))
-            self.fire(SourceEvent.CONTACT_LOST)
-            return False
-        if not isinstance(word, Filled):
-            self.fire(SourceEvent.CONTACT_LOST, note="the job died on the target before it had all its memory")
-            return False
-        self.story.extra["filled_ms"] = word.ms
-        self._filled = True
-        self.fire(SourceEvent.FILLED)
-        return True
+        filled = await contact.serve()
+        if filled is not None:
+            self.story.extra["filled_ms"] = filled.ms
+            self._filled = True
+            self.fire(SourceEvent.FILLED)
+        return filled
 
-    @asynccontextmanager
-    async def _answering(self, letters: Letters) -> AsyncIterator[Owed]:
-        """Post-copy: send each page that the job, or its restore, waits for, as long as the context lasts."""
-        owed = self._owed = self._owed or self._original().owed()
-
-        async def answer() -> None:
-            while True:
-                want = await letters.expect(PageWanted)
-                for frame in owed.wanted(want.space, want.address):
-                    await letters.channel.send(frame)
-
-        async with anyio.create_task_group() as answers:
-            answers.start_soon(answer)
-            try:
-                yield owed
-            finally:
-                answers.cancel_scope.cancel()
+    async def _verdict_within(self, seconds: float) -> None:
+        """Wait before the target is asked again; a person's verdict ends the wait."""
+        with anyio.move_on_after(seconds):
+            await self._verdict.wait()
 
     def _original(self) -> HeldJob:
         if self._held is None:
             raise Bug("there is no frozen original")
         return self._held
 
-    async def _say_go(self, letters: Letters) -> Running | GaveUp | None:
-        """Send GO and hear what became of it; None where the contact broke."""
-        start = self.story.now()
-        try:
-            await letters.channel.send(Go(self.story.id))
-            return await self._hear(letters, Running, GaveUp)
-        except Exception as error:  # noqa: BLE001 - whatever it is, only the target knows now
-            self.log.warning("contact lost after GO", error=str(self.cause_of(error)))
-            return None
-        finally:
-            self.story.add_span("restore", "target", start, self.story.now())
-
-    async def _hear(self, letters: Letters, *kinds: type[Kind]) -> Kind:
-        """The target's next word of one of `kinds`; in post-copy even its restore needs pages meanwhile."""
-        if not self._postcopy:
-            return await letters.expect(*kinds)
-        async with self._answering(letters):
-            return await letters.expect(*kinds)
-
-    async def _ask(self, helpers: TaskGroup) -> tuple[Letters | None, Running | GaveUp | None]:
-        """Try to reach the target again, once; a person's verdict ends the wait early."""
-        try:
-            letters = await Letters.open(helpers, self._dial())
-            await letters.channel.send(Query(self.story.id))
-            while True:
-                match await self._hear(letters, Running, GaveUp, Restoring, Unknown, Crashed):
-                    case (Running() | GaveUp()) as word:
-                        return letters, word
-                    case Unknown():
-                        self.log.error("the target has no record of this migration; `podferry resolve` decides")
-                        break
-                    case Crashed() as crashed:
-                        self.log.error("the job died on the target", error=str(crashed.error.error()))
-                        break
-                    case Restoring():
-                        continue
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is asked again
-            self.log.info("the target does not answer", error=str(self.cause_of(error)))
-        with anyio.move_on_after(ASK_AGAIN):
-            await self._verdict.wait()
-        return None, None
-
     async def _commit(self, letters: Letters | None) -> None:
         """The job runs there: the frozen original here is killed and cleaned away."""
         await self.at_gate()
         with anyio.CancelScope(shield=True), self.story.span("commit"):
-            await self._original().commit()
-            leftovers = await self.take_back()
+            leftovers = await self._kill_original()
+            leftovers += await self.take_back()
         if leftovers:
             self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
         self.fire(SourceEvent.COMMITTED)
         await self._drain(letters)
 
+    async def _kill_original(self) -> list[Leftover]:
+        """What cannot be killed stays frozen: the ledger forgets it, so that nothing thaws it."""
+        for _ in range(COMMIT_TRIES):
+            try:
+                await self._original().commit()
+                return []
+            except Exception as error:  # noqa: BLE001 - the job runs on the target: here it must end
+                cause = self.cause_of(error)
+                self.log.error("the original cannot be removed", error=str(cause))
+                await anyio.sleep(ASK_AGAIN)
+        for kind in ("hold", "freeze", "quota"):
+            self.journal.release(kind)
+        return [Leftover("original", str(cause))]
+
     async def _drain(self, letters: Letters | None) -> None:
         """The target fills the job's memory from its own store. The source is not needed, only curious."""
         await self.at_gate()
         event = SourceEvent.CONTACT_LOST
+        died: PodferryError | None = None
         with anyio.move_on_after(DRAIN_PATIENCE), self.story.span("fill", "target"):
             try:
                 if letters is not None and self._filled:
@@ -442,13 +377,18 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                     if isinstance(filled, Filled):
                         event = SourceEvent.FILLED
                         self.story.extra["filled_ms"] = filled.ms
+                    elif isinstance(filled, Crashed):
+                        died = filled.error.error()
                 if letters is not None:
                     await letters.channel.send(Done(self.story.id))
                     await letters.close()
             except PodferryError as error:
                 self.log.info("contact lost after the commit", error=str(error))
         self.fire(event)
-        self._end(Outcome.COMPLETED, "the job runs on the target")
+        if died is not None:
+            lost = Failed.because("the job moved, and died on the target before it had all its memory", died)
+            return self._end(Outcome.FAILED, str(lost), lost)
+        return self._end(Outcome.COMPLETED, "the job runs on the target")
 
     # The way back.
 
@@ -471,6 +411,10 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 evidence=cause.evidence,
             )
             self.fire(SourceEvent.UNDONE_FAILED)
+            return self._end(Outcome.FAILED, str(error), error)
+        if self._held is not None and not await self._held.runs():
+            self.fire(SourceEvent.UNDONE_FAILED)
+            error = Failed.because("the job has ended", cause)
             return self._end(Outcome.FAILED, str(error), error)
         if isinstance(cause, Cancelled):
             self.fire(SourceEvent.UNDONE_CANCELLED)
@@ -507,38 +451,3 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             end = max(self._frozen_at, time.monotonic() - seconds_ago)
             self.story.downtime_ms = (end - self._frozen_at) * 1e3
             self.story.add_span("downtime", "source", self.story.at(self._frozen_at), self.story.at(end))
-
-    # What is sent.
-
-    async def _send_pages(self, change: Change, number: int) -> int:
-        """Send what `change` lists. Returns how many pages carried data."""
-        pages = 0
-        for frame in self.job.read(change, number):
-            await self._pages.send(frame)
-            if isinstance(frame, Pages):
-                pages += frame.count
-                self.story.memory_bytes += len(frame.payload)
-            self.story.sent(self._pages.channel.traffic.sent)
-        return pages
-
-    async def _send_upper(self, letters: Letters, *, last: bool) -> None:
-        async for record in self.job.upper(last=last):
-            await letters.channel.send(Tree(UPPER, record))
-            self.story.upper_bytes += len(record)
-            self.story.sent(letters.channel.traffic.sent)
-
-    async def _send_log(self, letters: Letters, *, last: bool) -> None:
-        async for offset, data in self.job.log(last=last):
-            await letters.channel.send(File(LOG, "log", offset, data))
-            self._log_bytes = offset + len(data)
-
-    async def _send_images(self, letters: Letters, files: list[FileSum]) -> None:
-        with self.story.span("dump", detail="CRIU, all but private memory"):
-            images = await self.job.dump()
-        with self.story.span("send images", detail=f"{sum(map(len, images.values())) >> 10} KiB"):
-            for name, data in images.items():
-                files.append(FileSum(IMAGES, name, len(data), xxhash.xxh3_128_hexdigest(data)))
-                for offset in range(0, max(len(data), 1), MAX_PAYLOAD):
-                    piece = data[offset : offset + MAX_PAYLOAD]
-                    last = offset + MAX_PAYLOAD >= len(data)
-                    await letters.channel.send(File(IMAGES, name, offset, piece, last=last))

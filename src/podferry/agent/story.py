@@ -40,6 +40,7 @@ class Story:
         self.total_ms: float | None = None
         self.wire_bytes = self.memory_bytes = self.upper_bytes = 0
         self.rounds: list[Round] = []
+        self._rounds_before: list[dict[str, Any]] = []
         self.spans: list[dict[str, Any]] = []
         self.extra: dict[str, Any] = {}
         self._to_send = 0
@@ -54,8 +55,12 @@ class Story:
         story.started_at = record["started_at"]
         story._began = time.monotonic() - max(0.0, time.time() - story.started_at)
         story.phases, story.spans = dict(record["phases"]), list(record["spans"])
-        for name in ("wire_bytes", "memory_bytes", "upper_bytes", "downtime_ms"):
+        for name in ("wire_bytes", "memory_bytes", "upper_bytes", "downtime_ms", "phase", "reason"):
             setattr(story, name, record[name])
+        story._phase_since = story.now()
+        story._rounds_before = list(record["rounds_detail"])
+        story.error = PodferryError.from_dict(record["error"]) if record["error"] else None
+        story.extra = {name: value for name, value in record.items() if name not in story.to_dict()}
         return story
 
     def now(self) -> float:
@@ -143,13 +148,14 @@ class Story:
             "wire_bytes": self.wire_bytes,
             "memory_bytes": self.memory_bytes,
             "upper_bytes": self.upper_bytes,
-            "rounds": len(self.rounds),
+            "rounds": len(self._rounds_before) + len(self.rounds),
             "phases": {name: ms for name, ms in self.phases.items() if name},
             "phase": self.phase,
             "started_at": self.started_at,
             "ended_at": self.ended_at,
             "spans": self.spans,
-            "rounds_detail": [
+            "rounds_detail": self._rounds_before
+            + [
                 {
                     "round": one.number,
                     "pages": one.pages,

@@ -25,6 +25,7 @@ from podferry.wire.channel import Channel
 from podferry.wire.frames import PAGE, Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
     Abort,
+    Crashed,
     ErrorReport,
     Filled,
     GaveUp,
@@ -65,6 +66,11 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._filled: Filled | None = None
         self._error: PodferryError | None = None
         self._word_known = anyio.Event()
+        self._one_gives_up = anyio.Lock()
+        if self.machine.ended:
+            self._error = story.error
+            self._word_known.set()
+            self.ended.set()
 
     # The story.
 
@@ -110,19 +116,22 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         async with anyio.create_task_group() as ways:
             if self.journal.facts.get("postcopy") and not self.machine.ended:
                 ways.start_soon(self._fetch, channel)
-            await self._tell(channel)
+            await self._tell(channel, asked=asked)
             ways.cancel_scope.cancel()
 
-    async def _tell(self, channel: Channel) -> None:
+    async def _tell(self, channel: Channel, *, asked: bool) -> None:
         await self._word_known.wait()
-        if self._error is not None:
-            await channel.send(GaveUp(self.story.id, ErrorReport.of(self._error)))
-            return
+        if self.phase is TargetPhase.GAVE_UP:
+            return await channel.send(GaveUp(self.story.id, ErrorReport.of(self._error or Failed("it gave up"))))
+        if self.phase is TargetPhase.DIED or (asked and not await self.job.is_here()):
+            died = self._error or Failed("the job ran here, and is here no more")
+            return await channel.send(Crashed(self.story.id, ErrorReport.of(died)))
         ran = time.monotonic() - self._runs_since
         await channel.send(Running(self.story.id, max(0, round(ran * 1e9))))
         await self.ended.wait()
-        if self._filled is not None:
-            await channel.send(self._filled)
+        if self._error is not None:
+            return await channel.send(Crashed(self.story.id, ErrorReport.of(self._error)))
+        return await channel.send(self._filled or Filled(self.story.id, 0))
 
     async def _fetch(self, channel: Channel) -> None:
         """Post-copy: hand what the source sends to the page feeder, and what the feeder wants to the source."""
@@ -214,7 +223,9 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._word_known.set()
 
     async def _fill(self) -> None:
-        self._word_known.set()
+        if not self._word_known.is_set():
+            self._runs_since = await self.job.resumed()
+            self._word_known.set()
         await self.at_gate()
         began = time.monotonic()
         with self.story.span("fill", "target"):
@@ -229,22 +240,19 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     # The way back.
 
     async def _give_up(self, cause: PodferryError, channel: Channel | None) -> None:
-        """It will never run here: what was made for it goes, and the source is told."""
-        if self.phase in (TargetPhase.FILL, TargetPhase.DONE):
-            self.log.error("the job died here", error=str(cause))
-            self._error = cause
-            self.story.end(Outcome.FAILED, str(cause), cause)
-            self.close()
-            return
-        if self.phase is not TargetPhase.GIVING_UP:
-            self.fire(TargetEvent.TROUBLE, note=str(cause))
-        await self.at_gate()
-        await self._clear()
-        self._error = cause
-        self.fire(TargetEvent.GONE)
-        self.story.end(Outcome.ROLLED_BACK, str(cause), cause)
-        self._word_known.set()
-        self.close()
+        """It will never run here, or no longer: what was made for it goes, and the source is told."""
+        async with self._one_gives_up:
+            if not self.machine.ended:
+                if self.phase not in (TargetPhase.GIVING_UP, TargetPhase.FILL):
+                    self.fire(TargetEvent.TROUBLE, note=str(cause))
+                await self.at_gate()
+                await self._clear()
+                self._error = cause
+                ran = self.phase is TargetPhase.FILL
+                self.fire(TargetEvent.DIED if ran else TargetEvent.GONE, note=str(cause))
+                self.story.end(Outcome.FAILED if ran else Outcome.ROLLED_BACK, str(cause), cause)
+                self._word_known.set()
+                self.close()
         if channel is not None:
             with anyio.move_on_after(2.0):
                 await _say(channel, GaveUp(self.story.id, ErrorReport.of(cause)))

@@ -1,0 +1,130 @@
+"""The source's line to the target after GO: what became of the job? Asked until there is an answer; silence is none.
+
+In post-copy the job's memory goes over the same line, and even its restore may wait for pages: so while a word is awaited,
+wanted pages are answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+
+from podferry.agent.attempt import leaves
+from podferry.agent.letters import Letters
+from podferry.agent.owed import Owed
+from podferry.agent.sending import Sender
+from podferry.agent.story import Story
+from podferry.wire.channel import Channel
+from podferry.wire.messages import Crashed, Filled, GaveUp, Go, PagesEnd, PageWanted, Query, Restoring, Running, Unknown
+
+Kind = TypeVar("Kind")
+
+
+class Contact:
+    """`letters` is the open conversation, None while there is none; `debt` gives what is owed in post-copy, else it is None."""
+
+    def __init__(
+        self,
+        story: Story,
+        log: Any,
+        dial: Callable[[], AbstractAsyncContextManager[Channel]],
+        debt: Callable[[], Owed] | None,
+    ) -> None:
+        self.letters: Letters | None = None
+        self._story, self._log, self._dial, self._debt = story, log, dial, debt
+        self._owed: Owed | None = None
+
+    async def say_go(self, letters: Letters) -> Running | GaveUp | None:
+        """Send GO and hear what became of it; None where the contact broke."""
+        self.letters, start = letters, self._story.now()
+        try:
+            await letters.channel.send(Go(self._story.id))
+            return await self._hear(letters, Running, GaveUp)
+        except Exception as error:  # noqa: BLE001 - whatever it is, only the target knows now
+            await self._broken(error)
+            return None
+        finally:
+            self._story.add_span("restore", "target", start, self._story.now())
+
+    async def ask(self, helpers: TaskGroup) -> Running | GaveUp | None:
+        """Try once to reach the target and hear what became of the job; None where it does not say."""
+        try:
+            letters = self.letters = await Letters.open(helpers, self._dial())
+            if self._owed is not None:
+                self._owed.start_over()
+            await letters.channel.send(Query(self._story.id))
+            while True:
+                match await self._hear(letters, Running, GaveUp, Restoring, Unknown, Crashed):
+                    case (Running() | GaveUp()) as word:
+                        return word
+                    case Unknown():
+                        self._log.error("the target has no record of this migration; `podferry resolve` decides")
+                        break
+                    case Crashed() as crashed:
+                        self._log.error("the job died on the target", error=str(crashed.error.error()))
+                        break
+                    case Restoring():
+                        continue
+            await self.hang_up()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is asked again
+            await self._broken(error)
+        return None
+
+    async def serve(self) -> Filled | None:
+        """Post-copy: give the running job its memory, first what it waits for. None where the contact broke."""
+        letters = self.letters
+        if letters is None:
+            return None
+        try:
+            async with self._answering(letters) as owed:
+                with self._story.span("serve pages", detail=f"{owed.bytes >> 20} MiB owed at the resume"):
+                    await Sender(letters.channel, self._story).frames(owed.rest())
+                    await letters.channel.send(PagesEnd(self._story.id, ()))
+                    word = await letters.expect(Filled, Crashed)
+            if isinstance(word, Filled):
+                return word
+            self._log.error("the job died on the target before it had all its memory")
+            await self.hang_up()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the target needs this node
+            await self._broken(error)
+        return None
+
+    async def hang_up(self) -> None:
+        """End the conversation."""
+        letters, self.letters = self.letters, None
+        if letters is not None:
+            await letters.close()
+
+    async def _broken(self, error: Exception) -> None:
+        cause = next(leaves(error))
+        self._log.info("no contact with the target", error=str(cause) or type(cause).__name__)
+        await self.hang_up()
+
+    async def _hear(self, letters: Letters, *kinds: type[Kind]) -> Kind:
+        if self._debt is None:
+            return await letters.expect(*kinds)
+        async with self._answering(letters):
+            return await letters.expect(*kinds)
+
+    @asynccontextmanager
+    async def _answering(self, letters: Letters) -> AsyncIterator[Owed]:
+        """Send each page that the job, or its restore, waits for, as long as the context lasts."""
+        assert self._debt is not None
+        owed = self._owed = self._owed or self._debt()
+
+        async def answer() -> None:
+            while True:
+                want = await letters.expect(PageWanted)
+                for frame in owed.wanted(want.space, want.address):
+                    await letters.channel.send(frame)
+
+        async with anyio.create_task_group() as answers:
+            answers.start_soon(answer)
+            try:
+                yield owed
+            finally:
+                answers.cancel_scope.cancel()

@@ -1,0 +1,66 @@
+"""What the source puts on the wire: pages, the upper layer, the log, CRIU's images, and in the end what all of it amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import xxhash
+
+from podferry.agent.pages import PageSender
+from podferry.agent.ports import IMAGES, LOG, UPPER, Change, LeavingJob
+from podferry.agent.story import Story
+from podferry.wire.channel import Channel
+from podferry.wire.frames import MAX_PAYLOAD, Drop, File, Pages, Tree
+from podferry.wire.messages import FileSum, SpaceSum, StateEnd
+
+
+class Sender:
+    """Sends one container over `channel`, and tells `story` how far it is."""
+
+    def __init__(self, channel: Channel, story: Story) -> None:
+        self.channel, self._story = channel, story
+        self._pages = PageSender(channel)
+        self._files: list[FileSum] = []
+        self._log_bytes = 0
+
+    async def change(self, job: LeavingJob, change: Change, number: int) -> int:
+        """Read and send what `change` lists, as round `number`. Returns how many pages carried data."""
+        return await self.frames(job.read(change, number))
+
+    async def frames(self, frames: Iterable[Pages | Drop]) -> int:
+        """Send frames as they are made. Returns how many pages carried data."""
+        pages = 0
+        for frame in frames:
+            await self._pages.send(frame)
+            if isinstance(frame, Pages):
+                pages += frame.count
+                self._story.memory_bytes += len(frame.payload)
+            self._story.sent(self.channel.traffic.sent)
+        return pages
+
+    async def files(self, job: LeavingJob, *, last: bool) -> None:
+        """One pass over the upper layer and the log."""
+        async for record in job.upper(last=last):
+            await self.channel.send(Tree(UPPER, record))
+            self._story.upper_bytes += len(record)
+            self._story.sent(self.channel.traffic.sent)
+        async for offset, data in job.log(last=last):
+            await self.channel.send(File(LOG, "log", offset, data))
+            self._log_bytes = offset + len(data)
+
+    async def images(self, job: LeavingJob) -> None:
+        """Have CRIU dump the frozen job, and send its images."""
+        with self._story.span("dump", detail="CRIU, all but private memory"):
+            images = await job.dump()
+        with self._story.span("send images", detail=f"{sum(map(len, images.values())) >> 10} KiB"):
+            for name, data in images.items():
+                self._files.append(FileSum(IMAGES, name, len(data), xxhash.xxh3_128_hexdigest(data)))
+                for offset in range(0, max(len(data), 1), MAX_PAYLOAD):
+                    piece = data[offset : offset + MAX_PAYLOAD]
+                    last = offset + MAX_PAYLOAD >= len(data)
+                    await self.channel.send(File(IMAGES, name, offset, piece, last=last))
+
+    def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...]) -> StateEnd:
+        """What the target must have when everything has arrived."""
+        files = (*self._files, FileSum(LOG, "log", self._log_bytes, ""))
+        return StateEnd(self._story.id, files, spaces, (job.upper_totals(UPPER),))
