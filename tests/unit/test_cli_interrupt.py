@@ -66,7 +66,7 @@ def test_ctrl_c_rolls_back_and_waits_for_the_end(tmp_path: Path, agent: FakeAgen
     code, out = podferry.end()
     assert code == Exit.CANCELLED, podferry.seen
     assert "rolling back" in podferry.seen
-    assert "was cancelled; it runs on on node-a" in out
+    assert "was cancelled; it keeps running on node-a" in out
 
 
 def test_ctrl_c_with_json_still_ends_with_the_result(tmp_path: Path, agent: FakeAgent) -> None:

@@ -17,6 +17,7 @@ from podferry.cli.demo import demo
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
 from podferry.cli.lab import app as lab_commands
 from podferry.cli.migrate import Follower, Left
+from podferry.cli.pki import app as pki_commands
 from podferry.cli.record import Record
 from podferry.cli.terminal import as_bug, debugging, print_error, print_json, stderr, stdout, words
 from podferry.cli.units import parse_rate
@@ -285,6 +286,7 @@ def _show(record: Record, json: bool) -> None:
 
 lab_commands.command("demo")(demo)
 app.add_typer(lab_commands, name="lab")
+app.add_typer(pki_commands, name="pki")
 
 
 def run(argv: list[str]) -> int:

@@ -22,14 +22,19 @@ from podferry.cli.terminal import stderr, stdout, steps, words
 from podferry.cli.views import View, choose
 from podferry.errors import Failed, PodferryError, UsageError
 from podferry.lab import Lab, containers
-from podferry.lab.state import require_root
+from podferry.lab.state import CACHE, require_root
 from podferry.model import Mode, Outcome
 
 LAB = "demo"
 SOURCE, TARGET = "node-a", "node-b"
 MOVED, TWIN = "job", "twin"
 MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 1800, 3000, 50
-MOVE_AT = 300
+MOVE_AT, LEAST_STEPS = 300, 400
+WAYS = {
+    Mode.LIVE: "It moves to {} while it computes.",
+    Mode.POSTCOPY: "It moves to {} at once, and fetches its memory while it computes there.",
+    Mode.STOP: "It moves to {}, frozen meanwhile.",
+}
 BUNDLES = Path("run/containerd/io.containerd.runtime.v2.task") / containers.NAMESPACE
 
 
@@ -38,28 +43,40 @@ def demo(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the move's story as a page, as `podferry explain` does.")
     ] = None,
+    mode: Annotated[Mode, typer.Option(help="How it moves, as for `podferry migrate`.")] = Mode.LIVE,
+    steps_: Annotated[
+        int, typer.Option("--steps", metavar="N", min=LEAST_STEPS, help="How long the job computes, in its own steps.")
+    ] = STEPS,
+    name: Annotated[
+        str, typer.Option("--lab", metavar="NAME", help="What its lab is called; it must not be up already.")
+    ] = LAB,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the lab and the containers as they are at the end.")
     ] = False,
 ) -> None:
     """Move a computing job between two nodes, and prove that its result is the one of a job that never moved.
 
-    Brings up a lab of its own, `demo`, and takes it down again. The first time builds the lab's images: a few minutes.
+    Brings up a lab of its own and takes it down again. The first time builds the lab's images: a few minutes.
 
     Example: [bold]podferry lab demo --html demo.html[/]
     """
     require_root()
-    lab, began = Lab(LAB), time.monotonic()
+    lab, began = Lab(name), time.monotonic()
+    if lab.exists():
+        raise UsageError(
+            f"lab {name} is up already", why="the demo takes its lab down", remedy=f"podferry lab down --lab {name}"
+        )
     _say(
-        "1. A lab of two nodes on this machine: namespaces, containerd, runc, CRIU, a network file system, a 1 gbit link."
+        "1. A lab of two nodes on this machine: namespaces, containerd, runc, CRIU, a network file system, a 1 gbit link. "
+        f"The first time its images are built under {CACHE}."
     )
     try:
         with steps() as progress:
             lab.up(2, progress=progress)
-        _act(lab, html)
+        _act(lab, mode, steps_, html)
     finally:
         if keep:
-            _say(f"\nThe lab stays: podferry --lab {LAB} ps; podferry lab down --lab {LAB} removes it.")
+            _say(f"\nThe lab stays: podferry --lab {name} ps; podferry lab down --lab {name} removes it.")
         else:
             _say("\nThe lab goes; nothing is left behind but a cache of its images.")
             with steps() as progress:
@@ -67,22 +84,20 @@ def demo(
     stderr().print(words(f"The demo took {units.duration((time.monotonic() - began) * 1000)}.", "dim"))
 
 
-def _act(lab: Lab, html: Path | None) -> None:
+def _act(lab: Lab, mode: Mode, count: int, html: Path | None) -> None:
     _say(
         f"2. A job on {SOURCE} that rewrites {MEBIBYTES} MiB of memory all the time; each value depends on the ones before. "
         f"The same job on {TARGET}, to compare with: it stays where it is."
     )
     source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
-    argv = ["python3", "-c", source, *map(str, (MEBIBYTES, STEPS, CANDIDATES, EVERY))]
+    argv = ["python3", "-c", source, *map(str, (MEBIBYTES, count, CANDIDATES, EVERY))]
     for name, node in ((MOVED, SOURCE), (TWIN, TARGET)):
-        if containers.find(lab, name):
-            containers.stop(lab, name)
         containers.start(lab, node, name, argv)
     output = Output(lab, MOVED)
     with output.shown(_print_line):
         output.wait_for(f"step {MOVE_AT} ")
-    _say(f"3. It moves to {TARGET} while it computes.")
-    record = _move(lab, output)
+    _say(f"3. {WAYS[mode].format(TARGET)}")
+    record = _move(lab, output, mode)
     stdout().print(chart.summary(record))
     if html is not None:
         _write_page(record, html)
@@ -92,7 +107,7 @@ def _act(lab: Lab, html: Path | None) -> None:
             record.error or Failed(record.reason),
             remedy="podferry lab demo --keep leaves everything as it is, for a look",
         )
-    _say(f"4. It goes on on {TARGET}, where it was.")
+    _say(f"4. {TARGET} takes up the job where {SOURCE} left it.")
     with output.shown(_print_line):
         output.wait_for(job.FINAL)
     _say("5. Both jobs are done. Is the result the same?")
@@ -101,13 +116,13 @@ def _act(lab: Lab, html: Path | None) -> None:
     compare(_facts(lab, TARGET, MOVED, output), _facts(lab, TARGET, TWIN, twin))
 
 
-def _move(lab: Lab, output: Output) -> Record:
+def _move(lab: Lab, output: Output, mode: Mode) -> Record:
     view: View = choose(json=False)
     with output.shown(lambda line: view.note(f"job: {line}")):
         return Follower(AgentClient(lab.agent_socket(SOURCE)), view).run(
             name=MOVED,
             to=TARGET,
-            mode=Mode.LIVE.value,
+            mode=mode.value,
             timeout_s=None,
             max_downtime_ms=None,
             bandwidth=None,
@@ -179,14 +194,14 @@ def _facts(lab: Lab, node: str, name: str, output: Output) -> dict[str, str]:
     return {
         "final checksum": output.lines[-1].split()[-1],
         f"{len(output.lines)} lines of output": hashlib.sha256(text).hexdigest(),
-        f"{ledger.count(10)} lines in {job.LEDGER}": hashlib.sha256(ledger).hexdigest(),
+        f"{ledger.count(10)} lines in its file": hashlib.sha256(ledger).hexdigest(),
     }
 
 
 def compare(moved: dict[str, str], unmoved: dict[str, str]) -> None:
     """Print both jobs' facts side by side. Raises `Failed` where one differs."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("", f"moved from {SOURCE} to {TARGET}", f"never moved from {TARGET}", ""):
+    for title in ("", "the job that moved", "that stayed", ""):
         table.add_column(title)
     for fact, value in moved.items():
         other = unmoved.get(fact, "missing")

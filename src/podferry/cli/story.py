@@ -20,9 +20,9 @@ def headline(record: Record) -> str:
         case Outcome.REFUSED:
             return f"{record.name} could not be moved {way}; nothing was touched."
         case Outcome.ROLLED_BACK:
-            return f"{record.name} was not moved {way}; it runs on on {record.source}."
+            return f"{record.name} was not moved {way}; it keeps running on {record.source}."
         case Outcome.CANCELLED:
-            return f"The move of {record.name} {way} was cancelled; it runs on on {record.source}."
+            return f"The move of {record.name} {way} was cancelled; it keeps running on {record.source}."
         case Outcome.FAILED:
             return f"The move of {record.name} {way} failed."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -37,18 +36,16 @@ def print_containers(answers: Answers) -> None:
 
 
 def print_records(answers: Answers) -> None:
-    """The migrations, a line each, the newest last."""
-    table = _table("ID", "NAME", "FROM", "TO", "STATE", "DOWNTIME", "TOTAL", "STARTED")
+    """The migrations, a line each in eighty columns, the newest last; an id begins with the day and time it was made."""
+    table = _table("ID", "NAME", "WAY", "STATE", "DOWNTIME", "TOTAL")
     for record in map(Record.from_dict, answers.rows):
         table.add_row(
             words(record.id),
             words(record.name),
-            words(record.source),
-            words(record.target),
+            words(f"{record.source} > {record.target}"),
             words(record.outcome, STYLE[record.outcome]) if record.outcome else words(record.phase, "cyan"),
             units.duration(record.downtime_ms) if record.downtime_ms is not None else "",
             units.duration(record.total_ms) if record.total_ms is not None else "",
-            _clock(record.started_at),
         )
     if answers.rows:
         stdout().print(table)
@@ -91,14 +88,9 @@ def _table(*titles: str) -> Table:
     for title in titles:
         right = title in ("MEMORY", "DOWNTIME", "TOTAL")
         table.add_column(
-            title, justify="right" if right else "left", overflow="fold", no_wrap=title in ("ID", "STARTED")
+            title,
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=title in ("ID", "STATE", "DOWNTIME", "TOTAL", "MEMORY"),
         )
     return table
-
-
-def _clock(unix: float | None) -> str:
-    """The hour for what began today, the day for what is older."""
-    if not unix:
-        return ""
-    began = datetime.fromtimestamp(unix)
-    return f"{began:%H:%M:%S}" if began.date() == datetime.now().date() else f"{began:%Y-%m-%d}"

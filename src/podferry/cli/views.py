@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from podferry.cli import units
 from podferry.cli.record import Progress as Event
 from podferry.cli.terminal import plain, print_json, stderr, words
+from podferry.cli.timeline import ROUND
 from podferry.core.phases import SOURCE_ENDS, SourcePhase
 
 NOTHING_TO_SEND = frozenset({SourcePhase.CHECK, SourcePhase.UNDO, *SOURCE_ENDS})
@@ -66,7 +67,7 @@ class PlainView(_Quiet):
 
     def event(self, raw: dict[str, Any], event: Event) -> None:
         """Print a line if there is news."""
-        if event.phase and (event.phase != self._phase or event.note):
+        if event.phase and (event.phase != self._phase or worth_saying(event)):
             stderr().print(words(line(event)))
         self._phase = event.phase
 
@@ -102,7 +103,7 @@ class LiveView:
         if self._phase is None or self._phase[0] != event.phase:
             self._close(event.t_ms)
             self._phase = (event.phase, event.t_ms) if event.phase else None
-        if event.note:
+        if worth_saying(event):
             self._console.print(words(f"  {event.note}", "dim"))
         self._progress.update(
             self._task,
@@ -120,6 +121,11 @@ class LiveView:
         if self._phase is not None:
             name, since = self._phase
             self._console.print(words(f"✓ {name:<12} {units.duration(now_ms - since)}", "green"))
+
+
+def worth_saying(event: Event) -> bool:
+    """Whether the event's note is news: the rounds that bridge the wait for the target are many and all alike."""
+    return bool(event.note) and not (event.phase == SourcePhase.POISE and event.note.startswith(ROUND))
 
 
 def facts(event: Event) -> str:

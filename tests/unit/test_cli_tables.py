@@ -1,0 +1,66 @@
+"""Tables as they meet a terminal of eighty columns."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from podferry.cli import tables
+from podferry.cli.agents import Answers
+from podferry.core.phases import SourcePhase
+from podferry.errors import Failed
+from podferry.model import Outcome
+
+pytestmark = pytest.mark.unit
+
+
+def record(name: str, outcome: str | None, phase: str = "") -> dict[str, Any]:
+    return {
+        "id": "1122-232444-9408",
+        "name": name,
+        "source": "node-a",
+        "target": "node-b",
+        "mode": "live",
+        "outcome": outcome,
+        "phase": phase or outcome,
+        "downtime_ms": 312.4,
+        "total_ms": 185_000.0,
+    }
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Console:
+    console = Console(width=80, record=True, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(tables, "stdout", lambda: console)
+    monkeypatch.setattr(tables, "stderr", lambda: console)
+    return console
+
+
+@pytest.mark.parametrize("outcome", [*Outcome])
+def test_a_migration_is_a_line_of_eighty_columns(shown: Console, outcome: Outcome) -> None:
+    tables.print_records(Answers([("node-a", record("train", outcome.value))]))
+    heading, line = shown.export_text().rstrip("\n").split("\n")
+    assert heading.split() == ["ID", "NAME", "WAY", "STATE", "DOWNTIME", "TOTAL"]
+    for word in ("1122-232444-9408", "train", "node-a > node-b", str(outcome), "312 ms", "3 min 05 s"):
+        assert word in line
+
+
+@pytest.mark.parametrize("phase", [*SourcePhase])
+def test_every_phase_fits(shown: Console, phase: SourcePhase) -> None:
+    tables.print_records(Answers([("node-a", record("train", None, phase.value))]))
+    assert f" {phase} " in shown.export_text()
+
+
+def test_a_long_name_is_folded_and_never_cut(shown: Console) -> None:
+    tables.print_records(Answers([("node-a", record("a-very-long-name-of-a-training-job", "completed"))]))
+    lines = shown.export_text().splitlines()
+    column = lines[0].index("NAME"), lines[0].index("WAY")
+    assert "".join(line[slice(*column)].strip() for line in lines[1:]) == "a-very-long-name-of-a-training-job"
+
+
+def test_a_silent_node_is_named(shown: Console) -> None:
+    tables.print_records(Answers([], [("node-b", Failed("no answer"))]))
+    assert "node-b: no answer" in shown.export_text()
