@@ -37,12 +37,14 @@ class Owed:
 
     def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
         """The frames that answer for the page at `address` of `space`, and for what is owed around it."""
-        start = address // WINDOW * WINDOW
-        near = self._runs.get(space, EMPTY).clip(start, start + WINDOW) - self._given.get(space, EMPTY)
-        page = Runs.of(address, address + PAGE)
-        if space not in self._pids or not near & page:
+        page, owed = Runs.of(address, address + PAGE), self._runs.get(space, EMPTY)
+        if space not in self._pids or not owed & page:
             yield Drop(space, tuple(page))
             return
+        start = address // WINDOW * WINDOW
+        near = owed.clip(start, start + WINDOW) - self._given.get(space, EMPTY)
+        if not near & page:
+            return  # it is on its way already, and may be overtaken by nothing that says otherwise
         reader = self._asking[space] = self._asking.get(space) or Reader(self._pids[space])
         yield from self._read(reader, space, near)
 
