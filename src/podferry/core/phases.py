@@ -70,6 +70,7 @@ class TargetPhase(StrEnum):
     FILL = "fill"
     GIVING_UP = "giving-up"
     DONE = "done"
+    DIED = "died"
     GAVE_UP = "gave-up"
 
 
@@ -81,6 +82,7 @@ class TargetEvent(StrEnum):
     GO = "go"
     RUNNING = "running"
     FILLED = "filled"
+    DIED = "job died"
     TROUBLE = "trouble"
     GONE = "given up"
 
@@ -126,9 +128,10 @@ TARGET: Mapping[TargetPhase, Mapping[TargetEvent, TargetPhase]] = {
     T.POISED: {TE.READY: T.READY, TE.TROUBLE: T.GIVING_UP},
     T.READY: {TE.GO: T.RESUME, TE.TROUBLE: T.GIVING_UP},
     T.RESUME: {TE.RUNNING: T.FILL, TE.TROUBLE: T.GIVING_UP},
-    T.FILL: {TE.FILLED: T.DONE},
+    T.FILL: {TE.FILLED: T.DONE, TE.DIED: T.DIED},
     T.GIVING_UP: {TE.GONE: T.GAVE_UP},
     T.DONE: {},
+    T.DIED: {},
     T.GAVE_UP: {},
 }
 
