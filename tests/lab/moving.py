@@ -1,0 +1,317 @@
+"""What the lab tests of migrations share: two nodes with a job on one of them, and eyes that miss nothing that is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from podferry.cli.client import AgentClient, AgentUnreachable
+from podferry.errors import PodferryError
+from podferry.lab import Lab, cgroups, containers
+from podferry.node.containerd import Containerd
+
+A, B = NODES = ("node-a", "node-b")
+JOBS = Path(__file__).parent / "jobs"
+PATIENCE = 60.0
+LOOK_EVERY = 0.02
+GATES = "run/podferry/gates"
+BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
+SERVICES = ("tini", "runsvdir", "runsv", "containerd", "glusterfs", "agent")
+
+Record = dict[str, Any]
+
+
+def other(node: str) -> str:
+    """The node that a job on `node` moves to."""
+    return B if node == A else A
+
+
+def until(holds: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
+    """Wait for what happens elsewhere and tells nobody; returns what `holds` did. A minute is more than it ever takes."""
+    deadline = time.monotonic() + patience
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"it never came to be: {what or holds}"
+        time.sleep(LOOK_EVERY)
+    return found
+
+
+class Process:
+    """A process of a node, as this machine sees it: `name` tells what it is for, `job` whose container it is in."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        comm, _, fields = stat.partition("(")[2].rpartition(")")
+        self.zombie = fields.split()[0] in "ZX"
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        members = [line.split(":", 2)[2] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+        self.job = next((path.rsplit("/", 1)[1] for path in members if "/default/" in path), "")
+        self.name = comm
+        if "podferry.agent" in argv:
+            self.name = "agent"
+        elif module := next((word for word in argv if word.startswith("podferry.")), None):
+            self.name = module.rsplit(".", 1)[1]
+        elif comm.startswith("containerd-shim"):
+            self.name = f"shim {argv[argv.index('-id') + 1]}" if "-id" in argv else "shim"
+
+
+class Cluster:
+    """The session's lab, its agents and their gates, and the job that this test moves."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self._pool = ThreadPoolExecutor(8)
+        self._containerds: dict[tuple[str, int], Containerd] = {}
+        self.at_rest = {node: self.traces(node) for node in NODES}
+
+    # What people do.
+
+    def agent(self, node: str) -> AgentClient:
+        """The agent of `node`."""
+        return AgentClient(self.lab.agent_socket(node))
+
+    def start(self, name: str, script: str, *argv: str, node: str = A) -> None:
+        """Start a job of `jobs/` and wait until it has begun to count."""
+        text = (JOBS / f"{script}.py").read_text()
+        containers.start(self.lab, node, name, ["python3", "-u", "-c", text, *argv])
+        until(lambda: self.counted(node, name) > 0, f"{name} counts on {node}")
+
+    def stop(self, name: str) -> None:
+        """Remove a job, wherever it is, and its log."""
+        for node in NODES:
+            with suppress(PodferryError):
+                self.lab.exec(node, ["ctr", "task", "delete", "--force", name], check=False)
+                self.lab.exec(node, ["ctr", "container", "delete", name], check=False)
+                self.log(node, name).unlink(missing_ok=True)
+                (self.lab.root(node) / "run/podferry/restored" / name).unlink(missing_ok=True)
+
+    def migrate(self, name: str, *, source: str, mode: str = "stop", **more: Any) -> Record:
+        """Move `name` to the other node, and wait for the end."""
+        found = self.agent(source).call("migrate", timeout=PATIENCE, name=name, to=other(source), mode=mode, **more)
+        assert isinstance(found, dict)
+        return found
+
+    def begin(self, name: str, *, source: str, mode: str = "stop", **more: Any) -> Future[Record]:
+        """Move `name`, and do not wait."""
+        return self._pool.submit(lambda: self.migrate(name, source=source, mode=mode, **more))
+
+    def records(self, node: str) -> list[Record]:
+        """What the agent of `node` remembers; waits for one that has just been killed."""
+
+        def ask() -> list[list[Record]]:
+            with suppress(AgentUnreachable):
+                return [self.agent(node).call("status")]
+            return []
+
+        found: list[Record] = until(ask, f"the agent of {node} answers")[0]
+        return found
+
+    def record(self, node: str, name: str) -> Record:
+        """The latest record of `name` on `node`."""
+        return [one for one in self.records(node) if one["name"] == name][-1]
+
+    def ended(self, node: str, name: str) -> Record:
+        """Wait until the latest migration of `name` has ended on `node`; its record."""
+        until(lambda: self.record(node, name)["outcome"], f"the migration of {name} has ended on {node}")
+        return self.record(node, name)
+
+    def containerd(self, node: str) -> Containerd:
+        """containerd of `node`; one that has been killed is waited for."""
+        pid = self.lab.node(node).pid
+        assert pid is not None
+        if (node, pid) not in self._containerds:
+            self._containerds[node, pid] = Containerd(self.lab.root(node) / "run/containerd/containerd.sock")
+        return self._containerds[node, pid]
+
+    # Gates.
+
+    @contextmanager
+    def gates(self, *gates: str) -> Iterator[None]:
+        """Close gates, named `ROLE-PHASE`, on both nodes; open what is still closed at the end."""
+        for gate in gates:
+            for node in NODES:
+                self._gate(node, gate).parent.mkdir(exist_ok=True)
+                self._gate(node, f"{gate}.reached").unlink(missing_ok=True)
+                self._gate(node, gate).touch()
+        try:
+            yield
+        finally:
+            for gate in gates:
+                self.open(gate)
+
+    def open(self, gate: str) -> None:
+        """Let everybody through a gate."""
+        for node in NODES:
+            with suppress(PodferryError, OSError):
+                self._gate(node, gate).unlink(missing_ok=True)
+
+    def reached(self, gate: str, node: str) -> None:
+        """Wait until the agent of `node` stands at a gate."""
+        until(lambda: self._gate(node, f"{gate}.reached").exists(), f"{node} reaches {gate}")
+
+    def _gate(self, node: str, gate: str) -> Path:
+        return self.lab.root(node) / GATES / gate
+
+    def install_gates(self) -> None:
+        """Have the agents look for gates from their next start on, which is now."""
+        for node in NODES:
+            run = self.lab.root(node) / "run/service/agent/run"
+            text = run.read_text()
+            if "PODFERRY_GATES" not in text:
+                run.write_text(text.replace("exec ", f"export PODFERRY_GATES=/{GATES}\nexec ", 1))
+                self.kill(node, "agent")
+
+    # Disasters.
+
+    def processes(self, node: str) -> Iterator[Process]:
+        """The processes of `node`."""
+        for one in cgroups.processes(self.lab.name, node):
+            with suppress(OSError, IndexError, ValueError):
+                yield Process(one.pid)
+
+    def kill(self, node: str, name: str, *, again: bool = True) -> bool:
+        """Kill -9 the processes of this name, as far as there are any. With `again` an agent is waited for."""
+        doomed = [one for one in self.processes(node) if one.name == name and not one.zombie]
+        for one in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGKILL)
+        if name == "agent" and again:
+            until(lambda: not any(Path(f"/proc/{one.pid}").exists() for one in doomed), "the old agent is gone")
+            self.records(node)
+        return bool(doomed)
+
+    # What can be seen.
+
+    def log(self, node: str, name: str) -> Path:
+        """Where a job's output goes."""
+        return self.lab.root(node) / f"{containers.LOGS}/{name}.log".lstrip("/")
+
+    def lines(self, node: str, name: str) -> list[str]:
+        """A job's whole lines of output."""
+        try:
+            return self.log(node, name).read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+
+    def counted(self, node: str, name: str) -> int:
+        """How many lines there are in a job's output on `node`."""
+        return len(self.lines(node, name))
+
+    def goes_on(self, node: str, name: str, more: int = 3) -> None:
+        """Wait until a job on `node` has counted on."""
+        before = self.counted(node, name)
+        until(lambda: self.counted(node, name) >= before + more, f"{name} counts on {node}")
+
+    def traces(self, node: str) -> set[str]:
+        """Everything on a node that a job, a migration or a failed one may leave there."""
+        root = self.lab.root(node)
+        found = set()
+        for kind in ("incoming", "outgoing", "arriving", "restored"):
+            with suppress(FileNotFoundError):
+                found |= {f"{kind} {one.name}" for one in (root / "run/podferry" / kind).iterdir()}
+        listing = self.lab.exec(
+            node, ["sh", "-c", "ctr c ls -q; echo -; ctr snapshots ls; echo -; ctr task ls -q"]
+        ).stdout
+        records, snapshots, tasks = (part.splitlines() for part in listing.split("-\n"))
+        found |= {f"container {name}" for name in records} | {f"task {name}" for name in tasks}
+        found |= {f"snapshot {line.split()[0]}" for line in snapshots[1:] if "Active" in line}
+        found |= {f"log {path.stem}" for path in self.log(node, "x").parent.glob("*.log")}
+        for one in self.processes(node):
+            if one.zombie and one.name != "glusterfs":
+                found.add(f"zombie {one.name}")
+            elif one.job:
+                found.add(f"running {one.job}")
+            elif one.name not in SERVICES and not one.zombie:
+                found.add(f"process {one.name}")
+        pid = self.lab.node(node).pid
+        for line in Path(f"/proc/{pid}/mounts").read_text().splitlines():
+            where = line.split()[1]
+            if where.startswith(("/run/containerd", "/run/podferry", "/tmp", "/var/lib/containerd")):
+                found.add(f"mount {where.removeprefix(BUNDLES)}")
+        for freezer in (root / "sys/fs/cgroup/freezer/default", root / "sys/fs/cgroup/default"):
+            for group in freezer.glob("*/"):
+                found.add(f"cgroup {group.name}")
+                with suppress(OSError):
+                    if "FROZEN" in (group / "freezer.state").read_text():
+                        found.add(f"frozen {group.name}")
+        return found
+
+    def descriptors(self, node: str) -> int:
+        """How many descriptors the agent of `node` has open."""
+        agent = next(one.pid for one in self.processes(node) if one.name == "agent")
+        return sum(1 for _ in Path(f"/proc/{agent}/fd").iterdir())
+
+    def surplus(self, node: str, *jobs: str) -> set[str]:
+        """What there is on `node` beyond its rest and the running `jobs`, and what these lack."""
+        wanted = set(self.at_rest[node])
+        for job in jobs:
+            wanted |= {f"{kind} {job}" for kind in ("container", "snapshot", "task", "log", "running", "cgroup")}
+            wanted |= {f"process shim {job}", f"mount /{job}/rootfs"}
+        found = self.traces(node) - {f"restored {job}" for job in jobs}
+        return {f"+ {one}" for one in found - wanted} | {f"- {one}" for one in wanted - found}
+
+    def only_on(self, node: str, name: str) -> None:
+        """The job runs on `node`, as an ordinary container does, and there is no trace of it or its moves elsewhere."""
+        self.goes_on(node, name)
+        deadline = time.monotonic() + PATIENCE / 2
+        while left := {
+            here: found for here, jobs in ((node, [name]), (other(node), [])) if (found := self.surplus(here, *jobs))
+        }:
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(5 * LOOK_EVERY)
+
+
+class Witness:
+    """Keeps every file open that a job's output went to, on either node, also those that were removed.
+
+    A job's lines are `COUNT TIME`. Had two copies run, one count would have been written at two times (I1).
+    """
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self._cluster, self._name = cluster, name
+        self._files: dict[tuple[str, int], Any] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Witness:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        for file in self._files.values():
+            file.close()
+
+    def testify(self) -> None:
+        """No count was written twice, and none was left out."""
+        self._look()
+        times: dict[int, str] = {}
+        for (node, _), file in self._files.items():
+            file.seek(0)
+            numbers = []
+            for line in file.read().split("\n")[:-1]:
+                number, time_of = line.split(" ", 1)
+                numbers.append(int(number))
+                assert times.setdefault(int(number), time_of) == time_of, f"count {number} ran twice, also on {node}"
+            assert numbers == list(range(len(numbers))), f"the counts on {node} have a gap or repeat"
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_EVERY):
+            self._look()
+
+    def _look(self) -> None:
+        for node in NODES:
+            with suppress(OSError, PodferryError):
+                path = self._cluster.log(node, self._name)
+                key = (node, path.stat().st_ino)
+                if key not in self._files:
+                    self._files[key] = path.open()

@@ -1,0 +1,117 @@
+"""Moves that work: there and back again, and what containerd sees afterwards."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+from moving import A, B, Cluster, Witness, other, until
+
+from podferry.lab import Lab
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def cluster(lab: Lab) -> Cluster:
+    return Cluster(lab)
+
+
+@pytest.fixture
+def name(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    name = request.node.name.split("[")[0].removeprefix("test_").replace("_", "-")
+    yield name
+    cluster.stop(name)
+
+
+def in_container(cluster: Cluster, node: str, name: str, *argv: str) -> str:
+    return cluster.lab.exec(node, ["ctr", "task", "exec", "--exec-id", "look", name, *argv]).stdout
+
+
+def there_and_back(cluster: Cluster, name: str, moves: int, mode: str) -> str:
+    """Move `name` so often, beginning on node A. Returns where it is then."""
+    here = A
+    with Witness(cluster, name) as witness:
+        open_before = {}
+        for number in range(moves):
+            record = cluster.migrate(name, source=here, mode=mode)
+            assert record["outcome"] == "completed", record
+            assert record["downtime_ms"] > 0
+            here = other(here)
+            cluster.goes_on(here, name)
+            if number == 1:
+                open_before = {node: cluster.descriptors(node) for node in (A, B)}
+        cluster.only_on(here, name)
+        witness.testify()
+        until(
+            lambda: all(cluster.descriptors(node) <= open_before.get(node, 1 << 20) for node in (A, B)),
+            "descriptors closed",
+        )
+    return here
+
+
+def ledger_agrees(cluster: Cluster, node: str, name: str) -> None:
+    """The file that the job appends to has what its output has, and nothing twice."""
+    counted = cluster.counted(node, name)
+    lines = in_container(cluster, node, name, "cat", "/ledger").splitlines()
+    assert [int(line) for line in lines] == list(range(len(lines)))
+    assert len(lines) >= counted
+
+
+@pytest.mark.parametrize("mode", ["stop", "live"])
+@pytest.mark.parametrize(("mebibytes", "moves"), [(256, 4), pytest.param(256, 10, marks=pytest.mark.slow)])
+def test_simple(cluster: Cluster, name: str, mebibytes: int, moves: int, mode: str) -> None:
+    cluster.start(name, "simple", str(mebibytes))
+    here = there_and_back(cluster, name, moves, mode)
+    ledger_agrees(cluster, here, name)
+    cluster.lab.exec(here, ["ctr", "task", "kill", "-s", "SIGUSR1", name])
+    until(
+        lambda: in_container(cluster, here, name, "sh", "-c", "cat /whole 2>/dev/null || :"),
+        "the job checks its memory",
+    )
+    cluster.goes_on(here, name)
+
+
+@pytest.mark.parametrize("mode", ["stop", "live"])
+@pytest.mark.parametrize("moves", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_family(cluster: Cluster, name: str, moves: int, mode: str) -> None:
+    cluster.start(name, "family")
+    here = there_and_back(cluster, name, moves, mode)
+    ledger_agrees(cluster, here, name)
+
+
+def test_an_ordinary_task(cluster: Cluster, name: str) -> None:
+    """stdio, exec, signals and the exit status are containerd's, as of any container."""
+    cluster.start(name, "simple", "8")
+    cluster.migrate(name, source=A)
+    containerd = cluster.containerd(B)
+    task = containerd.task(name)
+    assert task.status.name == "RUNNING"
+    assert task.pid in containerd.pids(name)
+    assert in_container(cluster, B, name, "cat", "/proc/1/comm") == "python3\n"
+    cluster.lab.exec(B, ["ctr", "task", "pause", name])
+    assert containerd.task(name).status.name == "PAUSED"
+    cluster.lab.exec(B, ["ctr", "task", "resume", name])
+    cluster.goes_on(B, name)
+    containerd.kill_task(name, signal.SIGTERM)
+    assert containerd.wait_task(name, 30.0) == 7
+    assert containerd.delete_task(name) == 7
+    containerd.delete_container(name)
+
+
+def test_killed_after_the_move(cluster: Cluster, name: str) -> None:
+    cluster.start(name, "family")
+    cluster.migrate(name, source=A)
+    cluster.lab.exec(B, ["ctr", "task", "kill", "-s", "SIGKILL", name])
+    assert cluster.containerd(B).wait_task(name, 30.0) == 128 + signal.SIGKILL
+
+
+def test_the_name_can_be_used_again(cluster: Cluster, name: str) -> None:
+    """A container that came by a migration leaves nothing that the next of its name could stumble over."""
+    cluster.start(name, "simple", "8")
+    cluster.migrate(name, source=A)
+    cluster.only_on(B, name)
+    cluster.stop(name)
+    cluster.start(name, "simple", "8", node=B)
+    cluster.only_on(B, name)
