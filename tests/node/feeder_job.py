@@ -53,8 +53,12 @@ def image(path: Path, magic: int, messages: list[bytes]) -> None:
     path.write_bytes(struct.pack("<II", 0x54564319, magic) + body)
 
 
-def write_images(images: Path, spaces: dict[int, list[tuple[int, int]]]) -> None:
-    """pstree, pagemap and mm images for processes with these lazy runs, each in an area of its own."""
+def write_images(
+    images: Path,
+    spaces: dict[int, list[tuple[int, int]]],
+    areas: dict[int, list[tuple[int, int, int]]] | None = None,
+) -> None:
+    """pstree, pagemap and mm images for processes with these lazy runs, in these areas (the third is the advice they had)."""
     trees = [pagemap_pb2.PstreeEntry(pid=pid, ppid=0).SerializeToString() for pid in spaces]
     image(images / "pstree.img", 0x50273030, trees)
     for pid, runs in spaces.items():
@@ -66,7 +70,8 @@ def write_images(images: Path, spaces: dict[int, list[tuple[int, int]]]) -> None
         ]
         head = pagemap_pb2.PagemapHead(pages_id=1)
         image(images / f"pagemap-{pid}.img", 0x56084025, [message.SerializeToString() for message in (head, *entries)])
-        vmas = [pagemap_pb2.VmaEntry(start=start, end=end, flags=0x22, status=0x201) for start, end in runs]
+        places = areas[pid] if areas else [(start, end, 0) for start, end in runs]
+        vmas = [pagemap_pb2.VmaEntry(start=a, end=b, flags=0x22, status=0x201, madv=madv) for a, b, madv in places]
         image(images / f"mm-{pid}.img", 0x57492820, [pagemap_pb2.MmEntry(vmas=vmas).SerializeToString()])
 
 

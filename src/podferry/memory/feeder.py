@@ -6,7 +6,8 @@ It is started before the freeze, so that nothing of its start is downtime; it pr
 `lazy-pages.socket` in the work directory. It is a process of its own because the memory of the job hangs on its descriptors: the
 kernel hands out zero pages for what is missing once they are closed, silently. So it survives the agent, does not end on
 a signal while a task is owed pages, and after a failure it stays, holding the descriptors (whoever touches a missing page
-waits), until SIGTERM says that the tasks are dead. Exit status: 0 all pages are in place, 1 failed (the status says why).
+waits), until SIGTERM says that the tasks are dead. A second process keeps copies of them, should this one be killed. Exit
+status: 0 all pages are in place, 1 failed (the status says why).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from types import FrameType
 
 from podferry.errors import Bug, PodferryError
 from podferry.memory.feeder_criu import CriuSocket
+from podferry.memory.feeder_keeper import fork_keeper
 from podferry.memory.feeder_pump import Pump
 from podferry.memory.feeder_source import AgentSource, NoSource
 from podferry.memory.feeder_status import State, Status, StatusFile
@@ -37,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     _harden()
     report = StatusFile(options.status, Status(pid=os.getpid()))
+    keeper = fork_keeper(report)
     source = AgentSource(options.source) if options.source else NoSource()
-    pump = Pump(CriuSocket(options.work), options.images, lambda: PageStore.open(options.store), source, report)
+    pump = Pump(CriuSocket(options.work), options.images, lambda: PageStore.open(options.store), source, keeper, report)
 
     def told(number: int, frame: FrameType | None) -> None:
         if report.status.state is State.FAILED or not pump.holds_memory:
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.status.error = cause.to_dict()
         report.enter(State.FAILED)
         print(cause.report(), file=sys.stderr, flush=True)
-        while pump.holds_memory:
+        while pump.give_up():
             signal.pause()
         return 1
     report.enter(State.DONE)

@@ -74,15 +74,28 @@ class CriuSocket:
                     continue
                 (number,) = struct.unpack("=i", self._pid)
                 if number == FINISHED:
+                    self._pid = b""
                     yield RestoreFinished()
                     return
                 if not -_LARGEST_PID <= number <= _LARGEST_PID or not number:
                     raise Failed(f"CRIU sent {number:#x} where a pid was due", why="it speaks another protocol")
-                if number > 0:
-                    yield Restored(number, self._receive_descriptor())
+                uffd = self._receive_descriptor() if number > 0 else -1
                 self._pid = b""
+                if number > 0:
+                    yield Restored(number, uffd)
             except BlockingIOError:
                 return
+
+    def refuse(self) -> bool:
+        """Have CRIU fail from now on. Returns whether it had said before that the tasks are about to run.
+
+        The descriptors that were still on the way are lost to the caller; they stay open.
+        """
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+            return any(isinstance(event, RestoreFinished) for event in self.events())
+        except (OSError, Failed):
+            return False
 
     def close(self) -> None:
         """Stop listening, or end the connection; the socket's name goes too."""

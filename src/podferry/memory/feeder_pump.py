@@ -18,6 +18,7 @@ from podferry.memory import uffd
 from podferry.memory.criu_images import anonymous_areas, lazy_pages
 from podferry.memory.feeder_copy import Copy
 from podferry.memory.feeder_criu import CriuSocket, Restored
+from podferry.memory.feeder_keeper import Keeper
 from podferry.memory.feeder_source import Frame, Source, Word
 from podferry.memory.feeder_space import AddressSpace
 from podferry.memory.feeder_status import State, StatusFile
@@ -35,10 +36,17 @@ class Pump:
     """Feeds all tasks of one restore. `run` returns when every task has every page."""
 
     def __init__(
-        self, criu: CriuSocket, images: Path, store: Callable[[], PageStore], source: Source, report: StatusFile
+        self,
+        criu: CriuSocket,
+        images: Path,
+        store: Callable[[], PageStore],
+        source: Source,
+        keeper: Keeper,
+        report: StatusFile,
     ) -> None:
         """`store` opens the page store; it is called when CRIU connects, for only then the store is whole."""
         self._criu, self._images, self._open_store, self._source, self._report = criu, images, store, source, report
+        self._keeper = keeper
         self._store: PageStore | None = None
         self._copies: dict[int, Copy] = {}
         self._tasks: dict[int, Task] = {}
@@ -54,11 +62,17 @@ class Pump:
 
     @property
     def holds_memory(self) -> bool:
-        """Whether running tasks would lose pages if their descriptors were closed now.
-
-        While CRIU restores there are none: it finds its socket closed and gives up before they run.
-        """
+        """Whether running tasks would lose pages if their descriptors were closed now."""
         return self._filling and bool(self._tasks)
+
+    def give_up(self) -> bool:
+        """Feed no more. Returns whether the descriptors must stay open, since the tasks run or are about to.
+
+        While CRIU restores they need not: it finds its socket closed and gives up before the tasks run.
+        """
+        if not self._filling:
+            self._filling = self._criu.refuse()
+        return self.holds_memory
 
     def run(self) -> None:
         """Listen, feed, return when done. Raises `PodferryError`; the tasks' descriptors then stay open."""
@@ -135,6 +149,7 @@ class Pump:
         self._add(Task(pid, restored.uffd, space, copy, self._source, self._counts, owed))
 
     def _add(self, task: Task) -> None:
+        self._keeper.hold(task.fd)
         self._tasks[task.fd] = task
         self._poll.register(task.fd, select.EPOLLIN)
 
@@ -200,6 +215,7 @@ class Pump:
             if task.finished():
                 del self._tasks[task.fd]
                 self._poll.unregister(task.fd)
+                self._keeper.release(task.fd)
                 task.close()
 
     def _tell(self) -> None:

@@ -236,6 +236,8 @@ class Task:
             if error != errno.ENOENT or length == PAGE:
                 break
             length = length // PAGE // 2 * PAGE  # it may reach over the end of one area into another
+        if error == errno.ENOENT and uffd.changing(self.fd):
+            return Answer.BUSY  # the kernel looks for the area before it looks for changes under way
         if error in (errno.EEXIST, errno.ENOENT):
             self.counts.unplaced += error == errno.ENOENT and not self.forked
             self._settle(number, number + 1)
