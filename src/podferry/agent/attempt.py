@@ -51,7 +51,7 @@ class Attempt(Generic[Phase, Event]):
 
     async def at_gate(self) -> None:
         """Where a breakpoint may hold this agent."""
-        await gate.hold(self.role, self.phase)
+        await gate.hold(self.role, self.phase, self.story.name)
 
     def cause_of(self, error: BaseException) -> PodferryError:
         """What went wrong, out of the groups that tasks wrap it in. What is not ours is a bug and is logged whole."""
