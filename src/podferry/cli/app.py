@@ -13,6 +13,7 @@ import typer
 from podferry import __version__
 from podferry.cli import chart, complete, tables
 from podferry.cli.agents import Fleet, Where
+from podferry.cli.bench import app as bench_commands
 from podferry.cli.demo import demo
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
 from podferry.cli.lab import app as lab_commands
@@ -286,6 +287,7 @@ def _show(record: Record, json: bool) -> None:
 
 lab_commands.command("demo")(demo)
 app.add_typer(lab_commands, name="lab")
+app.add_typer(bench_commands, name="bench")
 app.add_typer(pki_commands, name="pki")
 
 

@@ -1,0 +1,216 @@
+"""The benchmark's job. It runs in a container (`python3 -c`, the standard library alone) and watches itself being moved.
+
+One thread does everything in turn, so that nothing but the machine can hold it up: a unit of work, a look at the clock, the
+writes that are due. Times are nanoseconds of unix time, since CRIU restores into a time namespace in which CLOCK_MONOTONIC has not
+seen the move. SIGUSR1 asks for a report: gaps, speed, and whether the memory holds what it must.
+
+Memory follows a rule in closed form: write number k goes to page `k * stride % span`, so the number of writes alone tells what
+every page must hold, and a page that was lost, stale, torn or swapped with another shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+PAGE = 4096
+POOL = 8 << 20
+VERSION_STEP = (2 << 20) + 64
+"""Moves a page's content within the pool at each write: pages of one megabyte never share content, so nothing compresses."""
+
+TICK_NS = 1_000_000
+BIN_NS = 20_000_000
+GAP_NS = 3_000_000
+MOST_GAPS = 300
+CATCH_UP_NS = 20_000_000
+REPORT = "report-{}.json"
+
+
+class Memory:
+    """`pages` pages of private memory under the rule above; the first `hot` of them are written again and again."""
+
+    def __init__(self, pages: int, hot: int, *, scattered: bool, compressible: bool) -> None:
+        self.pages, self.span, self.written = pages, hot, 0
+        self.stride = _coprime(int(hot * 0.618), hot) if scattered else 1
+        self._unstride = pow(self.stride, -1, hot)
+        seed = random.Random(1)
+        pool = seed.randbytes(64) * (POOL // 64) if compressible else seed.randbytes(POOL)
+        self._pool = pool + pool[:PAGE]
+        self.data = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for page in range(pages):
+            self._put(page, 0)
+
+    def _put(self, page: int, version: int) -> None:
+        start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % POOL
+        self.data[start : start + PAGE] = self._pool[source : source + PAGE]
+        struct.pack_into("<II", self.data, start, page, version)
+
+    def write(self, count: int) -> None:
+        """The next `count` writes of a page each."""
+        for number in range(self.written, self.written + count):
+            self._put(number * self.stride % self.span, number // self.span + 1)
+        self.written += count
+
+    def damaged(self) -> list[int]:
+        """The pages that do not hold what they must."""
+        rounds, more = divmod(self.written, self.span)
+        found = []
+        for page in range(self.pages):
+            version = 0 if page >= self.span else rounds + (page * self._unstride % self.span < more)
+            start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % POOL
+            whole = self.data[start : start + PAGE]
+            if whole[:8] != struct.pack("<II", page, version) or whole[8:] != self._pool[source + 8 : source + PAGE]:
+                found.append(page)
+        return found
+
+
+class Log:
+    """What the job saw of itself: bins of 20 ms, and the longest gaps between two looks at the clock."""
+
+    def __init__(self, now: int) -> None:
+        self.bins = array("Q")
+        self.gaps: list[tuple[int, int]] = []
+        self._last, self._bin_end, self._units = now, now + BIN_NS, 0
+
+    def look(self, now: int, written: int) -> bool:
+        """A unit of work is done. True where a bin ended with it."""
+        if (gap := now - self._last) >= GAP_NS:
+            (heapq.heappush if len(self.gaps) < MOST_GAPS else heapq.heappushpop)(self.gaps, (gap, self._last))
+        self._last = now
+        self._units += 1
+        if now < self._bin_end:
+            return False
+        self.bins.extend((now, self._units, written, time.thread_time_ns(), waited_ns()))
+        self._bin_end = now + BIN_NS
+        return True
+
+
+class Files:
+    """Open files that grow by a line in turn, and what they must hold."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self._files = [(directory / f"file-{number}").open("w+") for number in range(count)]
+        self._lines = 0
+
+    def grow(self) -> None:
+        """Append the next line to the next file."""
+        if self._files:
+            file = self._files[self._lines % len(self._files)]
+            file.write(f"{self._lines}\n")
+            file.flush()
+            self._lines += 1
+
+    def damaged(self) -> list[int]:
+        """The files that do not hold their lines."""
+        count, found = len(self._files), []
+        for number, file in enumerate(self._files):
+            file.seek(0)
+            if file.read() != "".join(f"{line}\n" for line in range(number, self._lines, count)):
+                found.append(number)
+            file.seek(0, os.SEEK_END)
+        return found
+
+
+class Work:
+    """What a unit of work is: waiting for the next millisecond, computing, or reading memory here and there."""
+
+    def __init__(self, kind: str, memory: Memory) -> None:
+        self.unit = {"tick": self._tick, "cpu": self._cpu, "random": self._random}[kind]
+        self._memory = memory
+        self._block = bytes(1 << 16)
+        self._at = 1
+
+    def _tick(self) -> None:
+        time.sleep((TICK_NS - time.time_ns() % TICK_NS) / 1e9)
+
+    def _cpu(self) -> None:
+        hashlib.sha256(self._block).digest()
+
+    def _random(self) -> None:
+        data, pages, at, total = self._memory.data, self._memory.pages, self._at, 0
+        for _ in range(64):
+            at = (at * 6364136223846793005 + 1442695040888963407) & 0xFFFFFFFFFFFFFFFF  # Knuth's MMIX generator
+            total += data[(at >> 33) % pages * PAGE]
+        self._at = at
+
+
+def waited_ns() -> int:
+    """How long this thread has waited for a processor (Documentation/scheduler/sched-stats.rst); 0 where nobody counts."""
+    try:
+        descriptor = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(descriptor, 100).split()[1])
+    finally:
+        os.close(descriptor)
+
+
+def _coprime(near: int, span: int) -> int:
+    """The first number from `near` on that visits every page of `span` before it comes back."""
+    number = max(near, 1)
+    while math.gcd(number, span) != 1:
+        number += 1
+    return number
+
+
+def publish(directory: Path, name: str, value: dict[str, Any]) -> None:
+    """Write a report that is whole as soon as it is there."""
+    new = directory / f"{name}.new"
+    new.write_text(json.dumps(value))
+    new.rename(directory / name)
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Run for ever."""
+    directory = Path(settings["directory"])
+    directory.mkdir(parents=True, exist_ok=True)
+    asked: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
+    for _ in range(settings["threads"] - 1):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    hot = settings["hot_pages"] or settings["pages"]
+    memory = Memory(settings["pages"], hot, scattered=settings["scattered"], compressible=settings["compressible"])
+    files, unit = Files(directory, settings["files"]), Work(settings["work"], memory).unit
+    pages_per_ns = settings["bytes_per_second"] / PAGE / 1e9
+    publish(directory, REPORT.format(0), {"pid": os.getpid()})
+    began = time.time_ns()
+    log, reports, since, owed = Log(began), 0, began, 0.0
+    while True:
+        unit()
+        now = time.time_ns()
+        if log.look(now, memory.written):
+            files.grow()
+        owed += min(now - since, CATCH_UP_NS) * pages_per_ns
+        since = now
+        if owed >= 1:
+            memory.write(int(owed))
+            owed -= int(owed)
+        if asked:
+            asked.clear()
+            reports += 1
+            report = {
+                "bins": list(log.bins),
+                "gaps": sorted((start, start + gap) for gap, start in log.gaps),
+                "written": memory.written,
+                "damaged": memory.damaged()[:1000],
+                "damaged_files": files.damaged(),
+            }
+            publish(directory, REPORT.format(reports), report)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,158 @@
+"""What the records say, as tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from podferry.bench.goals import COMPLETED, Verdict, verdicts
+
+Record = dict[str, Any]
+Table = list[list[str]]
+
+SPANS = (
+    "freeze",
+    "last look",
+    "last pages",
+    "dump",
+    "send images",
+    "upper layer, last pass",
+    "check what arrived",
+    "restore",
+)
+"""The steps of a migration that are downtime."""
+
+
+def markdown(records: Sequence[Record], command: str) -> str:
+    """The whole report. `command` is what made the records."""
+    parts = [
+        "# Benchmarks",
+        f"Made by `{command}`. Medians, with the range in brackets; each run is one line of the results file.",
+        _machines(records),
+        "## Goals",
+        table(goal_rows(verdicts(records))),
+        "## Runs",
+        table(run_rows(records)),
+    ]
+    if spans := span_rows(records):
+        parts += ["## Where podferry's downtime goes", _WHERE, table(spans)]
+    if errors := error_rows(records):
+        parts += ["## Runs that did not complete", table(errors)]
+    return "\n\n".join(parts) + "\n"
+
+
+def goal_rows(all_verdicts: Iterable[Verdict]) -> Table:
+    """A row for each goal: limit, measured, kept or missed and by how much."""
+    rows = [["goal", "limit", "measured", "runs", ""]]
+    for one in all_verdicts:
+        limit = f"{'at least' if one.at_least else 'at most'} {one.limit:g} {one.unit}".strip()
+        measured = "-" if one.measured is None else f"{one.measured:.4g} {one.unit}".strip()
+        detail = f" ({one.detail})" if one.detail else ""
+        rows.append([one.goal, limit, measured + detail, str(one.runs), _word(one)])
+    return rows
+
+
+def run_rows(records: Sequence[Record]) -> Table:
+    """A row for each scenario and method: what the job and the link saw."""
+    rows = [
+        [
+            "scenario",
+            "method",
+            "runs",
+            "downtime ms",
+            "agents' ms",
+            "stall ms",
+            "home s",
+            "total s",
+            "wire MiB",
+            "rounds",
+        ]
+    ]
+    for (scenario, method), group in _grouped(records).items():
+        done = [one for one in group if one["outcome"] == COMPLETED]
+        counted = f"{len(done)}" if len(done) == len(group) else f"{len(done)} of {len(group)}"
+        columns = (
+            ("downtime_ms", 1.0, ".0f"),
+            ("agents_downtime_ms", 1.0, ".0f"),
+            ("stall_ms", 1.0, ".0f"),
+            ("home_ms", 1e3, ".1f"),
+            ("total_ms", 1e3, ".1f"),
+            ("wire_bytes", float(1 << 20), ".0f"),
+            ("rounds", 1.0, ".0f"),
+        )
+        rows.append([scenario, method, counted, *(_range(done, *column) for column in columns)])
+    return rows
+
+
+def span_rows(records: Sequence[Record]) -> Table:
+    """A row for each of podferry's methods: how long the steps of the downtime took."""
+    rows = [["scenario", "method", *SPANS]]
+    for (scenario, method), group in _grouped(records).items():
+        timed = [
+            {span["name"]: span["end_ms"] - span["start_ms"] for span in one["facts"]["spans"]}
+            for one in group
+            if one["outcome"] == COMPLETED and "spans" in one["facts"]
+        ]
+        if timed:
+            found = [[one[name] for one in timed if name in one] for name in SPANS]
+            rows.append([scenario, method, *(f"{median(values):.0f}" if values else "-" for values in found)])
+    return rows if len(rows) > 1 else []
+
+
+def error_rows(records: Sequence[Record]) -> Table:
+    """A row for each run that ended otherwise than completed."""
+    rows = [["scenario", "method", "run", "outcome", "reason"]]
+    for one in records:
+        if one["outcome"] != COMPLETED:
+            error = one.get("error") or one["facts"].get("error") or {}
+            why = f"{error.get('what', '')}: {error.get('why', '')}".strip(": ").replace("|", "/")
+            rows.append([one["scenario"], one["method"], str(one["run"]), one["outcome"], why])
+    return rows if len(rows) > 1 else []
+
+
+def table(rows: Table) -> str:
+    """Rows as Markdown; the first holds the titles."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+_WHERE = "Medians in ms. Dump, images, last pages and the upper layer run side by side; the job is back before `restore` ends."
+
+
+def _grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for one in records:
+        groups.setdefault((one["scenario"], one["method"]), []).append(one)
+    return groups
+
+
+def _range(group: Sequence[Record], field: str, scale: float, digits: str) -> str:
+    values = [one[field] / scale for one in group if one.get(field) is not None]
+    if not values:
+        return "-"
+    middle = format(median(values), digits)
+    return middle if len(values) == 1 else f"{middle} ({min(values):{digits}}-{max(values):{digits}})"
+
+
+def _word(one: Verdict) -> str:
+    if one.kept is None or one.margin is None:
+        return "not measured"
+    by = f" by {abs(one.margin):.0%}" if one.limit else ""
+    return ("kept" if one.kept else "**missed**") + by
+
+
+def _machines(records: Sequence[Record]) -> str:
+    """The machines and versions behind the records, a line each."""
+    lines = {
+        f"{one['cpu']} x {one['cpus']}, {one['memory_bytes'] / 2**30:.0f} GiB, kernel {one['kernel']}, CRIU {one['criu']}, "
+        f"runc {one['runc']}, containerd {one['containerd']}, podferry {one['podferry']} {one['commit']}".strip()
+        for one in (record["machine"] for record in records)
+    }
+    loads = [record["load"] for record in records]
+    busy = (
+        f"\n\nLoad of the machine before each run: median {median(loads):.1f}, at most {max(loads):.1f}."
+        if loads
+        else ""
+    )
+    return "\n".join(f"- {line}" for line in sorted(lines)) + busy

@@ -1,0 +1,134 @@
+"""Runs scenarios and writes one record for each run: a line of JSON, which `goals` and `report` read."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from podferry.bench import agents, machine
+from podferry.bench.moves import SOURCE, Method, Moved
+from podferry.bench.runc import floor
+from podferry.bench.scenarios import Scenario
+from podferry.bench.workload import Report, Speed, Workload
+from podferry.errors import Failed, PodferryError
+from podferry.lab import Lab
+
+BEFORE, AFTER = 2.0, 2.2
+"""Seconds for which the job is watched before the move, and after all of its memory has come."""
+
+SECOND = 10**9
+ERROR = "error"
+Record = dict[str, Any]
+Progress = Callable[[str], None]
+
+
+def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, progress: Progress) -> Iterator[Record]:
+    """Run every method of every scenario in turn, `repeat` times over; append each record to `results` and yield it.
+
+    The lab is brought up where it is not, and again, from nothing, after a run that went wrong.
+    """
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, repeat + 1):
+        for scenario in scenarios:
+            for name, method in scenario.methods.items():
+                lab.up(2, scenario.link, progress=progress)
+                progress(f"run {number} of {repeat}: {scenario.name}, {name}")
+                record = measure(lab, scenario, name, method, number)
+                if record["outcome"] == ERROR:
+                    lab.down(progress)
+                with results.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                yield record
+
+
+def measure(lab: Lab, scenario: Scenario, name: str, method: Method | None, number: int) -> Record:
+    """One run. What went wrong in it is in the record, too."""
+    record: Record = {
+        "scenario": scenario.name,
+        "method": name,
+        "run": number,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load": round(os.getloadavg()[0], 2),
+        "link": scenario.link,
+        "workload": scenario.workload.to_dict(),
+        "machine": machine.describe(lab),
+    }
+    try:
+        return record | (_floor(lab) if method is None else _move(lab, method, scenario.workload))
+    except PodferryError as error:
+        return record | {"outcome": ERROR, "error": error.to_dict()}
+
+
+def read(files: Sequence[Path]) -> list[Record]:
+    """The records in results files. Raises `Failed` for a line that is none."""
+    records = []
+    for path in files:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                record = json.loads(line)
+                record["scenario"], record["method"], record["outcome"]
+            except (ValueError, KeyError, TypeError) as wrong:
+                raise Failed.because(f"{path}, line {number} is no record of a run", wrong) from wrong
+            records.append(record)
+    return records
+
+
+def _floor(lab: Lab) -> Record:
+    facts = floor(lab)
+    return {"outcome": "completed", "downtime_ms": sum(facts["steps"].values()), "facts": facts}
+
+
+def _move(lab: Lab, method: Method, workload: Workload) -> Record:
+    method.stop(lab)
+    job = method.start(lab, workload)
+    ready = time.time_ns()
+    time.sleep(BEFORE)
+    sent = agents.sent_bytes(lab, SOURCE)
+    moved = method.move(job)
+    sent = agents.sent_bytes(lab, SOURCE) - sent
+    time.sleep(AFTER)
+    record = observed(moved, job.report(), ready) | {"link_bytes": sent, "where": job.node}
+    method.stop(lab)
+    return record
+
+
+def observed(moved: Moved, report: Report, ready: int) -> Record:
+    """What the job saw of a move, and what moved it tells; times in ms. `ready` (ns) is when the job had begun to run."""
+    facts: Mapping[str, Any] = moved.facts
+    record: Record = {
+        "outcome": moved.outcome,
+        "total_ms": (moved.ended - moved.began) / 1e6,
+        "downtime_ms": None,
+        "home_ms": None,
+        "stall_ms": None,
+        "written_bytes": None,
+        "damaged": len(report.damaged),
+        "damaged_files": len(report.damaged_files),
+        "facts": facts,
+    }
+    for name in ("agents_downtime_ms", "wire_bytes", "nonzero_bytes", "rounds"):
+        record[name] = facts.get(name)
+    gap = report.gap_at(moved.frozen) if moved.frozen else None
+    stopped, resumed = gap or (moved.ended, moved.ended)
+    if gap:
+        home = moved.home or moved.ended
+        record["downtime_ms"] = (resumed - stopped) / 1e6
+        record["home_ms"] = (home - moved.began) / 1e6
+        record["stall_ms"] = report.longest_gap(resumed, max(home, resumed) + SECOND) / 1e6
+    record["written_bytes"] = report.written_between(moved.began, stopped)
+    record["speed"] = {
+        "before": _speed(report.speed(ready, moved.began)),
+        "during": _speed(report.speed(moved.began, stopped)),
+        "second_after": _speed(report.speed(resumed + SECOND, resumed + 2 * SECOND)),
+    }
+    return record
+
+
+def _speed(speed: Speed | None) -> dict[str, float] | None:
+    return asdict(speed) if speed else None

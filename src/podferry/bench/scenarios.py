@@ -1,0 +1,104 @@
+"""What is measured: jobs, and the ways in which each is moved in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from podferry.bench.moves import Method, Podferry
+from podferry.bench.runc import Runc
+from podferry.bench.workload import Pattern, Work, Workload
+from podferry.errors import UsageError
+
+FLOOR = "floor"
+"""The method that moves nothing: what runc and CRIU need for an idle `sleep` that stays where it is."""
+
+LIVE, STOP, POSTCOPY = Podferry("live"), Podferry("stop"), Podferry("postcopy")
+CRIU, CRIU_LAZY = Runc(), Runc(lazy=True)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A job, the methods that move it (`None` for the floor), and the rate of the link."""
+
+    name: str
+    about: str
+    workload: Workload
+    methods: Mapping[str, Method | None]
+    link: str = "1gbit"
+
+
+SCENARIOS = {
+    one.name: one
+    for one in (
+        Scenario(
+            "downtime",
+            "1 GiB, 50 MB/s written: podferry beside everything there was before",
+            Workload(1024, 50),
+            {FLOOR: None, "live": LIVE, "stop": STOP, "criu": CRIU, "criu-lazy": CRIU_LAZY},
+        ),
+        Scenario("small", "64 MiB, 50 MB/s written", Workload(64, 50), {FLOOR: None, "live": LIVE}),
+        Scenario("large", "4 GiB, 50 MB/s written", Workload(4096, 50), {FLOOR: None, "live": LIVE}),
+        Scenario("stop-256", "256 MiB, moved in mode stop", Workload(256, 50), {FLOOR: None, "stop": STOP}),
+        Scenario("stop-1024", "1 GiB, moved in mode stop", Workload(1024, 50), {FLOOR: None, "stop": STOP}),
+        Scenario("cpu", "1 GiB that computes", Workload(1024, 10, work=Work.CPU), {"live": LIVE}),
+        Scenario("random", "1 GiB read here and there", Workload(1024, 0, work=Work.RANDOM), {"live": LIVE}),
+        Scenario(
+            "drain",
+            "1 GiB: memory of the agents, of the page feeder and of the page store",
+            Workload(1024, 50),
+            {"live": Podferry("live", watch=True)},
+        ),
+        Scenario(
+            "storm",
+            "1 GiB, 400 MB/s written, faster than the link",
+            Workload(1024, 400),
+            {
+                "throttle": LIVE,
+                "postcopy-allowed": Podferry("live", {"allow_throttle": False, "allow_postcopy": True}),
+                "neither": Podferry("live", {"allow_throttle": False}),
+            },
+        ),
+        Scenario(
+            "postcopy", "1 GiB, 50 MB/s written, fetched after the resume", Workload(1024, 50), {"postcopy": POSTCOPY}
+        ),
+        Scenario(
+            "hot",
+            "1 GiB of which 64 MiB are written at 200 MB/s",
+            Workload(1024, 200, pattern=Pattern.HOT, hot=64),
+            {"live": LIVE},
+        ),
+        Scenario(
+            "sequential",
+            "1 GiB written from end to end at 50 MB/s",
+            Workload(1024, 50, pattern=Pattern.SEQUENTIAL),
+            {"live": LIVE},
+        ),
+        Scenario(
+            "compressible",
+            "1 GiB that compresses well, 50 MB/s written",
+            Workload(1024, 50, compressible=True),
+            {"live": LIVE},
+        ),
+        Scenario(
+            "many",
+            "256 MiB, 50 threads and 20 open files that grow",
+            Workload(256, 20, threads=50, files=20),
+            {"live": LIVE},
+        ),
+        Scenario(
+            "smoke",
+            "32 MiB: whether the benchmark itself works",
+            Workload(32, 5),
+            {FLOOR: None, "live": LIVE, "criu": CRIU},
+        ),
+    )
+}
+
+
+def chosen(names: list[str]) -> list[Scenario]:
+    """The scenarios of these names. Raises `UsageError` for one that there is not."""
+    for name in names:
+        if name not in SCENARIOS:
+            raise UsageError(f"there is no scenario {name!r}", remedy=f"there are {', '.join(SCENARIOS)}")
+    return [SCENARIOS[name] for name in names]
