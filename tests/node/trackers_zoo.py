@@ -47,6 +47,7 @@ class Zoo:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(512)
+        self._listener.settimeout(60)  # a driver that died never arrives
         self._program = subprocess.Popen([sys.executable, "-S", "-I", str(DRIVER), str(path)])
         self.mother = self.arrival()
         self.jobs: dict[int, Job] = {}
