@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from podferry.cli import demo, job
+from podferry.cli.app import run
 from podferry.errors import Failed
 from podferry.lab import Lab, containers
+from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
 
@@ -68,6 +70,20 @@ def test_output_is_read_in_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.lines == ["step 1 of 2: a", "step 2 of 2: b", "result ff"]
     with pytest.raises(Failed, match="ended before"):
         out.wait_for("never")
+
+
+def test_a_lab_that_is_up_is_not_taken_for_the_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "require_root", lambda: None)
+    monkeypatch.setattr(Lab, "exists", lambda lab: True)
+    monkeypatch.setattr(Lab, "down", lambda lab, progress: pytest.fail("it was taken down"))
+    assert run(["lab", "demo", "--lab", "mine"]) == 2
+    assert "lab mine is up already" in capsys.readouterr().err
+
+
+def test_every_mode_has_its_words() -> None:
+    assert set(demo.WAYS) == set(Mode)
 
 
 def test_a_difference_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:

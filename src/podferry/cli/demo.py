@@ -29,7 +29,7 @@ LAB = "demo"
 SOURCE, TARGET = "node-a", "node-b"
 MOVED, TWIN = "job", "twin"
 MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 1800, 3000, 50
-MOVE_AT, LEAST_STEPS = 300, 400
+MOVE_AT, LEAST_STEPS = 300, 900
 WAYS = {
     Mode.LIVE: "It moves to {} while it computes.",
     Mode.POSTCOPY: "It moves to {} at once, and fetches its memory while it computes there.",

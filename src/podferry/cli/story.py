@@ -45,7 +45,7 @@ def _precopy(record: Record) -> str:
         return ""
     first, last = rounds[0], rounds[-1]
     text = (
-        f"Its memory ({units.size(record.memory_bytes)}) was copied while it ran. "
+        f"Its memory was copied while it ran, {units.size(record.memory_bytes)} in all. "
         f"The first round sent {units.size(first.bytes)} in {units.duration(first.ms)}"
     )
     if len(rounds) > 1:
