@@ -189,7 +189,7 @@ def some_chain() -> str:
 def picture(root: Path) -> dict[str, tuple[object, ...]]:
     """Everything a container can see of a tree: kinds, modes, owners, link targets, content; hard links by group."""
     seen: dict[str, tuple[object, ...]] = {}
-    groups: dict[int, str] = {}
+    groups: dict[tuple[int, int], str] = {}
     for path in sorted([root, *root.rglob("*")]):
         about = path.lstat()
         kind: object = None
@@ -200,7 +200,7 @@ def picture(root: Path) -> dict[str, tuple[object, ...]]:
         elif stat.S_ISCHR(about.st_mode):
             kind = about.st_rdev
         name = str(path.relative_to(root))
-        group = None if stat.S_ISDIR(about.st_mode) else groups.setdefault(about.st_ino, name)
+        group = None if stat.S_ISDIR(about.st_mode) else groups.setdefault((about.st_dev, about.st_ino), name)
         attributes = tuple(
             (one, os.getxattr(path, one, follow_symlinks=False))
             for one in os.listxattr(path, follow_symlinks=False)

@@ -156,7 +156,7 @@ def test_a_share_that_was_unmounted_or_swapped_is_noticed_and_its_return_too(whe
         share.names(layout.LAYERS)
     where.mkdir()
     initialise(where)
-    share._device = -1  # another file system has another number; here both are directories of one
+    share.device = -1  # another file system has another number; here both are directories of one
     with pytest.raises(ShareUnavailable, match="it holds the share"):
         share.names(layout.LAYERS)
     where.rename(where.with_name("other"))

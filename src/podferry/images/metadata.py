@@ -76,6 +76,7 @@ class Snapshot:
 
     `moved_at` is the newest snapshot's id when the files moved to the share: mounts of younger ones use the share.
     `note` says why a layer is not on the share; `boot` is the boot of the machine in which it was committed.
+    `device` is that of the share from which its image was mounted.
     """
 
     id: int
@@ -92,6 +93,7 @@ class Snapshot:
     moved_at: int | None = None
     note: str = ""
     boot: str = ""
+    device: int | None = None
 
 
 _SCHEMA = """
@@ -109,7 +111,8 @@ CREATE TABLE IF NOT EXISTS snapshots (
   inodes INTEGER NOT NULL DEFAULT 0,
   moved_at INTEGER,
   note TEXT NOT NULL DEFAULT '',
-  boot TEXT NOT NULL DEFAULT ''
+  boot TEXT NOT NULL DEFAULT '',
+  device INTEGER
 );
 CREATE INDEX IF NOT EXISTS snapshots_parent ON snapshots(parent_id);
 CREATE INDEX IF NOT EXISTS snapshots_chain ON snapshots(chain);
@@ -118,7 +121,7 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 _ROWS = """
 SELECT s.id, s.name, s.kind, coalesce(p.name, ''), s.created, s.updated, s.labels, s.chain, s.home, s.bytes, s.inodes,
-       s.moved_at, s.note, s.boot
+       s.moved_at, s.note, s.boot, s.device
 FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent_id
 """
 
@@ -154,11 +157,14 @@ class Metadata:
     def fact(self, name: str, default: Callable[[], str]) -> str:
         """A value kept for ever, made by `default` the first time."""
         with self._transaction() as db:
+            db.execute("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", (name, default()))
+            return str(db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0])
+
+    def recall(self, name: str) -> str | None:
+        """A fact, where it is known."""
+        with self._transaction() as db:
             row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-            if row is None:
-                row = (default(),)
-                db.execute("INSERT INTO facts VALUES (?, ?)", (name, *row))
-            return str(row[0])
+            return None if row is None else str(row[0])
 
     def get(self, name: str) -> Snapshot:
         """The snapshot `name`. Raises `SnapshotMissing`."""
@@ -282,6 +288,11 @@ class Metadata:
         """Note why a layer is not on the share."""
         with self._transaction() as db:
             db.execute("UPDATE snapshots SET note = ? WHERE id = ?", (note, identity))
+
+    def mounted(self, identity: int, device: int) -> None:
+        """The layer's image has been mounted from the share that has this device number now."""
+        with self._transaction() as db:
+            db.execute("UPDATE snapshots SET device = ? WHERE id = ?", (device, identity))
 
     def emptied(self, identity: int) -> None:
         """The layer's copy on the node's disk is gone."""

@@ -29,7 +29,7 @@ class PosixShare:
         self.root = root
         self.id = share_id
         self.guard = guard
-        self._device = -1  # learnt, with the marker read, at the first call
+        self.device = -1  # learnt, with the marker read, at the first call; another one after every mount of the share
 
     def path(self, path: str) -> Path:
         """Where `path` is on this node. Raises ValueError for one that leaves the share."""
@@ -56,7 +56,7 @@ class PosixShare:
     def _still_ours(self) -> None:
         try:
             device = self.root.stat().st_dev
-            if device == self._device:
+            if device == self.device:
                 return
             found = layout.decode_marker((self.root / layout.MARKER).read_bytes())
         except FileNotFoundError:
@@ -67,7 +67,7 @@ class PosixShare:
                 why=f"it holds the share {found}" if found else "nothing, or something else, is mounted there",
                 remedy="mount the share again; podferry goes on by itself",
             )
-        self._device = device
+        self.device = device
 
     def create(self, path: str, data: bytes) -> None:
         self.call(f"create {path}", lambda: _write_new(self.path(path), data))

@@ -19,6 +19,7 @@ from podferry.errors import PodferryError
 from podferry.images import layout
 from podferry.images.collect import DAY, Collector
 from podferry.images.erofs import ErofsForm
+from podferry.images.faults import ShareRefused
 from podferry.images.guard import Guard
 from podferry.images.housekeeping import Housekeeping
 from podferry.images.layout import FormName
@@ -27,6 +28,7 @@ from podferry.images.metadata import Home, Metadata
 from podferry.images.metrics import Metrics
 from podferry.images.opening import open_share
 from podferry.images.ports import SystemClock
+from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
 from podferry.images.references import References
 from podferry.images.service import Service
@@ -45,7 +47,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def serve(
-    share: Annotated[Path, typer.Option(help="where the share is mounted")],
+    share: Annotated[str, typer.Option(metavar="PATH", help="where the share is mounted")],  # typer looks at a Path
     socket_path: Annotated[Path, typer.Option("--socket", help="the socket that containerd is told of")] = SOCKET,
     root: Annotated[Path, typer.Option(help="the node's own disk")] = ROOT,
     form: Annotated[FormName, typer.Option(help="how layers are put on the share")] = FormName.EROFS,
@@ -64,7 +66,7 @@ def serve(
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     metadata = Metadata(root / "metadata.db")
     clock = SystemClock()
-    opened = open_share(share.resolve(), guard=Guard(deadline), read_only=read_only)
+    opened = _open(Path(share).absolute(), Guard(deadline), metadata, read_only=read_only)
     name = layout.check_node(node or os.environ.get("NODE_NAME", "") or socket.gethostname())
     instance = metadata.fact("instance", layout.new_token)
     used = [layer.chain for layer in metadata.layers(Home.SHARE) if layer.chain]
@@ -104,6 +106,25 @@ def serve(
     housekeeping.stop()
     server.stop(5.0).wait()
     metadata.close()
+
+
+def _open(root: Path, guard: Guard, metadata: Metadata, *, read_only: bool) -> PosixShare:
+    """The share, if need be as one that does not answer yet: a node starts without it where it has used it before."""
+    known = metadata.recall("share")
+    try:
+        share = open_share(root, guard=guard, read_only=read_only)
+    except PodferryError as error:
+        if known is None:
+            raise
+        log.warning("starting without the share", code=error.code, why=str(error))
+        return PosixShare(root, known, guard)
+    if metadata.fact("share", lambda: share.id) != share.id:
+        raise ShareRefused(
+            f"{root} is not the share that holds this node's images",
+            why=f"it is {share.id}, not {known}",
+            remedy="mount the right share, or use another --root for this one",
+        )
+    return share
 
 
 def main() -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 import structlog
 
 from podferry.errors import Failed, PodferryError
-from podferry.images.faults import LayerUnfit, ShareReadOnly
+from podferry.images.faults import LayerUnfit
 from podferry.images.leases import Lease
 from podferry.images.metadata import Home, Metadata, Snapshot, this_boot
 from podferry.images.store import LayerStore
 
-RETRY = (5.0, 300.0)  # seconds after a failure: the first, and the longest
+RETRY = (5.0, 60.0)  # seconds after a failure: the first, and the longest
 STAYS = "stays on this node: "
 
 log = structlog.get_logger()
@@ -77,14 +77,16 @@ class Publisher:
         pause = RETRY[0]
         while not self._stopped:
             self._wake.clear()
-            done = self.publish_all()
-            pause = RETRY[0] if done else min(pause * 2, RETRY[1])
-            self._wake.wait(None if done else pause)
+            if self.publish_all():
+                self._wake.wait()
+                pause = RETRY[0]
+            elif not self._wake.wait(pause):
+                pause = min(pause * 2, RETRY[1])
 
     def publish_all(self) -> bool:
         """Publish every layer that waits; False when some could not be and should be tried again."""
         complete = True
-        for layer in self.metadata.layers(Home.DISK):
+        for layer in [] if self.store.read_only else self.metadata.layers(Home.DISK):
             if self._stopped:
                 return True
             if not layer.note.startswith(STAYS):
@@ -97,12 +99,10 @@ class Publisher:
         assert layer.chain is not None
         begun = self.store.clock.monotonic()
         try:
-            if self.store.read_only:
-                raise ShareReadOnly("this node only reads the share")
             if layer.boot != this_boot():  # nothing says how much of it had reached the disk when the machine stopped
                 raise LayerUnfit("the machine was restarted before the layer was published")
             self.store.publish(layer.chain, self.root / "snapshots" / str(layer.id) / "fs")
-        except (LayerUnfit, ShareReadOnly) as error:
+        except LayerUnfit as error:
             self.metadata.note(layer.id, f"{STAYS}{error}")
             self.failed(error)
             log.warning("layer stays on this node", chain=layer.chain, code=error.code, why=str(error))

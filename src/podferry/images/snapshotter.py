@@ -216,9 +216,8 @@ class Snapshotter:
             return None
         parent = self.metadata.get(made.parent)
         top = self.root / "l" / str(parent.id)
-        share = self.store.share
-        assert isinstance(share, PosixShare)
-        about = share.call(f"look at {top}", top.stat) if parent.home is Home.SHARE else top.stat()
+        on_share = parent.home is Home.SHARE and not self._mounted(parent)
+        about = self._share.call(f"look at {top}", top.stat) if on_share else top.stat()
         return about.st_uid, about.st_gid
 
     def _mounts(self, snapshot: Snapshot) -> list[Mount]:
@@ -237,32 +236,47 @@ class Snapshotter:
     def _lower(self, layer: Snapshot) -> Path:
         """The path of a layer for overlayfs, there and answering."""
         link = self.root / "l" / str(layer.id)
-        if layer.home is Home.DISK or layer.chain is None:
-            return link
-        mounted = self.root / "images" / str(layer.id)
-        if mounted in mount_points(mounted):
+        if layer.home is Home.DISK or layer.chain is None or self._mounted(layer):
             return link
         published = self.store.need(layer.chain)
-        share = self.store.share
-        assert isinstance(share, PosixShare)
+        share = self._share
         if published.record.form is FormName.DIR:
             self._link(layer, share.path(f"{published.at}/{FILES}"))
             return link
         with self._mounting:
-            if mounted not in mount_points(mounted):
-                mounted.mkdir(exist_ok=True)
-                image = share.path(f"{published.at}/{IMAGE}")
-
-                def mount() -> None:
-                    with faults(f"cannot mount {image}"):
-                        mount_image(image, mounted)
-
-                try:
-                    share.call(f"mount {image}", mount)
-                except FileNotFoundError as gone:
-                    raise LayerMissing(f"layer {layer.chain} is not on the share", why=str(gone)) from gone
-            self._link(layer, Path("..") / "images" / str(layer.id))
+            if not self._mounted(self.metadata.get(layer.name)):
+                self._mount(layer, share.path(f"{published.at}/{IMAGE}"))
+        self._link(layer, Path("..") / "images" / str(layer.id))
         return link
+
+    def _mount(self, layer: Snapshot, image: Path) -> None:
+        at = self.root / "images" / str(layer.id)
+
+        def mount() -> None:
+            with faults(f"cannot mount {image}"):
+                mount_image(image, at)
+
+        at.mkdir(exist_ok=True)
+        unmount(at)  # of a share that has gone; who still runs from it keeps it
+        try:
+            self._share.call(f"mount {image}", mount)
+        except FileNotFoundError as gone:
+            raise LayerMissing(f"layer {layer.chain} is not on the share", why=str(gone)) from gone
+        self.metadata.mounted(layer.id, self._share.device)
+
+    def _mounted(self, layer: Snapshot) -> bool:
+        """Whether the layer's image is mounted, from the share as it is mounted now.
+
+        Asks the kernel's list and nobody else, so that a hung share does not matter.
+        """
+        at = self.root / "images" / str(layer.id)
+        return self._share.device in (layer.device, -1) and at in mount_points(at)
+
+    @property
+    def _share(self) -> PosixShare:
+        share = self.store.share
+        assert isinstance(share, PosixShare)
+        return share
 
     def _link(self, layer: Snapshot, target: Path) -> None:
         link = self.root / "l" / str(layer.id)
