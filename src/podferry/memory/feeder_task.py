@@ -44,7 +44,6 @@ class Counts:
 
     fed: int = 0
     faults: int = 0
-    zeroes: int = 0
     unplaced: int = 0
 
 
@@ -177,7 +176,7 @@ class Task:
         """Let the address space go; from now on the kernel answers its faults. What only it wanted is freed."""
         os.close(self.fd)
         self.copy.sharers.remove(self)
-        if self.left or not self.copy.sharers:
+        if len(self.copy.sharers) <= 1:  # not for every short-lived child: it looks at the whole copy
             self.copy.release_all()
 
     def _fault(self, address: int) -> Answer:
@@ -189,9 +188,7 @@ class Task:
                     self.source.want(self.copy.space, origin)
                     return Answer.ABSENT
                 return self._feed(number, AROUND)
-        done, error = uffd.zeropage(self.fd, address, PAGE)
-        self.counts.zeroes += bool(done)
-        return self._outcome(error, address)
+        return self._outcome(uffd.zeropage(self.fd, address, PAGE).error, address)
 
     def _next(self) -> int | None:
         """The next page to fill: owed, held, in the order of the queue."""

@@ -86,15 +86,6 @@ class RunMap:
         i = bisect_right(self._ends, start)
         return i < len(self._starts) and self._starts[i] < end
 
-    def gaps(self, start: int, end: int) -> Iterator[Run]:
-        """What `start` up to `end` has no run for, in order."""
-        for run in self.within(start, end):
-            if start < run.start:
-                yield Run(start, run.start)
-            start = run.end
-        if start < end:
-            yield Run(start, end)
-
     def set(self, start: int, end: int, value: int = 0) -> None:
         """Give `start` up to `end` a value, over whatever was there."""
         starts, ends, slope = self._starts, self._ends, self._slope
