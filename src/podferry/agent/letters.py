@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from podferry.errors import PeerLost, PodferryError
 from podferry.wire.channel import Channel
 from podferry.wire.frames import Data
-from podferry.wire.messages import Message, Progress
+from podferry.wire.messages import GaveUp, Message, Progress
 
 Kind = TypeVar("Kind")
 
@@ -52,12 +52,16 @@ class Letters:
         return opened
 
     async def expect(self, *kinds: type[Kind]) -> Kind:
-        """The next message of one of `kinds`; others keep waiting. Raises what ended the conversation, if that comes first."""
+        """The next message of one of `kinds`; others keep waiting. Raises why the target gave up or the conversation ended, if that
+        comes first."""
         while True:
             for letter in self._waiting:
                 if isinstance(letter, kinds):
                     self._waiting.remove(letter)
                     return letter
+            for letter in self._waiting:
+                if isinstance(letter, GaveUp):
+                    raise letter.error.error()
             if self._failure is not None:
                 raise self._failure
             await self._news.wait()

@@ -46,6 +46,7 @@ from podferry.wire.messages import (
 )
 
 ASK_AGAIN = 1.0
+CALL_BACK = 0.05
 ROUND_PAUSE = 0.02
 DRAIN_PATIENCE = 120.0
 COMMIT_TRIES = 30
@@ -292,6 +293,9 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         while word is None or (self._postcopy and isinstance(word, Running)):
             if isinstance(word, Running):
                 word = await self._serve(contact, word)
+                if word is None:
+                    self.fire(SourceEvent.CONTACT_LOST)
+                    await self._verdict_within(CALL_BACK)
                 continue
             if self.phase is not SourcePhase.LOST:
                 self.fire(SourceEvent.CONTACT_LOST)

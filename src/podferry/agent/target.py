@@ -111,15 +111,21 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         """Say what became of the job, and once more when its memory is in place: the answer to GO and, if `asked`, to `Query`."""
         if self.phase not in TARGET_MAY_RUN and not self.machine.ended:
             await self._give_up(Failed("the source lost contact before its GO arrived"), None)
-        if asked and not self._word_known.is_set():
+        known = asked and self._word_known.is_set()
+        if asked and not known:
             await channel.send(Restoring(self.story.id))
         async with anyio.create_task_group() as ways:
-            if self.journal.facts.get("postcopy") and not self.machine.ended:
-                ways.start_soon(self._fetch, channel)
-            await self._tell(channel, asked=asked)
+
+            def fetch() -> None:
+                if self.journal.facts.get("postcopy") and not self.machine.ended:
+                    ways.start_soon(self._fetch, channel)
+
+            if not known:
+                fetch()
+            await self._tell(channel, fetch if known else _nothing, asked=asked)
             ways.cancel_scope.cancel()
 
-    async def _tell(self, channel: Channel, *, asked: bool) -> None:
+    async def _tell(self, channel: Channel, running_said: Callable[[], None], *, asked: bool) -> None:
         await self._word_known.wait()
         if self.phase is TargetPhase.GAVE_UP:
             return await channel.send(GaveUp(self.story.id, ErrorReport.of(self._error or Failed("it gave up"))))
@@ -128,6 +134,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             return await channel.send(Crashed(self.story.id, ErrorReport.of(died)))
         ran = time.monotonic() - self._runs_since
         await channel.send(Running(self.story.id, max(0, round(ran * 1e9))))
+        running_said()
         await self.ended.wait()
         if self._error is not None:
             return await channel.send(Crashed(self.story.id, ErrorReport.of(self._error)))
@@ -263,6 +270,10 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         leftovers = await self.take_back()
         if leftovers:
             self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
+
+
+def _nothing() -> None:
+    """What is under way already need not begin."""
 
 
 async def _say(channel: Channel, message: Message) -> None:
