@@ -9,7 +9,8 @@ nanoseconds for which a thread of that process stood still, a sentence if it wen
 It is a process of its own because nobody may die while a job's thread has registers that are not its own: whatever
 happens to the agent meanwhile, the few hundred microseconds are finished here, and the job goes on unharmed. So it
 imports little, allocates nothing large, ignores signals that ask it to end, and is the last to be chosen when memory
-runs out. The kernel lets go of the tracee if this process ends before it has changed anything.
+runs out. The kernel lets go of the tracee if this process ends before it has changed anything. Only SIGKILL to this
+very process in these microseconds would harm a job: whoever stops an agent must not kill its whole group at once.
 
 See ptrace(2), userfaultfd(2), pidfd_getfd(2). The order of steps is that of CRIU's compel.
 """

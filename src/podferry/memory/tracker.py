@@ -108,7 +108,7 @@ class Tracker(Protocol):
         """Let go of all processes. Their memory is as it was before.
 
         With uffd that takes 20 ms a GiB, and needs not be done before the dump: CRIU minds descriptors of userfaultfd
-        in a process, not areas that are registered with one elsewhere.
+        in a process, not areas that are registered with one elsewhere (4.1.1 dumps and restores such a process).
         """
         ...
 
