@@ -26,12 +26,14 @@ SPANS = (
 
 def markdown(records: Sequence[Record], command: str) -> str:
     """The whole report. `command` is what made the records."""
+    found = list(verdicts(records))
     parts = [
         "# Benchmarks",
         f"Made by `{command}`. Medians, with the range in brackets; each run is one line of the results file.",
         _machines(records),
         "## Goals",
-        table(goal_rows(verdicts(records))),
+        table(goal_rows(one for one in found if one.measured is not None)),
+        *[f"Not measured here: {one.goal}." for one in found if one.measured is None],
         "## Runs",
         table(run_rows(records)),
     ]

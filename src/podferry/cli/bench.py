@@ -79,7 +79,9 @@ def make_report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", exists=True, help="What `run` has written.")],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write README.md and figures there instead of the goals to stdout."),
+        typer.Option(
+            metavar="PATH", help="Write the report there instead of the goals to stdout: FILE.md, or README.md in DIR."
+        ),
     ] = None,
     made_by: Annotated[
         str | None,
@@ -96,11 +98,11 @@ def make_report(
     if out is None:
         _print_goals(records)
         return
-    out.mkdir(parents=True, exist_ok=True)
+    page = out if out.suffix == ".md" else out / "README.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
     names = sorted({record["scenario"] for record in records}, key=list(SCENARIOS).index)
     command = made_by or shlex.join(["podferry", "bench", "run", *names])
-    pictures = "".join(f"\n![{path.stem}]({path.name})\n" for path in figures.draw(records, out))
-    page = out / "README.md"
+    pictures = "".join(f"\n![{path.stem}]({path.name})\n" for path in figures.draw(records, page.parent))
     page.write_text(report.markdown(records, command) + pictures)
     stderr().print(words(f"written: {page}"))
 

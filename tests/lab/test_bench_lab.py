@@ -1,0 +1,79 @@
+"""The benchmark against a real lab: every kind of method makes a valid record, and damage in a moved job shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from podferry.bench import job, runner
+from podferry.bench.goals import verdicts
+from podferry.bench.load import PAGE
+from podferry.bench.moves import SOURCE, TARGET
+from podferry.bench.runc import Runc
+from podferry.bench.scenarios import CRIU, FLOOR, LIVE, STOP, Scenario
+from podferry.bench.workload import Workload
+from podferry.lab import Lab, containers
+
+pytestmark = pytest.mark.lab
+
+SMALL = Scenario(
+    "smoke",
+    "whether it works",
+    Workload(16, 2, files=2),
+    {FLOOR: None, "live": LIVE, "stop": STOP, "criu": CRIU, "criu-lazy": Runc(lazy=True)},
+)
+
+
+@pytest.mark.parametrize("name", list(SMALL.methods))
+def test_a_run_makes_a_whole_record(lab: Lab, name: str) -> None:
+    scenario = SMALL if not name.startswith("criu") else Scenario("smoke", "", Workload(16, 2), SMALL.methods)
+    record = runner.measure(lab, scenario, name, scenario.methods[name], 1)
+    assert record["outcome"] == "completed", record.get("error")
+    assert record["downtime_ms"] > 0
+    assert all(record["machine"][program] != "unknown" for program in ("criu", "runc", "containerd"))
+    if name != FLOOR:
+        assert record["where"] == TARGET
+        assert (record["damaged"], record["damaged_files"]) == (0, 0)
+        assert record["total_ms"] >= record["home_ms"] >= record["downtime_ms"] > 0
+        assert record["link_bytes"] > 0
+        assert record["speed"]["before"]["wall"] > 0
+        assert record["speed"]["second_after"]["wall"] > 0
+    if name in ("live", "stop"):
+        assert record["wire_bytes"] >= record["nonzero_bytes"] // 2
+        assert record["agents_downtime_ms"] > 0
+    list(verdicts([json.loads(json.dumps(record))]))
+
+
+def test_a_page_that_is_damaged_in_a_running_job_shows(lab: Lab) -> None:
+    damaged = 100
+    running = job.start(lab, SOURCE, "bench-damage", Workload(16))
+    try:
+        assert running.report().damaged == ()
+        pid = int((lab.root(SOURCE) / job.BUNDLES / "bench-damage" / "init.pid").read_text())
+        poke(lab.root(SOURCE) / "proc" / str(pid), damaged)
+        assert running.report().damaged == (damaged,)
+    finally:
+        containers.stop(lab, "bench-damage")
+
+
+def poke(process: Path, page: int) -> None:
+    """Flip a byte in the job's pattern, where page number `page` is found by its header and that of the next."""
+    for line in (process / "maps").read_text().splitlines():
+        span, mode = line.split()[:2]
+        start, end = (int(word, 16) for word in span.split("-"))
+        if mode != "rw-p" or end - start < 16 << 20:
+            continue
+        with (process / "mem").open("r+b", buffering=0) as memory:
+            for base in range(start, end - (page + 1) * PAGE, PAGE):
+                memory.seek(base + page * PAGE)
+                head = memory.read(8)
+                memory.seek(base)
+                if memory.read(8) == bytes(8) and head == page.to_bytes(4, "little") + bytes(4):
+                    memory.seek(base + page * PAGE + 2000)
+                    byte = memory.read(1)[0]
+                    memory.seek(base + page * PAGE + 2000)
+                    memory.write(bytes([byte ^ 1]))
+                    return
+    raise AssertionError("the job's pattern was not found in its memory")

@@ -1,0 +1,148 @@
+"""The benchmark's job: its memory's rule, that damage shows, that it sees itself being stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from podferry.bench.load import GAP_NS, PAGE, REPORT, Files, Log, Memory
+from podferry.bench.workload import Pattern, Report, Work, Workload
+from podferry.node.process import Child, spawn
+
+pytestmark = pytest.mark.unit
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_memory_holds_what_it_must_after_any_number_of_writes(data: st.DataObject) -> None:
+    pages = data.draw(st.integers(1, 40))
+    hot = data.draw(st.integers(1, pages))
+    memory = Memory(pages, hot, scattered=data.draw(st.booleans()), compressible=data.draw(st.booleans()))
+    for count in data.draw(st.lists(st.integers(0, 100), max_size=4)):
+        memory.write(count)
+    assert memory.damaged() == []
+
+
+@pytest.fixture
+def memory() -> Memory:
+    memory = Memory(64, 48, scattered=True, compressible=False)
+    memory.write(100)
+    return memory
+
+
+def test_a_flipped_bit_shows(memory: Memory) -> None:
+    memory.data[7 * PAGE + 1234] ^= 1
+    assert memory.damaged() == [7]
+
+
+def test_a_lost_page_shows(memory: Memory) -> None:
+    memory.data[60 * PAGE : 61 * PAGE] = bytes(PAGE)
+    assert memory.damaged() == [60]
+
+
+def test_a_stale_page_shows(memory: Memory) -> None:
+    page = memory.written * memory.stride % memory.span
+    before = memory.data[page * PAGE : (page + 1) * PAGE]
+    memory.write(1)
+    assert memory.damaged() == []
+    memory.data[page * PAGE : (page + 1) * PAGE] = before
+    assert memory.damaged() == [page]
+
+
+def test_a_torn_page_shows(memory: Memory) -> None:
+    page = memory.written * memory.stride % memory.span
+    before = memory.data[page * PAGE : (page + 1) * PAGE]
+    memory.write(1)
+    memory.data[page * PAGE + PAGE // 2 : (page + 1) * PAGE] = before[PAGE // 2 :]
+    assert memory.damaged() == [page]
+
+
+def test_swapped_pages_show(memory: Memory) -> None:
+    one, other = memory.data[: 1 * PAGE], memory.data[PAGE : 2 * PAGE]
+    memory.data[:PAGE], memory.data[PAGE : 2 * PAGE] = other, one
+    assert memory.damaged() == [0, 1]
+
+
+def test_writes_visit_every_hot_page_and_no_other() -> None:
+    memory = Memory(20, 12, scattered=True, compressible=False)
+    before = [memory.data[page * PAGE : (page + 1) * PAGE] for page in range(20)]
+    memory.write(12)
+    changed = [page for page in range(20) if memory.data[page * PAGE : (page + 1) * PAGE] != before[page]]
+    assert changed == list(range(12))
+
+
+def test_files_that_lost_a_line_show(tmp_path: Path) -> None:
+    files = Files(tmp_path, 3)
+    for _ in range(10):
+        files.grow()
+    assert files.damaged() == []
+    (tmp_path / "file-1").write_text("1\n4\n")
+    assert files.damaged() == [1]
+
+
+def test_the_log_keeps_gaps_and_bins() -> None:
+    log = Log(0)
+    assert not log.look(1_000_000, 0)
+    assert log.look(1_000_000 + 50_000_000, 7)
+    assert not log.look(1_000_000 + 50_000_000 + GAP_NS - 1, 8)
+    assert log.gaps == [(50_000_000, 1_000_000)]
+    assert list(log.bins)[:3] == [51_000_000, 2, 7]
+
+
+def settings_of(workload: Workload, directory: Path) -> list[str]:
+    """The job's command, with its files in `directory`."""
+    *program, config = workload.argv()
+    values: dict[str, Any] = json.loads(config)
+    return [*program, json.dumps({**values, "directory": str(directory)})]
+
+
+@pytest.fixture
+def children() -> Iterator[list[Child]]:
+    started: list[Child] = []
+    yield started
+    for child in started:
+        child.kill()
+        child.wait()
+
+
+def published(directory: Path, number: int, child: Child) -> dict[str, Any]:
+    path = directory / REPORT.format(number)
+    while not path.exists():
+        assert child.poll() is None, "the job has ended"
+        time.sleep(0.01)
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
+
+
+@pytest.mark.parametrize("work", list(Work))
+@pytest.mark.parametrize("pattern", list(Pattern))
+def test_a_job_that_was_stopped_saw_it(tmp_path: Path, children: list[Child], work: Work, pattern: Pattern) -> None:
+    workload = Workload(2, 10.0, pattern=pattern, hot=1, work=work, threads=3, files=2)
+    children.append(child := spawn(settings_of(workload, tmp_path)))
+    published(tmp_path, 0, child)
+    time.sleep(0.1)
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    stopped = time.time_ns()
+    time.sleep(0.05)
+    continued = time.time_ns()
+    os.kill(child.pid, signal.SIGCONT)
+    time.sleep(0.1)
+    os.kill(child.pid, signal.SIGUSR1)
+    report = Report.from_dict(published(tmp_path, 1, child))
+    gap = report.gap_at((stopped + continued) // 2)
+    assert gap is not None
+    assert gap[0] <= stopped
+    assert gap[1] >= continued
+    assert report.written > 0
+    assert (report.damaged, report.damaged_files) == ((), ())
+    assert report.speed(0, 1 << 62) is not None
