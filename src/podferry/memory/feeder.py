@@ -32,6 +32,7 @@ from podferry.memory.feeder_status import State, Status, StatusFile
 from podferry.memory.store import PageStore
 
 _LAST_TO_KILL = "-999"
+_URGENT = -10  # nice: the job's threads wait for us
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +80,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _harden() -> None:
-    """Be the last that the kernel kills when memory is short, and be able to hold a descriptor per forked process."""
+    """Be served first, be the last that the kernel kills for memory, hold a descriptor for every process that is forked."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, _URGENT)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_LAST_TO_KILL)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
