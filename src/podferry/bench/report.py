@@ -33,7 +33,7 @@ def markdown(records: Sequence[Record], command: str) -> str:
         _machines(records),
         "## Goals",
         table(goal_rows(one for one in found if one.measured is not None)),
-        *[f"Not measured here: {one.goal}." for one in found if one.measured is None],
+        *_unmeasured(found),
         "## Runs",
         table(run_rows(records)),
     ]
@@ -142,6 +142,12 @@ def _word(one: Verdict) -> str:
         return "not measured"
     by = f" by {abs(one.margin):.0%}" if one.limit else ""
     return ("kept" if one.kept else "**missed**") + by
+
+
+def _unmeasured(found: Sequence[Verdict]) -> list[str]:
+    """The goals that the runs say nothing about; nothing where they were about none."""
+    without = [one.goal for one in found if one.measured is None]
+    return [f"Not measured: {'; '.join(without)}."] if 0 < len(without) < len(found) - 1 else []
 
 
 def _machines(records: Sequence[Record]) -> str:
