@@ -21,7 +21,7 @@ import xxhash
 from anyio import to_thread
 
 from podferry.agent.config import Config
-from podferry.agent.helpers import ended, helper_environment, kill_helper, process_of, python, remove_task
+from podferry.agent.helpers import END_TIMEOUT, ended, helper_environment, kill_helper, process_of, python, remove_task
 from podferry.agent.journal import Journal
 from podferry.agent.offered import Offered
 from podferry.agent.ports import IMAGES, LOG, UPPER, Json
@@ -280,6 +280,9 @@ class Arriving:
             status = await self._status_of_feeder("done")
             figures = {name: value for name, value in status.items() if name != "state"}
             self._journal.note(filled=figures)
+            if self._feeder is not None:
+                with anyio.move_on_after(END_TIMEOUT):
+                    await ended(self._feeder)
         for kind in ("task", "container", "snapshot", "log", "restored"):
             self._journal.release(kind)
         return dict(figures)
