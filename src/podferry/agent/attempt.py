@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import StrEnum
 from typing import Generic, TypeVar
 
@@ -64,12 +65,16 @@ class Attempt(Generic[Phase, Event]):
 
     async def take_back(self) -> list[Leftover]:
         """Undo everything that the ledger holds, within a deadline, whoever cancels meanwhile."""
+        held = [entry.kind for entry in self.journal.ledger.entries]
         with anyio.move_on_after(UNDO_DEADLINE, shield=True) as scope:
             leftovers = await self.journal.ledger.unwind(self._handlers)
         if scope.cancelled_caught:
             leftovers = [
                 Leftover(entry.kind, f"no end within {UNDO_DEADLINE:.0f} s") for entry in self.journal.ledger.entries
             ]
+        with suppress(OSError):
+            for kind in set(held) - {leftover.kind for leftover in leftovers}:
+                self.journal.release(kind)
         for leftover in leftovers:
             self.log.error("left behind", what=leftover.kind, why=leftover.why)
         return leftovers

@@ -7,7 +7,7 @@ wanted pages are answered.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import anyio
@@ -18,6 +18,7 @@ from podferry.agent.letters import Letters
 from podferry.agent.owed import Owed
 from podferry.agent.sending import Sender
 from podferry.agent.story import Story
+from podferry.errors import PodferryError
 from podferry.wire.channel import Channel
 from podferry.wire.messages import Crashed, Filled, GaveUp, Go, PagesEnd, PageWanted, Query, Restoring, Running, Unknown
 
@@ -117,10 +118,11 @@ class Contact:
         owed = self._owed = self._owed or self._debt()
 
         async def answer() -> None:
-            while True:
-                want = await letters.expect(PageWanted)
-                for frame in owed.wanted(want.space, want.address):
-                    await letters.channel.send(frame)
+            with suppress(PodferryError):  # whoever waits for the target's word hears it too
+                while True:
+                    want = await letters.expect(PageWanted)
+                    for frame in owed.wanted(want.space, want.address):
+                        await letters.channel.send(frame)
 
         async with anyio.create_task_group() as answers:
             answers.start_soon(answer)

@@ -52,18 +52,16 @@ class Letters:
         return opened
 
     async def expect(self, *kinds: type[Kind]) -> Kind:
-        """The next message of one of `kinds`; others keep waiting. Raises why the target gave up or the conversation ended, if that
-        comes first."""
+        """The next message of one of `kinds`; others keep waiting. Raises what ended the conversation, if that comes first: where
+        the target gave up, its reason."""
         while True:
             for letter in self._waiting:
                 if isinstance(letter, kinds):
                     self._waiting.remove(letter)
                     return letter
-            for letter in self._waiting:
-                if isinstance(letter, GaveUp):
-                    raise letter.error.error()
             if self._failure is not None:
-                raise self._failure
+                gave_up = next((letter for letter in self._waiting if isinstance(letter, GaveUp)), None)
+                raise gave_up.error.error() if gave_up else self._failure
             await self._news.wait()
 
     async def close(self) -> None:
