@@ -16,6 +16,7 @@ from podferry.cli.agents import Fleet, Where
 from podferry.cli.bench import app as bench_commands
 from podferry.cli.demo import demo
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
+from podferry.cli.images import app as image_commands
 from podferry.cli.lab import app as lab_commands
 from podferry.cli.migrate import Follower, Left
 from podferry.cli.pki import app as pki_commands
@@ -289,6 +290,7 @@ lab_commands.command("demo")(demo)
 app.add_typer(lab_commands, name="lab")
 app.add_typer(bench_commands, name="bench")
 app.add_typer(pki_commands, name="pki")
+app.add_typer(image_commands, name="images")
 
 
 def run(argv: list[str]) -> int:

@@ -1,0 +1,87 @@
+"""`podferry images`: what lies on the share of the image layers, and the two words that only a person may say about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from podferry.cli import units
+from podferry.cli.terminal import print_json, stderr, stdout, words
+
+app = typer.Typer(
+    name="images",
+    help="The share that podferry-snapshotter keeps image layers on. Works wherever the share is mounted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Share = Annotated[Path, typer.Option(metavar="DIR", help="The share, as `podferry-snapshotter --share` has it.")]
+SHOWN = 12
+
+
+@app.command()
+def show(share: Share, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the layers, how large they are, and which nodes use them. Nothing is changed.
+
+    Example: [bold]podferry images show --share /share/images[/]
+    """
+    from podferry.images import images_report
+
+    report = images_report(share)
+    if json:
+        print_json(report.to_dict())
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("LAYER", "FORM", "SIZE", "MADE BY", "USED BY"):
+        table.add_column(title, justify="right" if title == "SIZE" else "left", overflow="fold")
+    for layer in report.layers:
+        name = layer.chain.removeprefix("sha256:")[:SHOWN]
+        users = ", ".join(layer.users) or "nobody"
+        table.add_row(words(name), words(layer.form), units.size(layer.bytes), words(layer.published_by), words(users))
+    if report.layers:
+        stdout().print(table)
+    stdout().print(
+        words(
+            f"{report.share}: {report.state}, {len(report.layers)} layers, {units.size(report.bytes)}, "
+            f"{units.size(report.free)} of {units.size(report.total)} free"
+        )
+    )
+    for one in report.damaged:
+        stderr().print(words(f"damaged: {one}", "yellow"))
+
+
+@app.command()
+def init(
+    share: Share,
+    local: Annotated[
+        bool, typer.Option("--local", help="Also where nothing is mounted: a directory of this machine alone.")
+    ] = False,
+) -> None:
+    """Make a share of an empty directory. The first snapshotter does it by itself where a file system is mounted.
+
+    Example: [bold]podferry images init --share /share/images[/]
+    """
+    from podferry.images import initialise, open_share
+
+    if local:
+        initialise(share)
+    open_share(share)
+    stderr().print(words(f"{share} is a share"))
+
+
+@app.command()
+def forget(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="A node that is gone for good.")], share: Share
+) -> None:
+    """Drop what a node that will not come back still uses, so that it can be collected.
+
+    Example: [bold]podferry images forget node-c --share /share/images[/]
+    """
+    from podferry.images import forget as forget_node
+    from podferry.images import open_share
+
+    count = forget_node(open_share(share, create=False), node)
+    stderr().print(words(f"{node} is forgotten" if count else f"{node} used nothing", "" if count else "yellow"))
