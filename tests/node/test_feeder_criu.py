@@ -108,7 +108,6 @@ def test_processes_that_turn_their_memory_over_are_fed_rightly(job: Job, client:
             arrival.created.result(60)
             client.start_task("feeder-target")
         assert hold.criu is not None
-        hold.criu.kill()  # the dead children of the container's init stay CRIU's while it lives, and init waits for them
         hold.commit()
         for process in range(PROCESSES):
             while not any(line.startswith(f"whole {process} ") for line in arrival.job.lines()):

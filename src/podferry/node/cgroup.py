@@ -15,7 +15,7 @@ import re
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -245,12 +245,14 @@ class Cgroup:
                 found += [int(line) for line in procs if line != "0\n"]  # 0: not in the caller's pid namespace
         return tuple(found)
 
-    def kill(self, timeout: float = FREEZE_TIMEOUT) -> None:
+    def kill(self, timeout: float = FREEZE_TIMEOUT, *, once_sent: Callable[[], object] = lambda: None) -> None:
         """Kill everything in the group so that nothing in it runs another instruction; return when all have ended.
 
-        The group is frozen first, if it is not, and thawed once every process has its SIGKILL. Raises `TimedOut`.
+        The group is frozen first, if it is not, and thawed once every process has its SIGKILL; then `once_sent` is
+        called, which may end whoever traces them: a tracer is owed the death of its tracees. Raises `TimedOut`.
         """
         if not self.freezer.exists():
+            once_sent()
             return
         if self.state() is not Frozen.FROZEN:
             self.freeze()
@@ -266,6 +268,7 @@ class Cgroup:
                     waiting.add(pidfd)
             with contextlib.suppress(CgroupFailed):  # v2 kills the frozen: its directory may be gone already
                 self.thaw()
+            once_sent()
             deadline = time.monotonic() + timeout
             while waiting:
                 ended = ends.poll(max(0.0, deadline - time.monotonic()) * 1000)

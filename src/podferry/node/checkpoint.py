@@ -183,8 +183,8 @@ class Hold:
 
         May be called again after a failure. Raises `TimedOut` where a killed process does not end.
         """
-        self.cgroup.kill()
-        self._end()
+        # A dead process stays CRIU's as long as CRIU lives, and a container's init waits for all of its own.
+        self.cgroup.kill(once_sent=self._end)
 
     def rollback(self, patience: float = READY_TIMEOUT) -> None:
         """Let the container go on. A dump that is still under way is given `patience` seconds to get ready.
