@@ -44,10 +44,10 @@ def kill_helper(facts: Mapping[str, Any]) -> None:
 
 
 def reap(process: Process | None) -> None:
-    """Take note of a child's end, so that it leaves no zombie."""
+    """Take note of a child's end, so that it leaves no zombie. Its other threads may be a moment behind the first."""
     with suppress(ChildProcessError):
-        if process is not None:
-            os.waitpid(process.pid, os.WNOHANG)
+        if process is not None and not process.alive():
+            os.waitpid(process.pid, 0)
 
 
 async def ended(process: Process) -> None:
