@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,22 @@ class Cluster:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self._pool = ThreadPoolExecutor(8)
+        self._pool = ThreadPoolExecutor(64)
+        self._roots: dict[str, Path] = {}
         self._containerds: dict[tuple[str, int], Containerd] = {}
         self.at_rest = {node: self.traces(node) for node in NODES}
+
+    def root(self, node: str) -> Path:
+        """A node's root directory. Asked all the time, so the first process is looked for only once in its life."""
+        if not (root := self._roots.get(node)) or not root.exists():
+            root = self._roots[node] = self.lab.root(node)
+        return root
 
     # What people do.
 
     def agent(self, node: str) -> AgentClient:
         """The agent of `node`."""
-        return AgentClient(self.lab.agent_socket(node))
+        return AgentClient(self.root(node) / "run/podferry/agent.sock")
 
     def start(self, name: str, script: str, *argv: str, node: str = A) -> None:
         """Start a job of `jobs/` and wait until it has begun to count."""
@@ -90,7 +97,7 @@ class Cluster:
                 self.lab.exec(node, ["ctr", "task", "delete", "--force", name], check=False)
                 self.lab.exec(node, ["ctr", "container", "delete", name], check=False)
                 self.log(node, name).unlink(missing_ok=True)
-                (self.lab.root(node) / "run/podferry/restored" / name).unlink(missing_ok=True)
+                (self.root(node) / "run/podferry/restored" / name).unlink(missing_ok=True)
 
     def migrate(self, name: str, *, source: str, mode: str = "stop", **more: Any) -> Record:
         """Move `name` to the other node, and wait for the end."""
@@ -122,47 +129,47 @@ class Cluster:
         until(lambda: self.record(node, name)["outcome"], f"the migration of {name} has ended on {node}")
         return self.record(node, name)
 
+    def cancel(self, node: str, name: str) -> None:
+        """Ask for the way back, and do not wait."""
+        id = self.record(node, name)["id"]
+        self._pool.submit(lambda: self.agent(node).call("cancel", id=id))
+
     def containerd(self, node: str) -> Containerd:
         """containerd of `node`; one that has been killed is waited for."""
         pid = self.lab.node(node).pid
         assert pid is not None
         if (node, pid) not in self._containerds:
-            self._containerds[node, pid] = Containerd(self.lab.root(node) / "run/containerd/containerd.sock")
+            self._containerds[node, pid] = Containerd(self.root(node) / "run/containerd/containerd.sock")
         return self._containerds[node, pid]
 
     # Gates.
 
-    @contextmanager
-    def gates(self, *gates: str) -> Iterator[None]:
-        """Close gates, named `ROLE-PHASE`, on both nodes; open what is still closed at the end."""
-        for gate in gates:
-            for node in NODES:
-                self._gate(node, gate).parent.mkdir(exist_ok=True)
-                self._gate(node, f"{gate}.reached").unlink(missing_ok=True)
-                self._gate(node, gate).touch()
-        try:
-            yield
-        finally:
-            for gate in gates:
-                self.open(gate)
+    def close_gate(self, gate: str) -> None:
+        """Close a gate, named `ROLE-PHASE-JOB`, on both nodes."""
+        for node in NODES:
+            self._gate(node, gate).parent.mkdir(exist_ok=True)
+            self._gate(node, f"{gate}.reached").unlink(missing_ok=True)
+            self._gate(node, gate).touch()
 
-    def open(self, gate: str) -> None:
-        """Let everybody through a gate."""
+    def open_gates(self, pattern: str = "*") -> None:
+        """Let everybody through the gates that match."""
         for node in NODES:
             with suppress(PodferryError, OSError):
-                self._gate(node, gate).unlink(missing_ok=True)
+                for gate in self._gate(node, "x").parent.glob(pattern):
+                    if gate.suffix != ".reached":
+                        gate.unlink(missing_ok=True)
 
-    def reached(self, gate: str, node: str) -> None:
-        """Wait until the agent of `node` stands at a gate."""
-        until(lambda: self._gate(node, f"{gate}.reached").exists(), f"{node} reaches {gate}")
+    def reached(self, gate: str) -> None:
+        """Wait until an agent stands at a gate."""
+        until(lambda: any(self._gate(node, f"{gate}.reached").exists() for node in NODES), f"somebody reaches {gate}")
 
     def _gate(self, node: str, gate: str) -> Path:
-        return self.lab.root(node) / GATES / gate
+        return self.root(node) / GATES / gate
 
     def install_gates(self) -> None:
         """Have the agents look for gates from their next start on, which is now."""
         for node in NODES:
-            run = self.lab.root(node) / "run/service/agent/run"
+            run = self.root(node) / "run/service/agent/run"
             text = run.read_text()
             if "PODFERRY_GATES" not in text:
                 run.write_text(text.replace("exec ", f"export PODFERRY_GATES=/{GATES}\nexec ", 1))
@@ -191,7 +198,7 @@ class Cluster:
 
     def log(self, node: str, name: str) -> Path:
         """Where a job's output goes."""
-        return self.lab.root(node) / f"{containers.LOGS}/{name}.log".lstrip("/")
+        return self.root(node) / f"{containers.LOGS}/{name}.log".lstrip("/")
 
     def lines(self, node: str, name: str) -> list[str]:
         """A job's whole lines of output."""
@@ -211,7 +218,7 @@ class Cluster:
 
     def traces(self, node: str) -> set[str]:
         """Everything on a node that a job, a migration or a failed one may leave there."""
-        root = self.lab.root(node)
+        root = self.root(node)
         found = set()
         for kind in ("incoming", "outgoing", "arriving", "restored"):
             with suppress(FileNotFoundError):
@@ -260,23 +267,25 @@ class Cluster:
     def only_on(self, node: str, name: str) -> None:
         """The job runs on `node`, as an ordinary container does, and there is no trace of it or its moves elsewhere."""
         self.goes_on(node, name)
+        self.nothing_but({node: [name]})
+
+    def nothing_but(self, jobs: dict[str, list[str]]) -> None:
+        """Nothing is on either node beyond these jobs, by node, and of them nothing is missing."""
         deadline = time.monotonic() + PATIENCE / 2
-        while left := {
-            here: found for here, jobs in ((node, [name]), (other(node), [])) if (found := self.surplus(here, *jobs))
-        }:
+        while left := {node: found for node in NODES if (found := self.surplus(node, *jobs.get(node, [])))}:
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(5 * LOOK_EVERY)
 
 
 class Witness:
-    """Keeps every file open that a job's output went to, on either node, also those that were removed.
+    """Keeps every file open that the output of `jobs` went to, on either node, also those that were removed.
 
     A job's lines are `COUNT TIME`. Had two copies run, one count would have been written at two times (I1).
     """
 
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self._cluster, self._name = cluster, name
-        self._files: dict[tuple[str, int], Any] = {}
+    def __init__(self, cluster: Cluster, *jobs: str) -> None:
+        self._cluster, self._jobs = cluster, jobs
+        self._files: dict[tuple[str, str, int], Any] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -291,18 +300,19 @@ class Witness:
         for file in self._files.values():
             file.close()
 
-    def testify(self) -> None:
-        """No count was written twice, and none was left out."""
+    def testify(self, job: str) -> None:
+        """No count of `job` was written twice, and none was left out."""
         self._look()
         times: dict[int, str] = {}
-        for (node, _), file in self._files.items():
-            file.seek(0)
-            numbers = []
-            for line in file.read().split("\n")[:-1]:
-                number, time_of = line.split(" ", 1)
-                numbers.append(int(number))
-                assert times.setdefault(int(number), time_of) == time_of, f"count {number} ran twice, also on {node}"
-            assert numbers == list(range(len(numbers))), f"the counts on {node} have a gap or repeat"
+        for (name, node, _), file in list(self._files.items()):
+            if name == job:
+                file.seek(0)
+                lines = [line.split(" ", 1) for line in file.read().split("\n")[:-1]]
+                assert [int(number) for number, _ in lines] == list(range(len(lines))), f"a gap or repeat on {node}"
+                for number, time_of in lines:
+                    assert times.setdefault(int(number), time_of) == time_of, (
+                        f"count {number} ran twice, also on {node}"
+                    )
 
     def _watch(self) -> None:
         while not self._over.wait(LOOK_EVERY):
@@ -310,8 +320,9 @@ class Witness:
 
     def _look(self) -> None:
         for node in NODES:
-            with suppress(OSError, PodferryError):
-                path = self._cluster.log(node, self._name)
-                key = (node, path.stat().st_ino)
-                if key not in self._files:
-                    self._files[key] = path.open()
+            for job in self._jobs:
+                with suppress(OSError, PodferryError):
+                    path = self._cluster.log(node, job)
+                    key = (job, node, path.stat().st_ino)
+                    if key not in self._files:
+                        self._files[key] = path.open()

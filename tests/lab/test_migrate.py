@@ -43,7 +43,7 @@ def there_and_back(cluster: Cluster, name: str, moves: int, mode: str) -> str:
             if number == 1:
                 open_before = {node: cluster.descriptors(node) for node in (A, B)}
         cluster.only_on(here, name)
-        witness.testify()
+        witness.testify(name)
         until(
             lambda: all(cluster.descriptors(node) <= open_before.get(node, 1 << 20) for node in (A, B)),
             "descriptors closed",

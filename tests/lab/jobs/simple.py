@@ -48,4 +48,4 @@ while True:
     ledger.write(b"%d\n" % count)
     print(count, time.monotonic_ns(), flush=True)
     count += 1
-    time.sleep(0.01)
+    time.sleep(0.02)

@@ -1,0 +1,230 @@
+"""Disasters in every phase of a migration: afterwards the job runs once, the record says what happened, and nothing is left.
+
+The phases are those of the transition table. For each disaster one migration is held at the door of each phase, at the same
+time; then it strikes all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+from moving import A, B, Cluster, Record, Witness, other, until
+
+from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourcePhase, TargetPhase
+from podferry.lab import Lab
+
+pytestmark = pytest.mark.lab
+S, T = SourcePhase, TargetPhase
+Phase = SourcePhase | TargetPhase
+MEBIBYTES = "8"
+
+
+@dataclass(frozen=True)
+class Door:
+    """The door of a phase, in front of which an agent can be held."""
+
+    phase: Phase
+
+    @property
+    def role(self) -> str:
+        return "source" if isinstance(self.phase, SourcePhase) else "target"
+
+    @property
+    def name(self) -> str:
+        """The door's, and the job's that is held there."""
+        return f"{self.role}-{self.phase}"
+
+    def gate(self, phase: Phase | None = None) -> str:
+        """The name of the gate there, or at another phase for the same job."""
+        return f"{Door(phase or self.phase).role}-{phase or self.phase}-{self.name}"
+
+
+DOORS = [Door(phase) for phase in (*S, *T) if phase not in SOURCE_ENDS | TARGET_ENDS]
+RUNS_THERE: list[Phase] = [S.SERVE, S.COMMIT, S.DRAIN, T.FILL]
+"""Behind these doors the job has been started on the target."""
+HELD: list[Phase] = [S.RESUME, S.LOST, S.SERVE, S.COMMIT, S.UNDO, T.READY, T.RESUME, T.GIVING_UP]
+"""At these doors CRIU holds the frozen original."""
+POISED: list[Phase] = [S.CUTOVER, S.RESUME, S.LOST, S.UNDO, T.POISED, T.READY, T.RESUME, T.GIVING_UP, *RUNS_THERE]
+"""At these doors the target's shim is there."""
+
+
+@dataclass(frozen=True)
+class Disaster:
+    """Something terrible. `strike` brings it about, `aid` ends it; `doors` are those at which there is something to strike."""
+
+    name: str
+    strike: Callable[[Cluster], object]
+    aid: Callable[[Cluster], object] = lambda cluster: None
+    phases: list[Phase] = field(default_factory=lambda: [door.phase for door in DOORS])
+    cuts: bool = False
+
+
+def kill_shims(cluster: Cluster) -> None:
+    for one in cluster.processes(B):
+        if one.name.startswith("shim "):
+            cluster.kill(B, one.name)
+
+
+DISASTERS = [
+    Disaster("source agent killed", lambda cluster: cluster.kill(A, "agent")),
+    Disaster("target agent killed", lambda cluster: cluster.kill(B, "agent")),
+    Disaster("both agents killed", lambda cluster: (cluster.kill(A, "agent", again=False), cluster.kill(B, "agent"))),
+    Disaster("holding CRIU killed", lambda cluster: cluster.kill(A, "criu"), phases=HELD),
+    Disaster("target's shim killed", kill_shims, phases=POISED),
+    Disaster("link cut", lambda cluster: cluster.lab.cut(B), lambda cluster: cluster.lab.mend(B), cuts=True),
+]
+CASES = [(disaster, Door(phase)) for disaster in DISASTERS for phase in disaster.phases]
+IDS = [f"{disaster.name.replace(' ', '-')}-{door.name}" for disaster, door in CASES]
+
+
+class Aftermath:
+    """What one disaster left of the migrations that were held at `doors`."""
+
+    def __init__(self, cluster: Cluster, disaster: Disaster, doors: list[Door]) -> None:
+        self.cluster, self.disaster = cluster, disaster
+        self.failures: dict[str, Exception] = {}
+        self.records: dict[str, Record] = {}
+        self._witness = Witness(cluster, *(door.name for door in doors))
+        try:
+            with self._witness:
+                self._try(lambda door: cluster.start(door.name, "simple", MEBIBYTES), doors)
+                # To be lost is to have had one's agent killed: that comes before the others begin.
+                self._try(lambda door: hold(cluster, door), [door for door in doors if door.phase is S.LOST])
+                self._try(lambda door: hold(cluster, door), [door for door in doors if door.phase is not S.LOST])
+                disaster.strike(cluster)
+                cluster.open_gates()
+                if disaster.cuts:
+                    self._try(self._rest, doors)
+                disaster.aid(cluster)
+                self._try(self._see_the_end, doors)
+                self._look_around(doors)
+                self._try(self._move_again, doors)
+        finally:
+            cluster.open_gates()
+            disaster.aid(cluster)
+            for door in doors:
+                cluster.stop(door.name)
+
+    def _try(self, step: Callable[[Door], object], doors: list[Door]) -> None:
+        """Take a step at every door that has not failed, four at once; a failure is its door's."""
+
+        def attempt(door: Door) -> None:
+            try:
+                step(door)
+            except Exception as failure:  # noqa: BLE001 - raised by the test whose it is
+                self.failures[door.name] = failure
+
+        with ThreadPoolExecutor(4) as four:
+            list(four.map(attempt, [door for door in doors if door.name not in self.failures]))
+
+    def _rest(self, door: Door) -> None:
+        """Without contact a migration comes to its end, or to rest: frozen on the source until it hears from the target."""
+
+        def rests() -> bool:
+            record = self.cluster.record(A, door.name)
+            return bool(record["outcome"]) or record["phase"] == S.LOST
+
+        until(rests, f"{door.name} rests")
+        if self.cluster.record(A, door.name)["phase"] == S.LOST:
+            assert f"frozen {door.name}" in self.cluster.traces(A)
+        elif door.phase in SOURCE_MAY_RUN:
+            self.cluster.goes_on(A, door.name)
+
+    def _see_the_end(self, door: Door) -> None:
+        cluster, name = self.cluster, door.name
+        self.records[name] = cluster.ended(A, name)
+        if any(one["name"] == name for one in cluster.records(B)):
+            cluster.ended(B, name)
+        if self._survives(door):
+            cluster.goes_on(self._home(door), name)
+        self._witness.testify(name)
+
+    def _look_around(self, doors: list[Door]) -> None:
+        """What is left behind where, that no living job accounts for."""
+        alive = [door for door in doors if door.name in self.records and self._survives(door)]
+        homes = {node: [door.name for door in alive if self._home(door) == node] for node in (A, B)}
+        try:
+            self.cluster.nothing_but(homes)
+        except AssertionError as left:
+            self.failures["surplus"] = left
+
+    def _move_again(self, door: Door) -> None:
+        if self._survives(door):
+            here = self._home(door)
+            again = self.cluster.migrate(door.name, source=here)
+            assert again["outcome"] == "completed", again
+            self.cluster.goes_on(other(here), door.name)
+
+    def _home(self, door: Door) -> str:
+        return B if self.records[door.name]["outcome"] == "completed" else A
+
+    def _survives(self, door: Door) -> bool:
+        """A container whose shim is killed is killed by containerd, whether it was moved or not."""
+        return not (self.disaster.strike is kill_shims and door.phase in RUNS_THERE)
+
+
+def hold(cluster: Cluster, door: Door) -> None:
+    """Begin to move the door's job, and hold it there."""
+    phase, name = door.phase, door.name
+    cluster.close_gate(door.gate())
+    if phase is S.LOST:
+        cluster.close_gate(door.gate(S.RESUME))
+    if phase in (S.UNDO, T.GIVING_UP):
+        cluster.close_gate(door.gate(T.READY))
+    cluster.begin(name, source=A, mode="postcopy" if phase is S.SERVE else "live")
+    if phase is S.LOST:
+        cluster.reached(door.gate(S.RESUME))
+        cluster.kill(A, "agent")
+    if phase in (S.UNDO, T.GIVING_UP):
+        cluster.reached(door.gate(T.READY))
+        cluster.cancel(A, name)
+        cluster.open_gates(door.gate(T.READY))
+    cluster.reached(door.gate())
+
+
+@pytest.fixture(scope="module")
+def cluster(lab: Lab) -> Cluster:
+    cluster = Cluster(lab)
+    cluster.install_gates()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def aftermaths(cluster: Cluster, request: pytest.FixtureRequest) -> Callable[[Disaster], Aftermath]:
+    """What became of the selected tests' migrations; each disaster is brought about when it is first asked for."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    known: dict[str, Aftermath] = {}
+
+    def of(disaster: Disaster) -> Aftermath:
+        if disaster.name not in known:
+            doors = [one["door"] for one in selected if one.get("disaster") is disaster and "door" in one]
+            known[disaster.name] = Aftermath(cluster, disaster, doors)
+        return known[disaster.name]
+
+    return of
+
+
+@pytest.mark.parametrize(("disaster", "door"), CASES, ids=IDS)
+def test_after(disaster: Disaster, door: Door, aftermaths: Callable[[Disaster], Aftermath]) -> None:
+    """The job runs on exactly one node, the record has ended and tells the truth, and it can be moved again."""
+    aftermath = aftermaths(disaster)
+    if door.name in aftermath.failures:
+        raise aftermath.failures[door.name]
+    record = aftermath.records[door.name]
+    wanted = ["completed", "rolled-back"]
+    if door.phase in (S.UNDO, T.GIVING_UP):
+        wanted = ["cancelled", "rolled-back"]
+    if door.phase in RUNS_THERE:
+        wanted = ["completed", "failed"] if aftermath.disaster.strike is kill_shims else ["completed"]
+    assert record["outcome"] in wanted, record
+    assert record["reason"]
+
+
+@pytest.mark.parametrize("disaster", DISASTERS, ids=[disaster.name.replace(" ", "-") for disaster in DISASTERS])
+def test_nothing_is_left(disaster: Disaster, aftermaths: Callable[[Disaster], Aftermath]) -> None:
+    """Neither processes nor files, mounts, cgroups, containers or snapshots, on either node."""
+    if surplus := aftermaths(disaster).failures.get("surplus"):
+        raise surplus
