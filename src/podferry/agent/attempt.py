@@ -10,14 +10,16 @@ from typing import Generic, TypeVar
 import anyio
 import structlog
 
-from podferry.agent import gate
+from podferry.agent import gate, metrics
 from podferry.agent.journal import Journal
 from podferry.agent.story import Story
+from podferry.core.invariants import Sight, broken
 from podferry.core.phases import Machine
 from podferry.core.undo import Handler, Leftover
-from podferry.errors import Bug, PodferryError
+from podferry.errors import Bug, InvariantBroken, PodferryError
 
 UNDO_DEADLINE = 60.0
+REPORT = "please report this with the journals of the migration on both nodes (podferry explain ID)"
 
 Phase = TypeVar("Phase", bound=StrEnum)
 Event = TypeVar("Event", bound=StrEnum)
@@ -27,6 +29,8 @@ class Attempt(Generic[Phase, Event]):
     """One half of a migration under way. `role` is `source` or `target`."""
 
     role: str
+    forbidden_by_a_broken_rule: frozenset[Event] = frozenset()
+    """Steps that are not taken where a rule does not hold. All others lead back or mend: there it is counted, and said."""
 
     def __init__(
         self, machine: Machine[Phase, Event], journal: Journal, story: Story, handlers: Mapping[str, Handler]
@@ -42,13 +46,26 @@ class Attempt(Generic[Phase, Event]):
         return self.machine.phase
 
     def fire(self, event: Event, *, note: str = "", sync: bool = False) -> None:
-        """Move on: in the journal first (on disk already if `sync`), then in the table, then in the story."""
+        """Move on: in the journal first (on disk already if `sync`), then in the table, then in the story.
+
+        Raises `InvariantBroken`, and stays, where a rule would not hold and `event` is one that this forbids.
+        """
         phase = self.machine.next(event)
+        if rules := broken(self.sight(phase)):
+            for rule in rules:
+                metrics.violated(rule[:2])
+                self.log.error("a rule does not hold", rule=rule, event=str(event))
+            if event in self.forbidden_by_a_broken_rule:
+                raise InvariantBroken("; ".join(rules), remedy=REPORT)
         self.journal.enter(phase, sync=sync)
         self.machine.fire(event)
         self.story.enter(phase, note)
         self.journal.save_record(self.story.to_dict())
         self.log.info("phase", phase=str(phase), because=str(event), note=note)
+
+    def sight(self, phase: Phase) -> Sight:
+        """What this agent sees as it is about to enter `phase`."""
+        raise NotImplementedError
 
     async def at_gate(self) -> None:
         """Where a breakpoint may hold this agent."""
@@ -76,6 +93,7 @@ class Attempt(Generic[Phase, Event]):
             for kind in set(held) - {leftover.kind for leftover in leftovers}:
                 self.journal.release(kind)
         for leftover in leftovers:
+            metrics.violated("I5")
             self.log.error("left behind", what=leftover.kind, why=leftover.why)
         return leftovers
 
@@ -83,6 +101,7 @@ class Attempt(Generic[Phase, Event]):
         """The half has ended: its record is kept, its journal closed."""
         self.journal.save_record(self.story.to_dict())
         self.journal.close()
+        metrics.ended(self.role, self.story)
         self.ended.set()
 
 

@@ -16,7 +16,8 @@ class Config:
 
     `node` is this node's name and must be the one in its certificate; `listen` is HOST:PORT for other agents; `certificates`
     holds ca.crt, node.crt and node.key; `peers` maps node names to HOST:PORT; `state` is on disk, `run` on a tmpfs;
-    `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node.
+    `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node;
+    `metrics` is HOST:PORT for Prometheus, empty for none.
     """
 
     node: str
@@ -29,6 +30,7 @@ class Config:
     namespace: str = "default"
     share: Path | None = None
     wrapper: Path = Path("/usr/local/sbin/podferry-runc")
+    metrics: str = ""
 
     @property
     def socket(self) -> Path:

@@ -29,7 +29,7 @@ from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.reader import Data, Reader
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
-from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
+from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.checkpoint import Hold
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.records import Task
@@ -243,6 +243,10 @@ class Leaving:
         """Whether the container is there and has not ended."""
         return await to_thread.run_sync(runs, self._containerd, self._offered.record.id)
 
+    def executing(self) -> bool:
+        """Whether its cgroup is thawed and has processes."""
+        return executes(self._cgroup)
+
     async def commit(self) -> None:
         """Kill the frozen original and remove what is left of it here."""
         await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
@@ -279,8 +283,20 @@ class Remains:
         """Whether the container is there and has not ended."""
         return await to_thread.run_sync(runs, self._containerd, self._offered.record.id)
 
+    def executing(self) -> bool:
+        """Whether the cgroup that was frozen is thawed and has processes."""
+        facts = self._journal.ledger.facts("freeze")
+        return facts is not None and executes(Cgroup.from_dict(facts["cgroup"]))
+
     async def close(self) -> None:
         """Nothing is open."""
+
+
+def executes(cgroup: Cgroup) -> bool:
+    """Whether processes of the cgroup run. Where it is gone, none do."""
+    with suppress(CgroupFailed, OSError):
+        return cgroup.state() is Frozen.THAWED and bool(cgroup.pids())
+    return False
 
 
 def pid_inside(pid: int) -> int:

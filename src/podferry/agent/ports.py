@@ -60,6 +60,10 @@ class HeldJob(Protocol):
         """Whether the container is there and has not ended; frozen counts."""
         ...
 
+    def executing(self) -> bool:
+        """Whether it is there and not frozen. It is asked at every step past GO, and must cost next to nothing."""
+        ...
+
     async def close(self) -> None:
         """Let go of descriptors and watchers; nothing of the container is touched."""
         ...

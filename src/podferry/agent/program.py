@@ -13,6 +13,7 @@ import anyio
 import structlog
 
 from podferry import __version__
+from podferry.agent import metrics
 from podferry.agent.config import load
 from podferry.agent.service import Agent
 from podferry.errors import PodferryError, UsageError
@@ -45,7 +46,10 @@ def main() -> None:
         if os.geteuid() != 0:
             raise UsageError("podferry-agent needs root", why="it reads other processes' memory and freezes cgroups")
         _raise_file_limit()
-        anyio.run(_work, Agent(load(arguments.config)))
+        agent = Agent(load(arguments.config))
+        if agent.config.metrics:
+            metrics.serve(agent.config.metrics)
+        anyio.run(_work, agent)
     except PodferryError as error:
         print(error.report(), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -21,7 +21,8 @@ from podferry.agent.letters import Letters
 from podferry.agent.ports import Change, HeldJob, LeavingJob
 from podferry.agent.sending import Sender
 from podferry.agent.story import Story
-from podferry.core.phases import SourceEvent, SourcePhase, source_machine
+from podferry.core.invariants import Sight
+from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, SourceEvent, SourcePhase, source_machine
 from podferry.core.precopy import Policy, Round, Step, decide
 from podferry.core.undo import Handler, Leftover
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
@@ -71,6 +72,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
     """One container on its way out of this node."""
 
     role = "source"
+    forbidden_by_a_broken_rule = frozenset({SourceEvent.GO})
     job: LeavingJob
 
     def __init__(
@@ -112,6 +114,12 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self._resolved = event
         self._verdict.set()
 
+    def sight(self, phase: SourcePhase) -> Sight:
+        """Whether the original executes is asked wherever it must not."""
+        executing = phase not in SOURCE_MAY_RUN and self._held is not None and self._held.executing()
+        kinds = tuple(entry.kind for entry in self.journal.ledger.entries)
+        return Sight(phase, executing, ended=phase in SOURCE_ENDS, ledger=kinds)
+
     # The story.
 
     async def run(self, propose: Propose) -> None:
@@ -132,7 +140,11 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the job must go on
                 self._cause = self._cause or self.cause_of(error)
             if self._cause is None and letters is not None:
-                self._pass_the_right_to_run()
+                try:
+                    self._pass_the_right_to_run()
+                except Exception as error:  # noqa: BLE001 - a full disk, say: GO was not said, so the right is still here
+                    self._cause = self.cause_of(error)
+            if self._cause is None and letters is not None:
                 await self._after_go(helpers, letters)
             else:
                 with anyio.CancelScope(shield=True):

@@ -17,7 +17,8 @@ from podferry.agent.journal import Journal
 from podferry.agent.ports import LOG, ArrivingJob
 from podferry.agent.relay import Relay
 from podferry.agent.story import Story
-from podferry.core.phases import TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
+from podferry.core.invariants import Sight
+from podferry.core.phases import TARGET_ENDS, TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
 from podferry.core.undo import Handler
 from podferry.errors import Failed, PeerMisbehaved, PodferryError
 from podferry.model import Outcome
@@ -50,6 +51,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     """One container on its way onto this node."""
 
     role = "target"
+    forbidden_by_a_broken_rule = frozenset({TargetEvent.GONE})
 
     def __init__(
         self,
@@ -67,10 +69,16 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._error: PodferryError | None = None
         self._word_known = anyio.Event()
         self._one_gives_up = anyio.Lock()
+        self._still_here = False
         if self.machine.ended:
             self._error = story.error
             self._word_known.set()
             self.ended.set()
+
+    def sight(self, phase: TargetPhase) -> Sight:
+        """What runs here is known of what the right to run was given for."""
+        kinds = tuple(entry.kind for entry in self.journal.ledger.entries)
+        return Sight(phase, self._still_here, ended=phase in TARGET_ENDS, ledger=kinds)
 
     # The story.
 
@@ -186,6 +194,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                     await self._verify(item)
                     await channel.send(Ready(self.story.id))
                 case Go():
+                    self.journal.note(go=True)
                     self.fire(TargetEvent.GO, sync=True)
                     return
                 case Abort():
@@ -256,6 +265,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 await self._clear()
                 self._error = cause
                 ran = self.phase is TargetPhase.FILL
+                if self.journal.facts.get("go"):  # the word must not be given while it could still run
+                    self._still_here = await self.job.is_here()
                 self.fire(TargetEvent.DIED if ran else TargetEvent.GONE, note=str(cause))
                 self.story.end(Outcome.FAILED if ran else Outcome.ROLLED_BACK, str(cause), cause)
                 self._word_known.set()
@@ -266,7 +277,10 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
     async def _clear(self) -> None:
         """Take back what the ledger still holds, and let go of descriptors."""
-        await self.job.close()
+        try:
+            await self.job.close()
+        except Exception as error:  # noqa: BLE001 - the way back goes on through its own errors
+            self.log.error("not all was closed", error=str(self.cause_of(error)))
         leftovers = await self.take_back()
         if leftovers:
             self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
