@@ -1,0 +1,476 @@
+"""A container on two nodes without any kernel behind it: what a migration does to it, in dictionaries.
+
+`SourceNode` and `TargetNode` are what outlives a killed agent: containerd, CRIU, the cgroup, the page feeder. `FakeLeaving`,
+`FakeRemains` and `FakeArriving` fulfil the ports of `podferry.agent.ports` on them. The job writes whenever anything happens
+while it executes, so that whatever the engine forgets to send is seen at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import anyio
+import xxhash
+
+from podferry.agent.journal import Journal
+from podferry.agent.ports import IMAGES, LOG, UPPER, Change
+from podferry.errors import Bug, Failed
+from podferry.memory.feeder_source import Frame, Word
+from podferry.memory.ranges import EMPTY, Runs
+from podferry.wire.batch import PageBatch
+from podferry.wire.frames import PAGE, Drop, Pages
+from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
+
+Memory = dict[int, dict[int, bytes]]
+BASE = 0x7000_0000_0000
+FIRST, SECOND, LATE = 1, 7, 12
+ZERO = bytes(PAGE)
+
+
+def page(number: int) -> bytes:
+    """A page that no other number has."""
+    return hashlib.sha256(str(number).encode()).digest() * (PAGE // 32)
+
+
+def without_zeros(memory: Memory) -> Memory:
+    """What a job can tell apart: an absent page and one of zeros are the same, and so is a space without any."""
+    kept = {space: {at: data for at, data in pages.items() if data != ZERO} for space, pages in memory.items()}
+    return {space: pages for space, pages in kept.items() if pages}
+
+
+class SourceNode:
+    """The original: it writes at each `tick` for as long as it executes."""
+
+    def __init__(self) -> None:
+        self.memory: Memory = {
+            space: {BASE + n * PAGE: page(1000 * space + n) for n in range(8)} for space in (FIRST, SECOND)
+        }
+        self.files = {"data": b"first", "idle": b"never written again"}
+        self.log = b"it begins\n"
+        self.alive, self.frozen, self.held, self.scratch, self.quota = True, False, False, False, 1.0
+        self.ended = anyio.Event()
+        self.ticks = 0
+        self.written: dict[int, set[int]] = {}
+        self.gone: dict[int, set[int]] = {}
+        self.spaces_gone: set[int] = set()
+
+    @property
+    def executing(self) -> bool:
+        return self.alive and not self.frozen and not self.held
+
+    def residue(self) -> list[str]:
+        """What a migration that has ended must not leave here."""
+        held = {"outgoing": self.scratch, "quota": self.quota != 1.0}
+        if self.alive:
+            held |= {"hold": self.held, "freeze": self.frozen}
+        return [kind for kind, there in held.items() if there]
+
+    def tick(self) -> None:
+        """Let the job compute a little: it writes, prints, frees memory, forks, and one of its processes exits."""
+        if not self.executing:
+            return
+        self.ticks += 1
+        self._write(FIRST, BASE + self.ticks % 8 * PAGE, page(self.ticks))
+        self.log += b"tick %d\n" % self.ticks
+        if self.ticks % 5 == 0:
+            self.files["data"] = b"written at %d" % self.ticks
+            self.files[f"new-{self.ticks}"] = page(self.ticks)[:40]
+        if self.ticks % 7 == 0:
+            self._write(FIRST, BASE + (self.ticks + 3) % 8 * PAGE, ZERO)
+        if self.ticks % 3 == 0:
+            at = BASE + (self.ticks + 5) % 8 * PAGE
+            self.memory[FIRST].pop(at, None)
+            self.gone.setdefault(FIRST, set()).add(at)
+        if self.ticks == 6 and SECOND in self.memory:
+            del self.memory[SECOND]
+            self.spaces_gone.add(SECOND)
+        if self.ticks >= 8:
+            self._write(LATE, BASE + self.ticks % 4 * PAGE, page(-self.ticks))
+
+    def _write(self, space: int, at: int, data: bytes) -> None:
+        self.memory.setdefault(space, {})[at] = data
+        self.written.setdefault(space, set()).add(at)
+
+    def end_by_itself(self) -> bool:
+        """The job's own end. A frozen job cannot end."""
+        if not self.executing:
+            return False
+        self.alive = False
+        self.ended.set()
+        return True
+
+    def handlers(self) -> dict[str, Any]:
+        async def outgoing(facts: Mapping[str, Any]) -> None:
+            self.scratch = False
+
+        async def hold(facts: Mapping[str, Any]) -> None:
+            self.held = False
+
+        async def freeze(facts: Mapping[str, Any]) -> None:
+            self.frozen = False
+
+        async def quota(facts: Mapping[str, Any]) -> None:
+            self.quota = facts["quota"]
+
+        return {"outgoing": outgoing, "hold": hold, "freeze": freeze, "quota": quota}
+
+
+class FakeRemains:
+    """The frozen original, for an agent that was restarted."""
+
+    def __init__(self, node: SourceNode, journal: Journal) -> None:
+        self.node, self.journal = node, journal
+
+    def owed(self) -> FakeOwed:
+        return FakeOwed(
+            self.node, {space: Runs((at, at + PAGE) for at in pages) for space, pages in self.node.memory.items()}
+        )
+
+    async def commit(self) -> None:
+        if self.node.alive and not self.node.frozen:
+            raise Bug("the original is killed although it executes")
+        self.node.alive = self.node.held = self.node.frozen = False
+        self.node.quota = 1.0
+        self.node.ended.set()
+        for kind in ("hold", "freeze", "quota"):
+            self.journal.release(kind)
+
+    async def runs(self) -> bool:
+        return self.node.alive
+
+    def executing(self) -> bool:
+        return self.node.executing
+
+    async def close(self) -> None:
+        pass
+
+
+class FakeLeaving(FakeRemains):
+    """`LeavingJob` on a `SourceNode`."""
+
+    def __init__(self, node: SourceNode, journal: Journal) -> None:
+        super().__init__(node, journal)
+        self._looked = False
+        self._sent: dict[int, Runs] = {}
+        self._files_sent: dict[str, bytes] = {}
+        self._log_sent = 0
+        self._tree = TreeSum(UPPER, 0, 0, "")
+        self._owed: FakeOwed | None = None
+
+    async def look(self) -> Change:
+        node = self.node
+        written, dropped = node.written, {space: set(at) for space, at in node.gone.items()}
+        if not self._looked:
+            written = {space: set(pages) for space, pages in node.memory.items()}
+        self._looked = True
+        found = Change(
+            {space: Runs((at, at + PAGE) for at in pages) for space, pages in written.items() if space in node.memory},
+            {space: Runs((at, at + PAGE) for at in pages) for space, pages in dropped.items()}
+            | {space: self._sent.get(space, EMPTY) for space in node.spaces_gone},
+        )
+        node.written, node.gone, node.spaces_gone = {}, {}, set()
+        return found
+
+    async def last_look(self) -> Change:
+        if self.node.executing:
+            raise Bug("the last look at a job that executes")
+        return await self.look()
+
+    def owe(self, change: Change) -> Iterator[Drop]:
+        for space in {**change.dropped, **change.written}:
+            yield from self._forget(space, change.dropped.get(space, EMPTY) | change.written.get(space, EMPTY))
+        self._owed = FakeOwed(self.node, change.written)
+
+    def owed(self) -> FakeOwed:
+        return self._owed or super().owed()
+
+    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
+        for space, runs in change.dropped.items():
+            yield from self._forget(space, runs)
+        for space, runs in change.written.items():
+            batch, memory = PageBatch(space, round), self.node.memory.get(space, {})
+            there = Runs((at, at + PAGE) for at, data in memory.items() if at in runs and data != ZERO)
+            for start, end in there:
+                yield from batch.add(start, b"".join(memory[at] for at in range(start, end, PAGE)))
+            yield from batch.flush()
+            yield from self._forget(space, runs - there)
+            self._sent[space] = self._sent.get(space, EMPTY) | there
+
+    def _forget(self, space: int, runs: Runs) -> Iterator[Drop]:
+        void = self._sent.get(space, EMPTY) & runs
+        self._sent[space] = self._sent.get(space, EMPTY) - runs
+        if void:
+            yield Drop(space, tuple(void))
+
+    async def upper(self, *, last: bool) -> AsyncIterator[bytes]:
+        if last and self.node.executing:
+            raise Bug("the last pass over the files of a job that executes")
+        changed = {name: data for name, data in self.node.files.items() if self._files_sent.get(name) != data}
+        records = [json.dumps([name, data.hex()]).encode() for name, data in changed.items()]
+        for record in records:
+            yield record
+        self._files_sent |= changed
+        self._tree = tree_sum(self._files_sent)
+
+    def upper_totals(self, tree: int) -> TreeSum:
+        return self._tree
+
+    def memory_totals(self) -> tuple[SpaceSum, ...]:
+        return tuple(SpaceSum(space, runs.size // PAGE) for space, runs in self._sent.items())
+
+    async def log(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+        offset, self._log_sent = self._log_sent, len(self.node.log)
+        if data := self.node.log[offset:]:
+            yield offset, data
+
+    async def freeze(self) -> None:
+        self.journal.acquire("freeze")
+        self.node.frozen = True
+
+    async def dump(self) -> Mapping[str, bytes]:
+        self.journal.acquire("outgoing")
+        self.node.scratch = True
+        self.journal.acquire("hold")
+        if not self.node.alive:
+            raise Failed("there is nothing to dump")
+        if not self.node.frozen:
+            raise Bug("the dump of a job that executes")
+        self.node.held = True
+        lazy = {space: sorted(pages) for space, pages in self.node.memory.items()}
+        return {"pagemap.img": json.dumps(lazy).encode(), "empty.img": b""}
+
+    async def slow_down(self, quota: float) -> None:
+        if self.journal.ledger.facts("quota") is None:
+            self.journal.acquire("quota", quota=self.node.quota)
+        self.node.quota = quota
+
+    async def ended(self) -> str:
+        await self.node.ended.wait()
+        return "exit status 3"
+
+
+class FakeOwed:
+    """`podferry.agent.owed.Owed` without processes behind it."""
+
+    def __init__(self, node: SourceNode, runs: Mapping[int, Runs]) -> None:
+        self._node, self._all, self._left = node, dict(runs), dict(runs)
+
+    def start_over(self) -> None:
+        self._left = dict(self._all)
+
+    @property
+    def bytes(self) -> int:
+        return sum(runs.size for runs in self._left.values())
+
+    def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
+        yield self._take(space, address)
+
+    def rest(self) -> Iterator[Pages | Drop]:
+        for space, runs in list(self._left.items()):
+            for start, end in runs:
+                for at in range(start, end, PAGE):
+                    if at in self._left[space]:
+                        yield self._take(space, at)
+
+    def _take(self, space: int, at: int) -> Pages | Drop:
+        data = self._node.memory.get(space, {}).get(at, ZERO)
+        self._left[space] = self._left.get(space, EMPTY) - Runs.of(at, at + PAGE)
+        return Drop(space, ((at, at + PAGE),)) if data == ZERO else Pages(space, 0, ((at, 1),), data)
+
+    def close(self) -> None:
+        pass
+
+
+class TargetNode:
+    """The other node: what was made there for the container, and what runs there."""
+
+    def __init__(self) -> None:
+        self.container = self.scratch = self.task = self.feeder = False
+        self.running = self.released = self.postcopy = self.died = False
+        self.store: Memory = {}
+        self.files: dict[str, bytes] = {}
+        self.log = b""
+        self.images: dict[str, bytes] = {}
+        self.memory: Memory = {}
+        self.absent: set[tuple[int, int]] = set()
+        self.wants: list[tuple[int, int]] = []
+        self.news = anyio.Event()
+
+    @property
+    def executing(self) -> bool:
+        return self.running
+
+    def residue(self) -> list[str]:
+        """What a migration that has ended must not leave here."""
+        held = {"scratch": self.scratch, "feeder": self.feeder}
+        if not self.running:
+            held |= {"container": self.container, "task": self.task}
+        return [kind for kind, there in held.items() if there]
+
+    def tell(self) -> None:
+        self.news.set()
+        self.news = anyio.Event()
+
+    def arrived(self, space: int, start: int, end: int, *, zero: bool = False) -> None:
+        """The page feeder hears of pages."""
+        for at in range(start, end, PAGE):
+            if (space, at) in self.absent:
+                self.absent.remove((space, at))
+                if not zero:
+                    self.memory.setdefault(space, {})[at] = self.store[space][at]
+        self.wants = [want for want in self.wants if want in self.absent]
+        self.tell()
+
+    def handlers(self) -> dict[str, Any]:
+        async def container(facts: Mapping[str, Any]) -> None:
+            self.container = False
+
+        async def scratch(facts: Mapping[str, Any]) -> None:
+            self.scratch = False
+
+        async def task(facts: Mapping[str, Any]) -> None:
+            self.task = self.running = False
+
+        async def feeder(facts: Mapping[str, Any]) -> None:
+            self.feeder = False
+
+        return {"container": container, "scratch": scratch, "task": task, "feeder": feeder}
+
+
+class FakeRelay:
+    """`podferry.agent.relay.Relay` without a socket."""
+
+    def __init__(self, node: TargetNode) -> None:
+        self._node = node
+        self._asked: set[tuple[int, int]] = set()
+
+    def arrived(self, space: int, start: int, end: int) -> None:
+        self._node.arrived(space, start, end)
+
+    def zero(self, space: int, start: int, end: int) -> None:
+        self._node.arrived(space, start, end, zero=True)
+
+    async def flush(self) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    async def wanted(self) -> Frame | None:
+        while True:
+            for space, at in self._node.wants:
+                if (space, at) not in self._asked:
+                    self._asked.add((space, at))
+                    return Frame(Word.WANT, space, at, at + PAGE)
+            if not self._node.feeder:
+                return None
+            await self._node.news.wait()
+
+    def close(self) -> None:
+        pass
+
+
+class FakeArriving:
+    """`ArrivingJob` on a `TargetNode`."""
+
+    def __init__(self, node: TargetNode, journal: Journal) -> None:
+        self.node, self.journal = node, journal
+
+    async def prepare(self) -> None:
+        self.journal.acquire("container")
+        self.node.container = True
+        self.journal.acquire("scratch")
+        self.node.scratch = True
+
+    async def poise(self, *, postcopy: bool) -> None:
+        self.journal.acquire("feeder")
+        self.node.feeder = True
+        self.journal.acquire("task")
+        self.node.postcopy = postcopy
+        await anyio.sleep(0.05)
+        self.node.task = True
+
+    def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
+        for offset in range(0, len(data), PAGE):
+            self.node.store.setdefault(space, {})[address + offset] = bytes(data[offset : offset + PAGE])
+
+    def drop(self, space: int, start: int, end: int) -> None:
+        for at in range(start, end, PAGE):
+            self.node.store.get(space, {}).pop(at, None)
+
+    def tree(self, record: memoryview) -> None:
+        name, data = json.loads(bytes(record))
+        self.node.files[name] = bytes.fromhex(data)
+
+    def log(self, offset: int, data: memoryview) -> None:
+        if offset != len(self.node.log):
+            raise Failed("the log came out of order")
+        self.node.log += bytes(data)
+
+    def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
+        self.node.images[name] = self.node.images.get(name, b"")[:offset] + bytes(data)
+
+    async def verify(self, end: StateEnd) -> None:
+        node = self.node
+        sums = {one.name: (one.size, one.digest) for one in end.files if one.directory == IMAGES}
+        came = {name: (len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in node.images.items()}
+        if sums != came or end.trees != (tree_sum(node.files),):
+            raise Failed("images or files did not arrive whole")
+        if [one.size for one in end.files if one.directory == LOG] != [len(node.log)]:
+            raise Failed("the log did not arrive whole")
+        counted = {one.space: one.pages for one in end.spaces}
+        if not node.postcopy and counted != {space: len(pages) for space, pages in node.store.items()} | {
+            space: 0 for space, pages in counted.items() if not pages
+        }:
+            raise Failed("memory did not arrive whole")
+
+    async def release(self) -> float:
+        node = self.node
+        if not node.released:
+            node.released = True
+            node.memory = {space: dict(pages) for space, pages in node.store.items()}
+            if node.postcopy:
+                lazy = json.loads(node.images["pagemap.img"])
+                listed = {(int(space), at) for space, pages in lazy.items() for at in pages}
+                node.absent = {(space, at) for space, at in listed if at not in node.store.get(space, {})}
+                node.wants = sorted(node.absent)[:1]
+                node.tell()
+        while node.wants and not node.running:
+            await node.news.wait()
+        if not node.task:
+            raise Failed("there is no task")
+        node.running = True
+        node.wants = sorted(node.absent)[-2:]
+        node.tell()
+        return 0.0
+
+    def relay(self) -> FakeRelay:
+        return FakeRelay(self.node)
+
+    def all_owed_came(self, relay: FakeRelay) -> None:
+        for space, at in sorted(self.node.absent):
+            relay.zero(space, at, at + PAGE)
+
+    async def close(self) -> None:
+        pass
+
+    async def resumed(self) -> float:
+        if not self.node.running:
+            raise Failed("the job is gone")
+        return 0.0
+
+    async def is_here(self) -> bool:
+        return self.node.running
+
+    async def filled(self) -> dict[str, Any]:
+        while self.node.absent:
+            await self.node.news.wait()
+        for kind in ("task", "container"):
+            self.journal.release(kind)
+        return {"pages": 1}
+
+
+def tree_sum(files: Mapping[str, bytes]) -> TreeSum:
+    """What a tree of these files amounts to."""
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    return TreeSum(UPPER, len(files), sum(map(len, files.values())), digest)

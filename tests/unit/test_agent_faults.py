@@ -1,0 +1,141 @@
+"""Whatever breaks, wherever: one job, that executes on one node at a time, all of it, and nothing left behind.
+
+The points are those that migrations pass which nothing disturbs, or one fault: each method of the ports, each line of the
+journals, each thing that is taken back, each gate. A new port method is among them by itself. `Rig.check` holds the rules.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from agent_rig import Act, Cut, Fault, Rig, cancel, die, fail, methods, oserror, stall, stop, unique
+
+from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
+from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
+from podferry.model import Mode
+
+pytestmark = pytest.mark.unit
+
+RUNS: dict[str, tuple[Mode, list[Fault], Cut | None]] = {
+    "stop": (Mode.STOP, [], None),
+    "live": (Mode.LIVE, [], None),
+    "postcopy": (Mode.POSTCOPY, [], None),
+    "undo": (Mode.LIVE, [Fault("target", "verify", fail)], None),
+    "gave-up": (Mode.STOP, [Fault("target", "release", fail)], None),
+    "source again": (Mode.STOP, [Fault("source", "gate resume", die)], None),
+    "source again, owing": (Mode.POSTCOPY, [Fault("source", "gate serve", die)], None),
+    "target again": (Mode.STOP, [Fault("target", "gate resume", die)], None),
+    "target again, filling": (Mode.POSTCOPY, [Fault("target", "gate fill", die)], None),
+    "died": (Mode.STOP, [Fault("target", "filled", fail)], None),
+}
+Point = tuple[str, str, str]
+
+
+def rig_of(run: str, directory: Path, *faults: Fault, cut: Cut | None = None) -> tuple[Rig, Mode]:
+    mode, first, usual = RUNS[run]
+    return Rig(directory, [*first, *faults], cut or usual, resolve=SourceEvent.RESOLVED_HERE), mode
+
+
+@cache
+def undisturbed(run: str) -> Rig:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        rig, mode = rig_of(run, Path(directory))
+        return rig.move(mode, patch)
+
+
+@cache
+def points() -> list[Point]:
+    """Where each run passes; those with a fault of their own only where the others do not."""
+    found: list[Point] = []
+    for run, (_, faults, _) in RUNS.items():
+        known = {(side, name) for _, side, name in found} if faults else set()
+        found += [(run, *point) for point in unique(undisturbed(run).trace) if point not in known]
+    return found
+
+
+def awaited(*runs: str) -> list[Point]:
+    return [point for point in points() if point[0] in runs and point[1:] in undisturbed(point[0]).awaited]
+
+
+def test_every_method_of_the_ports_is_among_the_points() -> None:
+    there = {(side, name) for _, side, name in points()}
+    ports = {"source": methods(LeavingJob, HeldJob), "target": methods(ArrivingJob)}
+    assert {(side, name) for side, names in ports.items() for name in names} - there == {("source", "slow_down")}
+
+
+def move(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *faults: Fault, cut: Cut | None = None) -> Rig:
+    rig, mode = rig_of(run, tmp_path, *faults, cut=cut)
+    return rig.move(mode, monkeypatch)
+
+
+def act_for(name: str) -> Act:
+    """A full disk for what is written, a broken tool for everything else."""
+    return oserror if name.startswith(("line", "record")) else fail
+
+
+@pytest.mark.parametrize(("run", "side", "name"), points())
+def test_an_agent_dies_before(run: str, side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = move(run, tmp_path, monkeypatch, Fault(side, name, die))
+    assert not rig.helped
+
+
+@pytest.mark.parametrize(("run", "side", "name"), awaited("live", "postcopy"))
+def test_an_agent_dies_after(run: str, side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = move(run, tmp_path, monkeypatch, Fault(side, name, die, "after"))
+    assert not rig.helped
+
+
+def effects() -> list[Point]:
+    """All but the gates, where nothing can fail."""
+    return [point for point in points() if point[0] != "stop" and not point[2].startswith("gate")]
+
+
+@pytest.mark.parametrize(("run", "side", "name"), effects())
+def test_an_effect_fails(run: str, side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be written down past GO waits for the agent's next start; a job that died on the target for a person."""
+    rig = move(run, tmp_path, monkeypatch, Fault(side, name, act_for(name)))
+    cannot_write = name.startswith(("line", "record")) and rig.passed_the_right
+    assert not rig.helped or cannot_write or rig.phase("b") == TargetPhase.DIED
+
+
+@pytest.mark.parametrize(("run", "side", "name"), awaited("live", "postcopy"))
+def test_an_agent_is_stopped(run: str, side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = move(run, tmp_path, monkeypatch, Fault(side, name, stop))
+    assert not rig.helped
+
+
+@pytest.mark.parametrize(("run", "side", "name"), [point for point in points() if point[0] == "live"])
+def test_somebody_cancels(run: str, side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = move(run, tmp_path, monkeypatch, Fault(side, name, cancel))
+    assert rig.phase("a") == (SourcePhase.COMPLETED if rig.passed_the_right else SourcePhase.CANCELLED)
+    assert not rig.helped
+
+
+@pytest.mark.parametrize(("run", "side", "name"), awaited("live", "postcopy"))
+def test_an_effect_never_ends(run: str, side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before GO a deadline ends it; after it, only the end of the agent does."""
+    rig = move(run, tmp_path, monkeypatch, Fault(side, name, stall))
+    assert not rig.helped or rig.passed_the_right
+
+
+MESSAGES = [
+    (run, side, number + 1)
+    for run in ("stop", "live", "postcopy")
+    for side in ("source", "target")
+    for number in range(undisturbed(run).count(side))
+]
+
+
+@pytest.mark.parametrize(("run", "side", "number"), MESSAGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_link_is_cut(
+    run: str, side: str, number: int, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = move(run, tmp_path, monkeypatch, cut=Cut(side, number, when))
+    assert rig.was_cut
+    assert not rig.helped
+    if rig.passed_the_right and rig.phase("b") != TargetPhase.GAVE_UP:
+        assert rig.phase("a") == SourcePhase.COMPLETED
