@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -159,9 +159,14 @@ class Cluster:
                     if gate.suffix != ".reached":
                         gate.unlink(missing_ok=True)
 
-    def reached(self, gate: str) -> None:
-        """Wait until an agent stands at a gate."""
-        until(lambda: any(self._gate(node, f"{gate}.reached").exists() for node in NODES), f"somebody reaches {gate}")
+    def reached(self, gate: str, move: Future[Record] | None = None) -> None:
+        """Wait until an agent stands at a gate, which comes before the end of `move`."""
+
+        def stands() -> bool:
+            assert not (move and move.done()), f"the migration ended before {gate}: {move.result()}"
+            return any(self._gate(node, f"{gate}.reached").exists() for node in NODES)
+
+        until(stands, f"somebody reaches {gate}")
 
     def _gate(self, node: str, gate: str) -> Path:
         return self.root(node) / GATES / gate
@@ -269,10 +274,15 @@ class Cluster:
         self.goes_on(node, name)
         self.nothing_but({node: [name]})
 
-    def nothing_but(self, jobs: dict[str, list[str]]) -> None:
-        """Nothing is on either node beyond these jobs, by node, and of them nothing is missing."""
+    def nothing_but(self, jobs: dict[str, list[str]], besides: Sequence[str] = ()) -> None:
+        """Nothing is on either node beyond these jobs, by node, and of them nothing is missing; `besides` are not looked at."""
+
+        def surplus(node: str) -> set[str]:
+            found = self.surplus(node, *jobs.get(node, []))
+            return {one for one in found if not any(job in one for job in besides)}
+
         deadline = time.monotonic() + PATIENCE / 2
-        while left := {node: found for node in NODES if (found := self.surplus(node, *jobs.get(node, [])))}:
+        while left := {node: found for node in NODES if (found := surplus(node))}:
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(5 * LOOK_EVERY)
 

@@ -147,7 +147,7 @@ class Aftermath:
         alive = [door for door in doors if door.name in self.records and self._survives(door)]
         homes = {node: [door.name for door in alive if self._home(door) == node] for node in (A, B)}
         try:
-            self.cluster.nothing_but(homes)
+            self.cluster.nothing_but(homes, besides=list(self.failures))
         except AssertionError as left:
             self.failures["surplus"] = left
 
@@ -174,15 +174,15 @@ def hold(cluster: Cluster, door: Door) -> None:
         cluster.close_gate(door.gate(S.RESUME))
     if phase in (S.UNDO, T.GIVING_UP):
         cluster.close_gate(door.gate(T.READY))
-    cluster.begin(name, source=A, mode="postcopy" if phase is S.SERVE else "live")
+    move = cluster.begin(name, source=A, mode="postcopy" if phase is S.SERVE else "live")
     if phase is S.LOST:
-        cluster.reached(door.gate(S.RESUME))
+        cluster.reached(door.gate(S.RESUME), move)
         cluster.kill(A, "agent")
     if phase in (S.UNDO, T.GIVING_UP):
-        cluster.reached(door.gate(T.READY))
+        cluster.reached(door.gate(T.READY), move)
         cluster.cancel(A, name)
         cluster.open_gates(door.gate(T.READY))
-    cluster.reached(door.gate())
+    cluster.reached(door.gate(), None if phase is S.LOST else move)
 
 
 @pytest.fixture(scope="module")
