@@ -1,0 +1,187 @@
+"""What is decided without I/O: when to stop copying, what may move, which rules hold, what is taken back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts
+from podferry.core.invariants import Sight, broken
+from podferry.core.phases import SOURCE_MAY_RUN, TARGET_MAY_RUN, SourcePhase, TargetPhase
+from podferry.core.precopy import Policy, Round, Step, decide
+from podferry.core.preflight import Question, refusals
+from podferry.core.undo import Acquired, Ledger
+from podferry.errors import Failed
+from podferry.model import Mode
+
+pytestmark = pytest.mark.unit
+LINK = 118e6
+
+
+def rounds(*pending: float) -> list[Round]:
+    """Rounds that left so many bytes, each as long as the link needs for what the one before left."""
+    return [
+        Round(n + 1, 1, int(left), max(int(pending[n - 1] if n else left), 1) / LINK, int(left))
+        for n, left in enumerate(pending)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pending", "quota", "policy", "step", "kept"),
+    [
+        ([5e6], 1.0, Policy(), Step.CUT_OVER, 1.0),
+        ([450e6, 190e6], 1.0, Policy(), Step.GO_ON, 1.0),
+        ([910e6, 900e6, 910e6, 905e6], 1.0, Policy(), Step.THROTTLE, 0.7),
+        ([910e6, 900e6, 910e6, 905e6], 0.1, Policy(), Step.GIVE_UP, 0.1),
+        ([910e6, 900e6, 910e6, 905e6], 1.0, Policy(throttle=False, postcopy=True), Step.POSTCOPY, 1.0),
+        ([910e6, 900e6, 910e6, 905e6], 1.0, Policy(throttle=False), Step.GIVE_UP, 1.0),
+    ],
+)
+def test_the_table_of_examples(pending: list[float], quota: float, policy: Policy, step: Step, kept: float) -> None:
+    decision = decide(rounds(*pending), policy, rate=LINK, quota=quota)
+    assert (decision.step, decision.quota) == (step, kept)
+    assert decision.reason
+
+
+@given(
+    st.lists(st.integers(0, 1 << 34), min_size=200, max_size=200),
+    st.booleans(),
+    st.booleans(),
+    st.floats(0, 1e10),
+)
+def test_whatever_the_job_does_copying_ends(left: list[int], throttle: bool, postcopy: bool, rate: float) -> None:
+    policy, quota, seen = Policy(throttle=throttle, postcopy=postcopy), 1.0, []
+    for number, pending in enumerate(left, 1):
+        seen.append(Round(number, 1, 1, 1.0, pending))
+        decision = decide(seen, policy, rate=rate, quota=quota)
+        assert decision.quota <= quota
+        quota = decision.quota
+        if decision.step in (Step.CUT_OVER, Step.GIVE_UP, Step.POSTCOPY):
+            return
+    pytest.fail("it never ended")
+
+
+NODE = NodeFacts(
+    kernel="6.18.0",
+    machine="x86_64",
+    page_size=4096,
+    boot="b",
+    cpus=2,
+    cpu_model="m",
+    cpu_flags=("avx", "sse"),
+    criu="4.1.1",
+    runc="1.1.15",
+    containerd="1.7.0",
+    cgroup=CgroupKind.V2,
+    memory_available=8 << 30,
+    disk_free=8 << 30,
+    lazy_pages=True,
+    pagemap_scan=True,
+    wp_async=True,
+    soft_dirty=False,
+    pipe_max_size=4 << 20,
+    clock=1000.0,
+)
+JOB = ContainerFacts(
+    id="job",
+    image="i",
+    binary="/usr/bin/podferry-runc",
+    pids=(1,),
+    host_namespaces=(),
+    devices=(),
+    unsaved=(),
+    binds=(Bind("/var/lib/kubelet/x", "/etc/hosts"),),
+    connections=(),
+    stdio=("null",) * 3,
+    memory=1 << 30,
+    anonymous=1 << 30,
+    shared=0,
+    tmpfs=0,
+    upper=1 << 20,
+)
+
+
+def test_what_fits_may_move() -> None:
+    for mode in Mode:
+        assert refusals(Question(JOB, NODE, NODE, mode)) == []
+        assert refusals(Question(JOB, NODE, None, mode)) == []
+
+
+@pytest.mark.parametrize(
+    ("job", "source", "target", "code"),
+    [
+        ({}, {"criu": ""}, {}, "PF110"),
+        ({}, {"criu": "3.17"}, {"criu": "4.1"}, "PF110"),
+        ({}, {}, {"runc": "1.0.3"}, "PF110"),
+        ({}, {}, {"lazy_pages": False}, "PF110"),
+        ({}, {"wp_async": False}, {}, "PF110"),
+        ({}, {"pipe_max_size": 1 << 20}, {}, "PF110"),
+        ({}, {}, {"machine": "aarch64"}, "PF111"),
+        ({}, {}, {"page_size": 65536}, "PF111"),
+        ({}, {}, {"cpu_flags": ("sse",)}, "PF111"),
+        ({}, {"criu": "4.2.1"}, {}, "PF111"),
+        ({}, {}, {"clock": 1061.0}, "PF111"),
+        ({}, {}, {"memory_available": 1 << 30}, "PF112"),
+        ({}, {}, {"disk_free": 1 << 20}, "PF112"),
+        ({"host_namespaces": ("network",)}, {}, {}, "PF113"),
+        ({"devices": ("/dev/nvidia0",)}, {}, {}, "PF113"),
+        ({"binds": (Bind("/data", "/data"),)}, {}, {}, "PF113"),
+        ({"connections": ("a -> b",)}, {}, {}, "PF113"),
+        ({"unsaved": ("io_uring",)}, {}, {}, "PF113"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    job: dict[str, Any], source: dict[str, Any], target: dict[str, Any], code: str
+) -> None:
+    question = Question(replace(JOB, **job), replace(NODE, **source), replace(NODE, **target), Mode.LIVE)
+    found = refusals(question)
+    assert [one.code for one in found] == [code]
+    assert all(one.what and one.remedy for one in found)
+
+
+def test_every_reason_is_said_at_once() -> None:
+    job = replace(JOB, devices=("/dev/x",), connections=("a -> b",), anonymous=1 << 40)
+    assert [one.code for one in refusals(Question(job, NODE, NODE, Mode.LIVE))] == ["PF112", "PF113", "PF113"]
+
+
+def test_stop_needs_no_tracker() -> None:
+    blind = replace(NODE, wp_async=False, pagemap_scan=False)
+    assert refusals(Question(JOB, blind, NODE, Mode.STOP)) == []
+
+
+@pytest.mark.parametrize("phase", [*SourcePhase, *TargetPhase])
+def test_where_the_job_may_execute(phase: SourcePhase | TargetPhase) -> None:
+    allowed = SOURCE_MAY_RUN if isinstance(phase, SourcePhase) else TARGET_MAY_RUN
+    assert broken(Sight(phase)) == []
+    rules = broken(Sight(phase, executing=True))
+    assert [rule[:2] for rule in rules] == ([] if phase in allowed else ["I1"])
+
+
+def test_a_cold_start_and_what_is_left_are_broken_rules() -> None:
+    assert broken(Sight(TargetPhase.FILL, executing=True, restored=False))[0].startswith("I2")
+    assert broken(Sight(TargetPhase.DONE, ended=True, ledger=("task",)))[0].startswith("I5")
+    assert broken(Sight(TargetPhase.FILL, ledger=("task",))) == []
+
+
+def test_a_ledger_is_taken_back_newest_first_through_every_error() -> None:
+    order = []
+
+    async def take(facts: Any) -> None:
+        order.append(facts["n"])
+        if facts["n"] == 2:
+            raise Failed("not now")
+
+    ledger = Ledger([Acquired("a", {"n": 1})])
+    ledger.add("b", {"n": 2})
+    ledger.add("c", {"n": 3})
+    ledger.add("a", {"n": 4})
+    ledger.add("unknown", {})
+    leftovers = anyio.run(ledger.unwind, {"a": take, "b": take, "c": take})
+    assert order == [4, 3, 2]
+    assert {one.kind for one in leftovers} == {"b", "unknown"}
+    assert ledger.entries == []
