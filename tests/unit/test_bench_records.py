@@ -82,7 +82,7 @@ def seen() -> Report:
 def test_a_report_tells_gaps_speeds_and_writes(seen: Report) -> None:
     assert seen.gap_at(150 * MS) == (100 * MS, 300 * MS)
     assert seen.gap_at(350 * MS) is None
-    assert seen.longest_gap(300 * MS + 1, 2000 * MS) == 20 * MS
+    assert seen.longest_gaps(300 * MS + 1, 3000 * MS) == [90 * MS, 20 * MS]
     before = seen.speed(0, 100 * MS)
     assert before is not None
     assert before.wall == pytest.approx(1000)
@@ -111,6 +111,7 @@ def test_what_is_observed_of_a_move(seen: Report) -> None:
     assert found["total_ms"] == 450
     assert found["home_ms"] == 400
     assert found["stall_ms"] == 20
+    assert found["stalls_ms"] == [20]
     assert found["written_bytes"] == 5 * PAGE
     assert found["damaged"] == 1
     assert found["speed"]["before"]["wall"] == pytest.approx(1000)

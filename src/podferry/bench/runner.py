@@ -23,6 +23,9 @@ BEFORE, AFTER = 2.0, 2.2
 """Seconds for which the job is watched before the move, and after all of its memory has come."""
 
 SECOND = 10**9
+STALLS = 20
+"""How many of the stalls after the resume a record keeps."""
+
 ERROR = "error"
 Record = dict[str, Any]
 Progress = Callable[[str], None]
@@ -107,6 +110,7 @@ def observed(moved: Moved, report: Report, ready: int) -> Record:
         "downtime_ms": None,
         "home_ms": None,
         "stall_ms": None,
+        "stalls_ms": [],
         "written_bytes": None,
         "damaged": len(report.damaged),
         "damaged_files": len(report.damaged_files),
@@ -120,7 +124,8 @@ def observed(moved: Moved, report: Report, ready: int) -> Record:
         home = moved.home or moved.ended
         record["downtime_ms"] = (resumed - stopped) / 1e6
         record["home_ms"] = (home - moved.began) / 1e6
-        record["stall_ms"] = report.longest_gap(resumed, max(home, resumed) + SECOND) / 1e6
+        stalls = [gap / 1e6 for gap in report.longest_gaps(resumed, max(home, resumed) + SECOND)]
+        record["stall_ms"], record["stalls_ms"] = max(stalls, default=0.0), stalls[:STALLS]
     record["written_bytes"] = report.written_between(moved.began, stopped)
     record["speed"] = {
         "before": _speed(report.speed(ready, moved.began)),

@@ -118,9 +118,9 @@ class Report:
         """The gap that `moment` (ns) falls into; `None` where the job went on through it."""
         return next(((start, end) for start, end in self.gaps if start <= moment <= end), None)
 
-    def longest_gap(self, start: int, end: int) -> int:
-        """The longest gap (ns) that begins from `start` to `end`; 0 where there is none of 3 ms or more."""
-        return max((stop - begin for begin, stop in self.gaps if start <= begin <= end), default=0)
+    def longest_gaps(self, start: int, end: int) -> list[int]:
+        """The gaps (ns) of 3 ms or more that begin from `start` to `end`, longest first."""
+        return sorted((stop - begin for begin, stop in self.gaps if start <= begin <= end), reverse=True)
 
     def speed(self, start: int, end: int) -> Speed | None:
         """How fast the job was from `start` to `end` (ns); `None` where no whole bin lies there."""
