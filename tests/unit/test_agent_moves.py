@@ -1,12 +1,14 @@
-"""Whole migrations over fakes."""
+"""Whole migrations over fakes, and how they end where nothing breaks but somebody wants otherwise."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from agent_rig import Rig
+from agent_rig import Cut, Fault, Rig, end_by_itself, fail, order
 
+from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
+from podferry.errors import Refused
 from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
@@ -15,5 +17,78 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("mode", Mode)
 def test_a_job_moves_whole(mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path).move(mode, monkeypatch)
-    print(rig.messages, rig.trace)
-    assert rig.phase("a") == "completed"
+    serve = ["serve"] if mode is Mode.POSTCOPY else []
+    assert rig.phases("a") == [
+        "check",
+        "pre-copy",
+        "poise",
+        "cut-over",
+        "resume",
+        *serve,
+        "commit",
+        "drain",
+        "completed",
+    ]
+    assert rig.phases("b") == ["receive", "poised", "ready", "resume", "fill", "done"]
+    assert (rig.restarts, rig.helped) == (0, False)
+    record = rig.records["a"]
+    assert record["outcome"] == "completed"
+    assert record["downtime_ms"] is not None
+    assert record["postcopy_dependency"] == (mode is Mode.POSTCOPY)
+    assert (record["rounds"] > 1) == (mode is Mode.LIVE)
+    assert {"freeze", "last look", "dump", "downtime", "commit"} <= {span["name"] for span in record["spans"]}
+
+
+@pytest.mark.parametrize("phase", ["pre-copy", "poise", "cut-over"])
+def test_a_job_that_ends_by_itself_leaves_nothing(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path, [Fault("source", f"gate {phase}", end_by_itself)]).move(Mode.LIVE, monkeypatch)
+    assert rig.phase("a") == SourcePhase.FAILED
+    assert "exit status 3" in rig.records["a"]["reason"]
+    assert not rig.passed_the_right
+
+
+def test_what_the_target_refuses_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path, refusals=[Refused("no room", remedy="make some")]).move(Mode.LIVE, monkeypatch)
+    assert (rig.phases("a"), rig.phases("b")) == (["check", "refused"], [])
+    assert rig.records["a"]["error"]["remedy"] == "make some"
+    assert ("source", "look") not in rig.trace
+
+
+def test_the_reason_is_the_targets_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path, [Fault("target", "verify", fail)]).move(Mode.LIVE, monkeypatch)
+    assert "it was asked for" in rig.records["a"]["reason"]
+    assert rig.phases("b")[-1] == TargetPhase.GAVE_UP
+
+
+def test_a_job_that_writes_too_fast_is_slowed_down_and_given_back_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, order=order(max_downtime=1e-6, max_rounds=3)).move(Mode.LIVE, monkeypatch)
+    assert ("source", "slow_down") in rig.trace
+    assert rig.phase("a") == SourcePhase.ROLLED_BACK
+    assert "cannot converge" in rig.records["a"]["reason"]
+    assert rig.source.quota == 1.0
+
+
+def test_a_job_that_writes_too_fast_goes_by_postcopy_where_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = order(max_downtime=1e-6, max_rounds=3, throttle=False, postcopy=True)
+    rig = Rig(tmp_path, order=policy).move(Mode.LIVE, monkeypatch)
+    assert SourcePhase.SERVE in rig.phases("a")
+    assert rig.records["a"]["postcopy_dependency"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "end"),
+    [(SourceEvent.RESOLVED_HERE, SourcePhase.ROLLED_BACK), (SourceEvent.RESOLVED_THERE, SourcePhase.COMPLETED)],
+)
+def test_a_person_resolves(
+    verdict: SourceEvent, end: SourcePhase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link never comes back: here before GO arrived, there after it did."""
+    number = 4
+    when = "before" if verdict is SourceEvent.RESOLVED_HERE else "after"
+    rig = Rig(tmp_path, cut=Cut("source", number, when, seconds=1e9), resolve=verdict).move(Mode.STOP, monkeypatch)
+    assert rig.messages.count(("source", "Go")) == 1
+    assert (rig.phase("a"), rig.helped) == (end, True)
