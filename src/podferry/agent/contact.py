@@ -24,6 +24,9 @@ from podferry.wire.messages import Crashed, Filled, GaveUp, Go, PagesEnd, PageWa
 
 Kind = TypeVar("Kind")
 
+LAST_WORD = 1.0
+"""Seconds to look for what the target said before a connection broke."""
+
 
 class Contact:
     """`letters` is the open conversation, None while there is none; `debt` gives what is owed in post-copy, else it is None."""
@@ -91,6 +94,9 @@ class Contact:
             self._log.error("the job died on the target before it had all its memory")
             await self.hang_up()
         except Exception as error:  # noqa: BLE001 - whatever it is, the target needs this node
+            with suppress(PodferryError), anyio.move_on_after(LAST_WORD):
+                if isinstance(word := await letters.expect(Filled, Crashed), Filled):
+                    return word  # it had all its memory, and hung up while it was given more
             await self._broken(error)
         return None
 
