@@ -577,7 +577,10 @@ class Rig:
     async def _ask(self, order: Order) -> None:
         agent = self.agents["a"]
         LIFE.set(agent.life)
-        await agent._set_out(NAME, "b", order)
+        try:
+            await agent._set_out(NAME, "b", order)
+        except (OSError, PodferryError):  # whoever asked is told so; nothing began
+            self.told()
 
     @property
     def id(self) -> str:
