@@ -420,10 +420,12 @@ def test_without_tracking_all_memory_is_written_every_time(zoo: Zoo) -> None:
     job.ask("step 5 60")
     zoo.freeze()
     with contextlib.closing(create(Kind.NONE, lambda: list(zoo.jobs))) as tracker:
-        first = tracker.final()
-        copy.apply(first)
-        copy.check(job.pid)
-        assert tracker.final().spaces[job.pid].written == first.spaces[job.pid].written
+        for _ in range(2):
+            seen = tracker.final()
+            copy.apply(seen)
+            copy.check(job.pid)
+            assert seen.spaces[job.pid].untracked
+        assert seen.written >= 100 * PAGE
 
 
 @pytest.mark.skipif(not FACTS.soft_dirty, reason="no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY) in this kernel")

@@ -2,9 +2,9 @@
 
     python -SI inject.py FD        FD: one end of a SOCK_SEQPACKET socketpair
 
-It is started ahead of need and waits. Each packet it gets names a process; each answer is an `Outcome`, the
-nanoseconds for which a thread of that process stood still, a sentence if it went wrong, and the descriptor
-(SCM_RIGHTS). The end of the socket is its end.
+It is started ahead of need and waits. Each packet it gets names a process. It answers by a packet with the descriptor
+(SCM_RIGHTS), if there is one, and then, when it holds no copy of that any more, by an `Outcome`, the nanoseconds for
+which a thread of the process stood still, and a sentence if it went wrong. The end of the socket is its end.
 
 It is a process of its own because nobody may die while a job's thread has registers that are not its own: whatever
 happens to the agent meanwhile, the few hundred microseconds are finished here, and the job goes on unharmed. So it
@@ -337,9 +337,11 @@ def serve(sock: socket.socket) -> None:
         except OSError as error:
             outcome, text = Outcome.REFUSED, str(error)
         with contextlib.suppress(BrokenPipeError):
-            socket.send_fds(sock, [ANSWER.pack(outcome, stopped) + text.encode()[: MAX_ANSWER - ANSWER.size]], fds)
+            socket.send_fds(sock, [b"-"], fds)
         for fd in fds:
             os.close(fd)
+        with contextlib.suppress(BrokenPipeError):
+            sock.send(ANSWER.pack(outcome, stopped) + text.encode()[: MAX_ANSWER - ANSWER.size])
         if outcome is Outcome.STUCK:
             return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from podferry.memory.inject import ANSWER, MAX_ANSWER, REQUEST, Outcome
 from podferry.node.process import spawn
 
 PROGRAM = Path(__file__).with_name("inject.py")
-STOP_TIMEOUT = 1.0  # seconds for a thread to come to a stop; a running or sleeping one takes microseconds
+STOP_TIMEOUT = 3.0  # seconds for a thread to come to a stop; a running or sleeping one takes microseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,13 @@ class Injector:
         """
         try:
             self._socket.sendall(REQUEST.pack(pid, timeout))
-            answer, fds, _, _ = socket.recv_fds(self._socket, MAX_ANSWER, 1)
+            _, fds, _, _ = socket.recv_fds(self._socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            answer = self._socket.recv(MAX_ANSWER)
         except ConnectionError as lost:
             self._restart(pid, str(lost))
         if not answer:
+            for fd in fds:
+                os.close(fd)
             self._restart(pid, "the injector ended")
         outcome, stopped = ANSWER.unpack_from(answer)
         if fds:
