@@ -47,6 +47,7 @@ def test_a_flipped_bit_shows(memory: Memory) -> None:
 def test_a_lost_page_shows(memory: Memory) -> None:
     memory.data[60 * PAGE : 61 * PAGE] = bytes(PAGE)
     assert memory.damaged() == [60]
+    assert memory.diagnosis(60) == "page 60: zeros instead of version 0"
 
 
 def test_a_stale_page_shows(memory: Memory) -> None:
@@ -56,6 +57,7 @@ def test_a_stale_page_shows(memory: Memory) -> None:
     assert memory.damaged() == []
     memory.data[page * PAGE : (page + 1) * PAGE] = before
     assert memory.damaged() == [page]
+    assert memory.diagnosis(page) == f"page {page}: whole version 2 instead of version 3"
 
 
 def test_a_torn_page_shows(memory: Memory) -> None:
@@ -64,12 +66,14 @@ def test_a_torn_page_shows(memory: Memory) -> None:
     memory.write(1)
     memory.data[page * PAGE + PAGE // 2 : (page + 1) * PAGE] = before[PAGE // 2 :]
     assert memory.damaged() == [page]
+    assert memory.diagnosis(page) == f"page {page}: torn version 3 instead of version 3"
 
 
 def test_swapped_pages_show(memory: Memory) -> None:
     one, other = memory.data[: 1 * PAGE], memory.data[PAGE : 2 * PAGE]
     memory.data[:PAGE], memory.data[PAGE : 2 * PAGE] = other, one
     assert memory.damaged() == [0, 1]
+    assert memory.diagnosis(0).startswith("page 0: version 2 of page 1")
 
 
 def test_writes_visit_every_hot_page_and_no_other() -> None:

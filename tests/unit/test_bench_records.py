@@ -75,6 +75,7 @@ def seen() -> Report:
             "written": 209,
             "damaged": [3],
             "damaged_files": [],
+            "diagnoses": ["page 3: zeros instead of version 1"],
         }
     )
 
@@ -97,7 +98,7 @@ def test_processor_time_that_begins_anew_is_not_negative(seen: Report) -> None:
 
 @pytest.mark.parametrize("damage", [{"bins": [1, 2, 3]}, {"gaps": [[1]]}, {"written": None}])
 def test_a_report_that_is_none_is_an_error(damage: dict[str, Any]) -> None:
-    whole = {"bins": [], "gaps": [], "written": 0, "damaged": [], "damaged_files": []}
+    whole = {"bins": [], "gaps": [], "written": 0, "damaged": [], "damaged_files": [], "diagnoses": []}
     assert Report.from_dict(whole).bins == ()
     with pytest.raises(Failed, match="report"):
         Report.from_dict({**whole, **damage})

@@ -35,6 +35,7 @@ TICK_NS = 1_000_000
 BIN_NS = 20_000_000
 GAP_NS = 3_000_000
 MOST_GAPS = 300
+MOST_DIAGNOSES = 20
 CATCH_UP_NS = 20_000_000
 REPORT = "report-{}.json"
 
@@ -66,15 +67,30 @@ class Memory:
 
     def damaged(self) -> list[int]:
         """The pages that do not hold what they must."""
+        return [page for page in range(self.pages) if not self._holds(page, self._version(page))]
+
+    def diagnosis(self, page: int) -> str:
+        """What a damaged page holds instead."""
+        content, version = self.data[page * PAGE : (page + 1) * PAGE], self._version(page)
+        if not any(content):
+            return f"page {page}: zeros instead of version {version}"
+        found, found_version = struct.unpack_from("<II", content)
+        if found != page:
+            return f"page {page}: version {found_version} of page {found} instead of version {version}"
+        kind = "whole" if self._holds(page, found_version) else "torn"
+        return f"page {page}: {kind} version {found_version} instead of version {version}"
+
+    def _version(self, page: int) -> int:
+        """How often the page has been written."""
         rounds, more = divmod(self.written, self.span)
-        found = []
-        for page in range(self.pages):
-            version = 0 if page >= self.span else rounds + (page * self._unstride % self.span < more)
-            start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % POOL
-            whole = self.data[start : start + PAGE]
-            if whole[:8] != struct.pack("<II", page, version) or whole[8:] != self._pool[source + 8 : source + PAGE]:
-                found.append(page)
-        return found
+        return 0 if page >= self.span else rounds + (page * self._unstride % self.span < more)
+
+    def _holds(self, page: int, version: int) -> bool:
+        start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % POOL
+        content = self.data[start : start + PAGE]
+        return (
+            content[:8] == struct.pack("<II", page, version) and content[8:] == self._pool[source + 8 : source + PAGE]
+        )
 
 
 class Log:
@@ -202,11 +218,14 @@ def main(settings: dict[str, Any]) -> None:
         if asked:
             asked.clear()
             reports += 1
+            bins, gaps = list(log.bins), sorted((start, start + gap) for gap, start in log.gaps)
+            damaged = memory.damaged()
             report = {
-                "bins": list(log.bins),
-                "gaps": sorted((start, start + gap) for gap, start in log.gaps),
+                "bins": bins,
+                "gaps": gaps,
                 "written": memory.written,
-                "damaged": memory.damaged()[:1000],
+                "damaged": damaged,
+                "diagnoses": [memory.diagnosis(page) for page in damaged[:MOST_DIAGNOSES]],
                 "damaged_files": files.damaged(),
             }
             publish(directory, REPORT.format(reports), report)

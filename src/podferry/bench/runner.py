@@ -114,6 +114,7 @@ def observed(moved: Moved, report: Report, ready: int) -> Record:
         "written_bytes": None,
         "damaged": len(report.damaged),
         "damaged_files": len(report.damaged_files),
+        "diagnoses": list(report.diagnoses),
         "facts": facts,
     }
     for name in ("agents_downtime_ms", "wire_bytes", "nonzero_bytes", "rounds"):

@@ -91,13 +91,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class Report:
-    """What the job saw. `gaps` are (start, end) in ns, in order; `damaged` lists pages, `damaged_files` files."""
+    """What the job saw. `gaps` are (start, end) in ns, in order; `damaged` lists pages, `damaged_files` files, and `diagnoses`
+    says what the first of the pages hold instead."""
 
     bins: tuple[Bin, ...]
     gaps: tuple[tuple[int, int], ...]
     written: int
     damaged: tuple[int, ...]
     damaged_files: tuple[int, ...]
+    diagnoses: tuple[str, ...]
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Report:
@@ -110,6 +112,7 @@ class Report:
                 written=int(data["written"]),
                 damaged=tuple(data["damaged"]),
                 damaged_files=tuple(data["damaged_files"]),
+                diagnoses=tuple(data["diagnoses"]),
             )
         except (KeyError, TypeError, ValueError) as wrong:
             raise Failed.because("the job's report cannot be read", wrong) from wrong
