@@ -127,8 +127,9 @@ class Contact:
             with suppress(PodferryError):  # whoever waits for the target's word hears it too
                 while True:
                     want = await letters.expect(PageWanted)
-                    for frame in owed.wanted(want.space, want.address):
-                        await letters.channel.send(frame)
+                    with anyio.CancelScope(shield=True):  # what was taken from the debt must go out
+                        for frame in owed.wanted(want.space, want.address):
+                            await letters.channel.send(frame)
 
         async with anyio.create_task_group() as answers:
             answers.start_soon(answer)

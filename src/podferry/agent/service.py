@@ -20,7 +20,7 @@ from anyio.abc import TaskGroup
 from podferry import __version__
 from podferry.agent import arriving, control, leaving
 from podferry.agent.arriving import Arriving
-from podferry.agent.attempt import Attempt
+from podferry.agent.attempt import Attempt, leaves
 from podferry.agent.config import Config
 from podferry.agent.control import Emit
 from podferry.agent.inspection import Inspection
@@ -394,7 +394,10 @@ class Agent:
         return self._target_again(journal, Story.from_dict(journal.load_record() or journal.facts["record"]))
 
     def _report(self, error: PodferryError) -> None:
-        self.log.warning("a conversation ended with an error", error=str(error), evidence=error.evidence)
+        cause = next(leaves(error.__cause__ or error))
+        self.log.warning(
+            "a conversation ended with an error", error=str(error), cause=repr(cause), evidence=error.evidence
+        )
 
 
 def _saved(directory: Path) -> Record | None:

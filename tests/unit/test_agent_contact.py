@@ -1,0 +1,112 @@
+"""Post-copy's debt: what is owed goes out once, whatever is cancelled while it does."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Any
+
+import anyio
+import pytest
+import structlog
+
+from podferry.agent.contact import Contact
+from podferry.agent.owed import PUSH, Owed
+from podferry.agent.story import Story
+from podferry.memory.ranges import Runs
+from podferry.memory.uffd import PAGE
+from podferry.model import Mode
+from podferry.wire.frames import Drop, Pages
+from podferry.wire.messages import PageWanted
+
+pytestmark = pytest.mark.unit
+SIZE = 1 << 20
+SPACE = 1
+
+
+class Memory:
+    """Memory of this very process, so that it can be read like a frozen job's."""
+
+    def __init__(self) -> None:
+        self.pages = mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.pages[:] = b"x" * SIZE
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.pages))
+
+    def owed(self) -> Owed:
+        return Owed({SPACE: os.getpid()}, {SPACE: Runs.of(self.start, self.start + SIZE)})
+
+
+class SlowLetters:
+    """The target wants one page, and its word comes while that is being answered."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+        self.sent: list[Pages | Drop] = []
+        self.channel = self
+        self.asked = anyio.Event()
+
+    async def send(self, frame: Pages | Drop) -> None:
+        self.asked.set()
+        await anyio.lowlevel.checkpoint()
+        self.sent.append(frame)
+
+    async def expect(self, *kinds: type[Any]) -> Any:
+        if PageWanted in kinds and not self.asked.is_set():
+            return PageWanted(SPACE, self.address)
+        return await anyio.sleep_forever()
+
+
+def pages(frames: list[Pages | Drop]) -> list[int]:
+    return sorted(
+        page
+        for frame in frames
+        if isinstance(frame, Pages)
+        for address, count in frame.runs
+        for page in range(address, address + count * PAGE, PAGE)
+    )
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_is_cut_short_by_the_targets_word_still_goes_out() -> None:
+    memory = Memory()
+    owed, letters = memory.owed(), SlowLetters(memory.start)
+    contact = Contact(Story("m", "job", "a", "b", Mode.POSTCOPY), structlog.get_logger(), lambda: None, lambda: owed)  # type: ignore[arg-type,return-value]
+    async with contact._answering(letters):  # type: ignore[arg-type]
+        await letters.asked.wait()
+    rest = [Pages(one.space, one.round, one.runs, b"") if isinstance(one, Pages) else one for one in owed.rest()]
+    everything = list(range(memory.start, memory.start + SIZE, PAGE))
+    assert pages(letters.sent + rest) == everything
+    owed.close()
+
+
+def test_a_page_on_its_way_is_not_called_absent() -> None:
+    memory = Memory()
+    owed = memory.owed()
+    first = next(iter(owed.rest()))
+    assert isinstance(first, Pages)
+    assert first.count == PUSH // PAGE
+    assert list(owed.wanted(SPACE, memory.start)) == []
+    owed.close()
+
+
+def test_what_nobody_saw_arrive_is_owed_again() -> None:
+    memory = Memory()
+    owed = memory.owed()
+    assert pages(list(owed.wanted(SPACE, memory.start)))
+    owed.start_over()
+    assert owed.bytes == SIZE
+    owed.close()
+
+
+def test_a_page_that_is_not_owed_is_zero() -> None:
+    memory = Memory()
+    owed = memory.owed()
+    beyond = memory.start + SIZE + 16 * PAGE
+    assert list(owed.wanted(SPACE, beyond)) == [Drop(SPACE, ((beyond, beyond + PAGE),))]
+    owed.close()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
