@@ -95,9 +95,12 @@ def test_files_that_lost_a_line_show(tmp_path: Path) -> None:
 
 def test_the_log_keeps_gaps_and_bins() -> None:
     log = Log(0)
-    assert not log.look(1_000_000, 0)
-    assert log.look(1_000_000 + 50_000_000, 7)
-    assert not log.look(1_000_000 + 50_000_000 + GAP_NS - 1, 8)
+    log.look(1_000_000)
+    assert not log.done(0)
+    log.look(1_000_000 + 50_000_000)
+    assert log.done(7)
+    log.look(1_000_000 + 50_000_000 + GAP_NS - 1)
+    assert not log.done(8)
     assert log.gaps == [(50_000_000, 1_000_000)]
     assert list(log.bins)[:3] == [51_000_000, 2, 7]
 

@@ -37,6 +37,8 @@ GAP_NS = 3_000_000
 MOST_GAPS = 300
 MOST_DIAGNOSES = 20
 CATCH_UP_NS = 20_000_000
+READS = 16
+"""Random reads in a unit of work: few, since each may be a wait."""
 REPORT = "report-{}.json"
 
 
@@ -101,16 +103,19 @@ class Log:
         self.gaps: list[tuple[int, int]] = []
         self._last, self._bin_end, self._units = now, now + BIN_NS, 0
 
-    def look(self, now: int, written: int) -> bool:
-        """A unit of work is done. True where a bin ended with it."""
+    def look(self, now: int) -> None:
+        """The job goes on at this moment; if the look before is long ago, that was a gap."""
         if (gap := now - self._last) >= GAP_NS:
             (heapq.heappush if len(self.gaps) < MOST_GAPS else heapq.heappushpop)(self.gaps, (gap, self._last))
         self._last = now
+
+    def done(self, written: int) -> bool:
+        """A unit of work is done, as of the last look. True where a bin ended with it."""
         self._units += 1
-        if now < self._bin_end:
+        if self._last < self._bin_end:
             return False
-        self.bins.extend((now, self._units, written, time.thread_time_ns(), waited_ns()))
-        self._bin_end = now + BIN_NS
+        self.bins.extend((self._last, self._units, written, time.thread_time_ns(), waited_ns()))
+        self._bin_end = self._last + BIN_NS
         return True
 
 
@@ -157,7 +162,7 @@ class Work:
 
     def _random(self) -> None:
         data, pages, at, total = self._memory.data, self._memory.pages, self._at, 0
-        for _ in range(64):
+        for _ in range(READS):
             at = (at * 6364136223846793005 + 1442695040888963407) & 0xFFFFFFFFFFFFFFFF  # Knuth's MMIX generator
             total += data[(at >> 33) % pages * PAGE]
         self._at = at
@@ -208,13 +213,15 @@ def main(settings: dict[str, Any]) -> None:
     while True:
         unit()
         now = time.time_ns()
-        if log.look(now, memory.written):
+        log.look(now)
+        if log.done(memory.written):
             files.grow()
         owed += min(now - since, CATCH_UP_NS) * pages_per_ns
         since = now
-        if owed >= 1:
-            memory.write(int(owed))
-            owed -= int(owed)
+        while owed >= 1:
+            memory.write(1)
+            log.look(time.time_ns())  # each page may be a wait of its own
+            owed -= 1
         if asked:
             asked.clear()
             reports += 1

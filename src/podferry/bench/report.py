@@ -78,6 +78,7 @@ def run_rows(records: Sequence[Record]) -> Table:
             ("downtime_ms", 1.0, ".0f"),
             ("agents_downtime_ms", 1.0, ".0f"),
             ("stall_ms", 1.0, ".0f"),
+            ("stalled_ms", 1.0, ".0f"),
             ("home_ms", 1e3, ".1f"),
             ("total_ms", 1e3, ".1f"),
             ("wire_bytes", float(1 << 20), ".0f"),

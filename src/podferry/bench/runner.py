@@ -110,6 +110,7 @@ def observed(moved: Moved, report: Report, ready: int) -> Record:
         "downtime_ms": None,
         "home_ms": None,
         "stall_ms": None,
+        "stalled_ms": None,
         "stalls_ms": [],
         "written_bytes": None,
         "damaged": len(report.damaged),
@@ -126,7 +127,8 @@ def observed(moved: Moved, report: Report, ready: int) -> Record:
         record["downtime_ms"] = (resumed - stopped) / 1e6
         record["home_ms"] = (home - moved.began) / 1e6
         stalls = [gap / 1e6 for gap in report.longest_gaps(resumed, max(home, resumed) + SECOND)]
-        record["stall_ms"], record["stalls_ms"] = max(stalls, default=0.0), stalls[:STALLS]
+        record["stall_ms"], record["stalled_ms"] = max(stalls, default=0.0), sum(stalls)
+        record["stalls_ms"] = stalls[:STALLS]
     record["written_bytes"] = report.written_between(moved.began, stopped)
     record["speed"] = {
         "before": _speed(report.speed(ready, moved.began)),
