@@ -80,7 +80,7 @@ def make_report(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="Write the report there instead of the goals to stdout: FILE.md, or README.md in DIR."
+            metavar="PATH", help="Write the report there instead of the goals to stdout: FILE.md, or results.md in DIR."
         ),
     ] = None,
     made_by: Annotated[
@@ -98,7 +98,7 @@ def make_report(
     if out is None:
         _print_goals(records)
         return
-    page = out if out.suffix == ".md" else out / "README.md"
+    page = out if out.suffix == ".md" else out / "results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     names = sorted({record["scenario"] for record in records}, key=list(SCENARIOS).index)
     command = made_by or shlex.join(["podferry", "bench", "run", *names])
