@@ -94,7 +94,7 @@ class Cluster:
         """Remove a job, wherever it is, and its log."""
         for node in NODES:
             with suppress(PodferryError):
-                self.lab.exec(node, ["ctr", "task", "delete", "--force", name], check=False)
+                self.lab.exec(node, ["ctr", "task", "delete", "--force", name], check=False, timeout=PATIENCE / 2)
                 self.lab.exec(node, ["ctr", "container", "delete", name], check=False)
                 self.log(node, name).unlink(missing_ok=True)
                 (self.root(node) / "run/podferry/restored" / name).unlink(missing_ok=True)
