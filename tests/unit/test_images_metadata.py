@@ -42,7 +42,7 @@ def test_a_layer_is_found_by_its_chain_on_its_parent_only(metadata: Metadata) ->
     made = layer(metadata, "x", "base")
     assert metadata.layer(CHAIN, "base") == made
     assert metadata.layer(CHAIN, "") is None
-    assert metadata.chain("x") == [base]
+    assert metadata.lineage("x") == [made, base]
 
 
 def test_a_second_layer_of_one_chain_gets_a_name_of_its_own(metadata: Metadata) -> None:

@@ -173,21 +173,36 @@ class Metadata:
             raise SnapshotMissing(f"snapshot {name} does not exist")
         return found
 
-    def chain(self, name: str) -> list[Snapshot]:
-        """The ancestors of `name`, its parent first."""
-        with self._transaction():
-            ancestors = []
-            current = self.get(name)
-            while current.parent:
-                current = self.get(current.parent)
-                ancestors.append(current)
-            return ancestors
+    def lineage(self, parent: str) -> list[Snapshot]:
+        """The committed snapshot `parent` and its ancestors, in this order; nothing for no parent.
 
-    def create(self, kind: Kind, name: str, parent: str, labels: Mapping[str, str]) -> Snapshot:
-        """A new active snapshot or view. Raises `SnapshotExists`, `SnapshotMissing`, `SnapshotInvalid`."""
+        Raises `SnapshotMissing`, and `SnapshotInvalid` for one that is not committed.
+        """
+        with self._transaction():
+            found: list[Snapshot] = []
+            while parent:
+                self._parent_id(parent)
+                found.append(self.get(parent))
+                parent = found[-1].parent
+            return found
+
+    def create(
+        self,
+        kind: Kind,
+        name: str,
+        parent: str,
+        labels: Mapping[str, str],
+        make: Callable[[Snapshot], None] = lambda made: None,
+    ) -> Snapshot:
+        """A new active snapshot or view; `make` does what goes with it, and if it fails there is none.
+
+        Raises `SnapshotExists`, `SnapshotMissing`, `SnapshotInvalid`.
+        """
         with self._transaction() as db:
             self._refuse_taken(name)
-            return self._insert(db, kind, name, self._parent_id(parent), labels)
+            made = self._insert(db, kind, name, self._parent_id(parent), labels)
+            make(made)
+            return made
 
     def refer(self, name: str, parent: str, chain: str, labels: Mapping[str, str]) -> Snapshot:
         """A committed snapshot for a layer that is on the share. Takes another name where `name` is taken."""

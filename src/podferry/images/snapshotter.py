@@ -30,7 +30,7 @@ from podferry.images.erofs import IMAGE
 from podferry.images.faults import LayerMissing, faults
 from podferry.images.layout import FormName
 from podferry.images.leases import Lease
-from podferry.images.metadata import Home, Kind, Metadata, Snapshot, SnapshotExists, SnapshotInUse, SnapshotMissing
+from podferry.images.metadata import Home, Kind, Metadata, Snapshot, SnapshotExists, SnapshotInUse
 from podferry.images.mounts import mount_image, mount_points, unmount
 from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
@@ -112,7 +112,7 @@ class Snapshotter:
         found = self.metadata.get(key)
         if found.kind is Kind.COMMITTED:
             raise SnapshotInUse(f"snapshot {key} is committed", why="only active snapshots and views are mounted")
-        return self._mounts(found)
+        return self._mounts(found, self._lowers(found.parent))
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make an active snapshot a layer; it is copied to the share afterwards."""
@@ -122,7 +122,6 @@ class Snapshotter:
         size = disk_usage(self.files(active))
         chain = _chain(name, labels, active.labels)
         done = self.metadata.commit(name, key, labels, size=size, chain=chain, parent=parent)
-        self._link(done, Path("..") / "snapshots" / str(done.id) / "fs")
         if done.chain is not None:
             self.publisher.wake()
 
@@ -189,39 +188,34 @@ class Snapshotter:
             pause = min(pause * 1.5, POLL[1])
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
-        made = self.metadata.create(kind, key, parent, labels)
-        try:
-            mounts = self._mounts(made)
-            self._make_directories(made)
-            return mounts
-        except BaseException:
-            with suppress(SnapshotMissing):
-                self.metadata.remove(key)
-            self._delete(made.id)
-            raise
+        lowers = self._lowers(parent)
+        owner = _mapped_root(labels) or self._owner_of(parent)
+        made = self.metadata.create(kind, key, parent, labels, lambda made: self._make_directories(made, owner))
+        return self._mounts(made, lowers)
 
-    def _make_directories(self, made: Snapshot) -> None:
+    def _make_directories(self, made: Snapshot, owner: tuple[int, int] | None) -> None:
         files = self.files(made)
         shutil.rmtree(files.parent, ignore_errors=True)  # of a crash before the same number was given out
         files.mkdir(parents=True, mode=0o755)
         files.chmod(0o755)
         (files.parent / "work").mkdir(mode=0o711)
-        owner = _mapped_root(made.labels) or self._owner_of_parent(made)
         if owner is not None:
             os.chown(files, *owner)
 
-    def _owner_of_parent(self, made: Snapshot) -> tuple[int, int] | None:
+    def _owner_of(self, parent: str) -> tuple[int, int] | None:
         """The owner of the root directory, which overlayfs takes from the top layer."""
-        if not made.parent:
+        if not parent:
             return None
-        parent = self.metadata.get(made.parent)
-        top = self.root / "l" / str(parent.id)
-        on_share = parent.home is Home.SHARE and not self._mounted(parent)
+        layer = self.metadata.get(parent)
+        top = self.root / "l" / str(layer.id)
+        on_share = layer.home is Home.SHARE and not self._mounted(layer)
         about = self._share.call(f"look at {top}", top.stat) if on_share else top.stat()
         return about.st_uid, about.st_gid
 
-    def _mounts(self, snapshot: Snapshot) -> list[Mount]:
-        lowers = [self._lower(layer) for layer in self.metadata.chain(snapshot.name)]
+    def _lowers(self, parent: str) -> list[Path]:
+        return [self._lower(layer) for layer in self.metadata.lineage(parent)]
+
+    def _mounts(self, snapshot: Snapshot, lowers: list[Path]) -> list[Mount]:
         files = self.files(snapshot)
         writable = snapshot.kind is Kind.ACTIVE
         if not lowers:
@@ -235,19 +229,18 @@ class Snapshotter:
 
     def _lower(self, layer: Snapshot) -> Path:
         """The path of a layer for overlayfs, there and answering."""
-        link = self.root / "l" / str(layer.id)
-        if layer.home is Home.DISK or layer.chain is None or self._mounted(layer):
-            return link
+        up = Path("..")
+        if layer.home is Home.DISK or layer.chain is None:
+            return self._link(layer, up / "snapshots" / str(layer.id) / "fs")
+        if self._mounted(layer):
+            return self._link(layer, up / "images" / str(layer.id))
         published = self.store.need(layer.chain)
-        share = self._share
         if published.record.form is FormName.DIR:
-            self._link(layer, share.path(f"{published.at}/{FILES}"))
-            return link
+            return self._link(layer, self._share.path(f"{published.at}/{FILES}"))
         with self._mounting:
             if not self._mounted(self.metadata.get(layer.name)):
-                self._mount(layer, share.path(f"{published.at}/{IMAGE}"))
-        self._link(layer, Path("..") / "images" / str(layer.id))
-        return link
+                self._mount(layer, self._share.path(f"{published.at}/{IMAGE}"))
+        return self._link(layer, up / "images" / str(layer.id))
 
     def _mount(self, layer: Snapshot, image: Path) -> None:
         at = self.root / "images" / str(layer.id)
@@ -278,13 +271,13 @@ class Snapshotter:
         assert isinstance(share, PosixShare)
         return share
 
-    def _link(self, layer: Snapshot, target: Path) -> None:
+    def _link(self, layer: Snapshot, target: Path) -> Path:
         link = self.root / "l" / str(layer.id)
-        if link.is_symlink() and link.readlink() == target:
-            return
-        draft = link.with_name(f".{layer.id}.{layout.new_token()}")
-        draft.symlink_to(target)
-        draft.rename(link)
+        if not (link.is_symlink() and link.readlink() == target):
+            draft = link.with_name(f".{layer.id}.{layout.new_token()}")
+            draft.symlink_to(target)
+            draft.rename(link)
+        return link
 
     def _still_used(self, chain: str) -> bool:
         return any(layer.chain == chain for layer in self.metadata.layers())
