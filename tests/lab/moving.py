@@ -19,7 +19,7 @@ from podferry.node.containerd import Containerd
 
 A, B = NODES = ("node-a", "node-b")
 JOBS = Path(__file__).parent / "jobs"
-PATIENCE = 60.0
+PATIENCE = 180.0
 LOOK_EVERY = 0.02
 GATES = "run/podferry/gates"
 BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
@@ -94,7 +94,7 @@ class Cluster:
         """Remove a job, wherever it is, and its log."""
         for node in NODES:
             with suppress(PodferryError):
-                self.lab.exec(node, ["ctr", "task", "delete", "--force", name], check=False, timeout=PATIENCE / 2)
+                self.lab.exec(node, ["ctr", "task", "delete", "--force", name], check=False, timeout=30.0)
                 self.lab.exec(node, ["ctr", "container", "delete", name], check=False)
                 self.log(node, name).unlink(missing_ok=True)
                 (self.root(node) / "run/podferry/restored" / name).unlink(missing_ok=True)
