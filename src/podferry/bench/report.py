@@ -141,7 +141,7 @@ def _range(group: Sequence[Record], field: str, scale: float, digits: str) -> st
 def _word(one: Verdict) -> str:
     if one.kept is None or one.margin is None:
         return "not measured"
-    by = f" by {abs(one.margin):.0%}" if one.limit else ""
+    by = f" by {abs(one.margin):.0%}" if one.margin else ""
     return ("kept" if one.kept else "**missed**") + by
 
 
