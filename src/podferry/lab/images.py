@@ -15,11 +15,16 @@ JOB_IMAGE = "podferry.local/job:1"
 
 NODE_PACKAGES = [
     "attr",
+    "busybox-static",
     "ca-certificates",
     "containerd",
+    "containernetworking-plugins",
     "criu",
+    "docker-registry",
     "e2fsprogs",
     "erofs-utils",
+    "etcd-client",
+    "etcd-server",
     "fuse3",
     "glusterfs-client",
     "glusterfs-server",
