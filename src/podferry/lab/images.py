@@ -36,6 +36,7 @@ NODE_PACKAGES = [
     "python3",
     "runc",
     "runit",
+    "skopeo",
     "tini",
 ]
 JOB_PACKAGES = ["python3", "libpython3-stdlib"]
