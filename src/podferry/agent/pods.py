@@ -1,0 +1,137 @@
+"""The seam between the engine and whoever speaks with Kubernetes' API server on this node.
+
+`Cluster` is what the engine asks for while a pod moves; `Pods` is what it offers. Neither side knows more of the other, so that the
+engine runs without Kubernetes and the API client without containerd.
+
+A migration of a pod has one name on both nodes, the `id`: the uid of its Migration object. It names the journals too, so a second
+attempt is a second Migration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from podferry.agent.source import Order
+from podferry.errors import PodferryError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PodName:
+    """One pod, and no other of the same name: `uid` tells."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class PodOrder:
+    """Move `pod`, which runs here, to the node `target`. `id` is the Migration's uid."""
+
+    id: str
+    pod: PodName
+    target: str
+    order: Order = field(default_factory=Order)
+
+
+@dataclass(frozen=True)
+class PodCheck:
+    """What stands in the way of a move, in words, and what there is to move (bytes)."""
+
+    refusals: tuple[PodferryError, ...]
+    warnings: tuple[str, ...]
+    memory_bytes: int
+    file_bytes: int
+
+
+class Cluster(Protocol):
+    """Kubernetes, as the engine sees it. Every call may be made again by an agent that was restarted."""
+
+    def address(self, node: str) -> str | None:
+        """HOST:PORT of the agent of `node`; None where there is no such node."""
+        ...
+
+    async def target_pod(self, id: str) -> PodName:
+        """Asked on the target, near convergence: have the controller make the target pod here, and return it.
+
+        The kubelet then makes its containers one after another, so this must not wait until any of them runs. Raises what keeps
+        the pod from being made: quota, a webhook, a missing volume. Cancelled when the migration goes back.
+        """
+        ...
+
+    async def give_back(self, id: str) -> None:
+        """Asked on the target, when the job will never run here: have the target pod deleted, whether or not there is one.
+
+        Returns when that is sure to happen, not when it has.
+        """
+        ...
+
+    async def hand_over(self, id: str) -> None:
+        """Asked on the source, when the job runs on the target and the original is frozen for good: have the owner count the
+        target pod, and the source pod deleted. The frozen original is killed as soon as this returns."""
+        ...
+
+
+class PodMigration(Protocol):
+    """One half of a migration of a pod: the source's, or on the other node the target's."""
+
+    @property
+    def id(self) -> str:
+        """The Migration's uid."""
+        ...
+
+    @property
+    def role(self) -> str:
+        """`source` or `target`."""
+        ...
+
+    @property
+    def pod(self) -> PodName:
+        """The pod that moves: the source's."""
+        ...
+
+    def record(self) -> Json:
+        """All that is known now, as `podferry status --json` prints it (docs/cli.md): phase, outcome, bytes, rounds, downtime."""
+        ...
+
+    def listen(self, listener: Callable[[Json], None]) -> Callable[[], None]:
+        """Call `listener` with each event: at every phase, and at most ten times a second between. Returns what ends it."""
+        ...
+
+    async def wait(self) -> Json:
+        """Return the record once this half has ended. Its `outcome` is how, its `error` why not."""
+        ...
+
+    def cancel(self) -> bool:
+        """Ask for the way back. False where it is too late, and always on the target: the source decides."""
+        ...
+
+    def resolve(self, *, run_on_source: bool) -> None:
+        """An arbiter's verdict on a migration that lost contact after GO. Raises `Refused` in any other phase."""
+        ...
+
+
+class Pods(Protocol):
+    """What the engine offers: `podferry.agent.service.Agent.pods`."""
+
+    async def check(self, pod: PodName) -> PodCheck:
+        """May this pod, which runs here, move at all? Nothing is touched. Raises `UsageError` where it is not here."""
+        ...
+
+    async def move(self, order: PodOrder) -> PodMigration:
+        """Set out. Returns at once; whether it may move at all is the first thing that is found out, and ends as `refused`.
+
+        Raises `Refused` where the pod is moving already. An `id` that was here before is not begun again: its half is returned.
+        """
+        ...
+
+    def migrations(self) -> Mapping[str, PodMigration]:
+        """Every half on this node since the agent's start, by id: what an earlier agent left unfinished is among them."""
+        ...
