@@ -205,32 +205,32 @@ class FakeLeaving(FakeRemains):
         if void:
             yield Drop(space, tuple(void))
 
-    async def upper(self, *, last: bool) -> AsyncIterator[bytes]:
+    async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
         if last and self.node.executing:
             raise Bug("the last pass over the files of a job that executes")
         changed = {name: data for name, data in self.node.files.items() if self._files_sent.get(name) != data}
         records = [json.dumps([name, data.hex()]).encode() for name, data in changed.items()]
         for record in records:
-            yield record
+            yield UPPER, record
         self._files_sent |= changed
         self._tree = tree_sum(self._files_sent)
 
-    def upper_totals(self, tree: int) -> TreeSum:
-        return self._tree
+    def tree_totals(self) -> tuple[TreeSum, ...]:
+        return (self._tree,)
 
     def memory_totals(self) -> tuple[SpaceSum, ...]:
         return tuple(SpaceSum(space, runs.size // PAGE) for space, runs in self._sent.items())
 
-    async def log(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+    async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
         offset, self._log_sent = self._log_sent, len(self.node.log)
         if data := self.node.log[offset:]:
-            yield offset, data
+            yield LOG, offset, data
 
     async def freeze(self) -> None:
         self.journal.acquire("freeze")
         self.node.frozen = True
 
-    async def dump(self) -> Mapping[str, bytes]:
+    async def dump(self) -> Mapping[tuple[int, str], bytes]:
         self.journal.acquire("outgoing")
         self.node.scratch = True
         self.journal.acquire("hold")
@@ -240,7 +240,7 @@ class FakeLeaving(FakeRemains):
             raise Bug("the dump of a job that executes")
         self.node.held = True
         lazy = {space: sorted(pages) for space, pages in self.node.memory.items()}
-        return {"pagemap.img": json.dumps(lazy).encode(), "empty.img": b""}
+        return {(IMAGES, "pagemap.img"): json.dumps(lazy).encode(), (IMAGES, "empty.img"): b""}
 
     async def slow_down(self, quota: float) -> None:
         if self.journal.ledger.facts("quota") is None:
@@ -398,16 +398,16 @@ class FakeArriving:
         for at in range(start, end, PAGE):
             self.node.store.get(space, {}).pop(at, None)
 
-    def tree(self, record: memoryview) -> None:
+    def tree(self, number: int, record: memoryview) -> None:
         name, data = json.loads(bytes(record))
         self.node.files[name] = bytes.fromhex(data)
 
-    def log(self, offset: int, data: memoryview) -> None:
+    def log(self, directory: int, offset: int, data: memoryview) -> None:
         if offset != len(self.node.log):
             raise Failed("the log came out of order")
         self.node.log += bytes(data)
 
-    def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
+    def image(self, directory: int, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         self.node.images[name] = self.node.images.get(name, b"")[:offset] + bytes(data)
 
     async def verify(self, end: StateEnd) -> None:

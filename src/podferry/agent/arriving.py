@@ -147,22 +147,26 @@ class Arriving:
         """Pages that are zero or gone."""
         self._need_store().drop(space, start, end)
 
-    def tree(self, record: memoryview) -> None:
+    def tree(self, number: int, record: memoryview) -> None:
         """A record of the upper layer."""
+        if number != UPPER:
+            raise PeerMisbehaved(f"a record of tree {number}, which a container has not")
         if self._upper is None:
             raise Bug("a record of the upper layer came before the container was prepared")
         self._upper.feed(record)
 
-    def log(self, offset: int, data: memoryview) -> None:
+    def log(self, directory: int, offset: int, data: memoryview) -> None:
         """A piece of what the container printed."""
-        if self._log < 0:
+        if self._log < 0 or directory != LOG:
             raise PeerMisbehaved("output of a container that has no log")
         if offset != self._log_end:
             raise PeerMisbehaved("the container's log came out of order", why=f"offset {offset} after {self._log_end}")
         self._log_end += os.pwrite(self._log, data, offset)
 
-    def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
+    def image(self, directory: int, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         """A piece of one of CRIU's images. The name was checked when its frame was."""
+        if directory != IMAGES:
+            raise PeerMisbehaved(f"a file for directory {directory}, which a container has not")
         if offset + len(data) > LARGEST_IMAGE:
             raise PeerMisbehaved(f"the image {name} is larger than any")
         if name not in self._images:

@@ -22,7 +22,7 @@ from podferry.agent.helpers import reap, remove_task, runs
 from podferry.agent.journal import Journal
 from podferry.agent.offered import Offered
 from podferry.agent.owed import Owed
-from podferry.agent.ports import Change
+from podferry.agent.ports import IMAGES, LOG, UPPER, Change
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PodferryError
 from podferry.memory.ranges import EMPTY, Runs
@@ -160,20 +160,17 @@ class Leaving:
 
     # Files.
 
-    async def upper(self, *, last: bool) -> AsyncIterator[bytes]:
+    async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
         """One pass over the upper layer."""
         plan = await to_thread.run_sync(partial(self._upper.plan, suspects=self._mapped_shared(), frozen=last))
         for chunk in self._upper.send(plan):
-            yield chunk
+            yield UPPER, chunk
 
-    def upper_totals(self, tree: int) -> TreeSum:
+    def tree_totals(self) -> tuple[TreeSum, ...]:
         """What the last finished pass over the upper layer sent."""
-        summary = self._upper.summary
-        if summary is None:
-            raise Failed("the last pass over the upper layer did not end")
-        return TreeSum(tree, summary.entries, summary.bytes, summary.digest)
+        return (tree_total(UPPER, self._upper),)
 
-    async def log(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+    async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
         """What the container has printed since the last pass. In the last one, the shim has taken in all of it first."""
         path = self._offered.log
         if path is None:
@@ -184,7 +181,7 @@ class Leaving:
             file.seek(self._log_sent)
             while data := file.read(MAX_PAYLOAD):
                 offset, self._log_sent = self._log_sent, self._log_sent + len(data)
-                yield offset, data
+                yield LOG, offset, data
 
     def _mapped_shared(self) -> set[bytes]:
         """Files whose content may change without a trace: a process of the container has them mapped."""
@@ -197,11 +194,11 @@ class Leaving:
         self._journal.acquire("freeze", cgroup=self._cgroup.to_dict())
         await to_thread.run_sync(self._cgroup.freeze)
 
-    async def dump(self) -> Mapping[str, bytes]:
+    async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
         return await to_thread.run_sync(self._dump)
 
-    def _dump(self) -> Mapping[str, bytes]:
+    def _dump(self) -> Mapping[tuple[int, str], bytes]:
         images, work = self._scratch / "images", self._scratch / "work"
         self._journal.acquire("outgoing", directory=str(self._scratch))
         self._journal.acquire("hold", work=str(work), cgroup=self._cgroup.to_dict())
@@ -216,7 +213,7 @@ class Leaving:
         self._journal.acquire("hold", **hold.to_dict())
         hold.wait_ready()
         self._journal.acquire("hold", **hold.to_dict())
-        return {path.name: path.read_bytes() for path in sorted(images.iterdir())}
+        return {(IMAGES, path.name): path.read_bytes() for path in sorted(images.iterdir())}
 
     async def slow_down(self, quota: float) -> None:
         """Leave the job this share of the processor time that it may use."""
@@ -290,6 +287,14 @@ class Remains:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+
+def tree_total(number: int, tree: UpperSource) -> TreeSum:
+    """What the last pass over a tree sent. Raises `Failed` where it did not end."""
+    summary = tree.summary
+    if summary is None:
+        raise Failed("the last pass over the upper layer did not end")
+    return TreeSum(number, summary.entries, summary.bytes, summary.digest)
 
 
 def executes(cgroup: Cgroup) -> bool:

@@ -3,7 +3,9 @@
 `source.py` and `target.py` are written against them; `leaving.py` and `arriving.py` fulfil them with the real containerd, runc,
 CRIU, kernel and disk, and a unit test with fakes that fail, stall or die at will.
 
-Memory is spoken of in *spaces*: one per process, named by its pid inside the container, as CRIU's images name it.
+Memory is spoken of in *spaces*: one per process, named by its pid inside the container, as CRIU's images name it. Files come as
+*trees* and in flat *directories*, by number. One container has one tree, its upper layer, and two directories; a pod has several,
+and `podferry.agent.parts` says how they are numbered.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
 Json = dict[str, Any]
 
 UPPER, IMAGES, LOG = 0, 0, 1
-"""On the wire: the tree of the upper layer; the directories of CRIU's images and of the container's log."""
+"""On the wire: the tree of the upper layer; the directories of CRIU's images and of the container's log. In a pod directories of
+images are even, of logs odd."""
+
+
+def is_log(directory: int) -> bool:
+    """Whether a directory holds what a container printed."""
+    return directory % 2 == LOG
 
 
 @dataclass(frozen=True)
@@ -88,28 +96,28 @@ class LeavingJob(HeldJob, Protocol):
         """Read what `change` lists, as frames of up to a megabyte. Send each before the next is taken."""
         ...
 
-    def upper(self, *, last: bool) -> AsyncIterator[bytes]:
-        """One pass over the upper layer: what changed since the pass before. In the last one nothing may change."""
+    def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+        """One pass over the upper layer: (tree, record) of what changed since the pass before. In the last nothing may change."""
         ...
 
-    def upper_totals(self, tree: int) -> TreeSum:
-        """What the last finished pass over the upper layer sent."""
+    def tree_totals(self) -> tuple[TreeSum, ...]:
+        """What the last finished pass over each tree sent."""
         ...
 
     def memory_totals(self) -> tuple[SpaceSum, ...]:
         """How many pages of each space the target must hold by now."""
         ...
 
-    def log(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
-        """What the container has printed since the last pass: (offset, bytes)."""
+    def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
+        """What the container has printed since the last pass: (directory, offset, bytes)."""
         ...
 
     async def freeze(self) -> None:
         """Stop every task of the container; they stay stopped until `thaw`."""
         ...
 
-    async def dump(self) -> Mapping[str, bytes]:
-        """CRIU writes everything but the private memory and then holds the frozen job. Returns its images by name."""
+    async def dump(self) -> Mapping[tuple[int, str], bytes]:
+        """CRIU writes everything but the private memory and then holds the frozen job. Returns its images by directory and name."""
         ...
 
     async def slow_down(self, quota: float) -> None:
@@ -140,15 +148,15 @@ class ArrivingJob(Protocol):
         """Pages that are zero or gone."""
         ...
 
-    def tree(self, record: memoryview) -> None:
-        """A record of the upper layer."""
+    def tree(self, number: int, record: memoryview) -> None:
+        """A record of a tree."""
         ...
 
-    def log(self, offset: int, data: memoryview) -> None:
-        """A piece of what the container printed."""
+    def log(self, directory: int, offset: int, data: memoryview) -> None:
+        """A piece of what a container printed."""
         ...
 
-    def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
+    def image(self, directory: int, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         """A piece of one of CRIU's images."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import xxhash
 
 from podferry.agent.pages import PageSender
-from podferry.agent.ports import IMAGES, LOG, UPPER, Change, LeavingJob
+from podferry.agent.ports import LOG, Change, LeavingJob
 from podferry.agent.story import Story
 from podferry.wire.channel import Channel
 from podferry.wire.frames import MAX_PAYLOAD, Drop, File, Pages, Tree
@@ -21,7 +21,7 @@ class Sender:
         self.channel, self._story = channel, story
         self._pages = PageSender(channel)
         self._files: list[FileSum] = []
-        self._log_bytes = 0
+        self._log_bytes = {LOG: 0}
 
     async def change(self, job: LeavingJob, change: Change, number: int) -> int:
         """Read and send what `change` lists, as round `number`. Returns how many pages carried data."""
@@ -39,28 +39,28 @@ class Sender:
         return pages
 
     async def files(self, job: LeavingJob, *, last: bool) -> None:
-        """One pass over the upper layer and the log."""
-        async for record in job.upper(last=last):
-            await self.channel.send(Tree(UPPER, record))
+        """One pass over the trees and the logs."""
+        async for tree, record in job.trees(last=last):
+            await self.channel.send(Tree(tree, record))
             self._story.upper_bytes += len(record)
             self._story.sent(self.channel.traffic.sent)
-        async for offset, data in job.log(last=last):
-            await self.channel.send(File(LOG, "log", offset, data))
-            self._log_bytes = offset + len(data)
+        async for directory, offset, data in job.logs(last=last):
+            await self.channel.send(File(directory, "log", offset, data))
+            self._log_bytes[directory] = offset + len(data)
 
     async def images(self, job: LeavingJob) -> None:
         """Have CRIU dump the frozen job, and send its images."""
         with self._story.span("dump", detail="CRIU, all but private memory"):
             images = await job.dump()
         with self._story.span("send images", detail=f"{sum(map(len, images.values())) >> 10} KiB"):
-            for name, data in images.items():
-                self._files.append(FileSum(IMAGES, name, len(data), xxhash.xxh3_128_hexdigest(data)))
+            for (directory, name), data in images.items():
+                self._files.append(FileSum(directory, name, len(data), xxhash.xxh3_128_hexdigest(data)))
                 for offset in range(0, max(len(data), 1), MAX_PAYLOAD):
                     piece = data[offset : offset + MAX_PAYLOAD]
                     last = offset + MAX_PAYLOAD >= len(data)
-                    await self.channel.send(File(IMAGES, name, offset, piece, last=last))
+                    await self.channel.send(File(directory, name, offset, piece, last=last))
 
     def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...]) -> StateEnd:
         """What the target must have when everything has arrived."""
-        files = (*self._files, FileSum(LOG, "log", self._log_bytes, ""))
-        return StateEnd(self._story.id, files, spaces, (job.upper_totals(UPPER),))
+        logs = (FileSum(directory, "log", size, "") for directory, size in self._log_bytes.items())
+        return StateEnd(self._story.id, (*self._files, *logs), spaces, job.tree_totals())

@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
-from podferry.agent.ports import LOG, ArrivingJob
+from podferry.agent.ports import ArrivingJob, is_log
 from podferry.agent.relay import Relay
 from podferry.agent.story import Story
 from podferry.core.invariants import Sight
@@ -212,11 +212,11 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 for start, end in item.runs:
                     self.job.drop(item.space, start, end)
             case Tree():
-                self.job.tree(memoryview(item.records))
-            case File(directory=directory) if directory == LOG:
-                self.job.log(item.offset, memoryview(item.payload))
+                self.job.tree(item.tree, memoryview(item.records))
+            case File() if is_log(item.directory):
+                self.job.log(item.directory, item.offset, memoryview(item.payload))
             case File():
-                self.job.image(item.name, item.offset, memoryview(item.payload), last=item.last)
+                self.job.image(item.directory, item.name, item.offset, memoryview(item.payload), last=item.last)
 
     async def _poise(self, channel: Channel, postcopy: bool) -> None:
         with self.story.span("poise", "target"):
