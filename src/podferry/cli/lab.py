@@ -19,7 +19,7 @@ from podferry.lab import Lab, LabStatus, Node, containers, list_labs
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.lab import DEFAULT_LINK, DEFAULT_NODES
 from podferry.lab.progress import Progress, phases
-from podferry.lab.state import STORAGE, require_root
+from podferry.lab.state import CONTROL, STORAGE, require_root
 from podferry.node.process import CLEAN_ENVIRONMENT
 
 app = typer.Typer(
@@ -56,16 +56,28 @@ def up(
     ] = None,
     cgroups: Annotated[str | None, typer.Option(hidden=True, help="auto, v1 or v2.")] = None,
     agent: Annotated[bool | None, typer.Option(hidden=True, help="Whether nodes run podferry-agent.")] = None,
+    kubernetes: Annotated[
+        bool | None,
+        typer.Option(
+            "--kubernetes",
+            help="A Kubernetes cluster: a control plane, and a kubelet on every node, from the programs in "
+            "$PODFERRY_KUBE_BIN.",
+        ),
+    ] = None,
     lab: LabName = DEFAULT,
 ) -> None:
     """Bring the lab up, or complete what is missing. The first time builds its images: a few minutes.
 
     Running it again is quick and changes only what is asked for: a lab can grow, and its links can change their rate.
 
-    Example: [bold]podferry lab up --nodes 3 --link 250mbit[/]
+    Examples:
+
+    [bold]podferry lab up --nodes 3 --link 250mbit[/]
+
+    [bold]podferry lab up --kubernetes && podferry lab kubectl get nodes[/]
     """
     with _progress() as progress:
-        status = Lab(lab).up(nodes, link, cgroup=cgroups, agent=agent, progress=progress)
+        status = Lab(lab).up(nodes, link, cgroup=cgroups, agent=agent, kubernetes=kubernetes, progress=progress)
     _print_status(status)
 
 
@@ -116,6 +128,25 @@ def exec_command(context: typer.Context, node: NodeName, lab: LabName = DEFAULT)
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python's choice, not the command's
         signal.signal(ignored, signal.SIG_DFL)
     os.execvpe(argv[0], argv, {**CLEAN_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb")})
+
+
+@app.command(context_settings=PASS_ON)
+def kubectl(context: typer.Context, lab: LabName = DEFAULT) -> None:
+    """Run kubectl for the lab's Kubernetes, with this machine's files; its exit code is ours.
+
+    A lab's network is its own, so a kubectl started elsewhere would not reach it.
+
+    Examples:
+
+    [bold]podferry lab kubectl get pods -A[/]
+
+    [bold]podferry lab kubectl -- apply -f job.yaml[/]
+    """
+    require_root()
+    client = Lab(lab).kubectl()
+    argv = [str(word) for word in client.command(context.args)]
+    kept = {name: value for name in ("HOME", "TERM", "KUBE_EDITOR", "EDITOR") if (value := os.environ.get(name))}
+    os.execvpe(argv[0], argv, {**CLEAN_ENVIRONMENT, **kept, **client.environment()})
 
 
 @app.command(name="kill-node")
@@ -225,6 +256,8 @@ def _as_dict(status: LabStatus) -> dict[str, object]:
         "link": status.link,
         "storage": node(status.storage),
         "nodes": [node(one) for one in status.nodes],
+        "control": node(status.control) if status.control else None,
+        "kubeconfig": str(Lab(status.name).kubeconfig) if status.control else None,
     }
 
 
@@ -232,9 +265,12 @@ def _print_status(status: LabStatus) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("NODE", "ADDRESS", "STATE", "PID"):
         table.add_column(title)
-    for node in (*status.nodes, status.storage):
+    kinds = {STORAGE: "serves /share", CONTROL: "Kubernetes"}
+    for node in (*status.nodes, status.storage, *([status.control] if status.control else [])):
         state = "down" if not node.alive else "cut off" if node.cut else "up"
-        kind = f"link {status.link}" if node.name != STORAGE else "serves /share"
+        kind = kinds.get(node.name, f"link {status.link}")
         table.add_row(node.name, node.address, f"{state}, {kind}", str(node.pid or "-"))
     stdout().print(words(f"lab {status.name}"))
     stdout().print(table)
+    if status.control:
+        stdout().print(words(f"kubeconfig {Lab(status.name).kubeconfig}, for `podferry lab kubectl`"))

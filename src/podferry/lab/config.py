@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from podferry.lab.state import STORAGE
+from podferry.lab.images import PAUSE_IMAGE
+from podferry.lab.kubernetes import files as kubernetes_files
+from podferry.lab.state import CONTROL, STORAGE
 
 AGENT_PORT = 7460
 BRICK_PORT = 24007
@@ -18,7 +20,10 @@ Files = Mapping[str, str]
 
 
 def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, str]:
-    """File names and contents for the machine `name` of a lab whose machines have `addresses`."""
+    """File names and contents for the machine `name` of a lab whose machines have `addresses`.
+
+    Kubernetes is there where one of them is its control plane.
+    """
     files = {
         "hostname": f"{name}\n",
         "hosts": "127.0.0.1 localhost\n" + "".join(f"{address} {host}\n" for host, address in addresses.items()),
@@ -26,6 +31,15 @@ def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, 
     }
     if name == STORAGE:
         return {**files, "brick.vol": _brick()}
+    if name == CONTROL:
+        return {**files, **kubernetes_files.for_control(addresses)}
+    if CONTROL in addresses:
+        return {
+            **files,
+            **kubernetes_files.for_node(name, addresses),
+            "share.vol": _client(addresses[STORAGE]),
+            "containerd.toml": containerd(1, kubernetes=True),
+        }
     return {
         **files,
         "share.vol": _client(addresses[STORAGE]),
@@ -34,13 +48,14 @@ def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, 
     }
 
 
-def write(files: Files, directory: Path) -> bool:
-    """Write the files; true if any of them is new or other than before."""
+def write(files: Files, directory: Path, *, keep: Collection[str] = ()) -> bool:
+    """Write the files; true if any of them is new or other than before. Those to `keep` are only made where missing."""
     directory.mkdir(parents=True, exist_ok=True)
     changed = False
     for name, text in files.items():
         path = directory / name
-        if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or (name not in keep and path.read_text() != text):
             path.write_text(text)
             changed = True
     return changed
@@ -65,30 +80,35 @@ def agent(name: str, addresses: Mapping[str, str]) -> str:
     )
 
 
-def containerd(major: int) -> str:
-    """containerd's configuration: format 2 for containerd 1, format 3 for containerd 2, which renamed the CRI plugin."""
+def containerd(major: int, *, kubernetes: bool = False) -> str:
+    """containerd's configuration: format 2 for containerd 1, format 3 for containerd 2, which renamed the CRI plugin.
+
+    For Kubernetes it is what a cluster's own installer leaves: pods have a network, and nothing is said of podferry.
+    """
     cri = "io.containerd.grpc.v1.cri" if major < 2 else "io.containerd.cri.v1.runtime"
     kinds = ("aufs", "btrfs", "devmapper", "zfs")
     unused = ", ".join(f'"io.containerd.snapshotter.v1.{kind}"' for kind in kinds)
-    return f"""\
-version = {2 if major < 2 else 3}
-disabled_plugins = [{unused}]
+    sections = [
+        f"version = {2 if major < 2 else 3}\ndisabled_plugins = [{unused}]",
+        f'[plugins."{cri}"]\n  restrict_oom_score_adj = true\n  disable_apparmor = true',
+        _runtime(cri, "runc"),
+    ]
+    if not kubernetes:
+        sections.append(_runtime(cri, "podferry", BinaryName="/usr/local/sbin/podferry-runc"))
+    elif major < 2:
+        sections[1] += f'\n  sandbox_image = "{PAUSE_IMAGE}"'
+    else:
+        sections.append(f'[plugins."io.containerd.cri.v1.images".pinned_images]\n  sandbox = "{PAUSE_IMAGE}"')
+    if kubernetes:
+        network = f'  bin_dir = "/usr/lib/cni"\n  conf_dir = "{kubernetes_files.CNI}"'
+        sections.append(f'[plugins."{cri}".cni]\n{network}')
+    return "\n\n".join(sections) + "\n"
 
-[plugins."{cri}"]
-  restrict_oom_score_adj = true
-  disable_apparmor = true
 
-[plugins."{cri}".containerd.runtimes.runc]
-  runtime_type = "io.containerd.runc.v2"
-[plugins."{cri}".containerd.runtimes.runc.options]
-  SystemdCgroup = false
-
-[plugins."{cri}".containerd.runtimes.podferry]
-  runtime_type = "io.containerd.runc.v2"
-[plugins."{cri}".containerd.runtimes.podferry.options]
-  BinaryName = "/usr/local/sbin/podferry-runc"
-  SystemdCgroup = false
-"""
+def _runtime(cri: str, name: str, **options: str) -> str:
+    table = f'plugins."{cri}".containerd.runtimes.{name}'
+    given = "".join(f'\n  {key} = "{value}"' for key, value in options.items())
+    return f'[{table}]\n  runtime_type = "io.containerd.runc.v2"\n[{table}.options]\n  SystemdCgroup = false{given}'
 
 
 # GlusterFS with volume files of our own: what glusterd would generate for one brick, without waiting for glusterd.

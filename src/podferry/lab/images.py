@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from podferry.lab import oci
@@ -12,6 +14,9 @@ from podferry.lab.state import CACHE
 
 JOB_IMAGE = "podferry.local/job:1"
 """The image `podferry lab run` uses by default: Debian's python3 with its whole standard library."""
+
+PAUSE_IMAGE = "podferry.local/pause:1"
+"""What keeps a pod's namespaces in the lab's Kubernetes."""
 
 NODE_PACKAGES = [
     "attr",
@@ -94,6 +99,28 @@ def job_archive(progress: Progress) -> Path:
             remove(root)
 
     return cached("job", recipe, build, suffix=".tar")
+
+
+def pause_archive(progress: Progress) -> Path:
+    """The OCI archive of `PAUSE_IMAGE`: two static programs of the nodes' root."""
+    root = node_root(progress)
+    programs = [root / "usr/bin/tini-static", root / "usr/bin/busybox"]
+    recipe = {"root": root.name, "programs": [one.name for one in programs], "name": PAUSE_IMAGE, "edition": EDITION}
+
+    def build(into: Path) -> None:
+        with tempfile.TemporaryDirectory() as tree:
+            for program in programs:
+                shutil.copy(program, tree)
+            oci.write_archive(
+                Path(tree),
+                into,
+                reference=PAUSE_IMAGE,
+                architecture=architecture(),
+                command=["/tini-static", "--", "/busybox", "sleep", "inf"],
+                env=["PATH=/"],
+            )
+
+    return cached("pause", recipe, build, suffix=".tar")
 
 
 def _build(what: str, packages: list[str], into: Path, progress: Progress) -> None:

@@ -13,8 +13,11 @@ from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
 from podferry.lab import cache, cgroups, config, images, kernel, machine, network, site, state
+from podferry.lab.kubernetes import daemons, pki
+from podferry.lab.kubernetes.cluster import Kubectl
+from podferry.lab.kubernetes.network import connect
 from podferry.lab.progress import Progress, quiet
-from podferry.lab.state import STORAGE, SWITCH
+from podferry.lab.state import CONTROL, STORAGE, SWITCH
 from podferry.node.process import Arg, Completed, last_lines, raise_for, run
 from podferry.wire.pki import Authority
 
@@ -25,10 +28,9 @@ READY_SECONDS = 60.0
 
 # A mount is an event (poll on /proc/self/mountinfo); ctr itself waits for containerd's socket.
 _SHARE_READY = "until mountpoint -q /share; do findmnt --poll=mount --first-only --timeout 500 >/dev/null || :; done"
-_IMAGE_READY = (
-    'ctr --connect-timeout 30s -n default images ls -q "name==$1" | grep -q . || ctr -n default images import "$2"'
-)
-_JOB_ARCHIVE = "/opt/podferry/images/job.tar"
+_IMAGE_READY = 'ctr --connect-timeout 30s -n "$1" images ls -q "name==$2" | grep -q . || ctr -n "$1" images import "$3"'
+_IMAGES = "/opt/podferry/images"
+_KUBERNETES = "/opt/podferry/kube"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Settings:
     link: str = DEFAULT_LINK
     cgroups: str = "auto"
     agent: bool = True
+    kubernetes: bool = False
     binds: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,13 +65,17 @@ class Node:
 
 @dataclass(frozen=True)
 class LabStatus:
-    """A lab as it is now. `link` is the rate of every node's link; `nodes` leaves the storage node out."""
+    """A lab as it is now. `link` is the rate of every node's link; `nodes` leaves out the storage node and `control`,
+
+    which is there where the lab has Kubernetes.
+    """
 
     name: str
     subnet: str
     link: str
     storage: Node
     nodes: tuple[Node, ...]
+    control: Node | None = None
 
 
 class Lab:
@@ -89,19 +96,26 @@ class Lab:
         *,
         cgroup: str | None = None,
         agent: bool | None = None,
+        kubernetes: bool | None = None,
         binds: Mapping[str, Path] | None = None,
         progress: Progress = quiet,
     ) -> LabStatus:
         """Bring the lab up, or complete what is missing of it; what is not given stays as it was.
 
         `link` is a rate such as 1gbit, or none. Nodes that run are not restarted, except for their agents where their
-        configuration changed. Raises `UsageError` for fewer nodes than there are, and for other cgroups, binds or
-        agents than those they were made with.
+        configuration changed. Raises `UsageError` for fewer nodes than there are, and for other cgroups, binds,
+        agents or Kubernetes than those they were made with; `Refused` where Kubernetes' programs are missing.
         """
         state.require_root()
         state.require_plain_disk()
         with state.locked(self._lock):
-            given: dict[str, Any] = {"nodes": nodes, "link": link, "cgroups": cgroup, "agent": agent}
+            given: dict[str, Any] = {
+                "nodes": nodes,
+                "link": link,
+                "cgroups": cgroup,
+                "agent": agent,
+                "kubernetes": kubernetes,
+            }
             if binds is not None:
                 given["binds"] = {inside: str(source) for inside, source in binds.items()}
             settings = self._settle({key: value for key, value in given.items() if value is not None})
@@ -137,15 +151,17 @@ class Lab:
         cut = network.cut_off(pids[SWITCH]) if SWITCH in pids else set()
         addresses = self._addresses(settings)
         found = {name: Node(name, address, pids.get(name), name in cut) for name, address in addresses.items()}
-        storage = found.pop(STORAGE)
-        return LabStatus(self.name, f"{state.subnet(self.name)}.0/24", settings.link, storage, tuple(found.values()))
+        storage, control = found.pop(STORAGE), found.pop(CONTROL, None)
+        net = f"{state.subnet(self.name)}.0/24"
+        return LabStatus(self.name, net, settings.link, storage, tuple(found.values()), control)
 
     # -- one machine of it -----------------------------------------------------------------------------------------
 
     def node(self, name: str) -> Node:
         """The node (or `storage`) called `name`. Raises `UsageError` for a name the lab does not have."""
         status = self.status()
-        known = {node.name: node for node in (status.storage, *status.nodes)}
+        own = [status.storage, *([status.control] if status.control else [])]
+        known = {node.name: node for node in (*own, *status.nodes)}
         if name not in known:
             raise UsageError(
                 f"lab {self.name} has no node {name!r}", remedy=f"its machines are {', '.join(sorted(known))}"
@@ -182,6 +198,20 @@ class Lab:
     def agent_socket(self, node: str) -> Path:
         """The socket of a running node's agent as this machine reaches it; short enough for connect(2)."""
         return self.root(node) / AGENT_SOCKET
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's kubeconfig of the lab's Kubernetes, for programs in its network (`kubectl`)."""
+        return self.home / "kubeconfig"
+
+    def kubectl(self) -> Kubectl:
+        """kubectl for the lab's Kubernetes. Raises `UsageError` where it has none."""
+        if not self._read_settings().kubernetes:
+            raise UsageError(
+                f"lab {self.name} has no Kubernetes",
+                remedy=f"podferry lab down --lab {self.name}; podferry lab up --kubernetes --lab {self.name}",
+            )
+        return Kubectl(self._pid(CONTROL), self.kubeconfig)
 
     def cut(self, node: str) -> None:
         """Cut a node's link: packets vanish in both directions, and neither side is told."""
@@ -231,51 +261,65 @@ class Lab:
             switch = machine.start_switch(self.name)
         network.make_bridge(switch)
         self._issue_certificates(addresses)
+        if settings.kubernetes:
+            pki.issue(self.home, addresses)
 
         def bring(name: str) -> None:
             home = self.home / "machines" / name
-            changed = config.write(config.for_machine(self.name, name, addresses), home / "etc")
+            # What is installed in a cluster adds to containerd's configuration; it is the node's own from then on.
+            kept = {"containerd.toml"} if settings.kubernetes else set()
+            changed = config.write(config.for_machine(self.name, name, addresses), home / "etc", keep=kept)
             pid = machine.first_process(self.name, name)
             if pid is None:
                 progress(f"{name}: starting")
-                services = ["brick"] if name == STORAGE else ["share", "containerd", *["agent"] * settings.agent]
+                services = _services(name, settings)
                 shown = {} if name == STORAGE else binds
                 kind = settings.cgroups
                 pid = machine.start(machine.Machine(self.name, name, home, image, services, kind, shown))
-            elif changed and settings.agent and name != STORAGE:
+            elif changed and "agent" in _services(name, settings):
                 self.exec(name, ["sv", "restart", "/run/service/agent"])
             network.connect(switch, network.Port(name, addresses[name], pid), settings.link)
-            if name != STORAGE:
+            if settings.kubernetes:
+                connect(name, pid, addresses)
+            if name not in (STORAGE, CONTROL):
                 self._wait_until_ready(name, settings, progress)
 
         # The switch and every machine are ours alone; they start at the same time.
         with ThreadPoolExecutor(max_workers=len(addresses)) as pool:
             list(pool.map(bring, addresses))
+        if settings.kubernetes:
+            progress("kubernetes: waiting until its nodes are ready")
+            self.kubectl().wait_until_ready(state.node_names(settings.nodes))
 
     def _wait_until_ready(self, name: str, settings: Settings, progress: Progress) -> None:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
-        self.exec(name, ["sh", "-ec", _IMAGE_READY, "sh", images.JOB_IMAGE, _JOB_ARCHIVE], timeout=READY_SECONDS)
-        if settings.agent:
+        namespace = "k8s.io" if settings.kubernetes else "default"
+        for reference, archive in _archives(settings).items():
+            words = [namespace, reference, f"{_IMAGES}/{archive}.tar"]
+            self.exec(name, ["sh", "-ec", _IMAGE_READY, "sh", *words], timeout=READY_SECONDS)
+        if "agent" in _services(name, settings):
             _wait_for_socket(self.agent_socket(name), f"{name}'s agent", self.home / "machines" / name / "log")
         progress(f"{name}: ready")
 
     def _binds(self, settings: Settings, image: Path, progress: Progress) -> dict[str, Path]:
         """What every node is shown read-only, by the path it sees."""
         packages = site.site(image, progress)
-        job = images.job_archive(progress)
-        more = {inside: Path(source) for inside, source in settings.binds.items()}
-        return {"/opt/podferry/site": packages, _JOB_ARCHIVE: job, **more}
+        shown = {"/opt/podferry/site": packages, f"{_IMAGES}/job.tar": images.job_archive(progress)}
+        if settings.kubernetes:
+            shown[_KUBERNETES] = daemons.directory()
+            shown[f"{_IMAGES}/pause.tar"] = images.pause_archive(progress)
+        return {**shown, **{inside: Path(source) for inside, source in settings.binds.items()}}
 
     def _issue_certificates(self, addresses: Mapping[str, str]) -> None:
         pki = self.home / "pki"
         authority = Authority.load(pki) if pki.exists() else Authority.create(pki, name=f"lab {self.name}")
         for name, address in addresses.items():
             into = self.home / "machines" / name / "etc" / "pki"
-            if name != STORAGE and not (into / "node.crt").exists():
+            if name not in (STORAGE, CONTROL) and not (into / "node.crt").exists():
                 authority.issue(name, [address], into)
 
     def _addresses(self, settings: Settings) -> dict[str, str]:
-        return state.addresses(self.name, state.node_names(settings.nodes))
+        return state.addresses(self.name, state.node_names(settings.nodes), control=settings.kubernetes)
 
     def _read_settings(self) -> Settings:
         try:
@@ -298,6 +342,22 @@ def list_labs() -> list[str]:
     """The names of all labs on this machine: on its disk, or among its processes."""
     on_disk = {path.name for path in state.LABS.iterdir() if path.is_dir()} if state.LABS.is_dir() else set()
     return sorted(on_disk | cgroups.labs())
+
+
+def _services(machine: str, settings: Settings) -> list[str]:
+    """What runs on a machine. Kubernetes brings the agents itself."""
+    if machine == STORAGE:
+        return ["brick"]
+    if machine == CONTROL:
+        return ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"]
+    own = ["kubelet"] if settings.kubernetes else ["agent"] if settings.agent else []
+    return ["share", "containerd", *own]
+
+
+def _archives(settings: Settings) -> dict[str, str]:
+    """The images that every node has from the start, and the archives that they come from."""
+    pause = {images.PAUSE_IMAGE: "pause"} if settings.kubernetes else {}
+    return {**pause, images.JOB_IMAGE: "job"}
 
 
 def _wait_for_socket(path: Path, whose: str, logs: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from podferry.errors import UsageError
@@ -73,6 +74,16 @@ def connect(switch: int, port: Port, rate: str) -> None:
         _batch(port.pid, ["link set lo up", f"address add {port.address}/24 dev eth0", "link set eth0 up"])
     for pid, interface in ((switch, port.interface), (port.pid, "eth0")):
         _shape(pid, interface, rate)
+
+
+def add_address(pid: int, address: str) -> None:
+    """Give a machine one more address, such as 10.0.0.1/32."""
+    _batch(pid, [f"address replace {address} dev lo"])
+
+
+def set_routes(pid: int, routes: Mapping[str, str]) -> None:
+    """Route networks by way of machines on the bridge."""
+    _batch(pid, [f"route replace {network} via {gateway}" for network, gateway in routes.items()])
 
 
 def set_cut(switch: int, name: str, *, cut: bool) -> None:

@@ -25,6 +25,8 @@ INSIDE = "PODFERRY_IN_NODE"
 """Set in the environment of tests that run inside a node."""
 
 STORAGE = "storage"
+CONTROL = "control"
+"""Kubernetes' control plane, in labs that have one."""
 SWITCH = "switch"
 MOST_NODES = len(string.ascii_lowercase)
 
@@ -57,10 +59,11 @@ def subnet(lab: str) -> str:
     return f"10.{64 + digest[0] % 128}.{digest[1]}"
 
 
-def addresses(lab: str, nodes: list[str]) -> dict[str, str]:
-    """The address of every machine of a lab, the storage node's among them."""
+def addresses(lab: str, nodes: list[str], *, control: bool = False) -> dict[str, str]:
+    """The address of every machine of a lab, the storage node's among them, and the control plane's if there is one."""
     net = subnet(lab)
-    return {STORAGE: f"{net}.2", **{node: f"{net}.{11 + number}" for number, node in enumerate(nodes)}}
+    own = {STORAGE: f"{net}.2", **({CONTROL: f"{net}.3"} if control else {})}
+    return {**own, **{node: f"{net}.{11 + number}" for number, node in enumerate(nodes)}}
 
 
 def inside() -> bool:

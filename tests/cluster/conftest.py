@@ -1,0 +1,32 @@
+"""A real Kubernetes for the tests of this tier: one cluster in a lab for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from podferry.lab import Lab
+from podferry.lab.kubernetes import daemons
+from podferry.lab.progress import phases
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not (missing := daemons.missing()):
+        return
+    reason = f"no Kubernetes here: {daemons.DIRECTORY} (PODFERRY_KUBE_BIN) lacks {', '.join(missing)}"
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Lab]:
+    """A lab with Kubernetes on two nodes, up for the first test that needs it."""
+    lab = Lab(f"test-{os.getpid()}-cluster")
+    try:
+        lab.up(2, kubernetes=True, progress=phases(print))
+        yield lab
+    finally:
+        lab.down()
