@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,10 +93,28 @@ def test_throttling_gives_the_quota_back(job: Job) -> None:
     job.start()
     cgroup = job.cgroup
     before = cgroup.cpu_quota()
-    with cgroup.throttled(0.1) as kept:
-        assert kept == before
-        assert cgroup.cpu_quota().quota == before.scaled(0.1, os.cpu_count() or 1).quota
+    cgroup.set_cpu_quota(before.scaled(0.1, 1.0))
+    assert cgroup.cpu_quota().quota == before.period // 10
+    cgroup.set_cpu_quota(before)
     assert cgroup.cpu_quota() == before
+
+
+def test_a_slowed_job_gets_its_share_of_what_it_used_not_of_all_processors(job: Job) -> None:
+    job.start("while True: pass")
+    cgroup = job.cgroup
+
+    def used(seconds: float = 1.0) -> float:
+        since, before = time.monotonic(), cgroup.cpu_seconds()
+        time.sleep(seconds)
+        return (cgroup.cpu_seconds() - before) / (time.monotonic() - since)
+
+    alone = used()
+    assert 0.05 < alone < 1.5  # one thread
+    whole = cgroup.cpu_quota()
+    cgroup.set_cpu_quota(whole.scaled(0.25, alone))
+    assert used() < 0.5 * alone
+    cgroup.set_cpu_quota(whole)
+    assert used() > 0.5 * alone
 
 
 def test_a_kill_leaves_nothing(job: Job) -> None:

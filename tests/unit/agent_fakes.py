@@ -229,6 +229,8 @@ class FakeLeaving(FakeRemains):
     async def freeze(self) -> None:
         self.journal.acquire("freeze")
         self.node.frozen = True
+        self.node.quota = 1.0
+        self.journal.release("quota")
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         self.journal.acquire("outgoing")

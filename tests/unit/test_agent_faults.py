@@ -102,7 +102,7 @@ OPEN = {
         "test_somebody_cancels[live-source-line phase resume]",
     ],
     "a link cut just behind StateEnd": [
-        "test_the_link_is_cut[after-live-source-8]",
+        "test_the_link_is_cut[after-live-source-7]",
         "test_the_link_is_cut[after-postcopy-source-6]",
         "test_the_link_is_cut[after-stop-source-5]",
     ],

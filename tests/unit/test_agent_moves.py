@@ -8,6 +8,7 @@ import pytest
 from agent_rig import Cut, Fault, Rig, end_by_itself, fail, order
 
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
+from podferry.core.precopy import Decision, Step
 from podferry.errors import Refused
 from podferry.model import Mode
 
@@ -92,3 +93,26 @@ def test_a_person_resolves(
     rig = Rig(tmp_path, cut=Cut("source", number, when, seconds=1e9), resolve=verdict).move(Mode.STOP, monkeypatch)
     assert rig.messages.count(("source", "Go")) == 1
     assert (rig.phase("a"), rig.helped) == (end, True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "end", "asked"),
+    [
+        ([Step.CUT_OVER, Step.GO_ON, Step.THROTTLE, Step.CUT_OVER], SourcePhase.COMPLETED, [False]),
+        ([Step.CUT_OVER, Step.GO_ON, Step.POSTCOPY], SourcePhase.COMPLETED, [False, True]),
+        ([Step.POSTCOPY], SourcePhase.COMPLETED, [True]),
+        ([Step.CUT_OVER, Step.GO_ON, Step.GIVE_UP], SourcePhase.ROLLED_BACK, [False]),
+    ],
+)
+def test_it_is_decided_again_once_the_target_is_poised(
+    steps: list[Step], end: SourcePhase, asked: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job may have written any amount while the target got ready: all that was possible before is so now."""
+    left = list(steps)
+    monkeypatch.setattr("podferry.agent.source.decide", lambda *_, quota, **__: Decision(left.pop(0), "so", quota / 2))
+    rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
+    assert (left, rig.phase("a")) == ([], end), rig.records["a"]["reason"]
+    assert rig.messages.count(("source", "Poise")) == len(asked)
+    assert rig.records["a"]["postcopy_dependency"] == asked[-1]
+    assert rig.target.postcopy == (asked[-1] and end is SourcePhase.COMPLETED)
+    assert rig.source.quota == 1.0

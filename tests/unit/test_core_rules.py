@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import SOURCE_MAY_RUN, TARGET_MAY_RUN, SourcePhase, TargetPhase
-from podferry.core.precopy import Policy, Round, Step, decide
+from podferry.core.precopy import PAGE, Policy, Round, Step, decide, link_rate, rest
 from podferry.core.preflight import Question, refusals
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed
@@ -23,44 +23,79 @@ pytestmark = pytest.mark.unit
 LINK = 118e6
 
 
-def rounds(*pending: float) -> list[Round]:
-    """Rounds that left so many bytes, each as long as the link needs for what the one before left."""
+def rounds(*left: float, first: float = 1000) -> list[Round]:
+    """Rounds that left so many MB, each sending what the one before left, over a link of 118 MB/s."""
+    sent = [first, *left]
     return [
-        Round(n + 1, 1, int(left), max(int(pending[n - 1] if n else left), 1) / LINK, int(left))
-        for n, left in enumerate(pending)
+        Round(n + 1, int(sent[n] * 1e6 / PAGE), int(sent[n] * 1e6), sent[n] * 1e6 / LINK, int(pending * 1e6))
+        for n, pending in enumerate(left)
     ]
 
 
+STEADY = (900, 910, 905, 900, 910, 905)
+NEITHER = Policy(throttle=False)
+
+
 @pytest.mark.parametrize(
-    ("pending", "quota", "policy", "step", "kept"),
+    ("left", "quota", "policy", "step", "kept"),
     [
-        ([5e6], 1.0, Policy(), Step.CUT_OVER, 1.0),
-        ([450e6, 190e6], 1.0, Policy(), Step.GO_ON, 1.0),
-        ([910e6, 900e6, 910e6, 905e6], 1.0, Policy(), Step.THROTTLE, 0.7),
-        ([910e6, 900e6, 910e6, 905e6], 0.1, Policy(), Step.GIVE_UP, 0.1),
-        ([910e6, 900e6, 910e6, 905e6], 1.0, Policy(throttle=False, postcopy=True), Step.POSTCOPY, 1.0),
-        ([910e6, 900e6, 910e6, 905e6], 1.0, Policy(throttle=False), Step.GIVE_UP, 1.0),
+        ((5,), 1.0, Policy(), Step.CUT_OVER, 1.0),
+        ((450, 190), 1.0, Policy(), Step.GO_ON, 1.0),
+        ((60, 20, 9, 30, 8), 1.0, Policy(), Step.GO_ON, 1.0),
+        ((60, 20, 9, 10, 9, 9, 10, 9), 1.0, Policy(), Step.THROTTLE, 0.556),
+        ((1000,), 1.0, Policy(), Step.GO_ON, 1.0),
+        ((1000, 1000), 1.0, Policy(), Step.THROTTLE, 0.2),
+        ((930, 850), 1.0, Policy(), Step.THROTTLE, 0.547),
+        ((930, 850), 0.05, Policy(), Step.GO_ON, 0.05),
+        (STEADY, 0.05, Policy(), Step.GIVE_UP, 0.05),
+        (STEADY, 1.0, Policy(throttle=False, postcopy=True), Step.POSTCOPY, 1.0),
+        (STEADY, 1.0, NEITHER, Step.GIVE_UP, 1.0),
+        ((900, 910, 20, 700, 800), 1.0, NEITHER, Step.GO_ON, 1.0),
+        ((*range(300, 0, -10),), 1.0, Policy(max_downtime=0.01, throttle=False), Step.GIVE_UP, 1.0),
     ],
 )
-def test_the_table_of_examples(pending: list[float], quota: float, policy: Policy, step: Step, kept: float) -> None:
-    decision = decide(rounds(*pending), policy, rate=LINK, quota=quota)
+def test_the_table_of_examples(left: tuple[float, ...], quota: float, policy: Policy, step: Step, kept: float) -> None:
+    decision = decide(rounds(*left), policy, rate=LINK, quota=quota)
     assert (decision.step, decision.quota) == (step, kept)
     assert decision.reason
 
 
+def test_the_rate_of_the_link_is_that_of_the_last_rounds_of_any_size() -> None:
+    fast, slow, tiny = (Round(1, pages, 0, seconds, 0) for pages, seconds in ((100_000, 1.0), (10_000, 1.0), (10, 0.1)))
+    assert link_rate([]) == link_rate([tiny]) == 0
+    assert link_rate([fast]) == 100_000 * PAGE
+    assert link_rate([fast, slow, tiny, slow, tiny, slow, tiny]) == 10_000 * PAGE
+    assert link_rate([fast, slow, slow]) == 40_000 * PAGE
+
+
+def test_a_rest_is_as_long_as_little_is_written_in_it() -> None:
+    idle, busy, storm = (Round(1, 10, 0, 0.5, int(rate * 0.5e6)) for rate in (0, 50, 5000))
+    assert rest([], LINK) == rest([idle], LINK) == 1.0
+    assert rest([busy], LINK) == pytest.approx(0.236)
+    assert rest([storm], LINK) == 0.05
+
+
+def test_what_was_written_in_a_rest_is_not_taken_for_more() -> None:
+    assert Round(1, 1, 1, 0.5, 100, rested=0.5).dirty_rate == 100
+
+
 @given(
-    st.lists(st.integers(0, 1 << 34), min_size=200, max_size=200),
+    st.lists(st.tuples(st.integers(0, 1 << 22), st.integers(0, 1 << 34)), min_size=600, max_size=600),
     st.booleans(),
     st.booleans(),
     st.floats(0, 1e10),
 )
-def test_whatever_the_job_does_copying_ends(left: list[int], throttle: bool, postcopy: bool, rate: float) -> None:
+def test_whatever_the_job_does_copying_ends(
+    passes: list[tuple[int, int]], throttle: bool, postcopy: bool, rate: float
+) -> None:
+    """As the source asks: about the rounds since the job was slowed down last."""
     policy, quota, seen = Policy(throttle=throttle, postcopy=postcopy), 1.0, []
-    for number, pending in enumerate(left, 1):
-        seen.append(Round(number, 1, 1, 1.0, pending))
+    for number, (pages, pending) in enumerate(passes, 1):
+        seen.append(Round(number, pages, 1, 1.0, pending))
         decision = decide(seen, policy, rate=rate, quota=quota)
-        assert decision.quota <= quota
-        quota = decision.quota
+        assert (decision.quota < quota) == (decision.step is Step.THROTTLE)
+        if decision.step is Step.THROTTLE:
+            quota, seen = decision.quota, []
         if decision.step in (Step.CUT_OVER, Step.GIVE_UP, Step.POSTCOPY):
             return
     pytest.fail("it never ended")

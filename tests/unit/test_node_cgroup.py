@@ -104,18 +104,30 @@ def test_what_has_gone_is_said_so(tmp_path: Path) -> None:
 def test_the_quota_is_given_back(tmp_path: Path, kind: type) -> None:
     cgroup: Cgroup = kind(tmp_path)
     before = cgroup.cpu_quota()
-    with pytest.raises(KeyError), cgroup.throttled(0.25) as kept:
-        assert kept == before
-        assert cgroup.cpu_quota() == before.scaled(0.25, os.cpu_count() or 1)
-        raise KeyError
+    cgroup.set_cpu_quota(before.scaled(0.25, 1.0))
+    assert cgroup.cpu_quota() == before.scaled(0.25, 1.0) != before
+    cgroup.set_cpu_quota(before)
     assert cgroup.cpu_quota() == before
     assert CpuQuota.from_dict(json.loads(json.dumps(before.to_dict()))) == before
 
 
 def test_quotas() -> None:
-    assert CpuQuota(None, 100_000).scaled(0.5, cpus=4) == CpuQuota(200_000, 100_000)
-    assert CpuQuota(50_000, 100_000).scaled(0.5, cpus=4) == CpuQuota(25_000, 100_000)
-    assert CpuQuota(50_000, 100_000).scaled(0, cpus=4).quota == 1000
+    assert CpuQuota(None, 100_000).scaled(0.5, used=4) == CpuQuota(200_000, 100_000)
+    assert CpuQuota(None, 100_000).scaled(0.5, used=0.8) == CpuQuota(40_000, 100_000)
+    assert CpuQuota(50_000, 100_000).scaled(0.5, used=4) == CpuQuota(25_000, 100_000)
+    assert CpuQuota(50_000, 100_000).scaled(0, used=4).quota == 1000
+
+
+def test_used_processor_time_is_found_wherever_it_is_counted(tmp_path: Path) -> None:
+    assert Cgroup(tmp_path).cpu_seconds() == 0
+    (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    assert Cgroup(tmp_path).cpu_seconds() > 0
+    (tmp_path / "cpu.stat").write_text("nr_periods 0\n")
+    assert Cgroup(tmp_path, tmp_path).cpu_seconds() > 0
+    (tmp_path / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
+    assert Cgroup(tmp_path, tmp_path).cpu_seconds() == 2.5
+    (tmp_path / "cpuacct.usage").write_text("1500000000\n")
+    assert Cgroup(tmp_path, tmp_path).cpu_seconds() == 1.5
 
 
 def test_memory_and_processes(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ STATE_TIMEOUT = 7200.0
 RESTORE_TIMEOUT = 60.0
 LARGEST_IMAGE = 1 << 34
 LOOK_EVERY = 0.02
-FEEDER_SOCKET = "feeder.sock"
+FEEDER_SOCKET, FEEDER_STATUS = "feeder.sock", "feeder.json"
 
 
 class Arriving:
@@ -93,16 +93,23 @@ class Arriving:
             self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
 
     async def poise(self, *, postcopy: bool) -> None:
-        """Start the page feeder, and a task whose creation waits for the state in the wrapper."""
+        """Start the page feeder, and a task whose creation waits for the state in the wrapper.
+
+        May be called again for post-copy: that is a matter of the feeder alone.
+        """
+        if (old := self._journal.ledger.facts("feeder")) is not None:
+            await to_thread.run_sync(kill_helper, old)
+            (self.scratch / FEEDER_STATUS).unlink(missing_ok=True)
         self._start_feeder(postcopy=postcopy)
         with anyio.fail_after(POISE_TIMEOUT):
             await self._status_of_feeder("listening")
-            await self._start_task()
+            if self._starter is None:
+                await self._start_task()
 
     def _start_feeder(self, *, postcopy: bool) -> None:
         incoming, store = self._need_incoming(), self.scratch / "store"
         argv = [*python("podferry.memory.feeder"), "--work", incoming.work, "--images", incoming.images]
-        argv += ["--store", store, "--status", self.scratch / "feeder.json"]
+        argv += ["--store", store, "--status", self.scratch / FEEDER_STATUS]
         if postcopy:
             argv += ["--source", self.scratch / FEEDER_SOCKET]
         self._feeder = self._spawn("feeder", argv)
@@ -308,7 +315,7 @@ class Arriving:
 
     async def _status_of_feeder(self, *wanted: str) -> Json:
         """Wait for one of these states of the page feeder; its death before is an error."""
-        path = self.scratch / "feeder.json"
+        path = self.scratch / FEEDER_STATUS
         while True:
             alive = self._feeder is not None and self._feeder.alive()
             with suppress(OSError, ValueError):

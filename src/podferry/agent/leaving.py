@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -40,6 +42,9 @@ from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
 
+RECENT_LOOKS = 8
+"""How far back it is asked what the job uses of the processors, before it is slowed down."""
+
 
 class Leaving:
     """The running container `offered.record`, whose init is `task`. `upper` is its upper directory, `kind` how it is tracked."""
@@ -67,6 +72,7 @@ class Leaving:
         self._sent: dict[int, Runs] = {}
         self._log_sent = 0
         self._quota: CpuQuota | None = None
+        self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
         self._hold: Hold | None = None
         self._owed: Owed | None = None
 
@@ -74,6 +80,8 @@ class Leaving:
 
     async def look(self) -> Change:
         """What was written or dropped since the last look; everything at the first."""
+        if self._quota is None:
+            self._cpu_used.append((time.monotonic(), self._cgroup.cpu_seconds()))
         return self._taken(await to_thread.run_sync(self._tracker.collect))
 
     async def last_look(self) -> Change:
@@ -190,9 +198,12 @@ class Leaving:
     # The freeze.
 
     async def freeze(self) -> None:
-        """Stop every task."""
+        """Stop every task. A job that was slowed down is not any more: CRIU works in its processes, and must not wait."""
         self._journal.acquire("freeze", cgroup=self._cgroup.to_dict())
         await to_thread.run_sync(self._cgroup.freeze)
+        if self._quota is not None:
+            self._cgroup.set_cpu_quota(self._quota)
+            self._journal.release("quota")
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
@@ -216,11 +227,13 @@ class Leaving:
         return {(IMAGES, path.name): path.read_bytes() for path in sorted(images.iterdir())}
 
     async def slow_down(self, quota: float) -> None:
-        """Leave the job this share of the processor time that it may use."""
+        """Leave the job this share of the processor time that it used before it was slowed down."""
         if self._quota is None:
             self._quota = self._cgroup.cpu_quota()
+            self._cpu_used.append((time.monotonic(), self._cgroup.cpu_seconds()))
             self._journal.acquire("quota", cgroup=self._cgroup.to_dict(), quota=self._quota.to_dict())
-        self._cgroup.set_cpu_quota(self._quota.scaled(quota, os.cpu_count() or 1))
+        (since, before), (now, used) = self._cpu_used[0], self._cpu_used[-1]
+        self._cgroup.set_cpu_quota(self._quota.scaled(quota, (used - before) / max(now - since, 1e-3)))
 
     async def ended(self) -> str:
         """Return, with how it ended, once the container has ended by itself."""

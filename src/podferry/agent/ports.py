@@ -121,7 +121,8 @@ class LeavingJob(HeldJob, Protocol):
         ...
 
     async def slow_down(self, quota: float) -> None:
-        """Leave the job this share (0 to 1) of the processor time that it may use now."""
+        """Leave the job this share (0 to 1) of the processor time that it used before it was first slowed down.
+        `freeze` gives it back."""
         ...
 
     async def ended(self) -> str:
@@ -137,7 +138,8 @@ class ArrivingJob(Protocol):
         ...
 
     async def poise(self, *, postcopy: bool) -> None:
-        """Have its task created up to the point where only the state is missing; in `postcopy`, pages come afterwards."""
+        """Have its task created up to the point where only the state is missing; in `postcopy`, pages come afterwards.
+        May be called a second time, for post-copy."""
         ...
 
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:

@@ -23,12 +23,11 @@ from podferry.agent.sending import Sender
 from podferry.agent.story import Story
 from podferry.core.invariants import Sight
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, SourceEvent, SourcePhase, source_machine
-from podferry.core.precopy import Policy, Round, Step, decide
+from podferry.core.precopy import Policy, Round, Step, decide, link_rate, rest
 from podferry.core.undo import Handler, Leftover
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
 from podferry.model import Mode, Outcome
 from podferry.wire.channel import Channel
-from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import (
     Abort,
     Accept,
@@ -48,7 +47,6 @@ from podferry.wire.messages import (
 
 ASK_AGAIN = 1.0
 CALL_BACK = 0.05
-ROUND_PAUSE = 0.02
 DRAIN_PATIENCE = 120.0
 COMMIT_TRIES = 30
 
@@ -93,6 +91,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self._verdict = anyio.Event()
         self._frozen_at = float(journal.facts.get("frozen_at", 0.0))
         self._quota = 1.0
+        self._judged_from = 0
         self._pending = Change()
         self._filled = False
         self._postcopy = bool(journal.facts.get("postcopy"))
@@ -202,23 +201,27 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             with self.story.span("upper layer, first pass"):
                 await self._sender.files(self.job, last=False)
             self._pending = await self.job.look()
-            await self._round(letters)
-            while not await self._converged():
-                await self._round(letters)
+            await self._copy(letters)
         self._postcopy = self._postcopy or self.order.mode is Mode.POSTCOPY
-        self.journal.note(postcopy=self._postcopy)
-        self.story.extra["postcopy_dependency"] = self._postcopy
         self.fire(SourceEvent.CONVERGED)
         await self._poise(letters)
 
+    async def _copy(self, letters: Letters) -> None:
+        """Rounds, one at least, until what is left fits the downtime, or may be left for after it."""
+        self._judged_from = len(self.story.rounds)
+        await self._round(letters)
+        while not await self._converged():
+            await self._round(letters)
+
     async def _converged(self) -> bool:
-        decision = decide(self.story.rounds, self.order.policy, rate=self._rate(), quota=self._quota)
+        rounds = self.story.rounds[self._judged_from :]
+        decision = decide(rounds, self.order.policy, rate=link_rate(self.story.rounds), quota=self._quota)
         self.log.info("decision", step=str(decision.step), reason=decision.reason)
         match decision.step:
             case Step.CUT_OVER:
                 return True
             case Step.THROTTLE:
-                self._quota = decision.quota
+                self._quota, self._judged_from = decision.quota, len(self.story.rounds)
                 await self.job.slow_down(decision.quota)
             case Step.POSTCOPY:
                 self._postcopy = True
@@ -233,23 +236,41 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         return False
 
     async def _poise(self, letters: Letters) -> None:
-        """Have the target ready but for the state, while rounds go on, so that none of its work is downtime."""
+        """Have the target ready but for the state, so that none of its work is downtime. The job goes on meanwhile, and may
+        have written any amount when the target is: so copying ends only then."""
         await self.at_gate()
+        postcopy = await self._have_poised(letters)
+        if self.order.mode is Mode.LIVE and not postcopy:
+            await self._sender.files(self.job, last=False)
+            await self._copy(letters)
+            if self._postcopy:
+                await self._have_poised(letters)
+
+    async def _have_poised(self, letters: Letters) -> bool:
+        """Ask the target to get ready, for post-copy or not, and go on copying while it does. Returns which it was."""
+        postcopy = self._postcopy
+        self.journal.note(postcopy=postcopy)
+        self.story.extra["postcopy_dependency"] = postcopy
         with self.story.span("poise", "target", "sandbox, network, volumes, root file system"):
-            await letters.channel.send(Poise(self.story.id, self._postcopy))
+            await letters.channel.send(Poise(self.story.id, postcopy))
+            poised = anyio.Event()
             async with anyio.create_task_group() as rounds:
-                if self.order.mode is Mode.LIVE and not self._postcopy:
-                    rounds.start_soon(self._keep_copying, letters)
+                if self.order.mode is Mode.LIVE and not postcopy:
+                    rounds.start_soon(self._keep_copying, letters, poised)
                 await letters.expect(Poised)
-                rounds.cancel_scope.cancel()
+                poised.set()
+        return postcopy
 
-    async def _keep_copying(self, letters: Letters) -> None:
-        while True:
-            await anyio.sleep(ROUND_PAUSE)
-            with anyio.CancelScope(shield=True):
-                await self._round(letters)
+    async def _keep_copying(self, letters: Letters, poised: anyio.Event) -> None:
+        """A round now and then, so that little is left when the target is poised."""
+        while not poised.is_set():
+            began = time.monotonic()
+            with anyio.move_on_after(rest(self.story.rounds, link_rate(self.story.rounds))):
+                await poised.wait()
+            if not poised.is_set():
+                await self._round(letters, rested=time.monotonic() - began)
 
-    async def _round(self, letters: Letters) -> None:
+    async def _round(self, letters: Letters, rested: float = 0.0) -> None:
         """Send what is pending, see it arrive, and look what was written meanwhile: that is pending then."""
         number, began, before = len(self.story.rounds) + 1, time.monotonic(), letters.channel.traffic.sent
         start = self.story.now()
@@ -260,14 +281,9 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             pass
         seconds = time.monotonic() - began
         self._pending = await self.job.look()
-        self.story.add_round(Round(number, pages, sent, seconds, self._pending.bytes))
+        self.story.add_round(Round(number, pages, sent, seconds, self._pending.bytes, rested))
         self.story.add_span(f"round {number}", "source", start, self.story.now(), f"{pages} pages")
         self.story.expect(letters.channel.traffic.sent + self._pending.bytes)
-
-    def _rate(self) -> float:
-        """What the link has carried, in bytes a second, judged by the largest round."""
-        largest = max(self.story.rounds, key=lambda one: one.bytes, default=None)
-        return largest.bytes / largest.seconds if largest and largest.bytes > MAX_PAYLOAD else 0.0
 
     async def _cut_over(self, letters: Letters) -> None:
         """Stop the job and bring over what is left, everything at once."""

@@ -187,7 +187,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                     self.story.sent(channel.traffic.received)
                 case RoundEnd():
                     await channel.send(RoundAck(item.round))
-                case Poise():
+                case Poise() if self._may_be_poised(item):
                     self.journal.note(postcopy=item.postcopy)
                     helpers.start_soon(self._poise, channel, item.postcopy)
                 case StateEnd():
@@ -218,10 +218,17 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             case File():
                 self.job.image(item.directory, item.name, item.offset, memoryview(item.payload), last=item.last)
 
+    def _may_be_poised(self, item: Poise) -> bool:
+        """Once, and once more for post-copy where the job turned out to write too fast when all was ready."""
+        if self.phase is TargetPhase.RECEIVE:
+            return "postcopy" not in self.journal.facts
+        return self.phase is TargetPhase.POISED and item.postcopy and not self.journal.facts["postcopy"]
+
     async def _poise(self, channel: Channel, postcopy: bool) -> None:
         with self.story.span("poise", "target"):
             await self.job.poise(postcopy=postcopy)
-        self.fire(TargetEvent.POISED)
+        if self.phase is TargetPhase.RECEIVE:
+            self.fire(TargetEvent.POISED)
         await channel.send(Poised(self.story.id))
         await self.at_gate()
 

@@ -50,9 +50,12 @@ class CpuQuota:
     quota: int | None = None
     period: int = DEFAULT_PERIOD
 
-    def scaled(self, share: float, cpus: int) -> CpuQuota:
-        """`share` (0 to 1) of this quota; of all `cpus` where there is no limit. The kernel takes no less than 1 ms."""
-        whole = self.quota if self.quota is not None else cpus * self.period
+    def scaled(self, share: float, used: float) -> CpuQuota:
+        """`share` (0 to 1) of what a group uses, `used` processors, as far as this quota lets it. The kernel takes no less
+        than 1 ms."""
+        whole = used * self.period
+        if self.quota is not None:
+            whole = min(whole, self.quota)
         return CpuQuota(max(1000, int(whole * share)), self.period)
 
     def to_dict(self) -> dict[str, Any]:
@@ -300,16 +303,19 @@ class Cgroup:
         else:
             _write(cpu / "cpu.max", f"{'max' if quota.quota is None else quota.quota} {quota.period}")
 
-    @contextlib.contextmanager
-    def throttled(self, share: float) -> Iterator[CpuQuota]:
-        """Give the group `share` (0 to 1) of its CPU for a while; yields the quota to be given back, for the journal."""
-        before = self.cpu_quota()
-        self.set_cpu_quota(before.scaled(share, os.cpu_count() or 1))
-        try:
-            yield before
-        finally:
-            with contextlib.suppress(CgroupFailed):  # the container may have ended
-                self.set_cpu_quota(before)
+    def cpu_seconds(self) -> float:
+        """Processor time that the group has used. Where nobody accounts for it, what its processes have used that still live."""
+        if self.cpu is not None:
+            with contextlib.suppress(OSError, ValueError):
+                return int((self.cpu / "cpuacct.usage").read_text()) / 1e9
+            with contextlib.suppress(OSError, KeyError, ValueError):
+                stat = dict(line.split() for line in (self.cpu / "cpu.stat").read_text().splitlines())
+                return int(stat["usage_usec"]) / 1e6
+        ticks = 0
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory_usage(self) -> int | None:
         """Bytes that the group uses, page cache included; `None` where the memory controller is missing."""

@@ -139,7 +139,8 @@ class RoundAck:
 class Poise:
     """The source is near to convergence: make the target's container and let it wait for state.
 
-    With `postcopy`, pages go on coming after the resume.
+    With `postcopy`, pages go on coming after the resume. May be said a second time, with `postcopy`, where the job turns out to
+    write too fast once all is ready.
     """
 
     migration: Id

@@ -133,7 +133,7 @@ TABLE: dict[State, dict[Role, Row]] = {
     },
     State.STREAMING: _with(_flowing(State.STREAMING), source={Poise: State.POISING}),
     State.POISING: _with(_flowing(State.POISING), target={Poised: State.POISED}),
-    State.POISED: _with(_flowing(State.POISED), source={StateEnd: State.COMPLETE}),
+    State.POISED: _with(_flowing(State.POISED), source={StateEnd: State.COMPLETE, Poise: State.POISING}),
     State.COMPLETE: {
         Role.SOURCE: {Abort: State.ABORTING},
         Role.TARGET: _stay(State.COMPLETE, RoundAck, Progress) | {Ready: State.READY, GaveUp: State.GIVEN_UP},
