@@ -51,8 +51,8 @@ SCENARIOS = {
         ),
         Scenario(
             "storm",
-            "1 GiB, 400 MB/s written, faster than the link",
-            Workload(1024, 400),
+            "256 MiB, 400 MB/s written, faster than the link",
+            Workload(256, 400),
             {
                 "throttle": LIVE,
                 "postcopy-allowed": Podferry("live", {"allow_throttle": False, "allow_postcopy": True}),
