@@ -365,7 +365,7 @@ class FakedAgent(service.Agent):
         self.rig, self.config = rig, rig.configs[node]
         self.log = structlog.get_logger().bind(node=node)
         self.life = Life(node)
-        self.containerd = self.credentials = None  # type: ignore[assignment]
+        self.containerd = self.credentials = self._cluster = None  # type: ignore[assignment]
         self.inspection = FakeInspection(rig)  # type: ignore[assignment]
         self._sources, self._targets = {}, {}
         self.errors: list[PodferryError] = []

@@ -23,6 +23,7 @@ WRAPPER = Path(podferry.node.__file__).with_name("podferry-runc")
 FAKE_RUNC = """#!/bin/sh
 for word; do printf '%s\\n' "$word"; done >"$FAKE_RUNC_CALL"
 ls /proc/self/fd >"$FAKE_RUNC_CALL.fds"
+printf '%s' "${CRIU_CONFIG_FILE:-none}" >"$FAKE_RUNC_CALL.criu"
 exit "${FAKE_RUNC_STATUS:-0}"
 """
 # As containerd's shim calls its runtime.
@@ -37,7 +38,7 @@ class Bench:
     def __init__(self, shell: list[str], path: Path) -> None:
         self.shell = shell
         self.path = path
-        self.run = path / "run"
+        self.run, self.state = path / "run", path / "state"
         self.log = path / "log.json"
         self.call = path / "call"
         (path / "bin").mkdir()
@@ -47,7 +48,8 @@ class Bench:
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[bytes]:
         path = f"{self.path / 'bin'}:{os.environ['PATH']}"
-        env = {"PATH": path, "PODFERRY_RUN": str(self.run), "FAKE_RUNC_CALL": str(self.call), **env}
+        places = {"PODFERRY_RUN": str(self.run), "PODFERRY_STATE": str(self.state)}
+        env = {"PATH": path, **places, "FAKE_RUNC_CALL": str(self.call), **env}
         words = tuple(str(self.log) if word == "LOG" else word for word in words)
         self.children.append(spawn([*self.shell, WRAPPER, *words], env=env, stderr=subprocess.PIPE))
         return self.children[-1]
@@ -259,6 +261,71 @@ def test_a_container_of_kubernetes_is_found_by_its_pod(bench: Bench) -> None:
     (bundle / "config.json").write_text(json.dumps(spec, separators=(",", ":")))
     with Incoming.prepare(pod_key(uid, "train"), run=bench.run):
         assert bench.end("create", "--bundle", str(bundle), "pause") == (0, "")
+    assert "create" in bench.called()
+
+
+UID = "0f8a1c9e-1111-4222-8333-444455556666"
+
+
+def create_of(bench: Bench, name: str = "train", **annotations: str) -> list[str]:
+    """How containerd creates a container of a pod with these annotations; without a `name` its sandbox."""
+    bundle = bench.path / "bundle"
+    bundle.mkdir(exist_ok=True)
+    said = {
+        "io.kubernetes.cri.sandbox-uid": UID,
+        **{f"podferry.dev/{key}": value for key, value in annotations.items()},
+    }
+    if name:
+        said["io.kubernetes.cri.container-name"] = name
+    (bundle / "config.json").write_text(json.dumps({"annotations": said}, separators=(",", ":")))
+    return [*GLOBALS, "create", "--bundle", str(bundle), "c0ffee"]
+
+
+def mark(bench: Bench, kind: str, name: str) -> Path:
+    (bench.state / kind).mkdir(parents=True, exist_ok=True)
+    (bench.state / kind / name).touch()
+    return bench.state / kind / name
+
+
+def test_a_container_of_an_arriving_pod_waits_for_the_agent(bench: Bench) -> None:
+    child = bench.start(*create_of(bench, migration="move-1"))
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    with Incoming.prepare(pod_key(UID, "train"), criu_conf="tcp-close\n", run=bench.run) as incoming:
+        incoming.wait_poised(20)
+        assert (incoming.container, incoming.wrapper) == ("c0ffee", child.pid)
+        incoming.restore()
+        assert bench.ended(child) == (0, "")
+        assert "restore" in bench.called()
+        assert Path(f"{bench.call}.criu").read_text() == str(incoming.path / "criu.conf")
+
+
+def test_a_container_of_an_arriving_pod_never_starts_cold(bench: Bench) -> None:
+    status, said = bench.end(*create_of(bench, migration="move-1"), PODFERRY_PATIENCE="0")
+    assert status == 1 and "does not start anew" in said
+    assert "its state does not come" in bench.logged()[-1]["msg"]
+    assert not bench.call.exists()
+
+
+def test_a_container_that_has_arrived_restarts_as_any_other(bench: Bench) -> None:
+    mark(bench, "arrived", pod_key(UID, "train"))
+    assert bench.end(*create_of(bench, migration="move-1"), PODFERRY_PATIENCE="0") == (0, "")
+    assert "create" in bench.called()
+    assert bench.end(*create_of(bench, "other", migration="move-1"), PODFERRY_PATIENCE="0")[0] == 1
+
+
+def test_nothing_of_a_pod_that_leaves_starts_here_again(bench: Bench) -> None:
+    there = mark(bench, "departed", UID)
+    status, said = bench.end(*create_of(bench))
+    assert status == 1 and "on its way to another node" in said
+    assert not bench.call.exists()
+    there.unlink()
+    assert bench.end(*create_of(bench)) == (0, "")
+
+
+def test_the_sandbox_of_a_pod_is_never_touched(bench: Bench) -> None:
+    mark(bench, "departed", UID)
+    assert bench.end(*create_of(bench, "", migration="move-1"), PODFERRY_PATIENCE="0") == (0, "")
     assert "create" in bench.called()
 
 

@@ -22,9 +22,9 @@ from anyio import to_thread
 
 from podferry.agent.config import Config
 from podferry.agent.helpers import END_TIMEOUT, ended, helper_environment, kill_helper, process_of, python, remove_task
-from podferry.agent.journal import Journal
+from podferry.agent.journal import Journal, Part
 from podferry.agent.offered import Offered
-from podferry.agent.ports import IMAGES, LOG, UPPER, Json
+from podferry.agent.ports import IMAGES, LOG, UPPER, Json, Line
 from podferry.agent.relay import Relay
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused, TimedOut
@@ -32,7 +32,6 @@ from podferry.memory.criu_images import missing
 from podferry.memory.store import PageStore
 from podferry.memory.store import Totals as StoreTotals
 from podferry.memory.uffd import PAGE
-from podferry.node import outside
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import AlreadyExists, Containerd, NotFound
 from podferry.node.incoming import Incoming
@@ -52,8 +51,12 @@ FEEDER_SOCKET, FEEDER_STATUS = "feeder.sock", "feeder.json"
 class Arriving:
     """The container `record` and everything that is made for it here. `log` is the file that its output goes to."""
 
-    def __init__(self, config: Config, containerd: Containerd, journal: Journal, offer: Offered) -> None:
-        self._config, self._containerd, self._journal, self._offer = config, containerd, journal, offer
+    lasting: tuple[str, ...] = ("task", "container", "snapshot", "log", "restored")
+    """What it holds that stays when it runs."""
+
+    def __init__(self, config: Config, containerd: Containerd, journal: Journal | Part, offer: Offered | None) -> None:
+        self._config, self._containerd, self._journal, self._offered = config, containerd, journal, offer
+        self.key = offer.record.id if offer else ""
         self.scratch = config.incoming.with_name("arriving") / journal.directory.name
         self._incoming: Incoming | None = None
         self._store: PageStore | None = None
@@ -63,6 +66,12 @@ class Arriving:
         self._images: dict[str, int] = {}
         self._feeder: Process | None = None
         self._starter: Process | None = None
+
+    @property
+    def _offer(self) -> Offered:
+        if self._offered is None:
+            raise Bug("the kubelet makes this container")
+        return self._offered
 
     async def prepare(self) -> None:
         """Its record, snapshot and the places for pages and images."""
@@ -98,7 +107,7 @@ class Arriving:
 
         May be called again for post-copy: that is a matter of the feeder alone.
         """
-        if (old := self._journal.ledger.facts("feeder")) is not None:
+        if (old := self._journal.held("feeder")) is not None:
             await to_thread.run_sync(kill_helper, old)
             (self.scratch / FEEDER_STATUS).unlink(missing_ok=True)
         self._start_feeder(postcopy=postcopy)
@@ -206,7 +215,7 @@ class Arriving:
                 trees[UPPER].digest,
             ):
                 raise Failed("the upper layer did not arrive whole", why=f"{came} is not {trees[UPPER]}")
-            refresh_root(self._containerd.bundle(self._offer.record.id) / "rootfs")
+            self._files_came()
         if sum(one.size for one in end.files if one.directory == LOG) != self._log_end:
             raise Failed("the container's log did not arrive whole", why=f"{self._log_end} bytes came")
         if self._journal.facts.get("postcopy"):
@@ -219,6 +228,10 @@ class Arriving:
         store.sync()
         return store.close()
 
+    def _files_came(self) -> None:
+        """The upper layer is as it was on the source; its overlay is mounted already."""
+        refresh_root(self._containerd.bundle(self._offer.record.id) / "rootfs")
+
     # Post-copy.
 
     def relay(self) -> Relay:
@@ -227,11 +240,11 @@ class Arriving:
             self._store = PageStore.open(self.scratch / "store")
         return Relay(self.scratch / FEEDER_SOCKET)
 
-    def all_owed_came(self, relay: Relay) -> None:
+    def all_owed_came(self, line: Line) -> None:
         """What is absent now, of the pages that CRIU left to the feeder, is zero."""
         for space, gaps in missing(self._need_store(), self._need_incoming().images).items():
             for start, end in gaps:
-                relay.zero(space, start, end)
+                line.zero(space, start, end)
 
     # The resume.
 
@@ -258,7 +271,7 @@ class Arriving:
     async def resumed(self) -> float:
         """Since when it runs, as `release` returns it, for an agent that was restarted. Raises where it is gone."""
         if self._feeder is None:
-            self._feeder = process_of(self._journal.ledger.facts("feeder"))
+            self._feeder = process_of(self._journal.held("feeder"))
         status = await self._status_of_feeder("filling", "done")
         if not await self.is_here():
             raise Failed("the job is gone", evidence=self._log_of("feeder"))
@@ -274,28 +287,28 @@ class Arriving:
 
     async def _adopt(self) -> None:
         """Go on where a killed agent was: its wrapper has ended unless the verdict was given; then wait for what became of it."""
-        self._feeder, self._starter = (process_of(self._journal.ledger.facts(kind)) for kind in ("feeder", "starter"))
+        self._feeder, self._starter = (process_of(self._journal.held(kind)) for kind in ("feeder", "starter"))
         if self._journal.facts.get("released"):
             return
         if self._starter is not None:
             self._starter.kill()
         await to_thread.run_sync(partial(remove_task, self._containerd, self._offer.record.id))
         (self.scratch / "started.json").unlink(missing_ok=True)
-        self._incoming = Incoming.adopt(self._offer.record.id, run=self._config.run)
+        self._incoming = Incoming.adopt(self.key, run=self._config.run)
         await self._start_task()
 
     async def filled(self) -> Json:
         """Wait until the page feeder has put every page in its place. From then on the ledger holds only what is in the way."""
         if (figures := self._journal.facts.get("filled")) is None:
             if self._feeder is None:
-                self._feeder = process_of(self._journal.ledger.facts("feeder"))
+                self._feeder = process_of(self._journal.held("feeder"))
             status = await self._status_of_feeder("done")
             figures = {name: value for name, value in status.items() if name != "state"}
             self._journal.note(filled=figures)
             if self._feeder is not None:
                 with anyio.move_on_after(END_TIMEOUT):
                     await ended(self._feeder)
-        for kind in ("task", "container", "snapshot", "log", "restored"):
+        for kind in self.lasting:
             self._journal.release(kind)
         return dict(figures)
 
@@ -344,7 +357,7 @@ class Arriving:
     def _spawn(self, kind: str, argv: list[str | Path]) -> Process:
         """Start a helper that outlives this agent."""
         with (self.scratch / f"{kind}.log").open("wb") as log:
-            child = spawn(outside.surviving(argv), stdout=log, stderr=log, env=helper_environment())
+            child = spawn(argv, stdout=log, stderr=log, env=helper_environment())
         process = Process.of(child.pid)
         if process is None:
             raise Failed(f"the {kind} died at once", evidence=self._log_of(kind))
@@ -359,7 +372,7 @@ class Arriving:
 
     def _need_incoming(self) -> Incoming:
         if self._incoming is None:
-            self._incoming = Incoming.adopt(self._offer.record.id, run=self._config.run)
+            self._incoming = Incoming.adopt(self.key, run=self._config.run)
         return self._incoming
 
     def _need_store(self) -> PageStore:

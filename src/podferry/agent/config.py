@@ -17,7 +17,7 @@ class Config:
     `node` is this node's name and must be the one in its certificate; `listen` is HOST:PORT for other agents; `certificates`
     holds ca.crt, node.crt and node.key; `peers` maps node names to HOST:PORT; `state` is on disk, `run` on a tmpfs;
     `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node;
-    `metrics` is HOST:PORT for Prometheus, empty for none.
+    `metrics` is HOST:PORT for Prometheus, empty for none; `kubelet` is the kubelet's directory, where pods have their volumes.
     """
 
     node: str
@@ -31,6 +31,7 @@ class Config:
     share: Path | None = None
     wrapper: Path = Path("/usr/local/sbin/podferry-runc")
     metrics: str = ""
+    kubelet: Path = Path("/var/lib/kubelet")
 
     @property
     def socket(self) -> Path:
@@ -48,12 +49,27 @@ class Config:
         return self.run / "incoming"
 
     @property
+    def staging(self) -> Path:
+        """Files of pods that arrive, until the kubelet has made their places."""
+        return self.state / "staging"
+
+    @property
+    def arrived(self) -> Path:
+        """Marks of containers of pods that were restored here; the OCI wrapper looks here too."""
+        return self.state / "arrived"
+
+    @property
+    def departed(self) -> Path:
+        """Marks of pods that leave, or have left; the OCI wrapper looks here too."""
+        return self.state / "departed"
+
+    @property
     def outgoing(self) -> Path:
         """CRIU's images of containers that leave."""
         return self.run / "outgoing"
 
 
-PATHS = frozenset({"certificates", "state", "run", "containerd", "share", "wrapper"})
+PATHS = frozenset({"certificates", "state", "run", "containerd", "share", "wrapper", "kubelet"})
 
 
 def load(path: Path) -> Config:

@@ -15,7 +15,7 @@ from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import leaves
 from podferry.agent.letters import Letters
-from podferry.agent.owed import Owed
+from podferry.agent.ports import Debt
 from podferry.agent.sending import Sender
 from podferry.agent.story import Story
 from podferry.errors import PodferryError
@@ -36,11 +36,11 @@ class Contact:
         story: Story,
         log: Any,
         dial: Callable[[], AbstractAsyncContextManager[Channel]],
-        debt: Callable[[], Owed] | None,
+        debt: Callable[[], Debt] | None,
     ) -> None:
         self.letters: Letters | None = None
         self._story, self._log, self._dial, self._debt = story, log, dial, debt
-        self._owed: Owed | None = None
+        self._owed: Debt | None = None
 
     async def say_go(self, letters: Letters) -> Running | GaveUp | None:
         """Send GO and hear what became of it; None where the contact broke."""
@@ -118,7 +118,7 @@ class Contact:
             return await letters.expect(*kinds)
 
     @asynccontextmanager
-    async def _answering(self, letters: Letters) -> AsyncIterator[Owed]:
+    async def _answering(self, letters: Letters) -> AsyncIterator[Debt]:
         """Send each page that the job, or its restore, waits for, as long as the context lasts."""
         assert self._debt is not None
         owed = self._owed = self._owed or self._debt()

@@ -1,9 +1,9 @@
 """Breakpoints: hold an agent at the door of a phase, to look at it or to kill it there.
 
 With PODFERRY_GATES naming a directory, an agent that is about to act in a phase for which the directory holds a file
-`ROLE-PHASE-NAME` (say, `source-cut-over-train`, for the container `train`) makes `ROLE-PHASE-NAME.reached` beside it and
-waits until the file is gone. The failure tests kill agents so, at every phase of the table. Without the variable there are
-no gates.
+`ROLE-PHASE-NAME` (say, `source-cut-over-train` for the container `train`, `source-cut-over-ns_train` for the pod `ns/train`)
+makes `ROLE-PHASE-NAME.reached` beside it and waits until the file is gone. The failure tests kill agents so, at every phase of
+the table. Without the variable there are no gates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ async def hold(role: str, phase: str, name: str) -> None:
     directory = os.environ.get(VARIABLE)
     if not directory:
         return
-    gate = Path(directory) / f"{role}-{phase}-{name}"
+    gate = Path(directory) / f"{role}-{phase}-{name.replace('/', '_')}"
     if gate.exists():
         gate.with_name(f"{gate.name}.reached").touch()
         while gate.exists():

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import anyio
 
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
-from podferry.node.outside import IN_POD
 from podferry.node.records import Status
 
 END_TIMEOUT = 10.0
-INHERITED = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PODFERRY_RUN", IN_POD)
+Found = TypeVar("Found")
+
+INHERITED = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PODFERRY_RUN")
 
 
 def python(module: str) -> list[str | Path]:
@@ -84,3 +85,16 @@ def remove_task(containerd: Containerd, id: str) -> None:
         with suppress(NotFound):
             containerd.wait_task(id, END_TIMEOUT)
         containerd.delete_task(id)
+
+
+async def gathered(*functions: Callable[[], Awaitable[Found]]) -> list[Found]:
+    """Call all at once; their results, in order. The first error ends the others."""
+    results: list[Found | None] = [None] * len(functions)
+
+    async def call(number: int) -> None:
+        results[number] = await functions[number]()
+
+    async with anyio.create_task_group() as calls:
+        for number in range(len(functions)):
+            calls.start_soon(call, number)
+    return cast("list[Found]", results)

@@ -54,6 +54,10 @@ class Journal:
         """Strike out what was given back in the ordinary course."""
         self._append({"release": kind})
 
+    def held(self, kind: str) -> Mapping[str, Any] | None:
+        """The facts of what is held of that kind, or None."""
+        return self.ledger.facts(kind)
+
     def save_record(self, record: Mapping[str, Any]) -> None:
         """Keep what `podferry status` shows of a migration, replacing what was kept before."""
         new = self.directory / f"{RECORD}.new"
@@ -90,6 +94,40 @@ class Journal:
             self.ledger.remove(line["release"])
 
 
+class Part:
+    """One container's share of the journal of a pod: what it holds and knows is written down under its number.
+
+    It is used as a journal is; its `directory` does not exist, but gives the container's other places a name.
+    """
+
+    def __init__(self, journal: Journal, number: int) -> None:
+        self._journal, self._suffix = journal, f".{number}"
+        self.directory = journal.directory.with_name(journal.directory.name + self._suffix)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Those of the whole migration, and this container's."""
+        facts = self._journal.facts
+        own = {name.removesuffix(self._suffix): facts[name] for name in facts if name.endswith(self._suffix)}
+        return {**facts, **own}
+
+    def note(self, **facts: Any) -> None:
+        """Write down facts of this container."""
+        self._journal.note(**{name + self._suffix: value for name, value in facts.items()})
+
+    def held(self, kind: str) -> Mapping[str, Any] | None:
+        """The facts of what this container holds of that kind."""
+        return self._journal.held(kind + self._suffix)
+
+    def acquire(self, kind: str, **facts: Any) -> None:
+        """Write down what is about to be acquired for this container."""
+        self._journal.acquire(kind + self._suffix, **facts)
+
+    def release(self, kind: str) -> None:
+        """Strike out what was given back of this container's."""
+        self._journal.release(kind + self._suffix)
+
+
 def journals(root: Path) -> list[Path]:
     """The directories of all migrations that have a journal under `root`, oldest first."""
     found = [path.parent for path in root.glob(f"*/{JOURNAL}")]
@@ -121,4 +159,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-__all__ = ["Acquired", "Journal", "forget_old", "journals"]
+__all__ = ["Acquired", "Journal", "Part", "forget_old", "journals"]

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from anyio import to_thread
 
 from podferry.agent.config import Config
 from podferry.agent.helpers import reap, remove_task, runs
-from podferry.agent.journal import Journal
+from podferry.agent.journal import Journal, Part
 from podferry.agent.offered import Offered
 from podferry.agent.owed import Owed
 from podferry.agent.ports import IMAGES, LOG, UPPER, Change
@@ -32,7 +33,7 @@ from podferry.memory.reader import Data, Reader
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
-from podferry.node.checkpoint import Hold
+from podferry.node.checkpoint import CRIU_CONF, Hold
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.records import Task
 from podferry.node.stdio import drained
@@ -46,25 +47,37 @@ RECENT_LOOKS = 8
 """How far back it is asked what the job uses of the processors, before it is slowed down."""
 
 
+@dataclass(frozen=True)
+class Output:
+    """Where what a container prints arrives, and the FIFOs that it still passes through beyond the container's own pipes."""
+
+    log: Path | None = None
+    fifos: tuple[Path, ...] = ()
+
+
 class Leaving:
-    """The running container `offered.record`, whose init is `task`. `upper` is its upper directory, `kind` how it is tracked."""
+    """The running container `offered.record`, whose init is `task`. `upper` is its upper directory, `kind` how it is tracked,
+    `conf` CRIU's settings for it."""
 
     def __init__(
         self,
         config: Config,
         containerd: Containerd,
-        journal: Journal,
+        journal: Journal | Part,
         *,
         offered: Offered,
         task: Task,
         upper: Path,
         kind: Kind,
+        output: Output | None = None,
+        conf: Path = CRIU_CONF,
     ) -> None:
         self._containerd, self._journal, self._offered, self._task = containerd, journal, offered, task
         self._runc_root = containerd.runc_root(offered.record)
         self._cgroup = Cgroup.of_container(self._runc_root, offered.record.id)
         self._tracker = create(kind, self._cgroup.pids, pause=self._paused)
         self._upper = UpperSource(upper)
+        self._output, self._conf = output or Output(offered.log), conf
         self._scratch = config.outgoing / journal.directory.name
         self._readers: dict[int, Reader] = {}
         self._pids: dict[int, int] = {}
@@ -170,7 +183,7 @@ class Leaving:
 
     async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
         """One pass over the upper layer."""
-        plan = await to_thread.run_sync(partial(self._upper.plan, suspects=self._mapped_shared(), frozen=last))
+        plan = await to_thread.run_sync(partial(self._upper.plan, suspects=self.mapped_shared(), frozen=last))
         for chunk in self._upper.send(plan):
             yield UPPER, chunk
 
@@ -180,20 +193,20 @@ class Leaving:
 
     async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
         """What the container has printed since the last pass. In the last one, the shim has taken in all of it first."""
-        path = self._offered.log
+        path = self._output.log
         if path is None:
             return
         if last:
-            await to_thread.run_sync(drained, self._task.pid)
+            await to_thread.run_sync(drained, self._task.pid, self._output.fifos)
         with path.open("rb", buffering=0) as file:
             file.seek(self._log_sent)
             while data := file.read(MAX_PAYLOAD):
                 offset, self._log_sent = self._log_sent, self._log_sent + len(data)
                 yield LOG, offset, data
 
-    def _mapped_shared(self) -> set[bytes]:
-        """Files whose content may change without a trace: a process of the container has them mapped."""
-        return {path for pid in self._cgroup.pids() for path in shared_files(pid)}
+    def mapped_shared(self, mount_point: str = "/") -> set[bytes]:
+        """Files below a mount of the container's whose content may change without a trace: a process has them mapped."""
+        return {path for pid in self._cgroup.pids() for path in shared_files(pid, os.fsencode(mount_point))}
 
     # The freeze.
 
@@ -220,6 +233,7 @@ class Leaving:
             images=images,
             work=work,
             flags=self._offered.flags,
+            conf=self._conf,
         )
         self._journal.acquire("hold", **hold.to_dict())
         hold.wait_ready()
@@ -275,7 +289,7 @@ class Leaving:
 class Remains:
     """The frozen original of a migration that an earlier agent took past the point of no return."""
 
-    def __init__(self, journal: Journal, containerd: Containerd, offered: Offered) -> None:
+    def __init__(self, journal: Journal | Part, containerd: Containerd, offered: Offered) -> None:
         self._journal, self._containerd, self._offered = journal, containerd, offered
 
     async def commit(self) -> None:
@@ -295,7 +309,7 @@ class Remains:
 
     def executing(self) -> bool:
         """Whether the cgroup that was frozen is thawed and has processes."""
-        facts = self._journal.ledger.facts("freeze")
+        facts = self._journal.held("freeze")
         return facts is not None and executes(Cgroup.from_dict(facts["cgroup"]))
 
     async def close(self) -> None:
@@ -323,15 +337,10 @@ def pid_inside(pid: int) -> int:
     return int(status.partition("\nNSpid:")[2].split("\n", 1)[0].split()[-1])
 
 
-def commit(journal: Journal, containerd: Containerd, offered: Offered) -> None:
+def commit(journal: Journal | Part, containerd: Containerd, offered: Offered) -> None:
     """Kill the frozen original and remove its task, record, snapshot and log. May be called again after a failure."""
     record = offered.record
-    if (facts := journal.ledger.facts("hold")) is not None:
-        hold = Hold.from_dict(dict(facts))
-        hold.commit()
-        reap(hold.runc)
-    for kind in ("hold", "freeze", "quota"):
-        journal.release(kind)
+    kill_frozen(journal)
     remove_task(containerd, record.id)
     with suppress(NotFound):
         containerd.delete_container(record.id)
@@ -339,6 +348,16 @@ def commit(journal: Journal, containerd: Containerd, offered: Offered) -> None:
         containerd.remove_snapshot(record.snapshotter, record.snapshot_key)
     if offered.log is not None:
         offered.log.unlink(missing_ok=True)
+
+
+def kill_frozen(journal: Journal | Part) -> None:
+    """Kill a frozen original; not one instruction of it runs. May be called again after a failure."""
+    if (facts := journal.held("hold")) is not None:
+        hold = Hold.from_dict(dict(facts))
+        hold.commit()
+        reap(hold.runc)
+    for kind in ("hold", "freeze", "quota"):
+        journal.release(kind)
 
 
 def handlers() -> dict[str, Handler]:

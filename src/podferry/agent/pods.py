@@ -33,10 +33,15 @@ class PodName:
 
 @dataclass(frozen=True)
 class PodOrder:
-    """Move `pod`, which runs here, to the node `target`. `id` is the Migration's uid."""
+    """Move `pod`, which runs here, to the node `target`. `id` is the Migration's uid.
+
+    `containers` are the names of those that must run on the target, in the order in which the kubelet starts them: restartable
+    init containers (sidecars) first, then the containers of the spec.
+    """
 
     id: str
     pod: PodName
+    containers: tuple[str, ...]
     target: str
     order: Order = field(default_factory=Order)
 
@@ -121,7 +126,7 @@ class PodMigration(Protocol):
 class Pods(Protocol):
     """What the engine offers: `podferry.agent.service.Agent.pods`."""
 
-    async def check(self, pod: PodName) -> PodCheck:
+    async def check(self, pod: PodName, containers: tuple[str, ...]) -> PodCheck:
         """May this pod, which runs here, move at all? Nothing is touched. Raises `UsageError` where it is not here."""
         ...
 

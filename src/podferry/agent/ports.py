@@ -14,8 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from podferry.agent.owed import Owed
-from podferry.agent.relay import Relay
+from podferry.memory.feeder_source import Frame
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
@@ -53,10 +52,59 @@ class Change:
         return sum(runs.size for runs in self.written.values())
 
 
+class Debt(Protocol):
+    """Post-copy on the source: the memory that the target has not got (`podferry.agent.owed`)."""
+
+    @property
+    def bytes(self) -> int:
+        """How much is still to be pushed."""
+        ...
+
+    def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
+        """The frames that answer for the page at `address` of `space`."""
+        ...
+
+    def rest(self) -> Iterator[Pages | Drop]:
+        """All that is still owed."""
+        ...
+
+    def start_over(self) -> None:
+        """Nobody knows what arrived of what was given: all of it is owed again."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the processes."""
+        ...
+
+
+class Line(Protocol):
+    """Post-copy on the target: the line to whoever feeds the job its pages (`podferry.agent.relay`)."""
+
+    def arrived(self, space: int, start: int, end: int) -> None:
+        """The store has these pages now."""
+        ...
+
+    def zero(self, space: int, start: int, end: int) -> None:
+        """These pages hold only zeros, and will not come."""
+        ...
+
+    async def flush(self) -> None:
+        """Send what was said."""
+        ...
+
+    async def wanted(self) -> Frame | None:
+        """The next pages that a thread of the job waits for; None once the feeder has ended."""
+        ...
+
+    def close(self) -> None:
+        """Hang up."""
+        ...
+
+
 class HeldJob(Protocol):
     """The frozen original on the source, once the right to run has passed."""
 
-    def owed(self) -> Owed:
+    def owed(self) -> Debt:
         """Post-copy: the memory that the target has not got. Where nobody remembers what it got, that is all memory."""
         ...
 
@@ -173,11 +221,11 @@ class ArrivingJob(Protocol):
         """
         ...
 
-    def relay(self) -> Relay:
+    def relay(self) -> Line:
         """Post-copy: connect to the page feeder. Pages that arrive from now on must be told to it."""
         ...
 
-    def all_owed_came(self, relay: Relay) -> None:
+    def all_owed_came(self, line: Line) -> None:
         """Post-copy: the source has sent all that it owed; what is still absent is zero."""
         ...
 

@@ -28,6 +28,9 @@ from podferry.agent.journal import Journal, forget_old, journals
 from podferry.agent.leaving import Leaving
 from podferry.agent.letters import Letters
 from podferry.agent.offered import Offered
+from podferry.agent.offered_pod import OfferedPod
+from podferry.agent.pod_engine import PodEngine, is_of_a_pod
+from podferry.agent.pods import Cluster
 from podferry.agent.source import Order, Source
 from podferry.agent.story import Story
 from podferry.agent.target import Target
@@ -35,7 +38,7 @@ from podferry.core.facts import NodeFacts
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Policy
 from podferry.core.preflight import warnings
-from podferry.errors import Failed, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
+from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
 from podferry.wire.channel import Channel
@@ -53,14 +56,17 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 class Agent:
     """The agent of one node."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, cluster: Cluster | None = None) -> None:
+        self.config, self._cluster = config, cluster
         self.log = structlog.get_logger().bind(node=config.node)
         self.credentials = Credentials.load(config.certificates)
         self.containerd = Containerd(config.containerd, config.namespace)
         self.inspection = Inspection(config, self.containerd)
         self._sources: dict[str, Source] = {}
         self._targets: dict[str, Target] = {}
+        self.pods = PodEngine(
+            config, cluster, sources=self._sources, targets=self._targets, start=self._start, dial=self._dial
+        )
         self._tasks: TaskGroup
 
     async def run(self, ready: Callable[[], object]) -> None:
@@ -79,6 +85,8 @@ class Agent:
         listener = listen(self.config.listen)
         async with anyio.create_task_group() as self._tasks:
             self._recover()
+            if self._cluster is not None:
+                self._start(partial(to_thread.run_sync, self.pods.sweep))
             self._tasks.start_soon(partial(serve, listener, self.credentials, self._converse, self._report))
             await control.serve(self.config.socket, ops, started=ready)
 
@@ -121,6 +129,8 @@ class Agent:
         return target
 
     def _source_again(self, journal: Journal, story: Story) -> Source:
+        if is_of_a_pod(journal):
+            return self.pods.source_again(journal, story)
         held = None
         if "offered" in journal.facts:
             held = leaving.Remains(journal, self.containerd, Offered.from_dict(journal.facts["offered"], story.name))
@@ -135,6 +145,8 @@ class Agent:
         )
 
     def _target_again(self, journal: Journal, story: Story) -> Target:
+        if is_of_a_pod(journal):
+            return self.pods.target_again(journal, story)
         offered = Offered.from_dict(journal.facts["offered"], story.name)
         job = Arriving(self.config, self.containerd, journal, offered)
         handlers = arriving.handlers(self.config, self.containerd)
@@ -329,7 +341,10 @@ class Agent:
         return self._sources[id]
 
     def _dial(self, node: str) -> AbstractAsyncContextManager[Channel]:
-        return dial(node, self.config.peers[node], self.credentials)
+        address = self.config.peers.get(node) or (self._cluster and self._cluster.address(node))
+        if not address:
+            raise PeerLost(f"cannot reach {node}", why="no agent of that name is known here")
+        return dial(node, address, self.credentials)
 
     # What other agents want.
 
@@ -350,8 +365,8 @@ class Agent:
                 raise PeerMisbehaved(
                     f"{offer.migration!r} cannot be a migration's name, or is one's that was here before"
                 )
-            offered = Offered.from_dict(offer.container, offer.name)
-            facts, refused = await to_thread.run_sync(partial(self.inspection.weigh, offer, offered))
+            offered, weigh = self._offered(offer)
+            facts, refused = await to_thread.run_sync(weigh)
             reasons += refused
             self._refuse_second(offer.name)
         except PodferryError as error:
@@ -369,10 +384,20 @@ class Agent:
         journal = Journal(self.config.migrations / offer.migration)
         story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
         journal.note(role="target", offered=offered.to_dict(), record=story.to_dict())
-        job = Arriving(self.config, self.containerd, journal, offered)
-        target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
+        if isinstance(offered, OfferedPod):
+            target = Target(self.pods.arriving(journal, offered), journal, story, self.pods.target_handlers())
+        else:
+            job = Arriving(self.config, self.containerd, journal, offered)
+            target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
         self._targets[offer.migration] = target
         await target.converse(channel, first, self._start)
+
+    def _offered(self, offer: Offer) -> tuple[Offered | OfferedPod, Callable[[], tuple[NodeFacts, list[Refused]]]]:
+        """What is offered, and how to find out whether it can be taken."""
+        if OfferedPod.describes(offer.container):
+            return OfferedPod.from_dict(offer.container, offer.name), partial(self.pods.weigh, offer)
+        offered = Offered.from_dict(offer.container, offer.name)
+        return offered, partial(self.inspection.weigh, offer, offered)
 
     async def _answer(self, channel: Channel, migration: str) -> None:
         target = self._targets.get(migration) or self._remembered(migration)

@@ -391,7 +391,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 cause = self.cause_of(error)
                 self.log.error("the original cannot be removed", error=str(cause))
                 await anyio.sleep(ASK_AGAIN)
-        for kind in ("hold", "freeze", "quota"):
+        for kind in ("hold", "freeze", "quota", "departed"):
             self.journal.release(kind)
         return [Leftover("original", str(cause))]
 

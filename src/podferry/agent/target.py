@@ -14,8 +14,7 @@ from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
-from podferry.agent.ports import ArrivingJob, is_log
-from podferry.agent.relay import Relay
+from podferry.agent.ports import ArrivingJob, Line, is_log
 from podferry.agent.story import Story
 from podferry.core.invariants import Sight
 from podferry.core.phases import TARGET_ENDS, TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
@@ -174,7 +173,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         finally:
             relay.close()
 
-    async def _pass_on_wants(self, relay: Relay, channel: Channel) -> None:
+    async def _pass_on_wants(self, relay: Line, channel: Channel) -> None:
         while (want := await relay.wanted()) is not None:
             await channel.send(PageWanted(want.space, want.start))
 

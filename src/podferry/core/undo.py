@@ -37,19 +37,20 @@ class Leftover:
 
 
 class Ledger:
-    """What a migration holds at this moment, oldest first."""
+    """What a migration holds at this moment, oldest first. Of a job of several containers, what container N holds is of the kind
+    `KIND.N`."""
 
     def __init__(self, entries: list[Acquired] | None = None) -> None:
         self.entries = list(entries or [])
 
     def add(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Write down what is about to be acquired. A later entry of the same kind replaces the facts of the first."""
-        self.remove(kind)
+        self.entries = [entry for entry in self.entries if entry.kind != kind]
         self.entries.append(Acquired(kind, dict(facts)))
 
     def remove(self, kind: str) -> None:
-        """Strike out what was given back in the ordinary course."""
-        self.entries = [entry for entry in self.entries if entry.kind != kind]
+        """Strike out what was given back in the ordinary course; that of every container, where none is named."""
+        self.entries = [entry for entry in self.entries if kind not in (entry.kind, handled_as(entry.kind))]
 
     def facts(self, kind: str) -> Mapping[str, Any] | None:
         """The facts of an entry, or None where nothing of that kind is held."""
@@ -60,10 +61,15 @@ class Ledger:
         leftovers = []
         for entry in reversed(self.entries):
             try:
-                if entry.kind not in handlers:
+                if (kind := handled_as(entry.kind)) not in handlers:
                     raise Bug(f"nothing takes back '{entry.kind}'")
-                await handlers[entry.kind](entry.facts)
+                await handlers[kind](entry.facts)
             except Exception as error:  # noqa: BLE001 - undo goes on through its own errors
                 leftovers.append(Leftover(entry.kind, f"{type(error).__name__}: {error}"))
         self.entries = []
         return leftovers
+
+
+def handled_as(kind: str) -> str:
+    """The kind whose handler takes an entry back: without the container's number."""
+    return kind.partition(".")[0]

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import time
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, PeerMisbehaved, TimedOut
-from podferry.node import outside
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
 from podferry.node.netns import in_network_of, in_new_network
@@ -42,6 +40,7 @@ FIRST_LOOK, LAST_LOOK = 0.001, 0.05  # seconds
 # As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
 NO_COMMAND = b"\xff" * 32
 CRIU_CONF = Path(__file__).with_name("criu.conf")
+POD_CONF = Path(__file__).with_name("criu-pod.conf")
 FLAGS = frozenset({"--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
 
 
@@ -120,11 +119,13 @@ class Hold:
         images: Path,
         work: Path,
         flags: Sequence[str] = ("--file-locks",),
+        conf: Path = CRIU_CONF,
         runc: str | Path = "runc",
     ) -> Hold:
         """Begin to dump container `id`, which should be frozen already: CRIU looks only every 100 ms else.
 
-        `images` and `work` are made. `flags` are those of `FLAGS` that this dump, and its restore, need.
+        `images` and `work` are made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's
+        settings.
         """
         unknown = set(flags) - FLAGS
         if unknown:
@@ -136,11 +137,8 @@ class Hold:
         argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
         argv += [*flags, "--image-path", images, "--work-path", work, id]
-        settings = shutil.copy(CRIU_CONF, work)  # CRIU may not see the files of this program (`outside`)
         try:
-            hold._child = in_new_network(
-                lambda: spawn(outside.on_node(argv), env={"CRIU_CONFIG_FILE": str(settings)}, pass_fds=[theirs])
-            )
+            hold._child = in_new_network(lambda: spawn(argv, env={"CRIU_CONFIG_FILE": str(conf)}, pass_fds=[theirs]))
         except BaseException:
             os.close(status)
             raise

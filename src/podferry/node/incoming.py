@@ -55,10 +55,21 @@ class Incoming:
         self._abandoned = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reason: PodferryError | None = None
         self._given = False
+        self.container = ""
+        """The id that containerd gave the container. Known once it is poised."""
+        self.wrapper = 0
+        """The pid of podferry-runc, which becomes that of `runc restore`. Known once it is poised."""
 
     @classmethod
-    def prepare(cls, key: str, *, flags: Sequence[str] = ("--lazy-pages", "--file-locks"), run: Path = RUN) -> Incoming:
-        """Make the directory, whole at once. `flags` are those of `runc restore` that mirror the dump.
+    def prepare(
+        cls,
+        key: str,
+        *,
+        flags: Sequence[str] = ("--lazy-pages", "--file-locks"),
+        criu_conf: str = "",
+        run: Path = RUN,
+    ) -> Incoming:
+        """Make the directory, whole at once. `flags` are those of `runc restore` that mirror the dump, `criu_conf` CRIU's settings.
 
         What an earlier attempt left under this key is removed.
         """
@@ -72,6 +83,8 @@ class Incoming:
         for directory in (draft, draft / "images", draft / "work"):
             directory.mkdir(mode=0o700, parents=True)
         (draft / "restore").write_text(" ".join(flags) + "\n")
+        if criu_conf:
+            (draft / "criu.conf").write_text(criu_conf)
         self._open(draft)
         draft.rename(self.path)
         return self
@@ -109,8 +122,10 @@ class Incoming:
                 f"no podferry-runc came for {self.key} within {timeout:g} s",
                 remedy="check that the container's runtime is podferry-runc, and containerd's log",
             )
-        if not os.read(self._poised, 4096).startswith(b"poised\n"):
+        said = os.read(self._poised, 4096).decode(errors="replace").split()
+        if len(said) < 3 or said[0] != "poised" or not said[2].isdecimal():
             raise self._gone("it ended at once")
+        self.container, self.wrapper = said[1], int(said[2])
         # From here on only the wrapper reads the verdict, so that writing it to a dead one fails.
         writer = os.open(self.path / "verdict", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         os.close(self._verdict)

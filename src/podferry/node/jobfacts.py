@@ -9,7 +9,7 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
         memory=cgroup.memory_usage(),
         anonymous=sum(size.get("RssAnon", 0) + size.get("VmSwap", 0) for size in sizes),
         shared=sum(size.get("RssShmem", 0) for size in sizes),
-        tmpfs=sum(_tmpfs(task.pid)),
+        tmpfs=sum(_tmpfs(task.pid, {bind.destination for bind in binds(spec)})),
         upper=disk_usage(upper),
     )
 
@@ -149,14 +149,15 @@ def _status(pid: int) -> dict[str, int]:
     return {name: int(size) << 10 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
-def _tmpfs(pid: int) -> Iterator[int]:
-    """How much each of the container's own memory file systems holds."""
+def _tmpfs(pid: int, mounted: Collection[str]) -> Iterator[int]:
+    """How much each of the container's own memory file systems holds; those that are `mounted` into it are not its own."""
     with contextlib.suppress(OSError):
         seen = set()
         for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
             left, _, right = line.partition(" - ")
             words = left.split()
-            if right.startswith("tmpfs ") and words[2] not in seen and words[3] == "/":
+            own = words[3] == "/" and words[4] not in mounted
+            if right.startswith("tmpfs ") and words[2] not in seen and own:
                 seen.add(words[2])
                 with contextlib.suppress(OSError):
                     found = os.statvfs(f"/proc/{pid}/root{words[4]}")

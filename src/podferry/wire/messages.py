@@ -19,7 +19,8 @@ PROTOCOL = 1
 """The number both ends must share. It changes whenever an older end could misunderstand a newer one."""
 
 Id = Annotated[str, Limit(1, 128)]
-Name = Annotated[str, Limit(1, 253)]
+Name = Annotated[str, Limit(1, 317)]
+"""A node's or a container's name, or a pod's with its namespace's."""
 Space = Annotated[int, Limit(0, 0xFFFFFFFF)]
 Round = Annotated[int, Limit(0, 0xFFFF)]
 Small = Annotated[int, Limit(0, 0xFF)]

@@ -6,6 +6,7 @@
 Not carried: inode flags (`chattr +i`), project quotas, and open files without a name, which CRIU brings itself.
 """
 
+from podferry.node.upper.copy import copy
 from podferry.node.upper.entries import Entry, Manifest
 from podferry.node.upper.mappings import shared_files
 from podferry.node.upper.overlay import refresh_root
@@ -24,6 +25,7 @@ __all__ = [
     "Receiver",
     "Source",
     "Summary",
+    "copy",
     "diff",
     "refresh_root",
     "scan",

@@ -1,0 +1,204 @@
+"""One container of a pod on its way onto this node: the kubelet makes it, podferry-runc waits in its `create`, the agent fills it.
+
+Until the kubelet has made the container, what arrives for it is staged.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio import to_thread
+
+from podferry.agent.arriving import RESTORE_TIMEOUT, Arriving
+from podferry.agent.config import Config
+from podferry.agent.helpers import ended, process_of
+from podferry.agent.journal import Part
+from podferry.agent.offered_pod import PodPart
+from podferry.core.undo import Handler
+from podferry.errors import Bug, Failed, TimedOut
+from podferry.memory.store import PageStore
+from podferry.node.cgroup import Cgroup, CgroupFailed
+from podferry.node.checkpoint import POD_CONF, Process
+from podferry.node.containerd import Containerd, NotFound
+from podferry.node.cri import LOG_ROOT, log_of
+from podferry.node.incoming import Incoming, pod_key
+from podferry.node.records import Container, Status, upper_dir
+from podferry.node.upper import Receiver, copy, refresh_root
+
+START_TIMEOUT = 10.0
+LOOK_EVERY = 0.005
+
+
+class ArrivingPart(Arriving):
+    """The container `part` of a pod. `key` is not known before the pod's uid is."""
+
+    lasting = ("kubelet-task", "restored", "arrived")
+
+    def __init__(self, config: Config, containerd: Containerd, journal: Part, part: PodPart) -> None:
+        super().__init__(config, containerd, journal, None)
+        self.name, self._flags = part.name, part.flags
+        self._container: Container | None = None
+        if "uid" in journal.facts:
+            self.key = pod_key(journal.facts["uid"], part.name)
+
+    def _prepare(self) -> None:
+        self._journal.acquire("scratch", directory=str(self.scratch))
+        self._store = PageStore.create(self.scratch / "store")
+        staged = self._config.staging / self.scratch.name
+        self._journal.acquire("staged", directory=str(staged))
+        staged.mkdir(mode=0o700, parents=True)
+        self._upper = Receiver(staged)
+        self._log = os.open(self.scratch / "log", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def expect(self, uid: str) -> None:
+        """The pod has this uid: podferry-runc finds what is prepared for the container from now on, and waits."""
+        self._journal.note(uid=uid)
+        self.key = pod_key(uid, self.name)
+        self._journal.acquire("incoming", key=self.key)
+        self._incoming = Incoming.prepare(
+            self.key, flags=("--lazy-pages", *self._flags), criu_conf=POD_CONF.read_text(), run=self._config.run
+        )
+
+    async def _start_task(self) -> None:
+        """The kubelet does."""
+
+    async def made(self, timeout: float) -> Container:
+        """Wait until the kubelet has made the container and podferry-runc waits in its `create`; its record.
+
+        Its upper layer takes in at once what was staged, and what comes later.
+        """
+        if self._container is None:
+            incoming = self._need_incoming()
+            try:
+                await to_thread.run_sync(incoming.wait_poised, timeout, abandon_on_cancel=True)
+            except anyio.get_cancelled_exc_class():
+                incoming.abandon()
+                raise
+            self._journal.acquire("restored", key=incoming.container)
+            self._journal.note(container=incoming.container)
+            self._container = await to_thread.run_sync(self._move_in, incoming.container)
+        return self._container
+
+    def _move_in(self, id: str) -> Container:
+        record = self._containerd.container(id)
+        upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
+        if self._upper is not None:
+            self._upper.close()
+        copy(self._config.staging / self.scratch.name, upper)
+        self._upper = Receiver(upper)
+        return record
+
+    def _files_came(self) -> None:
+        """They are told to the overlay when it is there."""
+
+    async def release(self) -> float:
+        """Have the container restored as soon as the kubelet has made it. Returns since when it runs."""
+        if self._journal.facts.get("released"):
+            return await self.resumed()
+        if self._incoming is None:
+            raise Failed(
+                "the agent was restarted before the container was restored", why="podferry-runc has ended with it"
+            )
+        record = await self.made(RESTORE_TIMEOUT)
+        await to_thread.run_sync(self._write_log, record)
+        incoming = self._incoming
+        restoring = Process.of(incoming.wrapper)
+        self._journal.acquire("kubelet-task", id=record.id)
+        self._journal.note(released=True)
+        await to_thread.run_sync(incoming.restore)
+        try:
+            with anyio.fail_after(RESTORE_TIMEOUT):
+                if restoring is not None:
+                    await ended(restoring)
+        except TimeoutError:
+            raise TimedOut(
+                f"the restore of {self.name} has not ended after {RESTORE_TIMEOUT:.0f} s", evidence=self._restore_log()
+            ) from None
+        await self._started(record.id)
+        return await self.resumed()
+
+    async def _started(self, id: str) -> None:
+        """containerd has made a task of what `runc restore` left."""
+        with anyio.move_on_after(START_TIMEOUT):
+            while True:
+                with suppress(NotFound):
+                    task = await to_thread.run_sync(self._containerd.task, id)
+                    if task.status in (Status.RUNNING, Status.STOPPED):
+                        return
+                await anyio.sleep(LOOK_EVERY)
+        raise Failed(f"the restore of {self.name} failed", evidence=self._restore_log())
+
+    def _write_log(self, record: Container) -> None:
+        """The kubelet's log file begins with what the container printed on the source, and its root is told of its files."""
+        refresh_root(self._containerd.bundle(record.id) / "rootfs")
+        path = log_of(record)
+        if path is None or self._log_end == 0:
+            return
+        if not path.is_relative_to(LOG_ROOT) or ".." in path.parts:
+            raise Failed(f"the log of {self.name} is {path}", why=f"that is not below {LOG_ROOT}")
+        with path.open("ab", buffering=0) as log, os.fdopen(os.dup(self._log), "rb") as staged:
+            staged.seek(0)
+            shutil.copyfileobj(staged, log)
+
+    async def resumed(self) -> float:
+        """Since when it runs. Raises where it is gone."""
+        if self._feeder is None:
+            self._feeder = process_of(self._journal.held("feeder"))
+        status = await self._status_of_feeder("filling", "done")
+        if not await self.is_here():
+            raise Failed(f"the container {self.name} is gone", evidence=self._log_of("feeder"))
+        return float(status["resumed_ns"]) / 1e9
+
+    async def is_here(self) -> bool:
+        """Whether it runs, or has run here to its end."""
+        return self._mark().exists() or await self.executes()
+
+    async def executes(self) -> bool:
+        """Whether it has a task that has not ended."""
+        id = self._journal.facts.get("container")
+        if id is None:
+            return False
+        try:
+            return (await to_thread.run_sync(self._containerd.task, id)).status is not Status.STOPPED
+        except NotFound:
+            return False
+
+    def mark_arrived(self) -> None:
+        """From now on a restart of the container is an ordinary one."""
+        path = self._mark()
+        self._journal.acquire("arrived", path=str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def _mark(self) -> Path:
+        return self._config.arrived / (self.key or "none")
+
+    async def _adopt(self) -> None:
+        raise Bug("a part of a pod is not adopted")
+
+
+def handlers(containerd: Containerd) -> dict[str, Handler]:
+    """How what only a part of a pod holds is taken back."""
+
+    def kill(facts: Mapping[str, Any]) -> None:
+        with suppress(NotFound, CgroupFailed):
+            record = containerd.container(facts["id"])
+            Cgroup.of_container(containerd.runc_root(record), record.id).kill()
+
+    async def kill_task(facts: Mapping[str, Any]) -> None:
+        await to_thread.run_sync(kill, facts)
+
+    async def unmark(facts: Mapping[str, Any]) -> None:
+        Path(facts["path"]).unlink(missing_ok=True)
+
+    async def unstage(facts: Mapping[str, Any]) -> None:
+        await to_thread.run_sync(partial(shutil.rmtree, facts["directory"], ignore_errors=True))
+
+    return {"kubelet-task": kill_task, "arrived": unmark, "staged": unstage}

@@ -1,0 +1,216 @@
+"""A pod on its way onto this node: its containers side by side, its volumes, and the object that the controller makes for it.
+
+It fulfils the ports as one container does. What is peculiar: the kubelet starts the containers of a pod one after another, and the
+first waits in podferry-runc until GO. So the pod is poised when its sandbox, its volumes and its first container are there; the
+others are restored as the kubelet comes to them, right after the first. If one of them cannot be, none stays: those that ran are
+killed before the source hears that the pod will never run here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+
+from podferry.agent import arriving_part
+from podferry.agent.arriving_part import ArrivingPart
+from podferry.agent.config import Config
+from podferry.agent.helpers import gathered
+from podferry.agent.journal import Journal, Part
+from podferry.agent.offered_pod import OfferedPod
+from podferry.agent.parts import container_of_directory, container_of_space, demand_known, end_of
+from podferry.agent.pods import Cluster
+from podferry.agent.ports import Json, Line
+from podferry.agent.relay import PodRelay
+from podferry.core.undo import Handler
+from podferry.errors import Bug, Failed, PeerMisbehaved
+from podferry.node import cri
+from podferry.node.containerd import Containerd
+from podferry.node.cri import Kind, Volume
+from podferry.node.records import Container
+from podferry.node.upper import Receiver, copy
+from podferry.wire.messages import StateEnd
+
+MADE_TIMEOUT = 100.0
+"""Seconds from the pod's object to its first container waiting: the kubelet's own patience with a container is 120."""
+
+
+class ArrivingVolume:
+    """A file system of the pod's own: staged until the kubelet has made its place."""
+
+    def __init__(self, volume: Volume, staged: Path) -> None:
+        self.volume, self._staged = volume, staged
+        staged.mkdir(mode=0o700, parents=True)
+        self.receiver = Receiver(staged)
+
+    def move_in(self, place: Path) -> None:
+        """The place is there: it takes in what was staged, and what comes later."""
+        self.receiver.close()
+        copy(self._staged, place)
+        shutil.rmtree(self._staged, ignore_errors=True)
+        self.receiver = Receiver(place)
+
+
+class ArrivingPod:
+    """The pod `offered`. What is made here is the kubelet's; what is kept meanwhile is in the ledger."""
+
+    def __init__(
+        self, config: Config, containerd: Containerd, journal: Journal, offered: OfferedPod, cluster: Cluster
+    ) -> None:
+        self._config, self._containerd, self._journal = config, containerd, journal
+        self._offered, self._cluster = offered, cluster
+        self._parts = [
+            ArrivingPart(config, containerd, Part(journal, number), part)
+            for number, part in enumerate(offered.containers)
+        ]
+        self._volumes: list[ArrivingVolume] = []
+        self._in_place = False
+
+    async def prepare(self) -> None:
+        """Places for pages, images and files. Nothing of the pod is there yet."""
+        for part in self._parts:
+            await part.prepare()
+        await to_thread.run_sync(self._stage_volumes)
+
+    def _stage_volumes(self) -> None:
+        name = self._journal.directory.name
+        on_disk, in_memory = self._config.staging / f"{name}.volumes", self._config.run / "staging" / name
+        self._journal.acquire("staged-volumes", directories=[str(on_disk), str(in_memory)])
+        for number, volume in enumerate(self._offered.volumes):
+            root = on_disk if volume.kind is Kind.DISK else in_memory
+            self._volumes.append(ArrivingVolume(volume, root / str(number)))
+
+    async def poise(self, *, postcopy: bool) -> None:
+        """Have the controller make the pod, and wait until the kubelet has come to its first container."""
+        if "target_pod" not in self._journal.facts:
+            self._journal.acquire("target-pod", id=self._journal.directory.name)
+            pod = await self._cluster.target_pod(self._journal.directory.name)
+            cri.demand_uid(pod.uid)
+            self._journal.note(target_pod=pod.uid)
+            for part in self._parts:
+                await to_thread.run_sync(part.expect, pod.uid)
+        await gathered(*(partial(part.poise, postcopy=postcopy) for part in self._parts))
+        first = await self._parts[0].made(MADE_TIMEOUT)
+        if not self._in_place:
+            await to_thread.run_sync(self._move_volumes_in, first)
+            self._in_place = True
+
+    def _move_volumes_in(self, first: Container) -> None:
+        uid = self._journal.facts["target_pod"]
+        places = dict(cri.volumes([first.spec_json()], uid, self._config.kubelet))
+        for one in self._volumes:
+            if one.volume not in places:
+                raise Failed(
+                    f"the pod on {self._config.node} has no volume {one.volume.name} of kind {one.volume.kind}",
+                    why=f"it has {', '.join(f'{volume.name} ({volume.kind})' for volume in places)}",
+                )
+            one.move_in(places[one.volume])
+
+    # What arrives.
+
+    def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
+        """Put arrived pages into the store."""
+        number, pid = container_of_space(space)
+        self._part(number).pages(round, pid, address, data)
+
+    def drop(self, space: int, start: int, end: int) -> None:
+        """Pages that are zero or gone."""
+        number, pid = container_of_space(space)
+        self._part(number).drop(pid, start, end)
+
+    def tree(self, number: int, record: memoryview) -> None:
+        """A record of an upper layer or a volume."""
+        if number < len(self._parts):
+            return self._parts[number].tree(0, record)
+        if number - len(self._parts) >= len(self._volumes):
+            raise PeerMisbehaved(f"a record of tree {number}, which the pod has not")
+        return self._volumes[number - len(self._parts)].receiver.feed(record)
+
+    def log(self, directory: int, offset: int, data: memoryview) -> None:
+        """A piece of what a container printed."""
+        number, own = container_of_directory(directory)
+        self._part(number).log(own, offset, data)
+
+    def image(self, directory: int, name: str, offset: int, data: memoryview, *, last: bool) -> None:
+        """A piece of one of CRIU's images."""
+        number, own = container_of_directory(directory)
+        self._part(number).image(own, name, offset, data, last=last)
+
+    def _part(self, number: int) -> ArrivingPart:
+        if number >= len(self._parts):
+            raise PeerMisbehaved(f"something for container {number}, which the pod has not")
+        return self._parts[number]
+
+    async def verify(self, end: StateEnd) -> None:
+        """Everything is here and whole, or an error says what is not."""
+        demand_known(end, len(self._parts), len(self._parts) + len(self._volumes))
+        for number, part in enumerate(self._parts):
+            await part.verify(end_of(number, end))
+        sums = {one.tree: one for one in end.trees}
+        for number, one in enumerate(self._volumes, len(self._parts)):
+            came, sent = one.receiver.finish(), sums.get(number)
+            if sent is None or (came.entries, came.bytes, came.digest) != (sent.entries, sent.bytes, sent.digest):
+                raise Failed(f"the volume {one.volume.name} did not arrive whole", why=f"{came} is not {sent}")
+
+    # Post-copy.
+
+    def relay(self) -> PodRelay:
+        """Connect to the page feeders."""
+        return PodRelay([part.relay() for part in self._parts])
+
+    def all_owed_came(self, line: Line) -> None:
+        """What is absent now is zero."""
+        if not isinstance(line, PodRelay):
+            raise Bug("not the line of a pod")
+        for part, own in zip(self._parts, line.parts, strict=True):
+            part.all_owed_came(own)
+
+    # The resume.
+
+    async def release(self) -> float:
+        """Have one container after another restored. All run when this returns; returns since when the last does."""
+        since = [await part.release() for part in self._parts]
+        for part in self._parts:
+            await to_thread.run_sync(part.mark_arrived)
+        return max(since)
+
+    async def resumed(self) -> float:
+        """Since when all run, for an agent that was restarted. Raises where one is gone."""
+        return max([await part.resumed() for part in self._parts])
+
+    async def is_here(self) -> bool:
+        """Whether the pod runs here, or has."""
+        return any([await part.is_here() for part in self._parts])
+
+    async def filled(self) -> Json:
+        """Return, with figures, once every page is in its place."""
+        figures = await gathered(*(part.filled for part in self._parts))
+        self._journal.release("target-pod")
+        return {**figures[0], "containers": figures} if len(figures) > 1 else figures[0]
+
+    async def close(self) -> None:
+        """Let go of descriptors."""
+        for part in self._parts:
+            await part.close()
+        for volume in self._volumes:
+            volume.receiver.close()
+        self._volumes.clear()
+
+
+def handlers(containerd: Containerd, cluster: Cluster) -> dict[str, Handler]:
+    """How what only a pod holds is taken back."""
+
+    async def give_back(facts: Mapping[str, Any]) -> None:
+        await cluster.give_back(facts["id"])
+
+    async def unstage(facts: Mapping[str, Any]) -> None:
+        for directory in facts["directories"]:
+            with suppress(OSError):
+                await to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+
+    return {"target-pod": give_back, "staged-volumes": unstage, **arriving_part.handlers(containerd)}

@@ -1,0 +1,246 @@
+"""A running pod on its way out of this node: its containers freeze together, are dumped side by side, and end together.
+
+It fulfils the ports as one container does: the story does not know the difference. The kubelet's things are left to the kubelet: of
+the original only the processes are killed here; records, snapshots and the sandbox go when the pod's object goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio import to_thread
+
+from podferry.agent.helpers import gathered, runs
+from podferry.agent.journal import Journal, Part
+from podferry.agent.leaving import Leaving, Remains, kill_frozen, tree_total
+from podferry.agent.offered_pod import OfferedPod
+from podferry.agent.owed import Owed
+from podferry.agent.parts import container_of_space, directory_of, joined, numbered, space_of, split
+from podferry.agent.ports import Change
+from podferry.core.undo import Handler
+from podferry.node.containerd import Containerd
+from podferry.node.upper import Source as TreeSource
+from podferry.wire.frames import Drop, Pages
+from podferry.wire.messages import SpaceSum, TreeSum
+
+HandOver = Callable[[], Awaitable[None]]
+"""Returns when the owner counts the target pod, and the source pod is deleted."""
+
+
+class OwedByPod:
+    """Post-copy: what the target has not got of each container."""
+
+    def __init__(self, parts: Sequence[Owed]) -> None:
+        self._parts = parts
+
+    @property
+    def bytes(self) -> int:
+        """How much is still to be pushed."""
+        return sum(part.bytes for part in self._parts)
+
+    def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
+        """The frames that answer for the page at `address` of `space`."""
+        number, pid = container_of_space(space)
+        if number >= len(self._parts):
+            yield Drop(space, ((address, address + 4096),))
+            return
+        yield from numbered(number, self._parts[number].wanted(pid, address))
+
+    def rest(self) -> Iterator[Pages | Drop]:
+        """All that is still owed."""
+        for number, part in enumerate(self._parts):
+            yield from numbered(number, part.rest())
+
+    def start_over(self) -> None:
+        """All of it is owed again."""
+        for part in self._parts:
+            part.start_over()
+
+    def close(self) -> None:
+        """Let go of the processes."""
+        for part in self._parts:
+            part.close()
+
+
+class HeldPod:
+    """The frozen original, its containers by their number."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        containerd: Containerd,
+        offered: OfferedPod,
+        parts: Sequence[Leaving | Remains],
+        hand_over: HandOver,
+    ) -> None:
+        self._journal, self._containerd, self._offered, self._parts = journal, containerd, offered, parts
+        self._hand_over = hand_over
+
+    def owed(self) -> OwedByPod:
+        """Post-copy: the memory that the target has not got."""
+        return OwedByPod([part.owed() for part in self._parts])
+
+    async def commit(self) -> None:
+        """Have the owner count the target pod; only then kill the frozen original, and leave what remains to the kubelet.
+
+        The mark that nothing of the pod starts here again stays until the pod is gone.
+        """
+        await self._hand_over()
+        self._journal.release("departed")
+        for number in range(len(self._parts)):
+            await to_thread.run_sync(kill_frozen, Part(self._journal, number))
+
+    async def runs(self) -> bool:
+        """Whether every container is there and has not ended."""
+        ids = [one.id for one in self._offered.containers]
+        return await to_thread.run_sync(lambda: all(runs(self._containerd, id) for id in ids))
+
+    def executing(self) -> bool:
+        """Whether anything of the pod is not frozen."""
+        return any(part.executing() for part in self._parts)
+
+    async def close(self) -> None:
+        """Let go of descriptors."""
+        for part in self._parts:
+            await part.close()
+
+
+class LeavingPod(HeldPod):
+    """The running pod `offered`. `volumes` are its file systems, in the offer's order, and where each container has them."""
+
+    _parts: Sequence[Leaving]
+
+    def __init__(
+        self,
+        journal: Journal,
+        containerd: Containerd,
+        offered: OfferedPod,
+        parts: Sequence[Leaving],
+        hand_over: HandOver,
+        *,
+        volumes: Sequence[tuple[Path, Mapping[int, Sequence[str]]]],
+        departed: Path,
+    ) -> None:
+        super().__init__(journal, containerd, offered, parts, hand_over)
+        self._volumes = [(TreeSource(path), mounted) for path, mounted in volumes]
+        self._departed = departed
+
+    # Memory.
+
+    async def look(self) -> Change:
+        """What was written or dropped since the last look; everything at the first."""
+        return joined(await gathered(*(part.look for part in self._parts)))
+
+    async def last_look(self) -> Change:
+        """The last one: the pod is frozen, and the trackers leave it."""
+        return joined(await gathered(*(part.last_look for part in self._parts)))
+
+    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
+        """Read what `change` lists, one container after another."""
+        changes = enumerate(split(change, len(self._parts)))
+        return chain.from_iterable(numbered(number, self._parts[number].read(one, round)) for number, one in changes)
+
+    def owe(self, change: Change) -> Iterator[Drop]:
+        """Post-copy: leave what `change` lists for later."""
+        for number, one in enumerate(split(change, len(self._parts))):
+            for frame in numbered(number, self._parts[number].owe(one)):
+                assert isinstance(frame, Drop)
+                yield frame
+
+    def memory_totals(self) -> tuple[SpaceSum, ...]:
+        """How many pages of each space the target must hold by now."""
+        return tuple(
+            SpaceSum(space_of(number, one.space), one.pages)
+            for number, part in enumerate(self._parts)
+            for one in part.memory_totals()
+        )
+
+    # Files.
+
+    async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+        """One pass over the upper layers and the volumes."""
+        for number, part in enumerate(self._parts):
+            async for _, record in part.trees(last=last):
+                yield number, record
+        for number, (tree, mounted) in enumerate(self._volumes, len(self._parts)):
+            suspects = {
+                path
+                for part, places in mounted.items()
+                for at in places
+                for path in self._parts[part].mapped_shared(at)
+            }
+            plan = await to_thread.run_sync(partial(tree.plan, suspects=suspects, frozen=last))
+            for chunk in tree.send(plan):
+                yield number, chunk
+
+    def tree_totals(self) -> tuple[TreeSum, ...]:
+        """What the last finished pass over each tree sent."""
+        uppers = (
+            TreeSum(number, one.entries, one.bytes, one.digest)
+            for number, part in enumerate(self._parts)
+            for one in part.tree_totals()
+        )
+        volumes = (tree_total(number, tree) for number, (tree, _) in enumerate(self._volumes, len(self._parts)))
+        return (*uppers, *volumes)
+
+    async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
+        """What the containers have printed since the last pass."""
+        for number, part in enumerate(self._parts):
+            async for directory, offset, data in part.logs(last=last):
+                yield directory_of(number, directory), offset, data
+
+    # The freeze.
+
+    async def freeze(self) -> None:
+        """Stop every task of every container. From here on nothing of the pod starts on this node, unless it is undone."""
+        self._journal.acquire("departed", path=str(self._departed))
+        self._departed.parent.mkdir(parents=True, exist_ok=True)
+        self._departed.touch()
+        await gathered(*(part.freeze for part in self._parts))
+
+    async def dump(self) -> Mapping[tuple[int, str], bytes]:
+        """CRIU dumps the containers side by side, and then holds them."""
+        dumps = await gathered(*(part.dump for part in self._parts))
+        return {
+            (directory_of(number, directory), name): data
+            for number, images in enumerate(dumps)
+            for (directory, name), data in images.items()
+        }
+
+    async def slow_down(self, quota: float) -> None:
+        """Leave each container this share of the processor time."""
+        for part in self._parts:
+            await part.slow_down(quota)
+
+    async def ended(self) -> str:
+        """Return, with how, once one of the containers has ended by itself."""
+        hows: list[str] = []
+
+        async def watch(number: int) -> None:
+            hows.append(f"{self._offered.containers[number].name}: {await self._parts[number].ended()}")
+            watches.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as watches:
+            for number in range(len(self._parts)):
+                watches.start_soon(watch, number)
+        return hows[0]
+
+    async def close(self) -> None:
+        """Let go of descriptors."""
+        await super().close()
+        for tree, _ in self._volumes:
+            tree.close()
+
+
+def handlers() -> dict[str, Handler]:
+    """How what only a pod holds is taken back."""
+
+    async def come_back(facts: Mapping[str, Any]) -> None:
+        Path(facts["path"]).unlink(missing_ok=True)
+
+    return {"departed": come_back}

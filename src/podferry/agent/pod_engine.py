@@ -1,0 +1,304 @@
+"""Migrations of pods, as the agent's Kubernetes side begins and follows them: `podferry.agent.pods.Pods`, fulfilled."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+
+from podferry.agent import arriving, arriving_pod, leaving, leaving_pod
+from podferry.agent.arriving_pod import ArrivingPod
+from podferry.agent.config import Config
+from podferry.agent.journal import Journal, Part
+from podferry.agent.leaving import Remains
+from podferry.agent.leaving_pod import HeldPod, LeavingPod
+from podferry.agent.offered import Offered
+from podferry.agent.offered_pod import OfferedPod
+from podferry.agent.pod_inspection import PodInspection
+from podferry.agent.pods import Cluster, PodCheck, PodMigration, PodName, PodOrder
+from podferry.agent.source import Order, Source
+from podferry.agent.story import Story
+from podferry.agent.target import Target
+from podferry.core.facts import ContainerFacts, NodeFacts
+from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
+from podferry.core.preflight import Question, refusals
+from podferry.core.strict import from_json, to_json
+from podferry.core.undo import Handler
+from podferry.errors import Refused, UsageError
+from podferry.model import Mode
+from podferry.node.containerd import Containerd
+from podferry.node.cri import NAMESPACE
+from podferry.node.records import Container, Opaque
+from podferry.wire.channel import Channel
+from podferry.wire.messages import Offer
+
+Json = dict[str, Any]
+Start = Callable[[Callable[[], Awaitable[None]]], None]
+Dial = Callable[[str], AbstractAsyncContextManager[Channel]]
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
+
+
+class Half:
+    """One half of a pod's migration that is under way, or has ended since the agent's start."""
+
+    def __init__(self, attempt: Source | Target, pod: PodName) -> None:
+        self._attempt, self._pod = attempt, pod
+
+    @property
+    def id(self) -> str:
+        """The Migration's uid."""
+        return self._attempt.story.id
+
+    @property
+    def role(self) -> str:
+        """`source` or `target`."""
+        return self._attempt.role
+
+    @property
+    def pod(self) -> PodName:
+        """The pod that moves: the source's."""
+        return self._pod
+
+    def record(self) -> Json:
+        """All that is known now."""
+        return self._attempt.story.to_dict()
+
+    def listen(self, listener: Callable[[Json], None]) -> Callable[[], None]:
+        """Call `listener` with each event."""
+        return self._attempt.story.listen(listener)
+
+    async def wait(self) -> Json:
+        """Return the record once this half has ended."""
+        await self._attempt.ended.wait()
+        return self.record()
+
+    def cancel(self) -> bool:
+        """Ask for the way back."""
+        return isinstance(self._attempt, Source) and self._attempt.cancel()
+
+    def resolve(self, *, run_on_source: bool) -> None:
+        """An arbiter's verdict on a migration that lost contact after GO."""
+        if not isinstance(self._attempt, Source):
+            raise Refused("the source's half is the one that can be resolved")
+        self._attempt.resolve(SourceEvent.RESOLVED_HERE if run_on_source else SourceEvent.RESOLVED_THERE)
+
+
+class Remembered:
+    """The source's half of a migration that had ended before the agent's start."""
+
+    role = "source"
+
+    def __init__(self, record: Json, pod: PodName) -> None:
+        self._record, self._pod = record, pod
+
+    @property
+    def id(self) -> str:
+        """The Migration's uid."""
+        return str(self._record["id"])
+
+    @property
+    def pod(self) -> PodName:
+        """The pod that moved."""
+        return self._pod
+
+    def record(self) -> Json:
+        """All that is known."""
+        return self._record
+
+    def listen(self, listener: Callable[[Json], None]) -> Callable[[], None]:
+        """There is nothing more to tell."""
+        return lambda: None
+
+    async def wait(self) -> Json:
+        """It has ended."""
+        return self._record
+
+    def cancel(self) -> bool:
+        """It is too late."""
+        return False
+
+    def resolve(self, *, run_on_source: bool) -> None:
+        """It has ended."""
+        raise Refused("there is nothing to resolve: the migration has ended")
+
+
+class PodEngine:
+    """What an agent does for pods. `sources` and `targets` are the halves of all its migrations, which it adds to."""
+
+    def __init__(
+        self,
+        config: Config,
+        cluster: Cluster | None,
+        *,
+        sources: dict[str, Source],
+        targets: dict[str, Target],
+        start: Start,
+        dial: Dial,
+    ) -> None:
+        self._config, self._given_cluster = config, cluster
+        self._containerd = Containerd(config.containerd, NAMESPACE)
+        self._inspection = PodInspection(config, self._containerd)
+        self._sources, self._targets, self._start, self._dial = sources, targets, start, dial
+
+    @property
+    def _cluster(self) -> Cluster:
+        if self._given_cluster is None:
+            raise Refused(
+                f"the agent of {self._config.node} does not belong to a Kubernetes cluster",
+                remedy="run podferry's DaemonSet there",
+            )
+        return self._given_cluster
+
+    # What the Kubernetes side asks.
+
+    async def check(self, pod: PodName, containers: tuple[str, ...]) -> PodCheck:
+        """May this pod, which runs here, move at all?"""
+        try:
+            view = await to_thread.run_sync(self._inspection.pod, pod, containers)
+        except Refused as refusal:
+            return PodCheck((refusal,), (), 0, 0)
+        reasons, notes = tuple(view.refusals(Mode.LIVE)), tuple(view.warnings(Mode.LIVE))
+        return PodCheck(reasons, notes, view.facts.anonymous, view.facts.upper)
+
+    async def move(self, order: PodOrder) -> PodMigration:
+        """Set out, unless this migration was here before."""
+        if not _ID.fullmatch(order.id):
+            raise UsageError(f"{order.id[:80]!r} cannot be a migration's name")
+        if (known := self._known(order.id)) is not None:
+            return known
+        self._refuse_second(order.pod)
+        journal = Journal(self._config.migrations / order.id)
+        story = Story(order.id, str(order.pod), self._config.node, order.target, order.order.mode)
+        journal.note(role="source", record=story.to_dict(), pod=to_json(order.pod))
+        source = Source(order.order, partial(self._dial, order.target), journal, story, self.source_handlers())
+        self._sources[order.id] = source
+
+        async def propose() -> tuple[Offer, LeavingPod]:
+            view = await to_thread.run_sync(self._inspection.pod, order.pod, order.containers)
+            choice = view.demand_movable(order.order.mode)
+            story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
+            journal.note(offered=view.offered.to_dict(), record=story.to_dict())
+            hand_over = partial(self._cluster.hand_over, order.id)
+            job = view.leaving(self._config, self._containerd, journal, choice.kind, hand_over)
+            return view.offer(order.id, order.order.mode), job
+
+        self._start(partial(source.run, propose))
+        return Half(source, order.pod)
+
+    def migrations(self) -> Mapping[str, PodMigration]:
+        """Every half on this node since the agent's start, by id."""
+        halves: dict[str, PodMigration] = {}
+        attempts: list[Source | Target] = [*self._sources.values(), *self._targets.values()]
+        for attempt in attempts:
+            if (pod := pod_of(attempt.journal)) is not None:
+                halves[attempt.story.id] = Half(attempt, pod)
+        return halves
+
+    def _known(self, id: str) -> PodMigration | None:
+        if (half := self.migrations().get(id)) is not None:
+            return half
+        directory = self._config.migrations / id
+        if not directory.exists():
+            return None
+        journal = Journal(directory)
+        journal.close()
+        pod, record = pod_of(journal), journal.load_record() or journal.facts.get("record")
+        if pod is None or record is None:
+            raise UsageError(f"{id} is the name of another migration", why="it was not of a pod")
+        return Remembered(record, pod)
+
+    def _refuse_second(self, pod: PodName) -> None:
+        for half in self.migrations().values():
+            if half.pod == pod and half.record()["outcome"] is None:
+                raise Refused(
+                    f"{pod} is on its way already", why=f"migration {half.id}", remedy="wait for it, or cancel it"
+                )
+
+    # What the agent asks for halves of pods.
+
+    def weigh(self, offer: Offer) -> tuple[NodeFacts, list[Refused]]:
+        """Can this node take the pod that is offered?"""
+        here = self._inspection.node_facts()
+        container = ContainerFacts.from_dict(offer.facts.get("container"))
+        source = NodeFacts.from_dict(offer.facts.get("node"))
+        found = refusals(Question(container, source, here, Mode(offer.mode)))
+        try:
+            _ = self._cluster
+        except Refused as outside:
+            found.insert(0, outside)
+        return here, found
+
+    def arriving(self, journal: Journal, offered: OfferedPod) -> ArrivingPod:
+        """The pod that is to run here."""
+        return ArrivingPod(self._config, self._containerd, journal, offered, self._cluster)
+
+    def source_again(self, journal: Journal, story: Story) -> Source:
+        """The source's half that an earlier agent left."""
+        held = None
+        if "offered" in journal.facts:
+            offered = OfferedPod.from_dict(journal.facts["offered"], story.name)
+            parts = [
+                Remains(Part(journal, number), self._containerd, Offered(_record(one.id), ""))
+                for number, one in enumerate(offered.containers)
+            ]
+            held = HeldPod(journal, self._containerd, offered, parts, partial(self._cluster.hand_over, story.id))
+        return Source(
+            Order(story.mode),
+            partial(self._dial, story.target),
+            journal,
+            story,
+            self.source_handlers(),
+            SourcePhase(journal.phase or SourcePhase.CHECK),
+            held=held,
+        )
+
+    def target_again(self, journal: Journal, story: Story) -> Target:
+        """The target's half that an earlier agent left."""
+        job = self.arriving(journal, OfferedPod.from_dict(journal.facts["offered"], story.name))
+        return Target(job, journal, story, self.target_handlers(), TargetPhase(journal.phase or TargetPhase.RECEIVE))
+
+    def source_handlers(self) -> dict[str, Handler]:
+        """How what the source's half holds is taken back."""
+        return {**leaving.handlers(), **leaving_pod.handlers()}
+
+    def target_handlers(self) -> dict[str, Handler]:
+        """How what the target's half holds is taken back."""
+        return {
+            **arriving.handlers(self._config, self._containerd),
+            **arriving_pod.handlers(self._containerd, self._cluster),
+        }
+
+    def sweep(self) -> None:
+        """Remove the marks of pods that are gone from this node."""
+        for mark in self._marks():
+            uid = mark.name.partition("_")[0]
+            if not self._containerd.containers(f'labels."io.kubernetes.pod.uid"=="{uid}"'):
+                mark.unlink(missing_ok=True)
+
+    def _marks(self) -> Iterator[Path]:
+        for directory in (self._config.arrived, self._config.departed):
+            with suppress(FileNotFoundError):
+                yield from directory.iterdir()
+
+
+def is_of_a_pod(journal: Journal) -> bool:
+    """Whether a journal is that of a pod's migration."""
+    return pod_of(journal) is not None
+
+
+def pod_of(journal: Journal) -> PodName | None:
+    """The pod whose migration a journal tells, or None where it is of a container alone."""
+    found = journal.facts.get("pod") or journal.facts.get("offered", {}).get("pod")
+    return from_json(PodName, json.loads(json.dumps(found))) if found else None
+
+
+def _record(id: str) -> Container:
+    """What must be known of a container of the kubelet's to find its groups."""
+    return Container(id, image="", snapshotter="", snapshot_key="", spec=Opaque("", b"{}"))

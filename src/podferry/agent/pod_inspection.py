@@ -1,0 +1,222 @@
+"""Looking at pods before anything is touched. The kubelet is not asked: containerd's records and the kernel tell all there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from podferry.agent.config import Config
+from podferry.agent.inspection import DUMP_FLAGS, why_not
+from podferry.agent.journal import Journal, Part
+from podferry.agent.leaving import Leaving, Output
+from podferry.agent.leaving_pod import HandOver, LeavingPod
+from podferry.agent.nodefacts import node_facts
+from podferry.agent.offered import Offered
+from podferry.agent.offered_pod import OfferedPod, PodPart
+from podferry.agent.pods import PodName
+from podferry.core.facts import ContainerFacts, NodeFacts
+from podferry.core.preflight import ContainerBound, Question, refusals, warnings
+from podferry.errors import Refused, UsageError
+from podferry.memory.tracker import Choice, Kind, choose, probe
+from podferry.model import Mode
+from podferry.node import cri
+from podferry.node.cgroup import Cgroup
+from podferry.node.checkpoint import POD_CONF
+from podferry.node.containerd import Containerd, NotFound
+from podferry.node.cri import PodContainer, Volume
+from podferry.node.jobfacts import container_facts, disk_usage
+from podferry.node.records import Task, upper_dir
+from podferry.wire.messages import Offer
+
+
+@dataclass(frozen=True)
+class Member:
+    """A container of a pod that runs. `upper` is its upper directory."""
+
+    container: PodContainer
+    task: Task
+    upper: Path
+    facts: ContainerFacts
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Its OCI spec."""
+        return self.container.record.spec_json()
+
+
+@dataclass(frozen=True)
+class PodView:
+    """A pod as a migration needs to know it. `refused` are the reasons against it that are of pods alone."""
+
+    pod: PodName
+    members: tuple[Member, ...]
+    volumes: tuple[tuple[Volume, Path], ...]
+    facts: ContainerFacts
+    node: NodeFacts
+    tracker: Choice
+    refused: tuple[Refused, ...]
+
+    @property
+    def offered(self) -> OfferedPod:
+        """What travels."""
+        parts = (PodPart(one.container.name, one.container.record.id, DUMP_FLAGS) for one in self.members)
+        return OfferedPod(self.pod, tuple(parts), tuple(volume for volume, _ in self.volumes))
+
+    def offer(self, migration: str, mode: Mode) -> Offer:
+        """What the target is asked."""
+        facts = {"container": self.facts.to_dict(), "node": self.node.to_dict()}
+        offered = self.offered.to_dict()
+        return Offer(migration, str(self.pod), mode, offered, facts, self.facts.anonymous, self.facts.upper)
+
+    def refusals(self, mode: Mode) -> list[Refused]:
+        """Every reason of this node's for which it cannot move."""
+        return [*self.refused, *refusals(Question(self.facts, self.node, None, mode))]
+
+    def warnings(self, mode: Mode) -> list[str]:
+        """What is worth knowing although it does not stand in the way."""
+        found = warnings(Question(self.facts, self.node, None, mode))
+        connections = [one for member in self.members for one in member.facts.connections]
+        if connections:
+            found.append(f"open TCP connections are closed by the move: {', '.join(connections[:4])}")
+        return found
+
+    def demand_movable(self, mode: Mode) -> Choice:
+        """How it will be tracked in `mode`. Raises the first reason for which it cannot move."""
+        for refusal in self.refusals(mode):
+            raise refusal
+        return self.tracker if mode is Mode.LIVE else Choice(Kind.NONE, f"mode {mode} tracks nothing")
+
+    def leaving(
+        self, config: Config, containerd: Containerd, journal: Journal, kind: Kind, hand_over: HandOver
+    ) -> LeavingPod:
+        """The pod, ready to be moved."""
+        parts = [
+            Leaving(
+                config,
+                containerd,
+                # of what is offered only the record and the flags are asked: the kubelet sees to the rest
+                Part(journal, number),
+                offered=Offered(member.container.record, "", flags=DUMP_FLAGS),
+                task=member.task,
+                upper=member.upper,
+                kind=kind,
+                output=Output(member.container.log, fifos(member.task)),
+                conf=POD_CONF,
+            )
+            for number, member in enumerate(self.members)
+        ]
+        mounted = [
+            (path, {number: list(cri.mounted_at(member.spec, path)) for number, member in enumerate(self.members)})
+            for _, path in self.volumes
+        ]
+        departed = config.departed / self.pod.uid
+        return LeavingPod(journal, containerd, self.offered, parts, hand_over, volumes=mounted, departed=departed)
+
+
+class PodInspection:
+    """The eyes of an agent for pods."""
+
+    def __init__(self, config: Config, containerd: Containerd) -> None:
+        self._config, self._containerd = config, containerd
+        self._choice = choose(probe())
+
+    def node_facts(self) -> NodeFacts:
+        """What this node is and has."""
+        return node_facts(self._config.state, containerd=self._containerd.version())
+
+    def pod(self, pod: PodName, names: Sequence[str]) -> PodView:
+        """Look at the containers `names` of a pod. Raises `UsageError` where it is not here, `Refused` where one does not run."""
+        there = cri.containers(self._containerd, pod.uid)
+        if not there:
+            raise UsageError(f"there is no pod {pod} on {self._config.node}", why=f"no container has its uid {pod.uid}")
+        members = tuple(self._member(pod, name, there) for name in names)
+        specs = [member.spec for member in members]
+        volumes = cri.volumes(specs, pod.uid, self._config.kubelet)
+        size = sum(disk_usage(path) for _, path in volumes)
+        return PodView(
+            pod,
+            members,
+            volumes,
+            merged(str(pod), [member.facts for member in members], size),
+            self.node_facts(),
+            self._choice,
+            tuple(self._refused(pod, members)),
+        )
+
+    def _member(self, pod: PodName, name: str, there: dict[str, PodContainer]) -> Member:
+        if name not in there:
+            raise Refused(f"the container {name} of {pod} does not run", remedy="wait until the pod is running")
+        container = there[name]
+        record = container.record
+        try:
+            task = self._containerd.task(record.id)
+        except NotFound:
+            task = None
+        if (why := why_not(record, task)) is not None or task is None:
+            raise Refused.because(
+                f"the container {name} of {pod} cannot move",
+                why or NotFound("no task"),
+                remedy=why.remedy if why else "",
+            )
+        upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
+        cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
+        facts = container_facts(record, task, cgroup, upper)
+        return Member(container, task, upper, facts)
+
+    def _refused(self, pod: PodName, members: Sequence[Member]) -> Iterator[Refused]:
+        kubelet = self._config.kubelet
+        for member in members:
+            name = member.container.name
+            if shared := cri.shared_namespaces(member.spec):
+                yield ContainerBound(
+                    f"the container {name} shares namespaces with others",
+                    why=", ".join(shared),
+                    remedy="run the pod without shareProcessNamespace and hostUsers: false",
+                )
+            if binds := sorted(one.source for one in cri.foreign_binds(member.spec, pod.uid, kubelet)):
+                yield ContainerBound(
+                    f"the container {name} has directories of its node mounted",
+                    why=", ".join(binds[:8]),
+                    remedy="use a volume that both nodes have instead of hostPath",
+                )
+            if parts := sorted(set(cri.sub_paths_of_empty_dirs(member.spec, pod.uid, kubelet))):
+                yield ContainerBound(
+                    f"the container {name} has only a part of an emptyDir mounted",
+                    why=", ".join(parts),
+                    remedy="mount the whole volume: a subPath of an emptyDir cannot move yet",
+                )
+
+
+def fifos(task: Task) -> tuple[Path, ...]:
+    """The FIFOs between a container's shim and containerd."""
+    return tuple(Path(one) for one in (task.stdout, task.stderr) if one.startswith("/"))
+
+
+def merged(name: str, facts: Sequence[ContainerFacts], volumes: int) -> ContainerFacts:
+    """Containers as one, for what is asked of a job as a whole. What is mounted is judged apart, and connections may be open.
+
+    `volumes` are the bytes in the file systems that move with the pod.
+    """
+
+    def all_of(field: str) -> tuple[Any, ...]:
+        return tuple(sorted({one for each in facts for one in getattr(each, field)}))
+
+    return ContainerFacts(
+        id=name,
+        image=facts[0].image,
+        binary=facts[0].binary,
+        pids=all_of("pids"),
+        host_namespaces=all_of("host_namespaces"),
+        devices=all_of("devices"),
+        unsaved=all_of("unsaved"),
+        binds=(),
+        connections=(),
+        stdio=facts[0].stdio,
+        memory=sum(one.memory or 0 for one in facts),
+        anonymous=sum(one.anonymous for one in facts),
+        shared=sum(one.shared for one in facts),
+        tmpfs=sum(one.tmpfs for one in facts),
+        upper=sum(one.upper for one in facts) + volumes,
+    )
