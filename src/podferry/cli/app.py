@@ -18,6 +18,7 @@ from podferry.cli.demo import demo
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
 from podferry.cli.images import app as image_commands
 from podferry.cli.lab import app as lab_commands
+from podferry.cli.install import install, uninstall
 from podferry.cli.migrate import Follower, Left
 from podferry.cli.pki import app as pki_commands
 from podferry.cli.record import Record
@@ -286,6 +287,8 @@ def _show(record: Record, json: bool) -> None:
         stdout().print(chart.summary(record))
 
 
+app.command()(install)
+app.command()(uninstall)
 lab_commands.command("demo")(demo)
 app.add_typer(lab_commands, name="lab")
 app.add_typer(bench_commands, name="bench")

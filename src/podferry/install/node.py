@@ -1,0 +1,178 @@
+"""Installing and uninstalling, step by step."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from podferry.errors import PodferryError, Refused
+from podferry.install import criu, daemon, settings
+from podferry.install.daemon import Daemon
+from podferry.install.files import Ledger, Root
+from podferry.install.settings import Settings
+from podferry.node import outside
+
+WRAPPER = "/opt/podferry/bin/podferry-runc"
+SOURCE = Path(outside.__file__).with_name("podferry-runc")
+TASKS = "/run/containerd/io.containerd.runtime.v2.task"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What an installation did: the files that changed, and whether containerd was started again."""
+
+    changed: tuple[str, ...]
+    restarted: bool
+
+
+def install(tell: Tell, *, bundle: Path = Path(criu.DIRECTORY), find: Callable[[], Daemon] = daemon.find) -> Installed:
+    """Put podferry on this node, or bring what is there up to date. `bundle` holds our CRIU.
+
+    containerd is started again only if its settings changed. Raises `PodferryError`; the settings are then as before.
+    """
+    root = Root(outside.root())
+    containerd = find()
+    ledger = Ledger(root)
+    changed = []
+
+    def write(path: str, content: bytes, mode: int) -> None:
+        if ledger.write(path, content, mode=mode):
+            tell(f"wrote {path}")
+            changed.append(path)
+
+    write(WRAPPER, SOURCE.read_bytes(), 0o755)
+    if criu.wanted(root.top):
+        if not bundle.is_dir():
+            raise Refused(
+                "this node needs another CRIU, and none came along",
+                why=f"its own is missing or older than {'.'.join(map(str, criu.OLDEST))}, and {bundle} is not there",
+                remedy="install CRIU on the node, or use podferry's container image",
+            )
+        for path, content, mode in criu.files(bundle):
+            write(path, content, mode)
+    restarted = _configure(root, containerd, ledger, write, tell)
+    if not changed and not restarted:
+        tell("everything is in its place already")
+    return Installed(tuple(changed), restarted)
+
+
+def uninstall(tell: Tell, *, force: bool = False, find: Callable[[], Daemon] = daemon.find) -> Installed:
+    """Restore the node as it was before `install`. Raises `Refused` while containers need what would go."""
+    root = Root(outside.root())
+    ledger = Ledger(root)
+    if not ledger.entries and not ledger.restart_due:
+        tell("nothing is installed here")
+        return Installed((), False)
+    users = _users(root)
+    if users and not force:
+        raise Refused(
+            "podferry is in use on this node",
+            why=f"{len(users)} containers were started by its runtime, among them {users[0]}: they could not be stopped",
+            remedy="drain the node first, or give --force",
+        )
+    containerd = find()
+    before = containerd.dump()
+    # Settings first: they must not name a program that is gone.
+    order = sorted(ledger.entries, key=lambda path: not path.endswith(".toml"))
+    changed = []
+    for path in order:
+        if ledger.is_ours(path) or root.read(path) is None:
+            ledger.put_back(path)
+            tell(f"restored {path}")
+        elif path.endswith(f"/{settings.NAME}"):
+            ledger.put_back(path)
+            tell(f"removed {path}")
+        else:
+            tell(f"left {path} alone: somebody has changed it since")
+            ledger.forget(path)
+        changed.append(path)
+    _remove_empty(root, [str(PurePosixPath(path).parent) for path in order])
+    restarted = ledger.restart_due or containerd.dump() != before
+    if restarted:
+        tell("containerd: starting it again")
+        containerd.restart()
+    ledger.restart_due = False
+    ledger.save()
+    return Installed(tuple(changed), restarted)
+
+
+def _configure(
+    root: Root, containerd: Daemon, ledger: Ledger, write: Callable[[str, bytes, int], None], tell: Tell
+) -> bool:
+    """containerd's settings; true if it was started again."""
+    text = (root.read(containerd.config) or b"").decode()
+    at = settings.drop_in_path(Settings(containerd.config, text))
+    known = Settings(containerd.config, text, _imported(root, Settings(containerd.config, text), at))
+    main = settings.with_import(known, containerd.major, at)
+    new = {at: settings.drop_in(known, containerd.major, WRAPPER)}
+    if main != text:
+        new[containerd.config] = main
+    stale = [path for path, content in new.items() if root.read(path) != content.encode()]
+    before = {path: root.read(path) for path in stale}
+    if stale:
+        ledger.restart_due = True
+    for path, wanted in new.items():
+        place = root.path(path)
+        write(path, wanted.encode(), place.stat().st_mode & 0o777 if place.exists() else 0o644)
+    if not ledger.restart_due:
+        return False
+    try:
+        _check(containerd)
+        tell("containerd: starting it again, for its new settings")
+        containerd.restart()
+    except PodferryError:
+        tell("containerd: its settings go back to what they were")
+        for path, content in before.items():
+            if content is None:
+                ledger.put_back(path)
+            else:
+                write(path, content, root.path(path).stat().st_mode & 0o777)
+        raise
+    ledger.restart_due = False
+    ledger.save()
+    return True
+
+
+def _check(containerd: Daemon) -> None:
+    """What was written must be understood before anything depends on it."""
+    if f".runtimes.{settings.RUNTIME}" not in containerd.dump():
+        raise Refused(
+            "containerd would not know podferry's runtime",
+            why=f"another file that {containerd.config} imports replaces what ours says",
+            remedy=f"see `containerd --config {containerd.config} config dump`",
+        )
+
+
+def _imported(root: Root, main: Settings, ours: str) -> tuple[str, ...]:
+    """The texts of the files that containerd's configuration imports, but for our own."""
+    texts = []
+    for pattern in main.table.get("imports", []):
+        absolute = str(PurePosixPath(main.path).parent / pattern)
+        directory = root.path(str(PurePosixPath(absolute).parent))
+        for file in sorted(glob.glob(PurePosixPath(absolute).name, root_dir=directory)):  # noqa: PTH207
+            if file != PurePosixPath(ours).name and (text := root.read(f"{PurePosixPath(absolute).parent}/{file}")):
+                texts.append(text.decode())
+    return tuple(texts)
+
+
+def _users(root: Root) -> list[str]:
+    """The containers, as NAMESPACE/ID, whose shim calls our runtime."""
+    found = []
+    for options in sorted(root.path(TASKS).glob("*/*/options.json")):
+        if WRAPPER in options.read_text(errors="replace"):
+            found.append(f"{options.parents[1].name}/{options.parent.name}")
+    return found
+
+
+def _remove_empty(root: Root, directories: list[str]) -> None:
+    """Remove directories that nothing is left in, those of ours and a drop-in's."""
+    every = {parent for one in directories for parent in (PurePosixPath(one), *PurePosixPath(one).parents)}
+    for directory in sorted(every, key=lambda one: len(one.parts), reverse=True):
+        if directory.is_relative_to("/opt/podferry") or directory.name == "conf.d":
+            with suppress(OSError):
+                root.path(str(directory)).rmdir()
