@@ -32,6 +32,7 @@ from podferry.memory.criu_images import missing
 from podferry.memory.store import PageStore
 from podferry.memory.store import Totals as StoreTotals
 from podferry.memory.uffd import PAGE
+from podferry.node import outside
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import AlreadyExists, Containerd, NotFound
 from podferry.node.incoming import Incoming
@@ -357,7 +358,7 @@ class Arriving:
     def _spawn(self, kind: str, argv: list[str | Path]) -> Process:
         """Start a helper that outlives this agent."""
         with (self.scratch / f"{kind}.log").open("wb") as log:
-            child = spawn(argv, stdout=log, stderr=log, env=helper_environment())
+            child = spawn(outside.surviving(argv), stdout=log, stderr=log, env=helper_environment())
         process = Process.of(child.pid)
         if process is None:
             raise Failed(f"the {kind} died at once", evidence=self._log_of(kind))

@@ -14,12 +14,13 @@ import anyio
 
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
+from podferry.node.outside import IN_POD
 from podferry.node.records import Status
 
 END_TIMEOUT = 10.0
 Found = TypeVar("Found")
 
-INHERITED = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PODFERRY_RUN")
+INHERITED = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PODFERRY_RUN", IN_POD)
 
 
 def python(module: str) -> list[str | Path]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from podferry.core.facts import NodeFacts
 from podferry.errors import CommandFailed, TimedOut
 from podferry.memory import tracker, uffd
+from podferry.node import outside
 from podferry.node.cgroup import cgroup_kind
-from podferry.node.process import run
+from podferry.node.process import PATH, run
 
 PROGRAM_TIMEOUT = 10.0  # seconds
 LAZY_FEATURES = (
@@ -54,17 +55,18 @@ def version(program: str) -> str:
 
     Asked once for each file: an upgraded program is asked anew.
     """
-    path = shutil.which(program, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    if path is None:
-        return ""
-    stat = Path(path).stat()
-    return _version(path, stat.st_mtime_ns, stat.st_size)
+    for directory in PATH.split(":"):
+        seen = outside.root() / directory.lstrip("/") / program
+        if os.access(seen, os.X_OK):
+            stat = seen.stat()
+            return _version(f"{directory}/{program}", stat.st_mtime_ns, stat.st_size)
+    return ""
 
 
 @lru_cache(maxsize=16)
 def _version(path: str, _mtime: int, _size: int) -> str:
     try:
-        printed = run([path, "--version"], timeout=PROGRAM_TIMEOUT, check=False).stdout
+        printed = run(outside.on_node([path, "--version"]), timeout=PROGRAM_TIMEOUT, check=False).stdout
     except (CommandFailed, TimedOut):
         return ""
     found = re.search(r"\d+(?:\.\d+)+", printed)

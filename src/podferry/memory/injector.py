@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from podferry.errors import Failed
 from podferry.memory.inject import ANSWER, MAX_ANSWER, REQUEST, Outcome
+from podferry.node import outside
 from podferry.node.process import spawn
 
 PROGRAM = Path(__file__).with_name("inject.py")
@@ -76,9 +77,8 @@ class Injector:
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._program = spawn(
-                [sys.executable, "-S", "-I", PROGRAM, str(theirs.fileno())], pass_fds=[theirs.fileno()]
-            )
+            argv: list[str | Path] = [sys.executable, "-S", "-I", PROGRAM, str(theirs.fileno())]
+            self._program = spawn(outside.surviving(argv), pass_fds=[theirs.fileno()])
 
     def _restart(self, pid: int, why: str) -> NoReturn:
         with contextlib.suppress(OSError):

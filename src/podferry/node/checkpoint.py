@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import socket
 import time
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, PeerMisbehaved, TimedOut
+from podferry.node import outside
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
 from podferry.node.netns import in_network_of, in_new_network
@@ -137,8 +139,11 @@ class Hold:
         argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
         argv += [*flags, "--image-path", images, "--work-path", work, id]
+        settings = shutil.copy(conf, work)  # CRIU may not see the files of this program (`outside`)
         try:
-            hold._child = in_new_network(lambda: spawn(argv, env={"CRIU_CONFIG_FILE": str(conf)}, pass_fds=[theirs]))
+            hold._child = in_new_network(
+                lambda: spawn(outside.on_node(argv), env={"CRIU_CONFIG_FILE": str(settings)}, pass_fds=[theirs])
+            )
         except BaseException:
             os.close(status)
             raise

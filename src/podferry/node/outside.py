@@ -1,0 +1,65 @@
+"""An agent in a pod: what must run outside its container, and how.
+
+The DaemonSet gives the agent's container the node's processes, network and devices, but a file system and cgroups of its own.
+The node's programs (runc, CRIU) need the node's file system. And what is to outlive the agent needs another cgroup, since the
+end of a container is the end of everything in its cgroups. On a host without Kubernetes the agent is outside already.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from podferry.node.process import Arg
+
+IN_POD = "PODFERRY_IN_POD"
+"""Set in the environment of an agent that runs in a pod, and of its helpers."""
+
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP = "podferry"
+"""The node's cgroup for what outlives an agent."""
+
+_ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
+
+
+def in_pod() -> bool:
+    """Whether this process belongs to an agent that runs in a pod."""
+    return os.environ.get(IN_POD) == "1"
+
+
+def root() -> Path:
+    """The node's root directory, as this process reaches it."""
+    return Path("/proc/1/root") if in_pod() else Path("/")
+
+
+def surviving(argv: Sequence[Arg]) -> list[Arg]:
+    """The command that runs one of our own helpers so that it outlives the agent. Its pid is that of the command."""
+    if not in_pod():
+        return list(argv)
+    return ["sh", "-ec", _ENTER, "sh", *make_cgroups(), "--", *argv]
+
+
+def on_node(argv: Sequence[Arg]) -> list[Arg]:
+    """The command that runs a program of the node among the node's files, so that it outlives the agent."""
+    if not in_pod():
+        return list(argv)
+    return surviving(["nsenter", "--target=1", "--mount", "--", *argv])
+
+
+def make_cgroups(top: Path = CGROUPS, name: str = CGROUP) -> list[Path]:
+    """Make the cgroup `name` in every hierarchy below `top`, v1 or v2, where it is missing; returns the directories."""
+    if (top / "cgroup.procs").exists():
+        tops = [top]
+    else:
+        tops = sorted(path.parent for path in top.glob("*/cgroup.procs") if not path.parent.is_symlink())
+    made = []
+    for hierarchy in tops:
+        directory = hierarchy / name
+        directory.mkdir(exist_ok=True)
+        for setting in ("cpuset.cpus", "cpuset.mems"):  # empty in a new v1 cgroup, and nothing may enter it then
+            file = directory / setting
+            if hierarchy != top and file.exists() and not file.read_text().strip():
+                file.write_text((hierarchy / setting).read_text())
+        made.append(directory)
+    return made
