@@ -17,8 +17,8 @@ from podferry.cli.bench import app as bench_commands
 from podferry.cli.demo import demo
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
 from podferry.cli.images import app as image_commands
-from podferry.cli.lab import app as lab_commands
 from podferry.cli.install import install, uninstall
+from podferry.cli.lab import app as lab_commands
 from podferry.cli.migrate import Follower, Left
 from podferry.cli.pki import app as pki_commands
 from podferry.cli.record import Record
