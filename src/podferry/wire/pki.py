@@ -58,6 +58,15 @@ class Authority:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if (directory / CA_KEY).exists():
             raise UsageError(f"{directory} holds an authority already", remedy="load it, or remove the directory")
+        authority = cls.new(name)
+        certificate, key = authority.to_pem()
+        _write(directory / CA_CERTIFICATE, certificate, 0o644)
+        _write(directory / CA_KEY, key, 0o600)
+        return authority
+
+    @classmethod
+    def new(cls, name: str = "podferry") -> Authority:
+        """An authority that is nowhere but in memory."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} authority")])
         now = _now()
@@ -74,21 +83,32 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .sign(key, hashes.SHA256())
         )
-        _write(directory / CA_CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-        _write(directory / CA_KEY, _pem(key), 0o600)
         return cls(certificate, key)
+
+    def to_pem(self) -> tuple[bytes, bytes]:
+        """Certificate and key."""
+        return self.certificate.public_bytes(serialization.Encoding.PEM), _pem(self.key)
 
     @classmethod
     def load(cls, directory: Path) -> Authority:
         """The authority that `create` made in `directory`. Raises `UsageError` where there is none or it is damaged."""
         try:
-            certificate = x509.load_pem_x509_certificate((directory / CA_CERTIFICATE).read_bytes())
-            key = serialization.load_pem_private_key((directory / CA_KEY).read_bytes(), password=None)
-        except (OSError, ValueError) as cause:
+            certificate, key = (directory / CA_CERTIFICATE).read_bytes(), (directory / CA_KEY).read_bytes()
+        except OSError as cause:
             raise UsageError.because(f"no usable authority in {directory}", cause) from cause
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise UsageError(f"no usable authority in {directory}", why="its key is not an elliptic-curve key")
-        return cls(certificate, key)
+        return cls.from_pem(certificate, key, f"no usable authority in {directory}")
+
+    @classmethod
+    def from_pem(cls, certificate: bytes, key: bytes, what: str = "no usable authority") -> Authority:
+        """The authority whose `to_pem` this is. Raises `UsageError`, saying `what`."""
+        try:
+            read = x509.load_pem_x509_certificate(certificate)
+            private = serialization.load_pem_private_key(key, password=None)
+        except ValueError as cause:
+            raise UsageError.because(what, cause) from cause
+        if not isinstance(private, ec.EllipticCurvePrivateKey):
+            raise UsageError(what, why="its key is not an elliptic-curve key")
+        return cls(read, private)
 
     def issue(
         self,
@@ -104,6 +124,23 @@ class Authority:
         `addresses` are IP addresses; the times are UTC, by default a year from now. Files there are replaced, each at
         once. Raises `UsageError` for a name or an address that is none.
         """
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self.certify(name, addresses, key.public_key(), not_before=not_before, not_after=not_after)
+        into.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(into / CA_CERTIFICATE, self.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        _write(into / NODE_KEY, _pem(key), 0o600)
+        _write(into / NODE_CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+
+    def certify(
+        self,
+        name: str,
+        addresses: Sequence[str],
+        key: ec.EllipticCurvePublicKey,
+        *,
+        not_before: datetime.datetime | None = None,
+        not_after: datetime.datetime | None = None,
+    ) -> x509.Certificate:
+        """A certificate for the node `name` with this `key`, which never left it. Otherwise as `issue`."""
         check_node_name(name)
         try:
             ips = [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
@@ -112,12 +149,11 @@ class Authority:
         # The common name, which nobody checks, holds 64 characters at most (RFC 5280, ub-common-name).
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
         now = _now()
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = (
+        return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self.certificate.subject)
-            .public_key(key.public_key())
+            .public_key(key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(not_before or now - BACKDATED)
             .not_valid_after(not_after or now + NODE_LIFE)
@@ -128,17 +164,13 @@ class Authority:
                 x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
                 critical=False,
             )
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
                 critical=False,
             )
             .sign(self.key, hashes.SHA256())
         )
-        into.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(into / CA_CERTIFICATE, self.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-        _write(into / NODE_KEY, _pem(key), 0o600)
-        _write(into / NODE_CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
 def _now() -> datetime.datetime:

@@ -1,0 +1,5 @@
+"""`python -m podferry.controller`."""
+
+from podferry.controller.program import main
+
+main()

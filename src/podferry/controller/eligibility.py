@@ -1,0 +1,269 @@
+"""May this pod move at all? The pod and what it belongs to go in, obstacles come out: each with a reason and a remedy.
+
+What only a node knows (its kernel, what the processes hold open) is asked later by the engine's own preflight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from podferry.errors import Refused
+from podferry.kube.migration import UID_LABEL
+
+Json = dict[str, Any]
+
+HANDLER = "podferry"
+SHARED_ACCESS = frozenset({"ReadWriteMany", "ReadOnlyMany"})
+NATIVE_RESOURCES = ("cpu", "memory", "ephemeral-storage", "hugepages-")
+
+# Volumes that the kubelet makes anew on any node, or that any node can mount at the same time.
+MOVABLE_VOLUMES = frozenset(
+    {"emptyDir", "configMap", "secret", "projected", "downwardAPI", "nfs", "cephfs", "glusterfs", "azureFile", "image"}
+)
+
+
+class PodUnfit(Refused):
+    """Something of the pod stands in the way of moving it. `reason` is the word for programs."""
+
+    code = "PF120"
+    reason = "NotEligible"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What stands around the pod: its controller (None for a pod of its own), its claims by name, its RuntimeClass,
+    and the uids of the other Migrations of its namespace that have not ended."""
+
+    owner: Json | None = None
+    claims: Mapping[str, Json] = field(default_factory=dict)
+    runtime_class: Json | None = None
+    under_way: frozenset[str] = frozenset()
+
+
+Check = Callable[[Json, Surroundings], Iterator[PodUnfit]]
+
+
+def obstacles(pod: Json, around: Surroundings) -> list[PodUnfit]:
+    """Everything that stands in the way, the most basic first."""
+    return [found for check in CHECKS for found in check(pod, around)]
+
+
+def controller_of(pod: Json) -> Json | None:
+    """The owner reference of the pod's controller."""
+    return next((one for one in pod["metadata"].get("ownerReferences") or [] if one.get("controller")), None)
+
+
+def containers(pod: Json) -> list[Json]:
+    """The containers that run as long as the pod does: sidecars and the main ones."""
+    sidecars = [one for one in pod["spec"].get("initContainers") or [] if one.get("restartPolicy") == "Always"]
+    return sidecars + list(pod["spec"]["containers"])
+
+
+def _unfit(reason: str, what: str, *, why: str = "", remedy: str = "") -> PodUnfit:
+    error = PodUnfit(what, why=why, remedy=remedy)
+    error.reason = reason
+    return error
+
+
+def _runs(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    status = pod.get("status") or {}
+    if "deletionTimestamp" in pod["metadata"]:
+        yield _unfit("PodTerminating", "the pod is being deleted", remedy="nothing; it will not need to move")
+        return
+    if status.get("phase") != "Running":
+        yield _unfit(
+            "PodNotRunning",
+            "the pod does not run",
+            why=f"it is {status.get('phase', 'unknown')}",
+            remedy="wait until it runs; a pod that has not begun can simply be scheduled elsewhere",
+        )
+        return
+    wanted = {one["name"] for one in containers(pod)}
+    states = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    running = {one["name"] for one in states if "running" in (one.get("state") or {})}
+    if missing := sorted(wanted - running):
+        yield _unfit(
+            "ContainerNotRunning",
+            "not all of the pod's containers run",
+            why=", ".join(missing),
+            remedy="wait until they run; a container that has ended cannot be moved",
+        )
+    if busy := sorted(running - wanted):
+        yield _unfit(
+            "InitContainerRunning", "an init container is still at work", why=", ".join(busy), remedy="wait for its end"
+        )
+
+
+def _runtime(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    name = pod["spec"].get("runtimeClassName")
+    handler = (around.runtime_class or {}).get("handler") if name else None
+    if handler != HANDLER and not (name == HANDLER and around.runtime_class is None):
+        yield _unfit(
+            "RuntimeClassMissing",
+            "the pod was not started through podferry",
+            why=f"its runtimeClassName is {name!r}" if name else "it has no runtimeClassName",
+            remedy=f"set `runtimeClassName: {HANDLER}` in the pod's template; it counts from the pod's next start",
+        )
+
+
+def _owner(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    if "kubernetes.io/config.mirror" in (pod["metadata"].get("annotations") or {}):
+        yield _unfit(
+            "StaticPod", "the pod is static: its node's kubelet made it", remedy="static pods stay on their node"
+        )
+        return
+    reference = controller_of(pod)
+    if reference is None:
+        return
+    name = f"{reference['kind']} {reference['name']}"
+    match reference["kind"]:
+        case "Job":
+            yield from _job(name, around.owner)
+        case "ReplicaSet":
+            pass
+        case "StatefulSet":
+            yield _unfit(
+                "StatefulSet",
+                "the pod belongs to a StatefulSet",
+                why=f"{name} allows one pod of each name, and two are needed for a moment",
+                remedy="not possible yet; a Deployment's or a Job's pod can move",
+            )
+        case "DaemonSet":
+            yield _unfit(
+                "DaemonSet", "the pod belongs to its node", why=f"{name} has one on each", remedy="none needed"
+            )
+        case "Node":
+            yield _unfit("StaticPod", "the pod is static: its node's kubelet made it", remedy="it stays on its node")
+        case _:
+            yield _unfit(
+                "UnknownOwner",
+                "podferry does not know how to hand the pod over",
+                why=f"it belongs to {name} ({reference.get('apiVersion', '')})",
+                remedy="pods of Jobs, of Deployments and ReplicaSets, and pods of their own can move",
+            )
+
+
+def _job(name: str, job: Json | None) -> Iterator[PodUnfit]:
+    if job is None:
+        yield _unfit("OwnerGone", "the pod's owner is gone", why=name, remedy="nothing; the pod will go too")
+    elif "deletionTimestamp" in job["metadata"]:
+        yield _unfit(
+            "OwnerTerminating", "the pod's owner is being deleted", why=name, remedy="nothing; the pod will go"
+        )
+    elif job["spec"].get("suspend"):
+        yield _unfit("JobSuspended", "the job is suspended", why=name, remedy="resume it; its pods start anew then")
+
+
+def _shares(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    spec = pod["spec"]
+    for key, what in (("hostNetwork", "network"), ("hostPID", "processes"), ("hostIPC", "IPC")):
+        if spec.get(key):
+            yield _unfit(
+                key[0].upper() + key[1:],
+                f"the pod shares its node's {what}",
+                why=f"{key}: true",
+                remedy=f"run it without {key}",
+            )
+    if spec.get("shareProcessNamespace"):
+        yield _unfit(
+            "ShareProcessNamespace",
+            "the pod's containers share one process namespace",
+            why="its first process belongs to the sandbox, which does not move",
+            remedy="run it without shareProcessNamespace",
+        )
+    if spec.get("hostUsers") is False:
+        yield _unfit(
+            "UserNamespace",
+            "the pod has a user namespace of its own",
+            why="hostUsers: false; its mapping belongs to the node",
+            remedy="run it without hostUsers: false",
+        )
+
+
+def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    for volume in pod["spec"].get("volumes") or []:
+        name = volume["name"]
+        kind = next((one for one in volume if one != "name"), "emptyDir")
+        if kind == "hostPath":
+            yield _unfit(
+                "HostPath",
+                "the pod uses a directory of its node",
+                why=f"volume {name}: {volume[kind].get('path')}",
+                remedy="use a volume that other nodes can reach, or an emptyDir, which moves along",
+            )
+        elif kind == "persistentVolumeClaim":
+            yield from _claim(name, volume[kind]["claimName"], around.claims)
+        elif kind not in MOVABLE_VOLUMES:
+            yield _unfit(
+                "VolumeNotShared",
+                "the pod uses a volume that only one node can have",
+                why=f"volume {name} ({kind})",
+                remedy="use a claim with access mode ReadWriteMany",
+            )
+    if blocks := [one["name"] for one in containers(pod) if one.get("volumeDevices")]:
+        yield _unfit("BlockVolume", "the pod uses raw block volumes", why=", ".join(blocks), remedy="use a file system")
+
+
+def _claim(volume: str, name: str, claims: Mapping[str, Json]) -> Iterator[PodUnfit]:
+    claim = claims.get(name)
+    if claim is None:
+        yield _unfit(
+            "VolumeMissing", "a claim of the pod does not exist", why=f"volume {volume}: {name}", remedy="create it"
+        )
+        return
+    modes = claim.get("status", {}).get("accessModes") or claim["spec"].get("accessModes") or []
+    if not SHARED_ACCESS & set(modes):
+        yield _unfit(
+            "VolumeNotShared",
+            "the pod uses a volume that only one node can have",
+            why=f"volume {volume}: claim {name} is {', '.join(modes) or 'without an access mode'}",
+            remedy="use a claim with access mode ReadWriteMany: both nodes have it mounted for a moment",
+        )
+
+
+def _devices(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    for one in containers(pod):
+        named = {**(one.get("resources", {}).get("requests") or {}), **(one.get("resources", {}).get("limits") or {})}
+        if extended := sorted(name for name in named if not name.startswith(NATIVE_RESOURCES)):
+            yield _unfit(
+                "Devices",
+                "the pod uses devices of its node",
+                why=f"container {one['name']}: {', '.join(extended)}",
+                remedy="a job with devices cannot move yet",
+            )
+        if (one.get("securityContext") or {}).get("privileged"):
+            yield _unfit(
+                "Privileged",
+                "a container of the pod is privileged",
+                why=f"{one['name']} sees its node's devices",
+                remedy="name the capabilities that it needs instead",
+            )
+    if pod["spec"].get("resourceClaims"):
+        yield _unfit("Devices", "the pod has claims on devices", why="resourceClaims", remedy="it cannot move yet")
+
+
+def _debugged(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    states = (pod.get("status") or {}).get("ephemeralContainerStatuses") or []
+    if names := [one["name"] for one in states if "running" in (one.get("state") or {})]:
+        yield _unfit(
+            "EphemeralContainer",
+            "somebody is debugging the pod",
+            why=f"ephemeral containers run: {', '.join(names)}",
+            remedy="end them; they cannot be made anew on another node",
+        )
+
+
+def _busy(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    claimed = (pod["metadata"].get("labels") or {}).get(UID_LABEL)
+    if claimed in around.under_way:
+        yield _unfit(
+            "AlreadyMigrating",
+            "the pod is on its way already",
+            why=f"by the Migration with uid {claimed}",
+            remedy="wait for it or cancel it: kubectl get migrations",
+        )
+
+
+CHECKS: tuple[Check, ...] = (_runs, _busy, _runtime, _owner, _shares, _volumes, _devices, _debugged)

@@ -1,0 +1,94 @@
+"""The hand-over: the cluster follows the job to its new pod, in an order that no owner can misunderstand.
+
+The job runs on the target by now, and its original is frozen. (1) The source is marked as the one to go, should
+anybody find one pod too many, and leaves its Services. (2) One patch gives the target the source's labels, owners and
+finalizers. (3) One patch takes them off the source. (4) The source is deleted. Between (2) and (3) the owner sees two
+pods, for some milliseconds. It never sees none, so it starts no replacement; and should it act just then, it removes
+the pod that is not ready (kube-controller-manager, `controller.ActivePods`), which is the source, and a Job takes its
+tracking finalizer off before it deletes (`deleteJobPods`), so that nothing is counted as failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+
+from podferry.controller import pods, troubles
+from podferry.kube.client import PODS, Api, Json
+from podferry.kube.errors import Conflict, NotFound
+from podferry.kube.migration import RESUMED, Ending, Migration, timestamp
+from podferry.model import Outcome
+
+SOON = 0.25
+GRACE = 5
+"""Seconds that the kubelet gives the frozen original; the agent has killed it by then."""
+
+
+class HandOver:
+    """Does what is next of the hand-over of one migration."""
+
+    def __init__(self, api: Api, readiness: float) -> None:
+        self._api, self._readiness = api, readiness
+
+    def trouble(self, source: Json | None, target: Json | None) -> Ending | None:
+        """Somebody wanted the pod gone, or the target is gone, before the owner had it."""
+        if target is None or "deletionTimestamp" in target["metadata"]:
+            return troubles.ending(
+                Outcome.FAILED, troubles.TARGET_POD_GONE, "the target pod was deleted: the job went with it"
+            )
+        if pods.took_place(target):
+            return None
+        if source is None or "deletionTimestamp" in source["metadata"]:
+            return troubles.ending(
+                Outcome.FAILED,
+                troubles.POD_DELETED,
+                "the pod was deleted while it moved: its owner's wish goes before the move",
+            )
+        return None
+
+    async def step(self, migration: Migration, source: Json | None, target: Json | None) -> float | None:
+        """The next of the four. None once the owner has the target and the source is nobody's; else when to come again."""
+        assert target is not None
+        if not pods.took_place(target):
+            assert source is not None
+            if self._wait(migration, target):
+                return SOON
+            source = await self._mark(source)
+            target = await self._patch(target, pods.take_place(source, target))
+        if source is not None and not pods.left_place(source):
+            try:
+                await self._patch(source, pods.leave_place(source))
+            except NotFound:
+                pass
+            except Conflict:
+                return 0.0
+        return None
+
+    async def dismiss(self, source: Json) -> None:
+        """The source goes: it belongs to nobody."""
+        about = source["metadata"]
+        with contextlib.suppress(Conflict):  # another pod has the name by now
+            await self._api.delete(PODS, about["name"], about["namespace"], uid=about["uid"], grace=GRACE)
+
+    def _wait(self, migration: Migration, target: Json) -> bool:
+        """An owner ranks a pod that is not ready behind one that is; so the target may take a while to be called ready."""
+        if troubles.pod_ready(target):
+            return False
+        since = migration.status.condition(RESUMED)
+        now = datetime.datetime.now(datetime.UTC)
+        return since is not None and troubles.age(since.last_transition_time, now) < self._readiness
+
+    async def _mark(self, source: Json) -> Json:
+        """The source ranks last from now on."""
+        if (source["metadata"].get("annotations") or {}).get(pods.DELETION_COST) != pods.LEAST_COST:
+            source = await self._patch(source, pods.step_back(source))
+        return await self._api.patch(
+            PODS,
+            source["metadata"]["name"],
+            pods.not_ready(source, timestamp()),
+            source["metadata"]["namespace"],
+            part="status",
+        )
+
+    async def _patch(self, pod: Json, patch: Json) -> Json:
+        return await self._api.patch(PODS, pod["metadata"]["name"], patch, pod["metadata"]["namespace"])

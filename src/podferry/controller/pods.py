@@ -1,0 +1,238 @@
+"""The pods that a migration makes, and the patches that hand the source's place to the target's. All of it is pure.
+
+The target is a clone of the source without anything that would make somebody take it for the source too soon: no labels (Services,
+ReplicaSets and Jobs select by them), no owner, no finalizers. It gets these at the hand-over, in one patch.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+from podferry.kube.client import MIGRATIONS, PODS
+from podferry.kube.migration import (
+    API_VERSION,
+    HANDED_OVER_ANNOTATION,
+    NAME_ANNOTATION,
+    ORIGIN_ANNOTATION,
+    ROLE_LABEL,
+    UID_LABEL,
+    Migration,
+)
+
+Json = dict[str, Any]
+
+TARGET, PLACEHOLDER = "target", "placeholder"
+LONGEST_NAME, LONGEST_HOSTNAME = 253, 63
+LEAST_COST = "-2147483648"
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+
+# What the API server, admission or the scheduler fill in, and will fill in again.
+FILLED_IN = ("nodeName", "priority", "overhead", "ephemeralContainers", "schedulingGates", "preemptionPolicy")
+NOBODYS_SECURITY: Json = {
+    "allowPrivilegeEscalation": False,
+    "runAsNonRoot": True,
+    "runAsUser": 65534,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+MY_ANNOTATIONS = (NAME_ANNOTATION, ORIGIN_ANNOTATION, HANDED_OVER_ANNOTATION, DELETION_COST)
+
+
+def target_pod(source: Json, migration: Migration, node: str) -> Json:
+    """The pod that takes the source's place on `node`, as it is created: nobody's yet."""
+    spec = copy.deepcopy(source["spec"])
+    for name in FILLED_IN:
+        spec.pop(name, None)
+    if "." not in source["metadata"]["name"]:  # a hostname with dots is refused; CRIU restores the old one anyway
+        spec.setdefault("hostname", source["metadata"]["name"][:LONGEST_HOSTNAME].rstrip("-"))
+    # Init containers have finished, and startup probes have passed: neither shall hold up the job on the target.
+    sidecars = [one for one in spec.pop("initContainers", None) or [] if one.get("restartPolicy") == "Always"]
+    if sidecars:
+        spec["initContainers"] = sidecars
+    for one in [*sidecars, *spec["containers"]]:
+        one.pop("startupProbe", None)
+    _pin(spec, [{"key": "metadata.name", "operator": "In", "values": [node]}])
+    annotations = {
+        name: value
+        for name, value in (source["metadata"].get("annotations") or {}).items()
+        if name not in MY_ANNOTATIONS and not name.startswith("cni.") and name != "k8s.v1.cni.cncf.io/network-status"
+    }
+    origin = _origin(source)
+    return {
+        "metadata": {
+            "name": name_of(source, migration, TARGET),
+            "namespace": source["metadata"]["namespace"],
+            "labels": _labels(migration, TARGET),
+            "annotations": {**annotations, NAME_ANNOTATION: migration.name, ORIGIN_ANNOTATION: origin},
+            "ownerReferences": [_ours(migration)],
+        },
+        "spec": spec,
+    }
+
+
+def placeholder_pod(source: Json, migration: Migration, image: str) -> Json:
+    """A pod that asks the scheduler for what the source needs, anywhere but on the source's node, and holds the room."""
+    wanted = source["spec"]
+    keep = (
+        "affinity",
+        "tolerations",
+        "nodeSelector",
+        "topologySpreadConstraints",
+        "schedulerName",
+        "priorityClassName",
+    )
+    spec: Json = {name: copy.deepcopy(wanted[name]) for name in (*keep, "runtimeClassName") if name in wanted}
+    volumes = [one for one in wanted.get("volumes") or [] if "persistentVolumeClaim" in one]
+    resident = [one for one in wanted.get("initContainers") or [] if one.get("restartPolicy") == "Always"]
+    spec |= {
+        "containers": [
+            {
+                "name": one["name"],
+                "image": image,
+                "imagePullPolicy": "IfNotPresent",
+                "command": ["sleep", "infinity"],
+                "resources": copy.deepcopy(one.get("resources") or {}),
+                "securityContext": NOBODYS_SECURITY,
+            }
+            for one in [*resident, *wanted["containers"]]
+        ],
+        "volumes": copy.deepcopy(volumes),
+        "terminationGracePeriodSeconds": 0,
+        "restartPolicy": "Always",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+    }
+    if migration.spec.node_selector:
+        spec["nodeSelector"] = {**(spec.get("nodeSelector") or {}), **migration.spec.node_selector}
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [wanted["nodeName"]]}]
+    if migration.spec.target_node:
+        fields = [{"key": "metadata.name", "operator": "In", "values": [migration.spec.target_node]}]
+    _pin(spec, fields)
+    return {
+        "metadata": {
+            "name": name_of(source, migration, PLACEHOLDER),
+            "namespace": source["metadata"]["namespace"],
+            "labels": _labels(migration, PLACEHOLDER),
+            "annotations": {NAME_ANNOTATION: migration.name},
+            "ownerReferences": [_ours(migration)],
+        },
+        "spec": spec,
+    }
+
+
+def name_of(source: Json, migration: Migration, role: str) -> str:
+    """A name that is the same however often it is asked for, so that creating twice creates one."""
+    suffix = hashlib.sha256(f"{migration.uid}/{role}".encode()).hexdigest()[:5]
+    return f"{_origin(source)[: LONGEST_NAME - 6].rstrip('-.')}-{suffix}"
+
+
+def _origin(source: Json) -> str:
+    """What the names of a pod and of its successors begin with."""
+    about = source["metadata"]
+    earlier = (about.get("annotations") or {}).get(ORIGIN_ANNOTATION)
+    return str(earlier or (about.get("generateName") or "").rstrip("-") or about["name"])
+
+
+def _labels(migration: Migration, role: str) -> dict[str, str]:
+    return {UID_LABEL: migration.uid, ROLE_LABEL: role}
+
+
+def _ours(migration: Migration) -> Json:
+    """The Migration controls the pods that it makes: nobody adopts them, and they go with it."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": MIGRATIONS.kind,
+        "name": migration.name,
+        "uid": migration.uid,
+        "controller": True,
+    }
+
+
+def _pin(spec: Json, fields: list[Json]) -> None:
+    """Demand of every way that the pod may be placed that the node also satisfies `fields`."""
+    affinity = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
+    required = affinity.setdefault("requiredDuringSchedulingIgnoredDuringExecution", {"nodeSelectorTerms": []})
+    for term in required["nodeSelectorTerms"]:
+        # An earlier migration's pin names the node that the pod leaves now.
+        others = [one for one in term.get("matchFields") or [] if one.get("key") != "metadata.name"]
+        term["matchFields"] = [*others, *copy.deepcopy(fields)]
+    if not required["nodeSelectorTerms"]:
+        required["nodeSelectorTerms"] = [{"matchFields": copy.deepcopy(fields)}]
+
+
+# The hand-over. Each patch is a merge patch that carries the resourceVersion it was made from.
+
+
+def claim(pod: Json, migration: Migration) -> Json:
+    """Mark the source as on its way. One Migration wins, by compare-and-swap."""
+    return _patch(pod, labels={UID_LABEL: migration.uid})
+
+
+def unclaim(pod: Json) -> Json:
+    """The pod is nobody's concern any more."""
+    return _patch(pod, labels={UID_LABEL: None, ROLE_LABEL: None}, annotations={DELETION_COST: None})
+
+
+def step_back(source: Json) -> Json:
+    """Should its owner find one pod too many for a moment, it shall be the source that goes."""
+    return _patch(source, annotations={DELETION_COST: LEAST_COST})
+
+
+def not_ready(source: Json, now: str) -> Json:
+    """Status: Services leave the source now, and owners rank it behind the target."""
+    message = "the job has moved to another node"
+    conditions = []
+    for one in (source.get("status") or {}).get("conditions") or []:
+        if one["type"] in ("Ready", "ContainersReady") and one["status"] != "False":
+            one = {**one, "status": "False", "reason": "Migrated", "message": message, "lastTransitionTime": now}  # noqa: PLW2901
+        conditions.append(one)
+    return {
+        "metadata": {"resourceVersion": source["metadata"]["resourceVersion"]},
+        "status": {"conditions": conditions},
+    }
+
+
+def take_place(source: Json, target: Json) -> Json:
+    """The target becomes what the source was: labels, owners and finalizers, in one step."""
+    about = source["metadata"]
+    labels = {name: value for name, value in (about.get("labels") or {}).items() if name not in (UID_LABEL, ROLE_LABEL)}
+    patch = _patch(target, labels={**labels, ROLE_LABEL: TARGET}, annotations={HANDED_OVER_ANNOTATION: about["uid"]})
+    patch["metadata"]["ownerReferences"] = about.get("ownerReferences") or None
+    patch["metadata"]["finalizers"] = about.get("finalizers") or None
+    return patch
+
+
+def leave_place(source: Json) -> Json:
+    """The source is nobody's: its owner does not see it, let alone count it, when it goes."""
+    labels = {name: None for name in (source["metadata"].get("labels") or {}) if name != UID_LABEL}
+    patch = _patch(source, labels=labels)
+    patch["metadata"]["ownerReferences"] = None
+    patch["metadata"]["finalizers"] = None
+    return patch
+
+
+def took_place(target: Json) -> bool:
+    """Whether the owner has the target already."""
+    return HANDED_OVER_ANNOTATION in (target["metadata"].get("annotations") or {})
+
+
+def left_place(source: Json) -> bool:
+    """Whether the source belongs to nobody any more."""
+    about = source["metadata"]
+    return not (about.get("ownerReferences") or about.get("finalizers") or set(about.get("labels") or {}) - {UID_LABEL})
+
+
+def _patch(pod: Json, *, labels: Json | None = None, annotations: Json | None = None) -> Json:
+    about: Json = {"resourceVersion": pod["metadata"]["resourceVersion"], "uid": pod["metadata"]["uid"]}
+    if labels:
+        about["labels"] = labels
+    if annotations:
+        about["annotations"] = annotations
+    return {"metadata": about}
+
+
+def reference(pod: Json) -> Json:
+    """The pod as an event's subject."""
+    return {"apiVersion": PODS.api, "kind": PODS.kind, "metadata": pod["metadata"]}

@@ -1,0 +1,477 @@
+"""One Migration, one step: look at the objects as they are now, do what comes next.
+
+Nothing is remembered between steps. A controller that was killed anywhere, or runs twice, finds the same objects and does the same;
+every write is a compare-and-swap or names the uid that it means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from podferry.controller import eligibility, pods, troubles
+from podferry.controller.handover import HandOver
+from podferry.controller.surroundings import Surveyor
+from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase, migration_machine
+from podferry.core.phases import SourcePhase, TargetPhase
+from podferry.errors import Refused
+from podferry.kube import status as store
+from podferry.kube.client import MIGRATIONS, NODES, PODS, Api, Json
+from podferry.kube.errors import AlreadyExists, ApiFailed, Conflict, NotFound, transient
+from podferry.kube.events import Events
+from podferry.kube.migration import (
+    CANCELLED,
+    COMPLETED,
+    ELIGIBLE,
+    FAILED,
+    FINALIZER,
+    HANDED_OVER,
+    RESUMED,
+    ROLE_LABEL,
+    SCHEDULED,
+    TARGET_CREATED,
+    TARGET_REQUESTED,
+    UID_LABEL,
+    Ending,
+    EnginePhases,
+    Migration,
+    OwnerReference,
+    PodReference,
+    timestamp,
+)
+from podferry.model import Outcome
+
+E, P = MigrationEvent, MigrationPhase
+
+LOOK_AGAIN = 2.0
+DEADLINE_SLACK = 30.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How patient the controller is, in seconds: for the scheduler, for a resumed pod to be called ready, for the source's agent
+    after the hand-over, for pods to be gone. `image` is what placeholders run."""
+
+    image: str = "podferry"
+    scheduling: float = 120.0
+    readiness: float = 30.0
+    farewell: float = 60.0
+    removal: float = 30.0
+
+
+class Reconciler:
+    """Takes Migrations from wherever they are to their end."""
+
+    def __init__(self, api: Api, settings: Settings) -> None:
+        self._api, self._settings = api, settings
+        self._events = Events(api, "podferry-controller")
+        self._survey = Surveyor(api)
+        self._hand_over = HandOver(api, settings.readiness)
+        self._log = structlog.get_logger()
+        self._steps: dict[MigrationPhase, Callable[[Migration], Awaitable[float | None]]] = {
+            P.PENDING: self._pending,
+            P.SCHEDULING: self._scheduling,
+            P.RUNNING: self._running,
+            P.HANDING_OVER: self._handing_over,
+            P.UNDOING: self._undoing,
+        }
+
+    async def step(self, namespace: str, name: str) -> float | None:
+        """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
+        migration = await store.read(self._api, namespace, name)
+        if migration is None:
+            return None
+        if migration.status.phase in MIGRATION_ENDS:
+            await self._let_go(migration)
+            return None
+        try:
+            return await self._steps[migration.status.phase](migration)
+        except Conflict:
+            return 0.0  # somebody was faster; look again
+
+    # Pending: may it move?
+
+    async def _pending(self, migration: Migration) -> float | None:
+        if not await self._hold_on(migration):
+            return 0.0
+        if cancelled := troubles.of_cancel(migration):
+            await self._fire(migration, E.WITHDRAWN, ending=cancelled)
+            return 0.0
+        source = await self._api.find(PODS, migration.spec.pod_name, migration.namespace)
+        if source is None:
+            missing = Refused(f"there is no pod {migration.spec.pod_name}", remedy="kubectl get pods")
+            return await self._refuse(migration, "PodNotFound", [missing])
+        around = await self._survey.around(source, migration)
+        if found := eligibility.obstacles(source, around):
+            return await self._refuse(migration, found[0].reason, list(found))
+        if wrong := await self._survey.target_node(source, migration):
+            return await self._refuse(migration, wrong.reason, [wrong])
+        if not troubles.claims(source, migration):
+            claim = pods.claim(source, migration)
+            source = await self._api.patch(PODS, migration.spec.pod_name, claim, migration.namespace)
+        owner = eligibility.controller_of(source)
+
+        def taken_up(now: Migration) -> None:
+            now.status.source_node = source["spec"]["nodeName"]
+            now.status.source_pod = PodReference(name=source["metadata"]["name"], uid=source["metadata"]["uid"])
+            now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
+            now.status.start_time = timestamp()
+            now.status.say(ELIGIBLE, True, "NothingInTheWay")
+
+        await self._fire(migration, E.CLAIMED, taken_up, message="looking for a node")
+        await self._events.say(
+            pods.reference(source), "MigrationStarted", f"Migration {migration.name} looks for another node"
+        )
+        return 0.0
+
+    async def _refuse(self, migration: Migration, reason: str, why: list[Refused]) -> float:
+        words = "; ".join(str(one) for one in why)
+        remedy = "; ".join(one.remedy for one in why if one.remedy)
+        end = troubles.ending(Outcome.REFUSED, reason, words, remedy=remedy, code=why[0].code)
+        message = f"{words}. What to do: {remedy}" if remedy else words
+        await self._fire(migration, E.REFUSAL, lambda now: now.status.say(ELIGIBLE, False, reason, message), ending=end)
+        return 0.0
+
+    # Scheduling: where to?
+
+    async def _scheduling(self, migration: Migration) -> float | None:
+        source = await self._source(migration)
+        if trouble := await self._beforehand(migration, source):
+            return await self._undo(migration, trouble)
+        assert source is not None
+        placeholder = await self._api.find(PODS, pods.name_of(source, migration, pods.PLACEHOLDER), migration.namespace)
+        if placeholder is None:
+            try:
+                body = pods.placeholder_pod(source, migration, self._settings.image)
+                placeholder = await self._api.create(PODS, body, migration.namespace)
+            except AlreadyExists:
+                return 0.0
+            except ApiFailed as refused:
+                if transient(refused) and "webhook" not in refused.why:
+                    raise
+                return await self._undo(migration, troubles.of_creation(refused, "a pod that looks for a node"))
+        if node := placeholder["spec"].get("nodeName"):
+
+            def placed(now: Migration) -> None:
+                now.status.target_node = node
+                now.status.say(SCHEDULED, True, "NodeChosen", f"the scheduler chose {node}")
+
+            await self._fire(migration, E.PLACED, placed, message=f"moving to {node}")
+            await self._tell(migration, "Scheduled", f"{migration.spec.pod_name} moves to {node}")
+            return 0.0
+        if why := troubles.unscheduled(placeholder):
+            await self._say(migration, SCHEDULED, False, *why)
+        if trouble := troubles.of_waiting(placeholder, "the pod", self._settings.scheduling, _now()):
+            return await self._undo(migration, trouble)
+        return LOOK_AGAIN
+
+    # Running: the agents work; here the target pod is made, and whatever may go wrong around is watched.
+
+    async def _running(self, migration: Migration) -> float | None:
+        status = migration.status
+        if status.holds(RESUMED) and status.arbiter != "source":
+            lost = status.engine is not None and status.engine.source == SourcePhase.LOST
+            await self._fire(migration, E.RESUMED, _arbitrate("target") if lost else None, message="handing over")
+            return 0.0
+        source, target = await self._source(migration), await self._target(migration)
+        if (over := status.engine_ending) is not None:
+            return await self._undo(migration, _blame(over, status.abort))
+        if (again := await self._arbitrate(migration)) is not None:
+            return again
+        trouble = status.abort or await self._beforehand(migration, source)
+        trouble = trouble or troubles.of_target(target, migration, self._settings.scheduling, _now())
+        if trouble is None and status.target_node:
+            node = await self._api.find(NODES, status.target_node)
+            trouble = troubles.of_target_node(node, status.target_node)
+        if trouble is not None:
+            return await self._abort(migration, trouble, source)
+        if status.holds(TARGET_REQUESTED) and status.target_pod is None:
+            assert source is not None
+            return await self._make_target(migration, source)
+        return LOOK_AGAIN
+
+    async def _make_target(self, migration: Migration, source: Json) -> float:
+        node = migration.status.target_node or ""
+        await self._api.delete(PODS, pods.name_of(source, migration, pods.PLACEHOLDER), migration.namespace, grace=0)
+        body = pods.target_pod(source, migration, node)
+        try:
+            target = await self._api.create(PODS, body, migration.namespace)
+        except AlreadyExists:
+            target = await self._api.get(PODS, body["metadata"]["name"], migration.namespace)
+            if not troubles.claims(target, migration):
+                taken = ApiFailed("the target pod's name is taken", why=body["metadata"]["name"])
+                return await self._abort(migration, troubles.of_creation(taken, "the target pod"), source)
+        except ApiFailed as refused:
+            if transient(refused) and "webhook" not in refused.why:
+                raise
+            trouble = troubles.of_creation(refused, "the target pod")
+            await self._say(migration, TARGET_CREATED, False, trouble.reason, trouble.message)
+            return await self._abort(migration, trouble, source)
+
+        def made(now: Migration) -> bool:
+            now.status.target_pod = PodReference(name=target["metadata"]["name"], uid=target["metadata"]["uid"])
+            now.status.say(TARGET_CREATED, True, "PodCreated", target["metadata"]["name"])
+            return now.status.phase is P.RUNNING
+
+        await store.change(self._api, migration, made)
+        await self._events.say(
+            pods.reference(target), "MigrationTarget", f"waits for {migration.spec.pod_name} to move in"
+        )
+        return LOOK_AGAIN
+
+    async def _abort(self, migration: Migration, trouble: Ending, source: Json | None) -> float:
+        """Before the agents have begun nothing needs asking. Then the source's agent is asked: only it knows whether
+        it is too late.
+        """
+
+        def asked(now: Migration) -> bool:
+            now.status.abort = now.status.abort or trouble
+            return now.status.phase is P.RUNNING
+
+        migration = await store.change(self._api, migration, asked)
+        why = migration.status.abort or trouble
+        engine = migration.status.engine
+        if engine is None or not engine.source:
+            return await self._undo(migration, why)
+        node = await self._api.find(NODES, migration.status.source_node or "")
+        if troubles.gone_or_fenced(node):
+            lost = troubles.ending(
+                Outcome.FAILED, troubles.SOURCE_NODE_LOST, f"the source's node is gone; {why.message}"
+            )
+            return await self._undo(migration, lost)
+        gave_up = engine.target == TargetPhase.GAVE_UP
+        if gave_up and node is not None and not troubles.ready(node):
+            return await self._undo(
+                migration, why
+            )  # the source takes its job back when it returns: the target never will
+        return LOOK_AGAIN
+
+    async def _arbitrate(self, migration: Migration) -> float | None:
+        """The nodes lost each other after the right to run had passed: who is certain not to run decides."""
+        engine, status = migration.status.engine or EnginePhases(), migration.status
+        if status.arbiter is not None or engine.source != SourcePhase.LOST:
+            return None
+        if troubles.gone_or_fenced(await self._api.find(NODES, status.target_node or "")):
+            await store.change(self._api, migration, _decide("source"))
+            await self._tell(migration, "Arbitrated", f"{status.target_node} is gone: the job runs on", warning=True)
+        return LOOK_AGAIN
+
+    # HandingOver: the job runs on the target; the cluster follows.
+
+    async def _handing_over(self, migration: Migration) -> float | None:
+        source, target = await self._source(migration), await self._target(migration)
+        if not migration.status.holds(HANDED_OVER):
+            if trouble := self._hand_over.trouble(source, target):
+                await self._say(migration, HANDED_OVER, False, trouble.reason, trouble.message)
+                return await self._undo(migration, trouble)
+            again = await self._hand_over.step(migration, source, target)
+            if again is not None:
+                return again
+            migration = await self._say(migration, HANDED_OVER, True, "OwnerHasTarget")
+            return 0.0
+        if source is not None and "deletionTimestamp" not in source["metadata"]:
+            await self._hand_over.dismiss(source)
+        over = migration.status.engine_ending
+        if over is not None and over.outcome == Outcome.FAILED:
+            return await self._undo(migration, over)
+        if over is None and not await self._farewell_is_over(migration):
+            return LOOK_AGAIN
+        await self._release(target)
+        downtime = f", stopped for {migration.status.downtime}" if migration.status.downtime else ""
+        done = troubles.ending(Outcome.COMPLETED, "Moved", f"moved to {migration.status.target_node}{downtime}")
+        await self._fire(migration, E.HANDED_OVER, ending=done)
+        return 0.0
+
+    async def _farewell_is_over(self, migration: Migration) -> bool:
+        """The source's agent has had its time to kill the frozen original and to say so, or will never say anything again."""
+        since = migration.status.condition(HANDED_OVER)
+        if since is not None and troubles.age(since.last_transition_time, _now()) > self._settings.farewell:
+            return True
+        return troubles.gone_or_fenced(await self._api.find(NODES, migration.status.source_node or ""))
+
+    # Undoing: what was made goes.
+
+    async def _undoing(self, migration: Migration) -> float | None:
+        end = migration.status.ending
+        assert end is not None
+        source, target = await self._source(migration), await self._target(migration)
+        mine, _ = await self._api.list(PODS, migration.namespace, labels=f"{UID_LABEL}={migration.uid}")
+        kept = target if target is not None and pods.took_place(target) else None
+        away = [
+            one
+            for one in mine
+            if (one["metadata"]["labels"].get(ROLE_LABEL) in (pods.TARGET, pods.PLACEHOLDER))
+            and (kept is None or one["metadata"]["uid"] != kept["metadata"]["uid"])
+            and (source is None or one["metadata"]["uid"] != source["metadata"]["uid"])
+        ]
+        if away:
+            await self._remove(migration, away)
+            return 0.5
+        for one in (source, kept):
+            await self._release(one)
+        await self._fire(migration, UNDONE[Outcome(end.outcome)], ending=end)
+        return 0.0
+
+    async def _remove(self, migration: Migration, away: list[Json]) -> None:
+        for one in away:
+            about = one["metadata"]
+            deleted = about.get("deletionTimestamp")
+            late = deleted is not None and troubles.age(deleted, _now()) > self._settings.removal
+            force = late or about["labels"][ROLE_LABEL] == pods.PLACEHOLDER
+            if deleted is None or late:
+                await self._api.delete(
+                    PODS, about["name"], migration.namespace, uid=about["uid"], grace=0 if force else 1
+                )
+
+    async def _undo(self, migration: Migration, why: Ending) -> float:
+        if why.outcome == Outcome.COMPLETED:
+            why = troubles.ending(
+                Outcome.FAILED, "Inconsistent", f"the engine completed, but nothing resumed: {why.message}"
+            )
+        if why.outcome == Outcome.REFUSED:  # by the engine, on the nodes: the way out is the same
+            why = why.model_copy(update={"outcome": str(Outcome.ROLLED_BACK)})
+        await self._fire(migration, E.TROUBLE, lambda now: setattr(now.status, "ending", why), message=why.message)
+        return 0.0
+
+    # Common parts.
+
+    async def _beforehand(self, migration: Migration, source: Json | None) -> Ending | None:
+        """What ends any migration before the job has resumed: a wish, a change of mind of the owner's, time."""
+        owner = await self._survey.owner(source) if source is not None else None
+        slack = DEADLINE_SLACK if migration.status.phase is P.RUNNING else 0.0
+        return (
+            troubles.of_source(source, owner, migration)
+            or await self._survey.namespace_trouble(migration)
+            or troubles.of_cancel(migration)
+            or troubles.of_time(migration, _now(), slack=slack)
+        )
+
+    async def _source(self, migration: Migration) -> Json | None:
+        return await self._pod(migration, migration.status.source_pod)
+
+    async def _target(self, migration: Migration) -> Json | None:
+        return await self._pod(migration, migration.status.target_pod)
+
+    async def _pod(self, migration: Migration, wanted: PodReference | None) -> Json | None:
+        """The very pod; one of the same name with another uid is somebody else."""
+        if wanted is None:
+            return None
+        pod = await self._api.find(PODS, wanted.name, migration.namespace)
+        return pod if pod is not None and pod["metadata"]["uid"] == wanted.uid else None
+
+    async def _release(self, pod: Json | None) -> None:
+        """The pod is an ordinary one again."""
+        if pod is not None and UID_LABEL in (pod["metadata"].get("labels") or {}):
+            with contextlib.suppress(NotFound):
+                await self._api.patch(PODS, pod["metadata"]["name"], pods.unclaim(pod), pod["metadata"]["namespace"])
+
+    async def _fire(
+        self,
+        migration: Migration,
+        event: MigrationEvent,
+        change: Callable[[Migration], object] | None = None,
+        *,
+        ending: Ending | None = None,
+        message: str = "",
+    ) -> Migration:
+        """Take `event`, with what else belongs to it, in one write. Where another controller was faster, nothing is done."""
+        before, after = migration.status.phase, migration_machine(migration.status.phase).next(event)
+        written = False
+
+        def moved(now: Migration) -> bool:
+            nonlocal written
+            if now.status.phase is not before:
+                return False
+            now.status.phase, now.status.message = after, message or now.status.message
+            now.status.observed_generation = now.metadata.get("generation")
+            if change is not None:
+                change(now)
+            if ending is not None and after in MIGRATION_ENDS:
+                _end(now, ending)
+            written = True
+            return True
+
+        migration = await store.change(self._api, migration, moved)
+        if written:
+            self._log.info(
+                "phase", migration=migration.name, namespace=migration.namespace, phase=str(after), because=str(event)
+            )
+            if ending is not None and after in MIGRATION_ENDS:
+                await self._announce(migration, ending)
+        return migration
+
+    async def _announce(self, migration: Migration, end: Ending) -> None:
+        warning = end.outcome != Outcome.COMPLETED
+        reason = f"Migration{migration.status.phase}"
+        await self._tell(migration, reason, end.message, warning=warning)
+        pod = (await self._target(migration)) or (await self._source(migration))
+        if pod is not None:
+            await self._events.say(pods.reference(pod), reason, f"{migration.name}: {end.message}", warning=warning)
+
+    async def _say(self, migration: Migration, type: str, holds: bool, reason: str, message: str = "") -> Migration:
+        def said(now: Migration) -> bool:
+            now.status.say(type, holds, reason, message)
+            return True
+
+        return await store.change(self._api, migration, said)
+
+    async def _tell(self, migration: Migration, reason: str, message: str, *, warning: bool = False) -> None:
+        await self._events.say(migration.to_json(), reason, message, warning=warning)
+
+    async def _hold_on(self, migration: Migration) -> bool:
+        """Our finalizer is there, or was put there just now (False: read again)."""
+        finalizers = migration.metadata.get("finalizers") or []
+        if FINALIZER in finalizers or "deletionTimestamp" in migration.metadata:
+            return True
+        await self._finalizers(migration, [*finalizers, FINALIZER])
+        return False
+
+    async def _let_go(self, migration: Migration) -> None:
+        finalizers = migration.metadata.get("finalizers") or []
+        if FINALIZER in finalizers:
+            await self._finalizers(migration, [one for one in finalizers if one != FINALIZER])
+
+    async def _finalizers(self, migration: Migration, wanted: list[str]) -> None:
+        about = {"resourceVersion": migration.metadata["resourceVersion"], "finalizers": wanted}
+        with contextlib.suppress(NotFound):
+            await self._api.patch(MIGRATIONS, migration.name, {"metadata": about}, migration.namespace)
+
+
+def _end(migration: Migration, end: Ending) -> None:
+    """The last write of a Migration's status."""
+    status = migration.status
+    status.ending, status.message, status.completion_time = end, end.message, timestamp()
+    completed = end.outcome == Outcome.COMPLETED
+    status.say(COMPLETED, completed, end.reason, end.message)
+    status.say(FAILED, not completed and end.outcome != Outcome.CANCELLED, end.reason, end.message)
+    status.say(CANCELLED, end.outcome == Outcome.CANCELLED, end.reason, end.message)
+
+
+def _blame(over: Ending, abort: Ending | None) -> Ending:
+    """The engine says how it ended; why, whoever asked it to stop knows better."""
+    asked = abort is not None and over.outcome in (Outcome.CANCELLED, Outcome.ROLLED_BACK)
+    return abort if asked and abort is not None else over
+
+
+def _arbitrate(side: str) -> Callable[[Migration], object]:
+    return lambda now: setattr(now.status, "arbiter", now.status.arbiter or side)
+
+
+def _decide(side: str) -> Callable[[Migration], bool]:
+    """Once, and only where the target has not said meanwhile that it runs the job."""
+
+    def decided(now: Migration) -> bool:
+        if now.status.arbiter is not None or now.status.holds(RESUMED):
+            return False
+        now.status.arbiter = side
+        return True
+
+    return decided
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

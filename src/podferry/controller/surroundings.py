@@ -1,0 +1,86 @@
+"""Reads what stands around a pod: its owner, its claims, its RuntimeClass, its namespace and the nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from podferry.controller import troubles
+from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of
+from podferry.kube.client import (
+    CLAIMS,
+    JOBS,
+    MIGRATIONS,
+    NAMESPACES,
+    NODES,
+    REPLICASETS,
+    RUNTIME_CLASSES,
+    Api,
+)
+from podferry.kube.migration import Ending, Migration
+from podferry.model import Outcome
+
+Json = dict[str, Any]
+
+OWNERS = {one.kind: one for one in (JOBS, REPLICASETS)}
+
+
+class Surveyor:
+    """Asks the API server; decides nothing."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def around(self, pod: Json, migration: Migration | None = None) -> Surroundings:
+        """What `eligibility.obstacles` wants to know. `migration` is the one that asks, if any."""
+        namespace, spec = pod["metadata"]["namespace"], pod["spec"]
+        wanted = [
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in spec.get("volumes") or []
+            if "persistentVolumeClaim" in volume
+        ]
+        claims = {name: claim for name in wanted if (claim := await self._api.find(CLAIMS, name, namespace))}
+        name = spec.get("runtimeClassName")
+        others, _ = await self._api.list(MIGRATIONS, namespace)
+        return Surroundings(
+            owner=await self.owner(pod),
+            claims=claims,
+            runtime_class=await self._api.find(RUNTIME_CLASSES, name) if name else None,
+            under_way=troubles.under_way(others, migration.uid if migration else ""),
+        )
+
+    async def owner(self, pod: Json) -> Json | None:
+        """The pod's controller, where it is of a kind whose wishes matter to a move and it is still the same one."""
+        reference = controller_of(pod)
+        if reference is None or reference["kind"] not in OWNERS:
+            return None
+        found = await self._api.find(OWNERS[reference["kind"]], reference["name"], pod["metadata"]["namespace"])
+        return found if found is not None and found["metadata"]["uid"] == reference["uid"] else None
+
+    async def target_node(self, pod: Json, migration: Migration) -> PodUnfit | None:
+        """What is wrong with the node that the user named, if one was named."""
+        name = migration.spec.target_node
+        if name is None:
+            return None
+        node = await self._api.find(NODES, name)
+        if name == pod["spec"]["nodeName"]:
+            return _unfit("AlreadyThere", f"the pod is on {name} already", "name another node, or none")
+        if node is None:
+            return _unfit("NodeNotFound", f"there is no node {name}", "kubectl get nodes")
+        if not troubles.ready(node):
+            return _unfit("NodeNotReady", f"node {name} is not ready", "name another node, or none")
+        return None
+
+    async def namespace_trouble(self, migration: Migration) -> Ending | None:
+        """The namespace is going, and everything in it."""
+        found = await self._api.find(NAMESPACES, migration.namespace)
+        if found is not None and "deletionTimestamp" not in found["metadata"]:
+            return None
+        return troubles.ending(
+            Outcome.FAILED, troubles.NAMESPACE_TERMINATING, f"namespace {migration.namespace} is being deleted"
+        )
+
+
+def _unfit(reason: str, what: str, remedy: str) -> PodUnfit:
+    error = PodUnfit(what, remedy=remedy)
+    error.reason = reason
+    return error

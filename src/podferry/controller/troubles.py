@@ -1,0 +1,176 @@
+"""What can go wrong around a migration, as words for its condition. Pure: objects in, an ending or nothing out."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from podferry.core.migration import MIGRATION_ENDS
+from podferry.errors import PodferryError
+from podferry.kube.errors import ApiFailed, Forbidden, NotFound
+from podferry.kube.migration import UID_LABEL, Ending, Migration, seconds
+from podferry.model import Outcome
+
+Json = dict[str, Any]
+
+CANCEL_REQUESTED, TIMED_OUT, POD_DELETED, POD_ENDED = "CancelRequested", "TimedOut", "PodDeleted", "PodEnded"
+JOB_SUSPENDED, NAMESPACE_TERMINATING = "JobSuspended", "NamespaceTerminating"
+UNSCHEDULABLE, QUOTA_EXCEEDED, WEBHOOK_DENIED, POD_INVALID = (
+    "Unschedulable",
+    "QuotaExceeded",
+    "WebhookDenied",
+    "PodInvalid",
+)
+VOLUME_MISSING, TARGET_POD_FAILED, TARGET_POD_GONE = "VolumeMissing", "TargetPodFailed", "TargetPodGone"
+TARGET_NODE_LOST, SOURCE_NODE_LOST, TARGET_SILENT = "TargetNodeLost", "SourceNodeLost", "TargetAgentSilent"
+
+OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+
+
+def ending(outcome: Outcome, reason: str, message: str, *, remedy: str = "", code: str = "") -> Ending:
+    """An ending in words."""
+    return Ending(outcome=str(outcome), reason=reason, message=message[:8000], remedy=remedy[:2000], code=code)
+
+
+def of_cancel(migration: Migration) -> Ending | None:
+    """Somebody does not want it any more."""
+    if not migration.cancel_wanted:
+        return None
+    how = "spec.cancel" if migration.spec.cancel else "the Migration was deleted"
+    return ending(Outcome.CANCELLED, CANCEL_REQUESTED, f"cancelled on request ({how})")
+
+
+def of_source(source: Json | None, owner: Json | None, migration: Migration) -> Ending | None:
+    """The pod that moves, or its owner, wants something else now. A rollout, a drain, a suspended Job: they win."""
+    wanted = migration.status.source_pod
+    if source is None or (wanted is not None and source["metadata"]["uid"] != wanted.uid):
+        return ending(Outcome.FAILED, POD_DELETED, "the pod was deleted during the move")
+    if owner is not None and owner["spec"].get("suspend"):
+        return ending(Outcome.FAILED, JOB_SUSPENDED, f"Job {owner['metadata']['name']} was suspended during the move")
+    if "deletionTimestamp" in source["metadata"]:
+        return ending(Outcome.FAILED, POD_DELETED, "the pod is being deleted: its owner's wish goes before the move")
+    phase = source.get("status", {}).get("phase")
+    if phase in ("Succeeded", "Failed"):
+        return ending(Outcome.FAILED, POD_ENDED, f"the pod ended by itself ({phase}) before it had moved")
+    return None
+
+
+def of_creation(error: PodferryError, what: str) -> Ending:
+    """The API server did not take a pod of ours."""
+    why, reason = error.why, "PodRefused"
+    if isinstance(error, Forbidden) and "exceeded quota" in why:
+        reason = QUOTA_EXCEEDED
+    elif (isinstance(error, Forbidden) and "being terminated" in why) or isinstance(error, NotFound):
+        reason = NAMESPACE_TERMINATING
+    elif "webhook" in why:
+        reason = WEBHOOK_DENIED
+    elif isinstance(error, ApiFailed) and error.status == 422:
+        reason = POD_INVALID
+    remedies = {
+        QUOTA_EXCEEDED: "the move needs room in the quota for two pods for a moment: raise it, or move at another time",
+        WEBHOOK_DENIED: "see why the webhook refuses a copy of this pod",
+    }
+    return ending(
+        Outcome.ROLLED_BACK, reason, f"{what} was refused: {why}", remedy=remedies.get(reason, ""), code=error.code
+    )
+
+
+def of_waiting(pod: Json, what: str, patience: float, now: datetime.datetime) -> Ending | None:
+    """The scheduler has found no node for `pod` for `patience` seconds."""
+    if pod["spec"].get("nodeName"):
+        return None
+    reason, message = unscheduled(pod) or (UNSCHEDULABLE, "the scheduler has said nothing yet")
+    if age(pod["metadata"]["creationTimestamp"], now) < patience:
+        return None
+    return ending(
+        Outcome.ROLLED_BACK,
+        reason,
+        f"{what} found no node within {patience:.0f} s: {message}",
+        remedy="make room, or name another targetNode or nodeSelector",
+    )
+
+
+def unscheduled(pod: Json) -> tuple[str, str] | None:
+    """Why the scheduler has not placed the pod, in its own words."""
+    for one in pod.get("status", {}).get("conditions") or []:
+        if one["type"] == "PodScheduled" and one["status"] == "False":
+            message = one.get("message", "")
+            missing = "persistentvolumeclaim" in message and "not found" in message
+            return (VOLUME_MISSING if missing else UNSCHEDULABLE), message
+    return None
+
+
+def of_target(target: Json | None, migration: Migration, patience: float, now: datetime.datetime) -> Ending | None:
+    """The pod that shall take over is in trouble, before the job runs in it."""
+    wanted = migration.status.target_pod
+    if wanted is None:
+        return None
+    if target is None or target["metadata"]["uid"] != wanted.uid or "deletionTimestamp" in target["metadata"]:
+        return ending(Outcome.ROLLED_BACK, TARGET_POD_GONE, "the target pod was deleted before the job had moved")
+    status = target.get("status", {})
+    if status.get("phase") in ("Failed", "Succeeded"):
+        why = status.get("message") or status.get("reason") or status["phase"]
+        return ending(Outcome.ROLLED_BACK, TARGET_POD_FAILED, f"the target pod ended before the job had moved: {why}")
+    return of_waiting(target, "the target pod", patience, now)
+
+
+def of_target_node(node: Json | None, name: str) -> Ending | None:
+    """The target's node is gone or does not answer."""
+    if node is None:
+        return ending(Outcome.ROLLED_BACK, TARGET_NODE_LOST, f"node {name} is gone")
+    if not ready(node):
+        return ending(Outcome.ROLLED_BACK, TARGET_NODE_LOST, f"node {name} is not ready any more")
+    return None
+
+
+def of_time(migration: Migration, now: datetime.datetime, *, slack: float = 0.0) -> Ending | None:
+    """It takes too long. The engine keeps the same deadline; `slack` (seconds) lets it come first."""
+    limit = seconds(migration.spec.timeout)
+    if migration.status.start_time is None or age(migration.status.start_time, now) < limit + slack:
+        return None
+    return ending(
+        Outcome.ROLLED_BACK,
+        TIMED_OUT,
+        f"it was not done within {migration.spec.timeout}",
+        remedy="a longer spec.timeout, or another mode",
+    )
+
+
+def ready(node: Json) -> bool:
+    """Whether the node's kubelet answers."""
+    conditions = node.get("status", {}).get("conditions") or []
+    return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+
+
+def gone_or_fenced(node: Json | None) -> bool:
+    """Whether nothing runs on the node for certain: it was removed, or somebody vouches for it by the out-of-service taint."""
+    return node is None or any(one["key"] == OUT_OF_SERVICE for one in node["spec"].get("taints") or [])
+
+
+def pod_ready(pod: Json) -> bool:
+    """Whether the pod runs and its kubelet calls it ready."""
+    status = pod.get("status", {})
+    conditions = status.get("conditions") or []
+    return status.get("phase") == "Running" and any(
+        one["type"] == "Ready" and one["status"] == "True" for one in conditions
+    )
+
+
+def claims(pod: Json, migration: Migration) -> bool:
+    """Whether the pod carries this migration's label."""
+    return (pod["metadata"].get("labels") or {}).get(UID_LABEL) == migration.uid
+
+
+def age(since: str, now: datetime.datetime) -> float:
+    """Seconds since a metav1.Time."""
+    return (now - datetime.datetime.fromisoformat(since)).total_seconds()
+
+
+def under_way(migrations: list[Json], but: str) -> frozenset[str]:
+    """The uids of the Migrations that have not ended, except one."""
+    found = {
+        one["metadata"]["uid"]
+        for one in migrations
+        if (one.get("status") or {}).get("phase") not in set(MIGRATION_ENDS)
+    }
+    return frozenset(found - {but})

@@ -1,0 +1,90 @@
+"""The phases of a Migration object in a cluster: what the controller does, around the engine that the agents run.
+
+The engine's own table (`core.phases`) is what happens inside `Running`. As there, an event that a phase does not list is a bug
+and changes nothing, and the picture in docs/kubernetes.md is drawn from the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from podferry.core.phases import Machine
+from podferry.model import Outcome
+
+
+class MigrationPhase(StrEnum):
+    """How far a Migration is; the values are part of the API."""
+
+    PENDING = "Pending"
+    SCHEDULING = "Scheduling"
+    RUNNING = "Running"
+    HANDING_OVER = "HandingOver"
+    UNDOING = "Undoing"
+    COMPLETED = "Completed"
+    REFUSED = "Refused"
+    ROLLED_BACK = "RolledBack"
+    CANCELLED = "Cancelled"
+    FAILED = "Failed"
+
+
+class MigrationEvent(StrEnum):
+    """What may happen to a Migration."""
+
+    CLAIMED = "pod may move and is claimed"
+    REFUSAL = "pod may not move"
+    WITHDRAWN = "cancelled before anything was done"
+    PLACED = "target node chosen"
+    RESUMED = "job runs on the target"
+    HANDED_OVER = "owner has the target pod, source is gone"
+    TROUBLE = "trouble"
+    UNDONE_ROLLED_BACK = "cleaned up, job runs on the source"
+    UNDONE_CANCELLED = "cleaned up on request"
+    UNDONE_FAILED = "cleaned up, job does not run"
+
+
+P, E = MigrationPhase, MigrationEvent
+
+# RESUMED is the point of no return as the cluster sees it: before it the target pod goes, after it the source pod.
+MIGRATION: Mapping[MigrationPhase, Mapping[MigrationEvent, MigrationPhase]] = {
+    P.PENDING: {E.CLAIMED: P.SCHEDULING, E.REFUSAL: P.REFUSED, E.WITHDRAWN: P.CANCELLED},
+    P.SCHEDULING: {E.PLACED: P.RUNNING, E.TROUBLE: P.UNDOING},
+    P.RUNNING: {E.RESUMED: P.HANDING_OVER, E.TROUBLE: P.UNDOING},
+    P.HANDING_OVER: {E.HANDED_OVER: P.COMPLETED, E.TROUBLE: P.UNDOING},
+    P.UNDOING: {E.UNDONE_ROLLED_BACK: P.ROLLED_BACK, E.UNDONE_CANCELLED: P.CANCELLED, E.UNDONE_FAILED: P.FAILED},
+    P.COMPLETED: {},
+    P.REFUSED: {},
+    P.ROLLED_BACK: {},
+    P.CANCELLED: {},
+    P.FAILED: {},
+}
+
+MIGRATION_ENDS = frozenset(phase for phase, moves in MIGRATION.items() if not moves)
+
+OUTCOME_OF_END = {
+    P.COMPLETED: Outcome.COMPLETED,
+    P.REFUSED: Outcome.REFUSED,
+    P.ROLLED_BACK: Outcome.ROLLED_BACK,
+    P.CANCELLED: Outcome.CANCELLED,
+    P.FAILED: Outcome.FAILED,
+}
+
+UNDONE = {
+    Outcome.ROLLED_BACK: E.UNDONE_ROLLED_BACK,
+    Outcome.CANCELLED: E.UNDONE_CANCELLED,
+    Outcome.FAILED: E.UNDONE_FAILED,
+}
+
+
+def migration_machine(phase: MigrationPhase = P.PENDING) -> Machine[MigrationPhase, MigrationEvent]:
+    """A Migration's place in the table."""
+    return Machine(MIGRATION, phase)
+
+
+def migration_diagram() -> str:
+    """The table as a Mermaid state diagram, as docs/kubernetes.md shows it."""
+    lines = ["stateDiagram-v2", f"  [*] --> {P.PENDING}"]
+    for phase, moves in MIGRATION.items():
+        lines += [f"  {phase} --> {after}: {event}" for event, after in moves.items()]
+    lines += [f"  {phase} --> [*]" for phase in MIGRATION if phase in MIGRATION_ENDS]
+    return "\n".join(lines)

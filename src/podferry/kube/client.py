@@ -1,0 +1,235 @@
+"""The one door to a cluster's API server.
+
+Objects are plain JSON here. A pod that is cloned must lose nothing, and typed classes of one release would drop the
+fields of the next; so lightkube is used for what it knows best, finding and reading a cluster's configuration and
+authenticating to it, and the five verbs are spoken directly. They also carry what its typed client does not: a delete
+with a uid, so that the pod that goes is the one that was meant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx2
+from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.kubeconfig import KubeConfig, SingleConfig
+from lightkube.core.exceptions import ConfigError
+
+from podferry import __version__
+from podferry.kube.errors import ApiUnreachable, NoCluster, NotFound, of_status
+
+Json = dict[str, Any]
+
+PATIENCE = 10.0
+WATCH_SECONDS = 290
+WATCH_SILENCE = WATCH_SECONDS + 30.0
+"""The server ends a watch after the first; a connection that is silent for longer than the second is dead."""
+
+MERGE = "application/merge-patch+json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of object and where the API server keeps it."""
+
+    api: str
+    kind: str
+    plural: str
+    namespaced: bool = True
+
+    def path(self, namespace: str = "", name: str = "", part: str = "") -> str:
+        """The path of the collection (of all namespaces where none is named), of an object, or of a part of it such as `status`."""
+        root = f"/apis/{self.api}" if "/" in self.api else f"/api/{self.api}"
+        place = f"/namespaces/{namespace}" if self.namespaced and namespace else ""
+        return "/".join([f"{root}{place}/{self.plural}", *filter(None, (name, part))])
+
+
+PODS = Kind("v1", "Pod", "pods")
+NODES = Kind("v1", "Node", "nodes", namespaced=False)
+NAMESPACES = Kind("v1", "Namespace", "namespaces", namespaced=False)
+SECRETS = Kind("v1", "Secret", "secrets")
+CONFIGMAPS = Kind("v1", "ConfigMap", "configmaps")
+RUNTIME_CLASSES = Kind("node.k8s.io/v1", "RuntimeClass", "runtimeclasses", namespaced=False)
+CLAIMS = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
+EVENTS = Kind("v1", "Event", "events")
+JOBS = Kind("batch/v1", "Job", "jobs")
+REPLICASETS = Kind("apps/v1", "ReplicaSet", "replicasets")
+DEPLOYMENTS = Kind("apps/v1", "Deployment", "deployments")
+LEASES = Kind("coordination.k8s.io/v1", "Lease", "leases")
+SIGNING_REQUESTS = Kind(
+    "certificates.k8s.io/v1", "CertificateSigningRequest", "certificatesigningrequests", namespaced=False
+)
+MIGRATIONS = Kind("podferry.dev/v1alpha1", "Migration", "migrations")
+
+
+class Api:
+    """A cluster's API server. Calls raise the errors of `kube.errors`."""
+
+    def __init__(self, http: httpx2.AsyncClient, namespace: str = "default", server: str = "") -> None:
+        self._http, self.namespace, self.server = http, namespace, server
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, kubeconfig: Path | None = None, context: str | None = None) -> AsyncIterator[Self]:
+        """The cluster of `kubeconfig`; without one that of the pod this runs in, of $KUBECONFIG or of ~/.kube/config."""
+        config = configuration(kubeconfig, context)
+        limits = ConnectionParams(timeout=httpx2.Timeout(PATIENCE), trust_env=True)
+        try:
+            client = AsyncClient(config, limits)
+        except (ConfigError, OSError, ValueError) as wrong:
+            raise NoCluster.because("the cluster's configuration cannot be used", wrong) from wrong
+        client.headers["User-Agent"] = f"podferry/{__version__}"  # the API server names the writer of each field by it
+        async with client as http:
+            yield cls(http, config.namespace or "default", config.cluster.server)
+
+    async def get(self, kind: Kind, name: str, namespace: str = "") -> Json:
+        """One object. Raises `NotFound`."""
+        return await self._call("GET", kind.path(namespace, name), what=f"cannot read {_named(kind, name, namespace)}")
+
+    async def find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+        """One object, or None where there is none."""
+        try:
+            return await self.get(kind, name, namespace)
+        except NotFound:
+            return None
+
+    async def list(
+        self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = ""
+    ) -> tuple[list[Json], str]:
+        """The objects of a kind, of one namespace or of all, and the version that a watch may begin at."""
+        items: list[Json] = []
+        query = _selectors(labels, fields) | {"limit": "500"}
+        while True:
+            page = await self._call("GET", kind.path(namespace), query, what=f"cannot list {kind.plural}")
+            items += page.get("items") or []
+            if not page["metadata"].get("continue"):
+                return items, str(page["metadata"].get("resourceVersion", ""))
+            query["continue"] = page["metadata"]["continue"]
+
+    async def create(self, kind: Kind, body: Json, namespace: str = "") -> Json:
+        """Make an object. Raises `AlreadyExists`."""
+        whole = {"apiVersion": kind.api, "kind": kind.kind, **body}
+        name = body["metadata"].get("name") or body["metadata"].get("generateName", "")
+        return await self._call(
+            "POST", kind.path(namespace), body=whole, what=f"cannot create {_named(kind, name, namespace)}"
+        )
+
+    async def replace(self, kind: Kind, body: Json, part: str = "") -> Json:
+        """Put an object, or its `part`, in the place of the one it was read from. Raises `Conflict` where that has changed."""
+        about = body["metadata"]
+        name, namespace = about["name"], about.get("namespace", "")
+        whole = {"apiVersion": kind.api, "kind": kind.kind, **body}
+        return await self._call(
+            "PUT", kind.path(namespace, name, part), body=whole, what=f"cannot change {_named(kind, name, namespace)}"
+        )
+
+    async def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, part: str = "") -> Json:
+        """Change an object or its `part` by a merge patch; None removes a field. A `resourceVersion` in it makes it a
+        compare-and-swap.
+        """
+        headers = {"Content-Type": MERGE}
+        what = f"cannot change {_named(kind, name, namespace)}"
+        return await self._call("PATCH", kind.path(namespace, name, part), body=patch, headers=headers, what=what)
+
+    async def delete(
+        self, kind: Kind, name: str, namespace: str = "", *, uid: str | None = None, grace: int | None = None
+    ) -> bool:
+        """Delete an object, only if it still has the `uid`. False where it is gone already. `grace` is in seconds."""
+        options: Json = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
+        if grace is not None:
+            options["gracePeriodSeconds"] = grace
+        try:
+            what = f"cannot delete {_named(kind, name, namespace)}"
+            await self._call("DELETE", kind.path(namespace, name), body=options, what=what)
+        except NotFound:
+            return False
+        return True
+
+    async def watch(
+        self, kind: Kind, version: str, namespace: str = "", *, labels: str = "", fields: str = ""
+    ) -> AsyncGenerator[tuple[str, Json], None]:
+        """What happens from `version` on, as (ADDED | MODIFIED | DELETED | BOOKMARK, object), until the server ends it.
+
+        Raises `Expired` where `version` is too old: then list anew.
+        """
+        query = _selectors(labels, fields) | {
+            "watch": "true",
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        timeout = httpx2.Timeout(PATIENCE, read=WATCH_SILENCE)
+        what = f"cannot watch {kind.plural}"
+        try:
+            async with self._http.stream("GET", kind.path(namespace), params=query, timeout=timeout) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise of_status(response.status_code, _body(response), what)
+                async for line in response.aiter_lines():
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        raise of_status(int(event["object"].get("code", 500)), event["object"], what)
+                    yield event["type"], event["object"]
+        except (httpx2.HTTPError, OSError) as broken:
+            raise ApiUnreachable.because(what, broken) from broken
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        *,
+        body: Json | None = None,
+        headers: Mapping[str, str] | None = None,
+        what: str,
+    ) -> Json:
+        content = None if body is None else json.dumps(body).encode()
+        typed = {"Content-Type": "application/json", **(headers or {})} if body is not None else {}
+        try:
+            response = await self._http.request(method, path, params=query, content=content, headers=typed)
+        except (httpx2.HTTPError, OSError) as broken:
+            raise ApiUnreachable.because(
+                what, broken, remedy=f"is the API server {self.server} up and reachable from here?"
+            ) from broken
+        except ConfigError as broken:
+            raise NoCluster.because(what, broken) from broken
+        if response.is_error:
+            raise of_status(response.status_code, _body(response), what)
+        return _body(response)
+
+
+def configuration(kubeconfig: Path | None = None, context: str | None = None) -> SingleConfig:
+    """Which cluster, and as whom. Raises `NoCluster` saying where it was looked for."""
+    try:
+        found = KubeConfig.from_file(kubeconfig) if kubeconfig else KubeConfig.from_env()
+        chosen = found.get(context)
+    except (ConfigError, OSError, KeyError, ValueError) as wrong:
+        raise NoCluster.because(
+            "no cluster is configured", wrong, remedy="set KUBECONFIG, or name a file with --kubeconfig"
+        ) from wrong
+    if chosen is None:
+        raise NoCluster("the kubeconfig names no current context", remedy="kubectl config use-context NAME")
+    return chosen
+
+
+def _body(response: httpx2.Response) -> Json:
+    try:
+        body = response.json()
+    except ValueError:
+        return {"message": response.text[:500]}
+    return body if isinstance(body, dict) else {}
+
+
+def _selectors(labels: str, fields: str) -> dict[str, str]:
+    return {name: value for name, value in (("labelSelector", labels), ("fieldSelector", fields)) if value}
+
+
+def _named(kind: Kind, name: str, namespace: str) -> str:
+    return f"{kind.kind} {namespace}/{name}" if namespace else f"{kind.kind} {name}"

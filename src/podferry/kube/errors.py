@@ -1,0 +1,73 @@
+"""What the API server answers when it does not do as asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from podferry.errors import Failed, PodferryError, Refused
+
+
+class ApiFailed(Failed):
+    """The API server refused or failed. `status` is the HTTP status, `reason` the machine-readable word beside it."""
+
+    code = "PF280"
+    status = 0
+    reason = ""
+
+
+class ApiUnreachable(Failed):
+    """No API server answers."""
+
+    code = "PF281"
+
+
+class NotFound(ApiFailed):
+    """There is no such object."""
+
+    code = "PF282"
+
+
+class Conflict(ApiFailed):
+    """The object has changed since it was read, or a precondition does not hold."""
+
+    code = "PF283"
+
+
+class AlreadyExists(ApiFailed):
+    """An object of this name is there already."""
+
+    code = "PF284"
+
+
+class Forbidden(ApiFailed):
+    """The cluster does not allow it: rights, a quota, an admission rule, a namespace that is going."""
+
+    code = "PF285"
+
+
+class Expired(ApiFailed):
+    """The watch is too far behind: list anew."""
+
+    code = "PF286"
+
+
+class NoCluster(Refused):
+    """There is no configuration that names a cluster."""
+
+    code = "PF180"
+
+
+def of_status(status: int, body: dict[str, Any], what: str) -> ApiFailed:
+    """The error of an answer with HTTP status `status` whose body is a `Status` object (or nothing that helps)."""
+    reason, message = str(body.get("reason", "")), str(body.get("message", "")) or f"HTTP {status}"
+    kind = {404: NotFound, 403: Forbidden, 410: Expired, 422: ApiFailed}.get(status, ApiFailed)
+    if status == 409:
+        kind = AlreadyExists if reason == "AlreadyExists" else Conflict
+    error = kind(what, why=message)
+    error.status, error.reason = status, reason
+    return error
+
+
+def transient(error: PodferryError) -> bool:
+    """Whether the same call may well succeed a moment later."""
+    return isinstance(error, ApiUnreachable) or (isinstance(error, ApiFailed) and error.status in (429, 500, 503, 504))

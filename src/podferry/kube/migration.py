@@ -1,0 +1,337 @@
+"""The Migration object as typed classes. Its CRD and docs/api.md are generated from them (`scripts/crds`).
+
+Names follow KubeVirt's VirtualMachineInstanceMigration (`sourceNode`, `targetNode`, `allowPostCopy`, `bandwidth...`, `phase`) and
+KEP-5823 (`podName`) where they have them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
+from podferry.errors import Failed
+from podferry.model import Mode
+
+GROUP, VERSION = "podferry.dev", "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+UID_LABEL = f"{GROUP}/migration-uid"
+ROLE_LABEL = f"{GROUP}/role"
+NAME_ANNOTATION = f"{GROUP}/migration"
+ORIGIN_ANNOTATION = f"{GROUP}/origin"
+HANDED_OVER_ANNOTATION = f"{GROUP}/handed-over"
+FINALIZER = f"{GROUP}/migration"
+
+DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
+
+ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
+POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
+COMPLETED, FAILED, CANCELLED = "Completed", "Failed", "Cancelled"
+
+
+class MigrationUnreadable(Failed):
+    """A Migration that does not keep its own schema."""
+
+    code = "PF287"
+
+
+class Part(BaseModel):
+    """A part of a Migration: camelCase outside, what a later version adds is kept."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="allow", use_enum_values=False)
+
+
+Schema = dict[str, Any]
+
+
+def _rule(rule: str, message: str) -> Schema:
+    return {"x-kubernetes-validations": [{"rule": rule, "message": message}]}
+
+
+FIXED = "self == oldSelf"
+
+
+class MigrationSpec(Part):
+    """What is asked for."""
+
+    pod_name: Annotated[
+        str,
+        Field(
+            description="The pod to move, in the Migration's own namespace.",
+            min_length=1,
+            max_length=253,
+            json_schema_extra=_rule(FIXED, "podName cannot be changed"),
+        ),
+    ]
+    target_node: Annotated[
+        str | None,
+        Field(
+            description="The node to move it to. Without it the scheduler chooses, as it would for a new pod.",
+            max_length=253,
+            json_schema_extra=_rule(FIXED, "targetNode cannot be changed"),
+        ),
+    ] = None
+    node_selector: Annotated[
+        dict[str, str] | None,
+        Field(description="Labels that the target node must have, beside what the pod itself asks for."),
+    ] = None
+    mode: Annotated[
+        Mode,
+        Field(
+            description="How memory moves: live copies it while the job runs; stop freezes the job first; postcopy "
+            "resumes it at once and fetches pages from the source.",
+            json_schema_extra=_rule(FIXED, "mode cannot be changed"),
+        ),
+    ] = Mode.LIVE
+    allow_post_copy: Annotated[
+        bool,
+        Field(
+            description="Let a live migration fall to post-copy where the job writes faster than the link carries. "
+            "Then a node that dies in the middle loses the job."
+        ),
+    ] = False
+    allow_auto_converge: Annotated[
+        bool, Field(description="Let a live migration slow the job down where it writes faster than the link carries.")
+    ] = False
+    max_downtime: Annotated[
+        str | None,
+        Field(description="Stop the job only when that is expected to take no longer, e.g. 300ms.", pattern=DURATION),
+    ] = None
+    timeout: Annotated[
+        str,
+        Field(
+            description="Take the migration back unless the job has been resumed on the target by then.",
+            pattern=DURATION,
+        ),
+    ] = "1h"
+    bandwidth: Annotated[
+        str | None,
+        Field(description="Bytes a second that the migration may use of the link, e.g. 50Mi.", pattern=QUANTITY),
+    ] = None
+    cancel: Annotated[
+        bool,
+        Field(
+            description="Take the migration back, as long as the right to run has not passed to the target. Deleting the "
+            "Migration asks for the same.",
+            json_schema_extra=_rule("self || !oldSelf", "a cancelled migration stays cancelled"),
+        ),
+    ] = False
+
+
+class PodReference(Part):
+    """A pod."""
+
+    name: Annotated[str, Field(description="Its name.")]
+    uid: Annotated[str, Field(description="Its uid: another pod of the same name is not it.")]
+
+
+class OwnerReference(Part):
+    """What the pod belongs to."""
+
+    kind: Annotated[str, Field(description="Job, ReplicaSet, ... ; empty for a pod of its own.")] = ""
+    name: Annotated[str, Field(description="Its name.")] = ""
+
+
+class Condition(Part):
+    """One thing that holds or does not, and why (as metav1.Condition)."""
+
+    type: Annotated[str, Field(description="What is said to hold.", max_length=316)]
+    status: Annotated[str, Field(description="True, False or Unknown.", pattern="^(True|False|Unknown)$")]
+    reason: Annotated[str, Field(description="Why, in one word for programs.", max_length=1024)]
+    message: Annotated[str, Field(description="Why, in words for people.", max_length=32768)] = ""
+    last_transition_time: Annotated[
+        str, Field(description="Since when it has this status.", json_schema_extra={"format": "date-time"})
+    ]
+
+
+class EnginePhases(Part):
+    """Where the two halves of the engine are (see ARCHITECTURE.md)."""
+
+    source: Annotated[str, Field(description="The source's phase, as its agent last said.")] = ""
+    target: Annotated[str, Field(description="The target's phase, as its agent last said.")] = ""
+
+
+class Progress(Part):
+    """How far the engine is. Written by the source's agent, a few times a second at most."""
+
+    summary: Annotated[str, Field(description="All of it in a few words.")] = ""
+    rounds: Annotated[int, Field(description="Pre-copy rounds begun.", ge=0)] = 0
+    bytes: Annotated[int, Field(description="Bytes on the wire until now.", ge=0)] = 0
+    total_bytes: Annotated[int, Field(description="Bytes that there are to send, as far as is known.", ge=0)] = 0
+    bytes_per_second: Annotated[int | None, Field(description="The rate of the last two seconds.", ge=0)] = None
+    remaining: Annotated[str | None, Field(description="Time left to send what is known, e.g. 12s.")] = None
+
+
+class Ending(Part):
+    """How the engine or the controller ended it."""
+
+    outcome: Annotated[
+        str,
+        Field(
+            description="completed, refused, rolled-back, cancelled or failed.",
+            pattern="^(completed|refused|rolled-back|cancelled|failed)$",
+        ),
+    ]
+    reason: Annotated[str, Field(description="Why, in one word for programs.")]
+    message: Annotated[str, Field(description="Why, in words for people.")] = ""
+    code: Annotated[str, Field(description="The code of podferry's error, e.g. PF110.")] = ""
+    remedy: Annotated[str, Field(description="What to do about it.")] = ""
+
+
+class MigrationStatus(Part):
+    """What has become of it."""
+
+    phase: Annotated[MigrationPhase, Field(description="How far it is.")] = MigrationPhase.PENDING
+    observed_generation: Annotated[int | None, Field(description="The spec's generation that this is about.")] = None
+    source_node: Annotated[str | None, Field(description="The node that the pod leaves.")] = None
+    target_node: Annotated[str | None, Field(description="The node that it goes to.")] = None
+    source_pod: Annotated[PodReference | None, Field(description="The pod that leaves.")] = None
+    target_pod: Annotated[PodReference | None, Field(description="The pod that takes its place.")] = None
+    owner: Annotated[OwnerReference | None, Field(description="What the pod belongs to.")] = None
+    engine: Annotated[EnginePhases | None, Field(description="The engine's two halves.")] = None
+    progress: Annotated[Progress | None, Field(description="How far the engine is.")] = None
+    downtime: Annotated[
+        str | None, Field(description="From the freeze on the source to the resume on the target, e.g. 412ms.")
+    ] = None
+    conditions: Annotated[
+        list[Condition],
+        Field(
+            description="Eligible, Scheduled, TargetRequested, TargetCreated, Poised, Resumed, HandedOver; at the end "
+            "Completed, Failed and Cancelled.",
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+        ),
+    ] = []
+    abort: Annotated[
+        Ending | None, Field(description="Set by the controller: the agents shall take the migration back if they can.")
+    ] = None
+    engine_ending: Annotated[Ending | None, Field(description="Set by the source's agent: how the engine ended.")] = (
+        None
+    )
+    ending: Annotated[Ending | None, Field(description="How it ended.")] = None
+    arbiter: Annotated[
+        str | None,
+        Field(
+            description="Set once, where the nodes lost each other after the right to run had passed and one of them is "
+            "gone or fenced: who runs the job.",
+            pattern="^(source|target)$",
+        ),
+    ] = None
+    message: Annotated[str | None, Field(description="The latest in words.")] = None
+    start_time: Annotated[
+        str | None, Field(description="When the controller took it up.", json_schema_extra={"format": "date-time"})
+    ] = None
+    completion_time: Annotated[
+        str | None, Field(description="When it ended.", json_schema_extra={"format": "date-time"})
+    ] = None
+
+    def condition(self, type: str) -> Condition | None:
+        """The condition of this type, if it was ever set."""
+        return next((one for one in self.conditions if one.type == type), None)
+
+    def holds(self, type: str) -> bool:
+        """Whether the condition of this type is True."""
+        return (found := self.condition(type)) is not None and found.status == "True"
+
+    def say(self, type: str, holds: bool, reason: str, message: str = "") -> None:
+        """Set a condition. Its time changes only with its status."""
+        status, before = str(holds), self.condition(type)
+        since = before.last_transition_time if before is not None and before.status == status else timestamp()
+        new = Condition(type=type, status=status, reason=reason, message=message, last_transition_time=since)
+        self.conditions = [one for one in self.conditions if one.type != type] + [new]
+
+
+class Migration(Part):
+    """Moves one running pod to another node: its memory, its files and its place in the cluster."""
+
+    api_version: str = API_VERSION
+    kind: str = "Migration"
+    metadata: dict[str, Any] = {}
+    spec: MigrationSpec
+    status: MigrationStatus = Field(default_factory=MigrationStatus)
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> Migration:
+        """Read what the API server sent. Raises `MigrationUnreadable`."""
+        try:
+            return cls.model_validate({**body, "status": body.get("status") or {}})
+        except ValidationError as wrong:
+            name = body.get("metadata", {}).get("name", "?")
+            raise MigrationUnreadable(f"the Migration {name} cannot be read", why=str(wrong)[:1000]) from wrong
+
+    def to_json(self) -> dict[str, Any]:
+        """As the API server takes it."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.metadata["name"])
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace, and its pods'."""
+        return str(self.metadata["namespace"])
+
+    @property
+    def uid(self) -> str:
+        """Its uid, which is the engine's name of the migration too."""
+        return str(self.metadata["uid"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.status.phase in MIGRATION_ENDS
+
+    @property
+    def cancel_wanted(self) -> bool:
+        """Whether somebody asked for it to be taken back, by the field or by deleting it."""
+        return self.spec.cancel or "deletionTimestamp" in self.metadata
+
+
+def timestamp() -> str:
+    """Now, as metav1.Time."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(duration: str) -> float:
+    """A duration such as 1h30m or 250ms, in seconds. What does not fit the schema's pattern is a ValueError."""
+    if not re.fullmatch(DURATION, duration):
+        raise ValueError(f"{duration!r} is not a duration such as 1h30m or 250ms")
+    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([0-9.]+)(ms|s|m|h)", duration))
+
+
+_SIZES = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 1 << 10,
+    "Mi": 1 << 20,
+    "Gi": 1 << 30,
+    "Ti": 1 << 40,
+}
+
+
+def quantity(text: str) -> float:
+    """A quantity such as 50Mi, as a number."""
+    number = text.rstrip("kMGTi")
+    return float(number) * _SIZES[text[len(number) :]]
+
+
+def duration(seconds: float) -> str:
+    """A duration as people read it and `seconds` takes it: 412ms, 1.5s, 3m."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f}ms"
+    if seconds < 120:
+        return f"{seconds:.3g}s"
+    return f"{seconds / 60:.0f}m"

@@ -1,0 +1,236 @@
+"""A small API server in memory, spoken to over HTTP like the real one: verbs, versions, selectors, watches,
+finalizers, graceful deletion.
+
+What it leaves out: validation, admission, defaulting, garbage collection, controllers.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import httpx2
+
+Json = dict[str, Any]
+Path = tuple[str, ...]
+
+
+class FakeApiServer(httpx2.AsyncBaseTransport):
+    """Give it to an httpx client as its transport."""
+
+    def __init__(self) -> None:
+        self.objects: dict[Path, Json] = {}
+        self.history: list[tuple[int, str, Path, Json]] = []
+        self.version = 1
+        self.oldest = 0
+        self.refuse: list[tuple[str, str, int, Json]] = []
+        """(verb, part of the path, status, body): what to refuse, once each."""
+        self._news = anyio.Event()
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        await anyio.lowlevel.checkpoint()
+        verb, query = request.method, dict(request.url.params)
+        parts = tuple(request.url.path.strip("/").split("/"))
+        body = json.loads(request.content) if request.content else None
+        for number, (on, part, status, answer) in enumerate(self.refuse):
+            if on == verb and part in request.url.path:
+                del self.refuse[number]
+                return httpx2.Response(status, json=answer, request=request)
+        if verb == "GET" and query.get("watch") == "true":
+            return self._watch(request, parts, query)
+        try:
+            status, answer = self._answer(verb, parts, query, body)
+        except _Wrong as wrong:
+            status, answer = wrong.status, {"kind": "Status", "reason": wrong.reason, "message": wrong.message}
+        return httpx2.Response(status, json=answer, request=request)
+
+    def _answer(self, verb: str, parts: Path, query: dict[str, str], body: Json | None) -> tuple[int, Json]:
+        collection, name, part = _split(parts)
+        key = (*collection, name)
+        match verb:
+            case "GET" if not name:
+                items = [copy.deepcopy(one) for _, one in self._select(collection, query)]
+                return 200, {"metadata": {"resourceVersion": str(self.version)}, "items": items}
+            case "GET":
+                return 200, copy.deepcopy(self._get(key))
+            case "POST":
+                assert body is not None
+                return 201, self._create(collection, body)
+            case "PUT":
+                assert body is not None
+                old = self._get(key)
+                _guard(old, body)
+                new = {**old, "status": body.get("status")} if part in ("status", "approval") else {**body}
+                if not part:
+                    new = {**new, "status": old.get("status")}
+                return 200, self._put(key, old, new)
+            case "PATCH":
+                assert body is not None
+                old = self._get(key)
+                _guard(old, body)
+                merged = _merge(copy.deepcopy(old), body)
+                new = (
+                    {**old, "status": merged.get("status")}
+                    if part == "status"
+                    else {**merged, "status": old.get("status")}
+                )
+                return 200, self._put(key, old, new)
+            case "DELETE":
+                return 200, self._delete(key, body or {})
+        raise _Wrong(405, "MethodNotAllowed", verb)
+
+    def _get(self, key: Path) -> Json:
+        if key not in self.objects:
+            raise _Wrong(404, "NotFound", f"{key[-1]} not found")
+        return self.objects[key]
+
+    def _create(self, collection: Path, body: Json) -> Json:
+        about = body["metadata"]
+        if "name" not in about:
+            about["name"] = about["generateName"] + secrets.token_hex(3)[:5]
+        key = (*collection, about["name"])
+        if key in self.objects:
+            raise _Wrong(409, "AlreadyExists", f"{about['name']} already exists")
+        if "namespaces" in collection[:-1]:
+            about["namespace"] = collection[collection.index("namespaces") + 1]
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        new = copy.deepcopy(body)
+        if collection[-1] in ("pods", "migrations"):
+            new.pop("status", None)
+        new["metadata"] |= {"uid": secrets.token_hex(8), "creationTimestamp": now, "generation": 1}
+        if collection[-1] == "pods":
+            new["status"] = {"phase": "Pending"}
+        return self._store(key, new, "ADDED")
+
+    def _put(self, key: Path, old: Json, new: Json) -> Json:
+        about = {name: value for name, value in new["metadata"].items() if value is not None}
+        new = {name: value for name, value in {**new, "metadata": about}.items() if value is not None}
+        for name in ("uid", "creationTimestamp", "deletionTimestamp"):
+            if name in old["metadata"]:
+                new["metadata"][name] = old["metadata"][name]
+        if new.get("spec") != old.get("spec"):
+            new["metadata"]["generation"] = old["metadata"].get("generation", 1) + 1
+        if "deletionTimestamp" in new["metadata"] and not new["metadata"].get("finalizers") and key[-2] != "pods":
+            return self._drop(key, new)
+        return self._store(key, new, "MODIFIED")
+
+    def _delete(self, key: Path, options: Json) -> Json:
+        old = self._get(key)
+        uid = (options.get("preconditions") or {}).get("uid")
+        if uid not in (None, old["metadata"]["uid"]):
+            raise _Wrong(409, "Conflict", "the uid is another")
+        grace = options.get("gracePeriodSeconds", 30 if key[-2] == "pods" else 0)
+        waits = key[-2] == "pods" and grace > 0 and old["spec"].get("nodeName")
+        if old["metadata"].get("finalizers") or waits:
+            new = copy.deepcopy(old)
+            new["metadata"].setdefault("deletionTimestamp", datetime.datetime.now(datetime.UTC).isoformat())
+            return self._store(key, new, "MODIFIED")
+        return self._drop(key, old)
+
+    def _drop(self, key: Path, last: Json) -> Json:
+        self.objects.pop(key, None)
+        self._tell("DELETED", key, last)
+        return copy.deepcopy(last)
+
+    def _store(self, key: Path, new: Json, what: str) -> Json:
+        self.objects[key] = new
+        self._tell(what, key, new)
+        return copy.deepcopy(new)
+
+    def _tell(self, what: str, key: Path, one: Json) -> None:
+        self.version += 1
+        one["metadata"]["resourceVersion"] = str(self.version)
+        self.history.append((self.version, what, key, copy.deepcopy(one)))
+        self._news.set()
+        self._news = anyio.Event()
+
+    def _select(self, collection: Path, query: dict[str, str]) -> list[tuple[Path, Json]]:
+        return [(key, one) for key, one in self.objects.items() if _within(key, collection) and _selected(one, query)]
+
+    def _watch(self, request: httpx2.Request, parts: Path, query: dict[str, str]) -> httpx2.Response:
+        collection, _, _ = _split(parts)
+        since = int(query.get("resourceVersion") or 0)
+
+        async def lines() -> AsyncIterator[bytes]:
+            at = since
+            if since < self.oldest:
+                gone = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
+                yield json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n"
+                return
+            matched = {key for version, what, key, one in self.history if version <= since and _selected(one, query)}
+            while True:
+                news = self._news
+                for version, what, key, one in [entry for entry in self.history if entry[0] > at]:
+                    at = version
+                    if not _within(key, collection):
+                        continue
+                    selected = _selected(one, query)
+                    if selected or key in matched:
+                        told = what if selected else "DELETED"
+                        (matched.add if selected and what != "DELETED" else matched.discard)(key)
+                        yield json.dumps({"type": told, "object": one}).encode() + b"\n"
+                await news.wait()
+
+        return httpx2.Response(200, content=lines(), request=request)
+
+
+class _Wrong(Exception):
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        self.status, self.reason, self.message = status, reason, message
+
+
+def _split(parts: Path) -> tuple[Path, str, str]:
+    """The collection, the object's name and its part, of a path."""
+    root = 2 if parts[0] == "api" else 3
+    rest = parts[root:]
+    if rest[0] == "namespaces" and len(rest) > 2:
+        root, rest = root + 2, rest[2:]
+    return parts[: root + 1], rest[1] if len(rest) > 1 else "", rest[2] if len(rest) > 2 else ""
+
+
+def _within(key: Path, collection: Path) -> bool:
+    """Whether the object is of the collection, which may be one of all namespaces."""
+    if key[:-1] == collection:
+        return True
+    return "namespaces" in key[:-2] and (*key[: key.index("namespaces")], key[-2]) == collection
+
+
+def _selected(one: Json, query: dict[str, str]) -> bool:
+    labels = one["metadata"].get("labels") or {}
+    for term in filter(None, query.get("labelSelector", "").split(",")):
+        name, equals, value = term.partition("=")
+        if name not in labels or (equals and labels[name] != value):
+            return False
+    for term in filter(None, query.get("fieldSelector", "").split(",")):
+        path, _, value = term.partition("=")
+        found: Any = one
+        for step in path.split("."):
+            found = (found or {}).get(step)
+        if (found or "") != value:
+            return False
+    return True
+
+
+def _guard(old: Json, new: Json) -> None:
+    about = new.get("metadata") or {}
+    for name in ("resourceVersion", "uid"):
+        if about.get(name) not in (None, old["metadata"][name]):
+            raise _Wrong(409, "Conflict", f"the object has another {name}")
+
+
+def _merge(old: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(old) if isinstance(old, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = _merge(merged.get(name), value)
+    return merged

@@ -1,0 +1,342 @@
+"""The controller, on a fake API server and on the real one, with the agents played: every phase, every way out, every restart."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from podferry.controller.pods import PLACEHOLDER
+from podferry.kube.client import MIGRATIONS, NODES, PODS, Json
+from podferry.kube.migration import NAME_ANNOTATION, ROLE_LABEL, UID_LABEL, Migration
+
+from .world import World
+
+pytestmark = pytest.mark.anyio
+
+
+async def pods(world: World) -> list[Json]:
+    return (await world.api.list(PODS, world.namespace))[0]
+
+
+async def only_pod(world: World) -> Json:
+    """The pod that is left once all of ours is gone."""
+
+    async def one() -> bool:
+        left = await pods(world)
+        return len(left) == 1 and not {UID_LABEL, ROLE_LABEL} & set(left[0]["metadata"].get("labels") or {})
+
+    await world.until(one)
+    (pod,) = await pods(world)
+    return pod
+
+
+def said(migration: Migration, type: str) -> tuple[str, str]:
+    condition = migration.status.condition(type)
+    assert condition is not None, f"no condition {type}"
+    return condition.status, condition.reason
+
+
+async def test_a_pod_moves(world: World) -> None:
+    source = await world.pod(labels={"app": "train"})
+    world.controller()
+    await world.migrate()
+    await world.agents_move()
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Completed")) == ("Completed", ("True", "Moved"))
+    assert (migration.status.source_node, migration.status.target_node) == tuple(world.nodes)
+    left = await only_pod(world)
+    assert left["metadata"]["uid"] != source["metadata"]["uid"]
+    assert left["metadata"]["labels"] == {"app": "train"}
+    assert left["metadata"]["annotations"][NAME_ANNOTATION] == "move"
+    assert "ownerReferences" not in left["metadata"]
+    assert (left["spec"]["nodeName"], left["spec"]["hostname"]) == (world.nodes[1], "train")
+    await world.reached(lambda one: not one.metadata.get("finalizers"))
+
+
+async def test_it_moves_back_under_a_name_of_the_same_family(world: World) -> None:
+    await world.pod()
+    world.controller()
+    for turn in range(2):
+        name = (await pods(world))[0]["metadata"]["name"]
+        await world.migrate(name, f"move-{turn}")
+        await world.agents_move(f"move-{turn}")
+        assert (await world.ended(f"move-{turn}")).status.phase == "Completed"
+        await only_pod(world)
+    (pod,) = await pods(world)
+    assert pod["metadata"]["name"].count("-") == 1
+    assert pod["metadata"]["name"].startswith("train-")
+    assert pod["spec"]["nodeName"] == world.nodes[0]
+
+
+async def test_nothing_but_the_source_is_seen_of_a_pod_before_the_hand_over(world: World) -> None:
+    await world.pod(labels={"app": "train"})
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    seen = (await world.api.list(PODS, world.namespace, labels="app=train"))[0]
+    assert [one["metadata"]["name"] for one in seen] == ["train"]
+    ours = {one["metadata"]["labels"].get(ROLE_LABEL) for one in await pods(world)}
+    assert ours == {None, "target"}, "the placeholder has gone by then"
+
+
+async def test_a_pod_that_may_not_move_is_refused_with_reason_and_remedy(world: World) -> None:
+    await world.pod(runtimeClassName=None, volumes=[{"name": "host", "hostPath": {"path": "/srv"}}])
+    world.controller()
+    await world.migrate()
+    migration = await world.ended()
+    assert migration.status.phase == "Refused"
+    assert said(migration, "Eligible") == ("False", "RuntimeClassMissing")
+    assert said(migration, "Failed") == ("True", "RuntimeClassMissing")
+    assert migration.status.ending is not None
+    assert "/srv" in migration.status.ending.message
+    assert "runtimeClassName: podferry" in migration.status.ending.remedy
+    await only_pod(world)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"podName": "nobody"}, "PodNotFound"),
+        ({"targetNode": "nowhere"}, "NodeNotFound"),
+        ({"targetNode": "@source"}, "AlreadyThere"),
+    ],
+)
+async def test_what_makes_no_sense_is_refused(world: World, spec: dict[str, str], reason: str) -> None:
+    await world.pod()
+    world.controller()
+    spec = {name: world.nodes[0] if value == "@source" else value for name, value in spec.items()}
+    await world.migrate(spec.pop("podName", "train"), **spec)
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Eligible")) == ("Refused", ("False", reason))
+
+
+async def test_a_second_migration_of_one_pod_is_refused_and_the_first_goes_on(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    await world.migrate(name="second")
+    second = await world.ended("second")
+    assert (second.status.phase, said(second, "Eligible")[1]) == ("Refused", "AlreadyMigrating")
+    await world.agents_resume()
+    await world.agents_part()
+    assert (await world.ended()).status.phase == "Completed"
+
+
+async def test_a_target_that_fits_nowhere_is_said_and_leaves_the_source_alone(world: World) -> None:
+    source = await world.pod()
+    world.controller()
+    await world.migrate(nodeSelector={"disk": "fast"})
+    migration = await world.ended()
+    assert migration.status.phase == "RolledBack"
+    assert said(migration, "Scheduled") == ("False", "Unschedulable")
+    assert said(migration, "Failed") == ("True", "Unschedulable")
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+
+
+async def cancelled(world: World, how: str) -> None:
+    if how == "deleted":
+        await world.api.delete(MIGRATIONS, "move", world.namespace)
+    else:
+        await world.api.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
+
+
+@pytest.mark.parametrize("how", ["field", "deleted"])
+async def test_it_is_cancelled_while_the_engine_works(world: World, how: str) -> None:
+    source = await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    await cancelled(world, how)
+    asked = await world.reached(lambda one: one.status.abort is not None)
+    assert asked.status.phase == "Running", "only the source's agent knows whether it is too late"
+    await world.agents_end("cancelled")
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+    if how == "field":
+        migration = await world.ended()
+        assert (migration.status.phase, said(migration, "Cancelled")) == ("Cancelled", ("True", "CancelRequested"))
+        assert said(migration, "Failed")[0] == "False"
+    else:
+
+        async def gone() -> bool:
+            return await world.api.find(MIGRATIONS, "move", world.namespace) is None
+
+        await world.until(gone)
+
+
+async def test_a_cancel_that_comes_too_late_changes_nothing(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    await cancelled(world, "field")
+    await world.reached(lambda one: one.status.abort is not None)
+    await world.agents_resume()
+    await world.agents_part()
+    assert (await world.ended()).status.phase == "Completed"
+    assert (await only_pod(world))["spec"]["nodeName"] == world.nodes[1]
+
+
+async def test_it_is_cancelled_before_any_agent_has_begun(world: World) -> None:
+    source = await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.reached(lambda one: one.status.phase == "Running")
+    await cancelled(world, "field")
+    assert (await world.ended()).status.phase == "Cancelled"
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+
+
+async def test_the_engine_rolls_back_and_says_why(world: World) -> None:
+    source = await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    await world.agents_end("rolled-back", reason="Engine", message="the job writes faster than the link carries")
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("RolledBack", ("True", "Engine"))
+    assert "faster than the link" in (migration.status.message or "")
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+
+
+async def test_the_pod_is_deleted_during_the_move(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    await world.api.delete(PODS, "train", world.namespace)
+    await world.reached(lambda one: one.status.abort is not None)
+    await world.agents_end("failed", message="the container ended during the move")
+    migration = await world.ended()
+    assert migration.status.phase == "Failed"
+
+    async def none() -> bool:
+        return not await pods(world)
+
+    await world.until(none)
+
+
+async def test_the_pod_is_deleted_after_the_job_has_left_it(world: World) -> None:
+    """Its owner's wish goes before the move: the target goes too, and no copy is left."""
+    await world.pod()
+    scope = world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    scope.cancel()
+    await world.api.delete(PODS, "train", world.namespace)
+    await world.agents_resume()
+    world.controller()
+    await world.agents_part()
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("Failed", ("True", "PodDeleted"))
+
+    async def none() -> bool:
+        return not await pods(world)
+
+    await world.until(none)
+
+
+async def test_the_target_pod_is_deleted_before_the_job_has_moved(world: World) -> None:
+    source = await world.pod()
+    world.controller()
+    await world.migrate()
+    migration = await world.agents_poise()
+    assert migration.status.target_pod is not None
+    await world.api.delete(PODS, migration.status.target_pod.name, world.namespace, grace=0)
+    await world.reached(lambda one: one.status.abort is not None)
+    await world.agents_end("cancelled")
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("RolledBack", ("True", "TargetPodGone"))
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+
+
+async def test_the_targets_node_is_lost_before_go(world: World) -> None:
+    source = await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    lost = {"status": {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]}}
+    await world.api.patch(NODES, world.nodes[1], lost, part="status")
+    asked = await world.reached(lambda one: one.status.abort is not None)
+    assert asked.status.abort is not None
+    assert asked.status.abort.reason == "TargetNodeLost"
+    await world.agents_end("cancelled")
+    assert (await world.ended()).status.phase == "RolledBack"
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+
+
+async def test_nodes_that_lost_each_other_after_go_are_arbitrated_once_one_is_gone(world: World) -> None:
+    source = await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+
+    def lost(now: Migration) -> bool:
+        assert now.status.engine is not None
+        now.status.engine.source = "lost-contact"
+        return True
+
+    await world.set(lost)
+    await anyio.sleep(2.5)
+    assert (await world.get()).status.arbiter is None, "a node that may still run the job decides nothing"
+    fence = [{"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute", "value": "nodeshutdown"}]
+    await world.api.patch(NODES, world.nodes[1], {"spec": {"taints": fence}})
+    decided = await world.reached(lambda one: one.status.arbiter is not None)
+    assert decided.status.arbiter == "source"
+    await world.agents_end("rolled-back", message="a person decided")
+    assert (await world.ended()).status.phase == "RolledBack"
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+
+
+async def test_the_target_that_runs_is_right_where_the_source_heard_nothing(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    await world.agents_resume()
+
+    def lost(now: Migration) -> bool:
+        assert now.status.engine is not None
+        now.status.engine.source = "lost-contact"
+        return True
+
+    await world.set(lost)
+    await world.agents_part()
+    assert (await world.ended()).status.phase == "Completed"
+
+
+async def test_a_migration_ends_although_the_sources_agent_never_returns(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_poise()
+    await world.agents_resume()
+    assert (await world.ended()).status.phase == "Completed"
+
+
+async def test_two_controllers_at_once_do_what_one_does(world: World) -> None:
+    await world.pod(labels={"app": "train"})
+    for _ in range(2):
+        world.controller()
+    await world.migrate()
+    await world.agents_move()
+    assert (await world.ended()).status.phase == "Completed"
+    assert (await only_pod(world))["metadata"]["labels"] == {"app": "train"}
+
+
+async def test_a_node_is_named(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate(targetNode=world.nodes[1])
+    await world.agents_move()
+    assert (await world.ended()).status.target_node == world.nodes[1]
+
+
+async def test_the_placeholder_asks_for_what_the_pod_needs(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.reached(lambda one: one.status.phase == "Running")
+    (place,) = (await world.api.list(PODS, world.namespace, labels=f"{ROLE_LABEL}={PLACEHOLDER}"))[0]
+    assert place["spec"]["containers"][0]["resources"]["requests"] == {"cpu": "100m"}
+    assert place["spec"]["nodeName"] == world.nodes[1]
