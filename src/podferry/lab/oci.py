@@ -11,6 +11,7 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -107,3 +108,62 @@ def _add_file(archive: tarfile.TarFile, name: str, file: IO[bytes], size: int) -
     member = tarfile.TarInfo(name)
     member.size = size
     archive.addfile(member, file)
+
+
+def extend(
+    base: Path, into: Path, trees: Sequence[Path], *, reference: str, command: Sequence[str], env: Sequence[str]
+) -> None:
+    """Write the image `reference` into the archive `into`: that of the archive `base`, and a layer more for each of `trees`.
+
+    Files in them belong to root and have no times, so that equal trees are equal layers.
+    """
+    with ExitStack() as stack:
+        below = stack.enter_context(tarfile.open(base))
+        archive = stack.enter_context(tarfile.open(into, "w"))
+        named = _member(below, "index.json")["manifests"][0]
+        manifest = _member(below, _path(named))
+        config = _member(below, _path(manifest["config"]))
+        added = []
+        for tree in trees:
+            layer = stack.enter_context(tempfile.TemporaryFile(dir=into.parent))
+            with tarfile.open(fileobj=layer, mode="w") as tar:
+                for path in sorted(tree.iterdir()):
+                    tar.add(path, arcname=path.name, filter=_plain)
+            added.append((layer, _measure(layer)))
+        config["config"] |= {"Cmd": list(command), "Env": list(env)}
+        config["rootfs"]["diff_ids"] += [f"sha256:{blob.digest}" for _, blob in added]
+        config["history"] += [{"created_by": "podferry"}] * len(added)
+        kept = manifest["layers"]
+        manifest["layers"] = kept + [blob.descriptor("layer.v1.tar") for _, blob in added]
+        manifest["config"] = _blob(_json(config)).descriptor("config.v1+json")
+        named |= _blob(_json(manifest)).descriptor("manifest.v1+json")
+        named["annotations"] = {
+            "io.containerd.image.name": reference,
+            "org.opencontainers.image.ref.name": reference.rpartition(":")[2],
+        }
+        _add(archive, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
+        _add(archive, "index.json", _json({**_member(below, "index.json"), "manifests": [named]}))
+        for data in (_json(config), _json(manifest)):
+            _add(archive, f"blobs/sha256/{_blob(data).digest}", data)
+        for one in kept:
+            file = below.extractfile(_path(one))
+            assert file is not None
+            _add_file(archive, _path(one), file, one["size"])
+        for layer, blob in added:
+            _add_file(archive, f"blobs/sha256/{blob.digest}", layer, blob.size)
+
+
+def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return member
+
+
+def _member(archive: tarfile.TarFile, name: str) -> Any:
+    file = archive.extractfile(name)
+    assert file is not None
+    return json.load(file)
+
+
+def _path(descriptor: dict[str, Any]) -> str:
+    return "blobs/" + str(descriptor["digest"]).replace(":", "/")

@@ -1,0 +1,90 @@
+"""A CRIU that runs on any node: Debian's newest, with its libraries and its loader, taken out of the packages."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from podferry.errors import Failed
+from podferry.install.criu import DIRECTORY
+from podferry.lab.cache import cached
+from podferry.lab.debian import architecture, downloads, mirror
+from podferry.lab.images import node_root
+from podferry.lab.progress import Progress
+from podferry.node.process import run
+
+SUITE = "forky"
+PACKAGES = ["criu", "libcompel1", "libnet9", "libnl-3-200"]
+"""CRIU, and the libraries that the lab's own Debian has only in older versions."""
+EDITION = 1
+
+# The loader is called criu, since a process is known by the name of the file that was executed.
+_START = f"""\
+#!/bin/sh
+exec {DIRECTORY}/loader/criu --library-path {DIRECTORY}/lib {DIRECTORY}/criu "$@"
+"""
+_LDD = 'mount --bind "$1" "$2/mnt"; exec chroot "$2" env LD_LIBRARY_PATH="/mnt$3" ldd /mnt/usr/sbin/criu'
+
+
+def bundle(progress: Progress) -> Path:
+    """The directory that becomes `install.criu.DIRECTORY` on a node. The first time takes some seconds."""
+    root = node_root(progress)
+    recipe = {"suite": SUITE, "packages": PACKAGES, "root": root.name, "start": _START, "edition": EDITION}
+
+    def build(into: Path) -> None:
+        progress(f"CRIU: from Debian {SUITE}")
+        with tempfile.TemporaryDirectory() as work:
+            tree = _unpack(Path(work))
+            _assemble(tree, root, into)
+
+    return cached("criu", recipe, build)
+
+
+def _unpack(work: Path) -> Path:
+    """The packages' files, without installing them. apt checks their signatures with this machine's keys."""
+    (work / "lists" / "partial").mkdir(parents=True)
+    (work / "archives" / "partial").mkdir(parents=True)
+    (work / "status").touch()
+    (work / "sources.list").write_text(f"deb {mirror()} {SUITE} main\n")
+    options = {
+        "Dir::State::Lists": work / "lists",
+        "Dir::State::status": work / "status",
+        "Dir::Cache::Archives": work / "archives",
+        "Dir::Cache::pkgcache": "",
+        "Dir::Cache::srcpkgcache": "",
+        "Dir::Etc::SourceList": work / "sources.list",
+        "Dir::Etc::SourceParts": "/dev/null",
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+    }
+    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
+    remedy = "is the mirror reachable? PODFERRY_DEBIAN_MIRROR names another"
+    run([*apt, "update"], env=downloads(), remedy=remedy)
+    run([*apt, "download", *PACKAGES], env=downloads(), remedy=remedy, cwd=work)
+    tree = work / "tree"
+    for deb in sorted(work.glob("*.deb")):
+        run(["dpkg-deb", "--extract", deb, tree])
+    return tree
+
+
+def _assemble(tree: Path, root: Path, into: Path) -> None:
+    multiarch = next(tree.glob("usr/lib/*-linux-gnu*"))
+    script: list[str | Path] = ["unshare", "--mount", "sh", "-ec", _LDD, "sh", tree, root, f"/usr/lib/{multiarch.name}"]
+    said = run(script).stdout
+    if missing := re.findall(r"(\S+) => not found", said):
+        raise Failed(f"CRIU of Debian {SUITE} needs libraries that are not at hand: {', '.join(missing)}")
+    for name in ("bin", "lib", "loader"):
+        (into / name).mkdir(parents=True)
+    for name, path in re.findall(r"(\S+) => (/\S+)", said):
+        inside = tree / path.removeprefix("/mnt/") if path.startswith("/mnt/") else root / path.lstrip("/")
+        shutil.copy(inside, into / "lib" / name)
+    loader = re.search(r"^\s*(/\S+/ld-\S+) \(", said, re.MULTILINE)
+    if loader is None:
+        raise Failed(f"cannot tell the loader of CRIU on {architecture()}", evidence=said.splitlines())
+    shutil.copy(root / loader[1].lstrip("/"), into / "loader" / "criu")
+    shutil.copy(tree / "usr/sbin/criu", into / "criu")
+    (into / "bin" / "criu").write_text(_START)
+    for program in ("bin/criu", "criu", "loader/criu"):
+        (into / program).chmod(0o755)

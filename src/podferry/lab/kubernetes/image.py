@@ -1,0 +1,88 @@
+"""podferry's container image: the job image's Debian, the locked packages, podferry itself, and the CRIU for nodes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+from podferry import __version__
+from podferry.install.criu import DIRECTORY
+from podferry.lab import images, oci, site
+from podferry.lab.cache import cached, remove
+from podferry.lab.kubernetes import criu
+from podferry.lab.progress import Progress
+from podferry.node.process import run
+
+NAME = "podferry.local/podferry"
+"""What `deploy/` calls the image; kustomize puts a registry's name in its place."""
+PROGRAMS = {
+    "podferry": "podferry.cli",
+    "podferry-agent": "podferry.agent",
+    "podferry-controller": "podferry.controller",
+    "podferry-snapshotter": "podferry.images",
+}
+COMMAND = ["podferry-agent"]
+ENV = [
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PYTHONPATH=/opt/podferry/src:/opt/podferry/site",
+    "PYTHONUNBUFFERED=1",
+]
+_COMPILE = (
+    'mount --bind "$1" "$2/mnt"; '
+    'exec chroot "$2" python3 -m compileall -q -s /mnt -p "$3" --invalidation-mode unchecked-hash /mnt'
+)
+
+
+def archive(progress: Progress) -> Path:
+    """The image's OCI archive. Only what changed since the last time is made anew."""
+    root, base = images.node_root(progress), images.job_archive(progress)
+    packages, own_criu = site.site(root, progress), criu.bundle(progress)
+    recipe = {
+        "base": base.name,
+        "site": packages.name,
+        "criu": own_criu.name,
+        "package": _digest(site.PACKAGE),
+        "programs": PROGRAMS,
+        "env": ENV,
+    }
+
+    def build(into: Path) -> None:
+        progress("podferry image: packing")
+        trees = into.with_name("podferry.trees")
+        remove(trees)  # of a build that was killed
+        try:
+            below, above = trees / "packages", trees / "podferry"
+            shutil.copytree(packages, below / "opt/podferry/site", symlinks=True)
+            shutil.copytree(own_criu, above / DIRECTORY[1:])
+            source = above / "opt/podferry/src"
+            shutil.copytree(site.PACKAGE, source / "podferry", ignore=shutil.ignore_patterns("__pycache__"))
+            run(["unshare", "--mount", "sh", "-ec", _COMPILE, "sh", source, root, "/opt/podferry/src"])
+            for name, module in PROGRAMS.items():
+                program = above / "usr/local/bin" / name
+                program.parent.mkdir(parents=True, exist_ok=True)
+                program.write_text(f"#!/usr/bin/python3\nfrom {module} import main\n\nmain()\n")
+                program.chmod(0o755)
+            oci.extend(base, into, [below, above], reference=f"{NAME}:{__version__}", command=COMMAND, env=ENV)
+        finally:
+            remove(trees)
+
+    return cached("podferry", recipe, build, suffix=".tar")
+
+
+def _digest(package: Path) -> str:
+    """What podferry's modules are, whenever and wherever they were checked out."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(
+                f"{path.relative_to(package)}\0{path.stat().st_mode & 0o111}\0{path.stat().st_size}\0".encode()
+            )
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    made = archive(lambda step: print(step, file=sys.stderr))
+    print(shutil.copy(made, sys.argv[1]) if len(sys.argv) > 1 else made)
