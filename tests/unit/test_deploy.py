@@ -1,0 +1,135 @@
+"""deploy/, as far as it can be read: what is where, and what nobody may do."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from podferry import __version__
+from podferry.install import criu
+from podferry.install.node import WRAPPER
+from podferry.install.settings import RUNTIME
+from podferry.lab import oci
+from podferry.lab.kubernetes import image
+
+pytestmark = pytest.mark.unit
+DEPLOY = Path(__file__).parents[2] / "deploy"
+Json = dict[str, Any]
+
+
+def objects(directory: Path = DEPLOY) -> list[Json]:
+    """What a kustomization names, file by file."""
+    named = yaml.safe_load((directory / "kustomization.yaml").read_text())["resources"]
+    return [one for name in named for one in yaml.safe_load_all((directory / name).read_text())]
+
+
+def of_kind(kind: str) -> dict[str, Json]:
+    return {one["metadata"]["name"]: one for one in objects() if one["kind"] == kind}
+
+
+def test_every_file_is_named_by_its_kustomization() -> None:
+    for directory in (DEPLOY, DEPLOY / "uninstall"):
+        named = set(yaml.safe_load((directory / "kustomization.yaml").read_text())["resources"])
+        there = {str(path.relative_to(directory)) for path in directory.rglob("*.yaml")}
+        assert named == {
+            name for name in there if "kustomization" not in name and not name.startswith("uninstall/")
+        } - ({"uninstall/uninstall.yaml"} if directory == DEPLOY else set())
+
+
+@pytest.mark.parametrize("directory", [DEPLOY, DEPLOY / "uninstall"], ids=["deploy", "uninstall"])
+def test_the_image_is_the_one_that_the_script_makes_in_this_version(directory: Path) -> None:
+    (chosen,) = yaml.safe_load((directory / "kustomization.yaml").read_text())["images"]
+    assert chosen == {"name": image.NAME, "newTag": __version__}
+    used = set(re.findall(r"image: (\S+)", "".join(path.read_text() for path in directory.glob("*.yaml"))))
+    assert used == {image.NAME}
+
+
+def test_what_starts_is_in_the_image() -> None:
+    for one in objects():
+        pod = one.get("spec", {}).get("template", {}).get("spec", {})
+        for container in [*pod.get("initContainers", []), *pod.get("containers", [])]:
+            assert container["command"][0] in image.PROGRAMS
+
+
+def test_the_runtime_class_names_the_runtime_that_is_installed() -> None:
+    assert of_kind("RuntimeClass")["podferry"]["handler"] == RUNTIME
+    agent = of_kind("DaemonSet")["podferry-agent"]["spec"]["template"]["spec"]
+    paths = {one["hostPath"]["path"] for one in agent["volumes"]}
+    assert str(Path(WRAPPER).parent) in paths
+    mounts = {one["name"]: one["mountPath"] for one in agent["containers"][0]["volumeMounts"]}
+    for volume in agent["volumes"]:
+        assert mounts[volume["name"]] == volume["hostPath"]["path"], "the node's programs are handed the agent's paths"
+
+
+def test_nobody_may_do_everything() -> None:
+    for role in (*of_kind("ClusterRole").values(), *of_kind("Role").values()):
+        for rule in role["rules"]:
+            assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]], role["metadata"]["name"]
+            assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
+
+
+def test_agents_read_no_secrets_and_make_no_pods() -> None:
+    rules = [
+        *of_kind("ClusterRole")["podferry-agent"]["rules"],
+        *of_kind("Role")["podferry-agent"]["rules"],
+    ]
+    for rule in rules:
+        assert "secrets" not in rule["resources"]
+        if "pods" in rule["resources"] or "nodes" in rule["resources"]:
+            assert set(rule["verbs"]) <= {"get", "list", "watch"}
+
+
+def test_the_controller_is_an_ordinary_pod() -> None:
+    pod = of_kind("Deployment")["podferry-controller"]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert not {"hostNetwork", "hostPID", "volumes"} & set(pod)
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_an_image_of_another_and_more_layers(tmp_path: Path) -> None:
+    for name in ("base", "first", "second"):
+        (tmp_path / name / "opt").mkdir(parents=True)
+        (tmp_path / name / "opt" / name).write_text(name)
+    base, made, again = tmp_path / "base.tar", tmp_path / "made.tar", tmp_path / "again.tar"
+    oci.write_archive(
+        tmp_path / "base", base, reference="example/base:1", architecture="amd64", command=["sh"], env=["A=1"]
+    )
+    trees = [tmp_path / "first", tmp_path / "second"]
+    for archive in (made, again):
+        oci.extend(base, archive, trees, reference="example/made:2", command=["run"], env=["B=2"])
+    assert made.read_bytes() == again.read_bytes()
+    with tarfile.open(made) as tar:
+
+        def read(digest: str) -> bytes:
+            file = tar.extractfile(f"blobs/{digest.replace(':', '/')}")
+            assert file is not None
+            return file.read()
+
+        index = tar.extractfile("index.json")
+        assert index is not None
+        (named,) = json.load(index)["manifests"]
+        manifest = json.loads(read(named["digest"]))
+        config = json.loads(read(manifest["config"]["digest"]))
+        assert named["annotations"]["io.containerd.image.name"] == "example/made:2"
+        assert config["config"] == {"Cmd": ["run"], "Env": ["B=2"], "WorkingDir": "/"}
+        digests = [one["digest"] for one in manifest["layers"]]
+        assert len(digests) == 3
+        assert config["rootfs"]["diff_ids"] == digests
+        for digest in [named["digest"], manifest["config"]["digest"], *digests]:
+            assert oci._blob(read(digest)).digest == digest.removeprefix("sha256:")
+        assert [one["size"] for one in manifest["layers"]] == [len(read(digest)) for digest in digests]
+
+
+def test_our_criu_lies_apart_from_everything_of_the_nodes() -> None:
+    assert criu.DIRECTORY.startswith("/opt/podferry/")
