@@ -188,10 +188,14 @@ class Snapshotter:
             pause = min(pause * 1.5, POLL[1])
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
-        lowers = self._lowers(parent)
-        owner = _mapped_root(labels) or self._owner_of(parent)
+        top_owner = self._top_owner(parent)
+        owner = _mapped_root(labels) or top_owner
         made = self.metadata.create(kind, key, parent, labels, lambda made: self._make_directories(made, owner))
-        return self._mounts(made, lowers)
+        try:  # looked up again: only from here on do the copies stay that a layer has on disk when it moves to the share
+            return self._mounts(made, self._lowers(parent))
+        except BaseException:
+            self.remove(key)
+            raise
 
     def _make_directories(self, made: Snapshot, owner: tuple[int, int] | None) -> None:
         files = self.files(made)
@@ -202,12 +206,17 @@ class Snapshotter:
         if owner is not None:
             os.chown(files, *owner)
 
-    def _owner_of(self, parent: str) -> tuple[int, int] | None:
-        """The owner of the root directory, which overlayfs takes from the top layer."""
+    def _top_owner(self, parent: str) -> tuple[int, int] | None:
+        """The owner of the root directory, which overlayfs takes from the top layer. All layers must be there and answer."""
         if not parent:
             return None
-        layer = self.metadata.get(parent)
-        top = self.root / "l" / str(layer.id)
+        try:
+            return self._owner_of(self._lowers(parent)[0], parent)
+        except FileNotFoundError:  # it has just moved to the share, which it does once
+            return self._owner_of(self._lowers(parent)[0], parent)
+
+    def _owner_of(self, top: Path, name: str) -> tuple[int, int]:
+        layer = self.metadata.get(name)
         on_share = layer.home is Home.SHARE and not self._mounted(layer)
         about = self._share.call(f"look at {top}", top.stat) if on_share else top.stat()
         return about.st_uid, about.st_gid
