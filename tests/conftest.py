@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import PodferryError
-from podferry.lab import Lab, cgroups, images, inside, list_labs, site
+from podferry.lab import Lab, cgroups, containers, images, inside, list_labs, site
 from podferry.lab.progress import phases
 from podferry.lab.state import CACHE, INSIDE
 
@@ -47,6 +47,7 @@ class SessionLab:
             packages = site.development(images.node_root(tell), tell)
             self._lab = lab
             lab.up(2, "1gbit", binds={IN_NODE: CHECKOUT, DEVELOPMENT: packages}, progress=tell)
+            containers.pull(lab, TESTS_NODE, images.JOB_IMAGE)
         return self._lab
 
     def down(self) -> None:

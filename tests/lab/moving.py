@@ -23,7 +23,7 @@ PATIENCE = 180.0
 LOOK_EVERY = 0.02
 GATES = "run/podferry/gates"
 BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
-SERVICES = ("tini", "runsvdir", "runsv", "containerd", "glusterfs", "agent")
+SERVICES = ("tini", "runsvdir", "runsv", "containerd", "glusterfs", "agent", "images")
 
 Record = dict[str, Any]
 
@@ -229,7 +229,7 @@ class Cluster:
             with suppress(FileNotFoundError):
                 found |= {f"{kind} {one.name}" for one in (root / "run/podferry" / kind).iterdir()}
         listing = self.lab.exec(
-            node, ["sh", "-c", "ctr c ls -q; echo -; ctr snapshots ls; echo -; ctr task ls -q"]
+            node, ["sh", "-c", "ctr c ls -q; echo -; ctr snapshots --snapshotter podferry ls; echo -; ctr task ls -q"]
         ).stdout
         records, snapshots, tasks = (part.splitlines() for part in listing.split("-\n"))
         found |= {f"container {name}" for name in records} | {f"task {name}" for name in tasks}

@@ -16,6 +16,8 @@ from moving import A, B, Cluster, until
 
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.lab import Lab, containers
+from podferry.lab.config import SNAPSHOTTER
+from podferry.lab.images import JOB_IMAGE
 from podferry.wire.pki import Authority
 
 pytestmark = pytest.mark.lab
@@ -87,8 +89,8 @@ def test_the_shell_hears_it_too(cluster: Cluster, job: str) -> None:
 
 
 def test_a_name_that_is_taken(cluster: Cluster, job: str) -> None:
-    containers_of_b = cluster.lab.exec(B, ["ctr", "image", "ls", "-q"]).stdout.split()
-    cluster.lab.exec(B, ["ctr", "container", "create", containers_of_b[0], job, "sleep", "1"])
+    containers.pull(cluster.lab, B, JOB_IMAGE)
+    cluster.lab.exec(B, ["ctr", "container", "create", "--snapshotter", SNAPSHOTTER, JOB_IMAGE, job, "sleep", "1"])
     try:
         record = cluster.migrate(job, source=A)
         assert record["outcome"] == "refused"
@@ -100,19 +102,9 @@ def test_a_name_that_is_taken(cluster: Cluster, job: str) -> None:
 
 
 def test_a_container_that_another_runtime_started(cluster: Cluster) -> None:
-    image = cluster.lab.exec(A, ["ctr", "image", "ls", "-q"]).stdout.split()[0]
-    command = [
-        "ctr",
-        "run",
-        "--detach",
-        "--cpu-shares=0",
-        image,
-        "plain",
-        "python3",
-        "-c",
-        "import time; time.sleep(600)",
-    ]
-    cluster.lab.exec(A, command)
+    containers.pull(cluster.lab, A, JOB_IMAGE)
+    command = ["ctr", "run", "--detach", "--cpu-shares=0", "--snapshotter", SNAPSHOTTER, JOB_IMAGE, "plain"]
+    cluster.lab.exec(A, [*command, "python3", "-c", "import time; time.sleep(600)"])
     try:
         record = cluster.migrate("plain", source=A)
         assert record["outcome"] == "refused"

@@ -44,7 +44,7 @@ class Job:
     def start(self, script: str = COUNT, *options: str) -> None:
         """Start it anew."""
         uri = f"--log-uri=file://{self.log}"
-        argv = ["ctr", "run", "--detach", "--runc-binary", RUNTIME, uri, *options]
+        argv = ["ctr", "run", "--detach", "--snapshotter", "podferry", "--runc-binary", RUNTIME, uri, *options]
         run([*argv, IMAGE, self.id, "python3", "-c", script])
 
     @property
@@ -110,7 +110,7 @@ class Arrival:
         self._pool = ThreadPoolExecutor(2)
         self.created: Future[int] | None = None
         record = source.record
-        self.parent = source.client.snapshot(record.snapshotter, record.snapshot_key).parent
+        self.layers = source.client.lineage(record.snapshotter, record.snapshot_key)
         spec = record.spec_json()
         spec["linux"]["cgroupsPath"] = f"/default/{id}"
         self.record = replace(
@@ -125,7 +125,7 @@ class Arrival:
         """Have containerd create the task up to where the wrapper waits."""
         client = self.source.client
         client.create_container(self.record)
-        mounts = client.prepare(self.record.snapshotter, self.record.id, self.parent, image=self.record.image)
+        mounts = client.prepare(self.record.snapshotter, self.record.id, self.layers, image=self.record.image)
         log = f"file://{self.job.log}"
         self.created = self._pool.submit(client.create_task, self.record.id, mounts, Stdio(stdout=log, stderr=log))
         self.created.add_done_callback(self._abandon)

@@ -381,7 +381,7 @@ def test_an_agent_that_dies_ends_the_poised_task(job: Job) -> None:
 def test_an_image_that_is_not_here(job: Job, client: Containerd) -> None:
     job.start()
     with pytest.raises(Refused, match="not on node-x"):
-        client.prepare(job.record.snapshotter, "hold-none", "sha256:none", image=job.record.image, node="node-x")
+        client.prepare(job.record.snapshotter, "hold-none", ["sha256:none"], image=job.record.image, node="node-x")
 
 
 def test_the_v2_freezer(place: Path) -> None:

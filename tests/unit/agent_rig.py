@@ -344,7 +344,7 @@ class FakeInspection:
         self.rig = rig
 
     def container(self, name: str) -> SimpleNamespace:
-        offered = Offered(RECORD, "parent")
+        offered = Offered(RECORD, ("layer",))
         choice = SimpleNamespace(kind="wp-async", reason="a fake")
         return SimpleNamespace(
             offered=offered,

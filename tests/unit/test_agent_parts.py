@@ -102,7 +102,7 @@ def test_a_configuration(tmp_path: Path) -> None:
         ("[]", "not a JSON object"),
         ("{}", "certificates, listen, node"),
         (json.dumps(GOOD | {"colour": "red"}), "colour"),
-        *[(json.dumps(GOOD | {name: 7}), name) for name in ("node", "peers", "run", "share", "metrics", "wrapper")],
+        *[(json.dumps(GOOD | {name: 7}), name) for name in ("node", "peers", "run", "metrics", "wrapper")],
     ],
 )
 def test_what_is_wrong_with_a_configuration_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -122,7 +122,7 @@ RECORD = Container("job", "image", "overlayfs", "key", Opaque("spec", b"{}"))
 
 
 def offer(container: Container = RECORD, **fields: Any) -> dict[str, Any]:
-    return Offered(container, "parent", Stdio()).to_dict() | fields
+    return Offered(container, ("lower", "upper"), Stdio()).to_dict() | fields
 
 
 def with_spec(spec: Any) -> Container:
@@ -134,7 +134,9 @@ def stdio(**fields: Any) -> dict[str, Any]:
 
 
 def test_an_offer_travels() -> None:
-    offered = Offered(RECORD, "parent", Stdio("", "file:///var/log/a", "file:///var/log/a"), ("--file-locks",))
+    offered = Offered(
+        RECORD, ("lower", "upper"), Stdio("", "file:///var/log/a", "file:///var/log/a"), ("--file-locks",)
+    )
     assert Offered.from_dict(json.loads(json.dumps(offered.to_dict())), "job") == offered
     here = offered.record_here(Path("/here/podferry-runc"))
     assert here.runc_options().binary_name == "/here/podferry-runc"
@@ -150,7 +152,10 @@ def test_an_offer_travels() -> None:
         (offer(replace(RECORD, id="a/b")), "a/b"),
         (offer(replace(RECORD, id="")), ""),
         (offer(record="!"), "job"),
-        (offer(parent=7), "job"),
+        (offer(layers=7), "job"),
+        (offer(layers=[7]), "job"),
+        (offer(layers=["x" * 256]), "job"),
+        (offer(layers=["x"] * 501), "job"),
         (offer(flags=["--external"]), "job"),
         (offer(stdio={"colour": 1}), "job"),
         (offer(stdio=None), "job"),

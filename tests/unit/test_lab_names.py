@@ -68,7 +68,6 @@ def test_the_agent_can_read_the_configuration_that_it_is_given(tmp_path: Path) -
     assert read.node == "node-b"
     assert read.listen == f"{addresses['node-b']}:7460"
     assert set(read.peers) == {"node-a", "node-c"}
-    assert read.share == Path("/share")
     assert not config.write(files, tmp_path), "written again though nothing changed"
     assert config.write({"agent.json": json.dumps({})}, tmp_path)
 

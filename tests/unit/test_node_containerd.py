@@ -85,16 +85,40 @@ class Containers(Fake, containers_pb2_grpc.ContainersServicer):
 
 
 class Snapshots(Fake, snapshots_pb2_grpc.SnapshotsServicer):
+    """`records` are parents by name; `shared` are layers that are on a share. `collect` loses what was found once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records = {"sha256:chain": ""}
+        self.shared: set[str] = set()
+        self.collect = False
+
     def Prepare(self, request: Any, context: grpc.ServicerContext) -> Any:
         self.note(request, context)
-        if request.parent != "sha256:chain":
+        wanted = request.labels.get("containerd.io/snapshot.ref")
+        if wanted in self.shared:
+            self.records[wanted] = request.parent
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"layer {wanted} is there already")
+        if self.collect and not wanted:
+            self.collect = False
+            for one in self.shared:
+                self.records.pop(one, None)
+        if request.parent and request.parent not in self.records:
             context.abort(grpc.StatusCode.NOT_FOUND, f"parent snapshot {request.parent} does not exist: not found")
+        self.records[request.key] = request.parent
         return snapshots_pb2.PrepareSnapshotResponse(mounts=[OVERLAY.message()])
 
     def Stat(self, request: Any, context: grpc.ServicerContext) -> Any:
         self.note(request, context)
-        info = snapshots_pb2.Info(name=request.key, parent="sha256:chain", kind=snapshots_pb2.ACTIVE)
+        if request.key not in self.records:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"snapshot {request.key} does not exist: not found")
+        info = snapshots_pb2.Info(name=request.key, parent=self.records[request.key], kind=snapshots_pb2.ACTIVE)
         return snapshots_pb2.StatSnapshotResponse(info=info)
+
+    def Remove(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self.note(request, context)
+        del self.records[request.key]
+        return Empty()
 
 
 class Tasks(Fake, tasks_pb2_grpc.TasksServicer):
@@ -153,12 +177,32 @@ def test_a_record_survives_the_way_to_another_node(client: Containerd, fakes: di
 
 
 def test_a_missing_image_is_refused_by_name(client: Containerd) -> None:
-    assert client.prepare("overlayfs", "job", "sha256:chain") == (OVERLAY,)
+    assert client.prepare("overlayfs", "job", ["sha256:chain"]) == (OVERLAY,)
     assert client.snapshot("overlayfs", "job").parent == "sha256:chain"
     with pytest.raises(Refused) as refused:
-        client.prepare("overlayfs", "job", "sha256:other", image="example.org/job:1", node="node-b")
+        client.prepare("overlayfs", "other", ["sha256:chain", "sha256:other"], image="example.org/job:1", node="node-b")
     assert "example.org/job:1" in refused.value.what and "node-b" in refused.value.what
+    assert "sha256:other" in refused.value.why
     assert "pull the image" in refused.value.remedy
+
+
+def test_layers_that_a_node_has_never_seen_come_from_the_share(client: Containerd, fakes: dict[str, Fake]) -> None:
+    snapshots = fakes["snapshots"]
+    assert isinstance(snapshots, Snapshots)
+    layers = ["sha256:chain", "sha256:middle", "sha256:top"]
+    assert client.find_layers("podferry", layers) == "sha256:middle"
+    assert set(snapshots.records) == {"sha256:chain"}, "what was prepared to ask is removed"
+    snapshots.shared = {"sha256:middle", "sha256:top"}
+    assert client.find_layers("podferry", layers) is None
+    snapshots.collect = True
+    assert client.prepare("podferry", "job", layers) == (OVERLAY,)
+    assert not snapshots.collect
+    assert client.lineage("podferry", "job") == tuple(layers)
+    snapshots.shared = set()
+    snapshots.collect = True
+    del snapshots.records["sha256:top"]
+    with pytest.raises(Refused, match="not on this node"):
+        client.prepare("podferry", "again", layers)
 
 
 def test_tasks(client: Containerd, fakes: dict[str, Fake]) -> None:

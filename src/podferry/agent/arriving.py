@@ -90,7 +90,7 @@ class Arriving:
             ) from there
         journal.acquire("snapshot", snapshotter=record.snapshotter, key=record.snapshot_key)
         mounts = self._containerd.prepare(
-            record.snapshotter, record.snapshot_key, self._offer.parent, image=record.image, node=self._config.node
+            record.snapshotter, record.snapshot_key, self._offer.layers, image=record.image, node=self._config.node
         )
         self._upper = Receiver(upper_dir(mounts))
         journal.acquire("scratch", directory=str(self.scratch))

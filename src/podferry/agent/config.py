@@ -28,7 +28,6 @@ class Config:
     run: Path = Path("/run/podferry")
     containerd: Path = Path("/run/containerd/containerd.sock")
     namespace: str = "default"
-    share: Path | None = None
     wrapper: Path = Path("/usr/local/sbin/podferry-runc")
     metrics: str = ""
     kubelet: Path = Path("/var/lib/kubelet")
@@ -69,7 +68,7 @@ class Config:
         return self.run / "outgoing"
 
 
-PATHS = frozenset({"certificates", "state", "run", "containerd", "share", "wrapper", "kubelet"})
+PATHS = frozenset({"certificates", "state", "run", "containerd", "wrapper", "kubelet"})
 
 
 def load(path: Path) -> Config:

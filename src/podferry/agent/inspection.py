@@ -101,12 +101,12 @@ class Inspection:
             raise why or Refused(f"{name} has no task")
         mounts = self._containerd.mounts(record.snapshotter, record.snapshot_key)
         upper = upper_dir(mounts)
-        parent = self._containerd.snapshot(record.snapshotter, record.snapshot_key).parent
+        layers = self._containerd.lineage(record.snapshotter, record.snapshot_key)
         stdio = Stdio(task.stdin, task.stdout, task.stderr, task.terminal)
         log_file(stdio)
         cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
         return View(
-            Offered(record, parent, stdio, DUMP_FLAGS),
+            Offered(record, layers, stdio, DUMP_FLAGS),
             task,
             upper,
             container_facts(record, task, cgroup, upper),
@@ -131,13 +131,11 @@ class Inspection:
                     remedy="remove it, or rename one",
                 )
             )
-        try:
-            self._containerd.snapshot(record.snapshotter, offered.parent)
-        except NotFound as missing:
+        if missing := self._containerd.find_layers(record.snapshotter, offered.layers):
             found.append(
                 Refused(
                     f"the image {record.image} is not on {self._config.node}",
-                    why=str(missing),
+                    why=f"its snapshotter {record.snapshotter} does not find the layer {missing}",
                     remedy=f"pull {record.image} there, for the snapshotter {record.snapshotter}",
                 )
             )

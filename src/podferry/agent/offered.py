@@ -21,6 +21,9 @@ from podferry.node.records import Container, Opaque, Stdio
 LOG_ROOTS = (Path("/var/log"),)
 """A container's output is only ever written below these, whatever the source says."""
 
+MOST_LAYERS, LONGEST = 500, 255
+"""overlayfs takes no more layers (OVL_MAX_STACK in fs/overlayfs/ovl_entry.h); characters of a layer's name."""
+
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 OPTIONS_TYPE = "containerd.runc.v1.Options"
 _SCHEME = "file://"
@@ -28,10 +31,11 @@ _SCHEME = "file://"
 
 @dataclass(frozen=True)
 class Offered:
-    """A container as it is offered. `parent` is the snapshot its root stands on; `flags` are those of the dump and the restore."""
+    """A container as it is offered. `layers` are the chain ids of its image, the lowest first: what its root stands on.
+    `flags` are those of the dump and the restore."""
 
     record: Container
-    parent: str
+    layers: tuple[str, ...]
     stdio: Stdio = field(default_factory=Stdio)
     flags: tuple[str, ...] = ()
 
@@ -51,7 +55,7 @@ class Offered:
         """As it travels; `from_dict` is its inverse."""
         return {
             "record": base64.b64encode(self.record.to_bytes()).decode(),
-            "parent": self.parent,
+            "layers": list(self.layers),
             "stdio": asdict(self.stdio),
             "flags": list(self.flags),
         }
@@ -61,14 +65,16 @@ class Offered:
         """Decode an offer of the container `name`. Raises `PeerMisbehaved` for what no source of ours sends."""
         try:
             record = Container.from_bytes(base64.b64decode(data["record"], validate=True))
-            stdio, parent, flags = Stdio(**data["stdio"]), data["parent"], tuple(data["flags"])
+            stdio, layers, flags = Stdio(**data["stdio"]), tuple(data["layers"]), tuple(data["flags"])
         except (KeyError, TypeError, binascii.Error) as error:
             raise PeerMisbehaved.because("not an offer of a container", error) from error
         if record.id != name or not _ID.fullmatch(name):
             raise PeerMisbehaved("an offer names one container and holds another", why=f"{name!r}, {record.id!r}")
-        if not isinstance(parent, str) or not set(flags) <= FLAGS:
+        if not set(flags) <= FLAGS:
             raise PeerMisbehaved("not an offer of a container", why=f"flags {flags!r}")
-        offered = Offered(record, parent, stdio, flags)
+        if len(layers) > MOST_LAYERS or not all(isinstance(one, str) and len(one) <= LONGEST for one in layers):
+            raise PeerMisbehaved("not an offer of a container", why="its layers are not a list of names")
+        offered = Offered(record, layers, stdio, flags)
         spec = record.spec_json()
         if spec.get("hooks"):
             raise Refused(

@@ -19,6 +19,7 @@ from typing import Any
 
 from podferry.bench.workload import DIRECTORY
 from podferry.errors import Failed
+from podferry.lab.config import SNAPSHOTTER
 from podferry.node.checkpoint import CRIU_CONF
 from podferry.node.process import Arg, ending, last_lines, pasteable, run, spawn
 
@@ -37,7 +38,7 @@ def prepare(argv: Sequence[str], image: str) -> dict[str, Any]:
     clean()
     for directory in (ROOTFS, IMAGES, WORK):
         directory.mkdir(parents=True)
-    run(["ctr", "-n", "default", "images", "mount", "--rw", image, ROOTFS])
+    run(["ctr", "-n", "default", "images", "mount", "--rw", "--snapshotter", SNAPSHOTTER, image, ROOTFS])
     (ROOTFS / DIRECTORY).mkdir()  # runc moves no files: what the job writes to must be on both nodes
     run(["runc", "spec"], cwd=HOME)
     spec = json.loads((HOME / "config.json").read_text())
@@ -57,7 +58,7 @@ def start() -> dict[str, Any]:
 def clean() -> dict[str, Any]:
     """Remove the container and all that was made for it, as far as it is there."""
     run([*RUNC, "delete", "--force", ID], check=False)
-    run(["ctr", "-n", "default", "images", "unmount", "--rm", ROOTFS], check=False)
+    run(["ctr", "-n", "default", "images", "unmount", "--rm", "--snapshotter", SNAPSHOTTER, ROOTFS], check=False)
     shutil.rmtree(HOME, ignore_errors=True)
     return {}
 

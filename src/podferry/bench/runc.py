@@ -14,7 +14,7 @@ from podferry.bench.job import Job
 from podferry.bench.moves import SOURCE, TARGET, Moved
 from podferry.bench.workload import Workload
 from podferry.errors import Failed, PodferryError
-from podferry.lab import Lab
+from podferry.lab import Lab, containers
 from podferry.lab.images import JOB_IMAGE
 from podferry.node.process import spawn
 
@@ -79,6 +79,7 @@ class Runc:
     def start(self, lab: Lab, workload: Workload) -> Job:
         """Start the job with runc alone, and prepare its bundle on the target."""
         for node in (SOURCE, TARGET):
+            containers.pull(lab, node, JOB_IMAGE)
             call(lab, node, "prepare", json.dumps(workload.argv()), JOB_IMAGE)
         call(lab, SOURCE, "start")
 
@@ -118,6 +119,7 @@ class Runc:
 
 def floor(lab: Lab) -> dict[str, Any]:
     """Pause, checkpoint and restore of an idle `sleep` that stays where it is."""
+    containers.pull(lab, SOURCE, JOB_IMAGE)
     call(lab, SOURCE, "prepare", json.dumps(["sleep", "infinity"]), JOB_IMAGE)
     try:
         call(lab, SOURCE, "start")

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from podferry.cli.lab_images import app as image_commands
 from podferry.cli.terminal import print_json, stderr, stdout, words
 from podferry.errors import UsageError
 from podferry.lab import Lab, LabStatus, Node, containers, list_labs
@@ -26,7 +27,8 @@ app = typer.Typer(
     name="lab",
     help=(
         "A small cluster on this machine: nodes that are sets of Linux namespaces, with real containerd, runc and CRIU, "
-        "joined by a link of a set rate, and with a real network file system at /share. Needs root."
+        "joined by a link of a set rate, with a real network file system at /share that holds their image layers, and a "
+        "real registry. Needs root."
     ),
     epilog=(
         "Start with `podferry lab up`, then `podferry lab run --node node-a --name train -- python3 -c ...`, then "
@@ -35,6 +37,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(image_commands)
 
 LabName = Annotated[
     str, typer.Option("--lab", metavar="NAME", envvar="PODFERRY_LAB", help="Which lab; labs never meet.")
@@ -184,7 +188,7 @@ def run(
     node: Annotated[str, typer.Option(metavar="NODE", help="Where it starts.")],
     name: Annotated[str, typer.Option(metavar="NAME", help="What it is called from now on.")],
     image: Annotated[
-        str, typer.Option(metavar="REF", help="An image the nodes have, or the path of an OCI archive here.")
+        str, typer.Option(metavar="REF", help="An image of the lab's registry, or the path of an OCI archive here.")
     ] = JOB_IMAGE,
     env: Annotated[
         list[str] | None, typer.Option(metavar="K=V", help="Set in its environment; may be repeated.")
@@ -265,7 +269,7 @@ def _print_status(status: LabStatus) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("NODE", "ADDRESS", "STATE", "PID"):
         table.add_column(title)
-    kinds = {STORAGE: "serves /share", CONTROL: "Kubernetes"}
+    kinds = {STORAGE: "serves /share and the registry", CONTROL: "Kubernetes"}
     for node in (*status.nodes, status.storage, *([status.control] if status.control else [])):
         state = "down" if not node.alive else "cut off" if node.cut else "up"
         kind = kinds.get(node.name, f"link {status.link}")

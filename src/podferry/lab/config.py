@@ -7,14 +7,21 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from podferry.lab.debian import architecture
 from podferry.lab.images import PAUSE_IMAGE
 from podferry.lab.kubernetes import files as kubernetes_files
 from podferry.lab.state import CONTROL, STORAGE
 
 AGENT_PORT = 7460
 BRICK_PORT = 24007
+REGISTRY = "podferry.local"
+"""The name of the registry on the storage node, which also stands in for every other registry."""
+
 SHARE = "/share"
 """Where every node has the remote file system."""
+
+SNAPSHOTTER = "podferry"
+"""containerd's name for podferry-snapshotter, which keeps image layers on the share."""
 
 Files = Mapping[str, str]
 
@@ -26,26 +33,20 @@ def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, 
     """
     files = {
         "hostname": f"{name}\n",
-        "hosts": "127.0.0.1 localhost\n" + "".join(f"{address} {host}\n" for host, address in addresses.items()),
+        "hosts": "127.0.0.1 localhost\n"
+        + f"{addresses[STORAGE]} {REGISTRY}\n"
+        + "".join(f"{address} {host}\n" for host, address in addresses.items()),
         "machine-id": hashlib.sha256(f"{lab}/{name}".encode()).hexdigest()[:32] + "\n",
     }
     if name == STORAGE:
-        return {**files, "brick.vol": _brick()}
+        return {**files, "brick.vol": _brick(), "registry.yml": _REGISTRY}
     if name == CONTROL:
         return {**files, **kubernetes_files.for_control(addresses)}
+    files |= {"share.vol": _client(addresses[STORAGE]), "registry-hosts.toml": f'server = "https://{REGISTRY}"\n'}
     if CONTROL in addresses:
-        return {
-            **files,
-            **kubernetes_files.for_node(name, addresses),
-            "share.vol": _client(addresses[STORAGE]),
-            "containerd.toml": containerd(1, kubernetes=True),
-        }
-    return {
-        **files,
-        "share.vol": _client(addresses[STORAGE]),
-        "containerd.toml": containerd(1),
-        "agent.json": agent(name, addresses),
-    }
+        own = kubernetes_files.for_node(name, addresses)
+        return {**files, **own, "containerd.toml": containerd(1, kubernetes=True)}
+    return {**files, "containerd.toml": containerd(1), "agent.json": agent(name, addresses)}
 
 
 def write(files: Files, directory: Path, *, keep: Collection[str] = ()) -> bool:
@@ -74,16 +75,16 @@ def agent(name: str, addresses: Mapping[str, str]) -> str:
             "run": "/run/podferry",
             "containerd": "/run/containerd/containerd.sock",
             "namespace": "default",
-            "share": SHARE,
         },
         indent=2,
     )
 
 
 def containerd(major: int, *, kubernetes: bool = False) -> str:
-    """containerd's configuration: format 2 for containerd 1, format 3 for containerd 2, which renamed the CRI plugin.
+    """containerd's configuration: format 2 for containerd 1, format 3 for containerd 2, which split the CRI plugin.
 
-    For Kubernetes it is what a cluster's own installer leaves: pods have a network, and nothing is said of podferry.
+    Layers are shared. For Kubernetes it is otherwise what a cluster's own installer leaves: pods have a network, and
+    nothing is said of podferry's runtime.
     """
     cri = "io.containerd.grpc.v1.cri" if major < 2 else "io.containerd.cri.v1.runtime"
     kinds = ("aufs", "btrfs", "devmapper", "zfs")
@@ -92,6 +93,7 @@ def containerd(major: int, *, kubernetes: bool = False) -> str:
         f"version = {2 if major < 2 else 3}\ndisabled_plugins = [{unused}]",
         f'[plugins."{cri}"]\n  restrict_oom_score_adj = true\n  disable_apparmor = true',
         _runtime(cri, "runc"),
+        *_pulling(cri, major),
     ]
     if not kubernetes:
         sections.append(_runtime(cri, "podferry", BinaryName="/usr/local/sbin/podferry-runc"))
@@ -105,10 +107,42 @@ def containerd(major: int, *, kubernetes: bool = False) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _pulling(cri: str, major: int) -> list[str]:
+    """Images come from the lab's registry, and their layers from the share."""
+    images = f'plugins."{cri}".containerd' if major < 2 else 'plugins."io.containerd.cri.v1.images"'
+    registry = f'plugins."{cri}".registry' if major < 2 else 'plugins."io.containerd.cri.v1.images".registry'
+    unpack = '[[plugins."io.containerd.transfer.v1.local".unpack_config]]'
+    return [
+        f'[proxy_plugins.{SNAPSHOTTER}]\n  type = "snapshot"\n  address = "/run/podferry/snapshotter.sock"',
+        f'[{images}]\n  snapshotter = "{SNAPSHOTTER}"',
+        f'[{registry}]\n  config_path = "/etc/containerd/certs.d"',
+        *(
+            f'{unpack}\n  platform = "linux/{architecture()}"\n  snapshotter = "{one}"'
+            for one in (SNAPSHOTTER, "overlayfs")
+        ),
+    ]
+
+
 def _runtime(cri: str, name: str, **options: str) -> str:
     table = f'plugins."{cri}".containerd.runtimes.{name}'
     given = "".join(f'\n  {key} = "{value}"' for key, value in options.items())
     return f'[{table}]\n  runtime_type = "io.containerd.runc.v2"\n[{table}.options]\n  SystemdCgroup = false{given}'
+
+
+_REGISTRY = """\
+version: 0.1
+log:
+  level: info
+  formatter: json
+storage:
+  filesystem:
+    rootdirectory: /srv/registry
+http:
+  addr: :443
+  tls:
+    certificate: /etc/podferry/pki/node.crt
+    key: /etc/podferry/pki/node.key
+"""
 
 
 # GlusterFS with volume files of our own: what glusterd would generate for one brick, without waiting for glusterd.

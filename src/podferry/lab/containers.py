@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from podferry.errors import UsageError
+from podferry.lab import registry
+from podferry.lab.config import SNAPSHOTTER
+from podferry.lab.debian import architecture
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.lab import Lab
 
 RUNTIME = "/usr/local/sbin/podferry-runc"
 LOGS = Path("/var/log/podferry/containers")
-NAMESPACE = "default"
+NAMESPACE, KUBERNETES = "default", "k8s.io"
 FOLLOW_SECONDS = 0.5
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
@@ -34,8 +34,9 @@ def start(
 ) -> None:
     """Start a container on a node, in the background; an empty `argv` runs the image's own command.
 
-    `image` is a reference that the node has, or the path of an OCI archive on this machine. Its output goes to
-    `LOGS`/NAME.log on the node. Raises `UsageError` for a name that is taken anywhere in the lab.
+    `image` is a reference that the lab's registry has (a name without a registry is one of the lab's own), or the path of
+    an OCI archive on this machine, which is put there first. Output goes to `LOGS`/NAME.log on the node. Raises
+    `UsageError` for a name that is taken in the lab.
     """
     if not _NAME.fullmatch(name):
         raise UsageError(
@@ -44,12 +45,16 @@ def start(
     lab.node(node)
     if taken := find(lab, name):
         raise UsageError(f"there is a container {name} on {taken}", remedy=f"podferry lab stop {name}, or another name")
-    reference = load(lab, Path(image)) if Path(image).is_file() else image
+    if Path(image).is_file():
+        reference = push(lab, Path(image), compress=False)
+    else:
+        reference = image if "/" in image else registry.reference_of(image)
+    pull(lab, node, reference)
     settings = [f"--env={key}={value}" for key, value in (env or {}).items()]
     log = f"--log-uri=file://{LOGS / name}.log"
     lab.exec(node, ["rm", "-f", f"{LOGS / name}.log"])
     # ctr would ask for its default share of the CPU even where a node has no cpu controller.
-    options = ["--detach", "--runc-binary", RUNTIME, "--cpu-shares=0", log]
+    options = ["--detach", "--snapshotter", SNAPSHOTTER, "--runc-binary", RUNTIME, "--cpu-shares=0", log]
     lab.exec(node, [*_CTR, "run", *options, *settings, reference, name, *argv])
 
 
@@ -77,20 +82,28 @@ def holders(lab: Lab, name: str) -> list[str]:
     return [node for node in alive if lab.exec(node, listing).stdout.split()]
 
 
-def load(lab: Lab, archive: Path) -> str:
-    """Import an OCI archive of this machine into every running node; returns the reference of its image."""
-    reference = _reference(archive)
+def push(lab: Lab, archive: Path, *, compress: bool = True) -> str:
+    """Put an OCI archive of this machine into the lab's registry; nodes that have an image of that name forget it.
+
+    Returns its reference.
+    """
+    reference = registry.push(lab, archive, compress=compress)
     for node in lab.status().nodes:
-        if not node.alive:
-            continue
-        inside = f"/var/lib/podferry/{archive.name}"
-        copy = lab.root(node.name) / inside.lstrip("/")
-        try:
-            shutil.copyfile(archive, copy)
-            lab.exec(node.name, [*_CTR, "images", "import", inside])
-        finally:
-            copy.unlink(missing_ok=True)
+        for namespace in (NAMESPACE, KUBERNETES) if node.alive else ():
+            lab.exec(node.name, ["ctr", "-n", namespace, "images", "remove", reference], check=False)
     return reference
+
+
+def pull(lab: Lab, node: str, reference: str, *, snapshotter: str = SNAPSHOTTER) -> None:
+    """Have a node's containerd pull an image, where it has none of that name.
+
+    With podferry's snapshotter, layers that any node has pulled before come from the share.
+    """
+    listing = [*_CTR, "images", "list", "-q", f"name=={reference}"]
+    if not lab.exec(node, listing).stdout.split():
+        # Without these two, ctr of containerd 1.7 downloads every layer before it asks the snapshotter.
+        ask_first = ["--local=false", f"--platform=linux/{architecture()}"]
+        lab.exec(node, [*_CTR, "images", "pull", *ask_first, f"--snapshotter={snapshotter}", reference])
 
 
 def output(lab: Lab, name: str, *, follow: bool = False) -> Iterator[bytes]:
@@ -149,15 +162,3 @@ def _status(lab: Lab, node: str, name: str) -> str:
         if task == name:
             return status
     return ""
-
-
-def _reference(archive: Path) -> str:
-    try:
-        with tarfile.open(archive) as tar:
-            file = tar.extractfile("index.json")
-            named = json.load(file)["manifests"][0]["annotations"] if file else {}
-            return str(named["io.containerd.image.name"])
-    except (OSError, KeyError, IndexError, ValueError, tarfile.TarError) as cause:
-        raise UsageError.because(
-            f"{archive} is not an OCI archive with a named image", cause, remedy="make one with `docker save` or skopeo"
-        ) from cause

@@ -58,6 +58,20 @@ def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress) -
         (into / name).unlink(missing_ok=True)
 
 
+def essential_files(root: Path) -> frozenset[str]:
+    """The paths (without the leading /) that the packages own which every Debian has: the same in all roots of a suite."""
+    stanzas = (root / "var/lib/dpkg/status").read_text().split("\n\n")
+    fields = [dict(re.findall(r"^([\w-]+): (.*)$", stanza, re.MULTILINE)) for stanza in stanzas]
+    needed = [one for one in fields if one.get("Essential") == "yes" or one.get("Priority") == "required"]
+    found: set[str] = set()
+    for one in needed:
+        names = (one["Package"], f"{one['Package']}:{one['Architecture']}")
+        for path in (root / "var/lib/dpkg/info" / f"{name}.list" for name in names):
+            if path.exists():
+                found.update(line.lstrip("/") for line in path.read_text().splitlines())
+    return frozenset(found)
+
+
 def downloads() -> dict[str, str]:
     """The environment a program needs that downloads: the clean one, with proxies and certificates of our own."""
     wanted = re.compile(r"(https?|ftp|no|all)_proxy|SSL_CERT_FILE|SSL_CERT_DIR|PIP_.*|UV_.*", re.IGNORECASE)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
-from podferry.lab import cache, cgroups, config, images, kernel, machine, network, site, state
+from podferry.lab import cache, cgroups, config, images, kernel, machine, network, registry, site, state
 from podferry.lab.kubernetes import daemons, pki
 from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.kubernetes.network import connect
@@ -24,11 +24,11 @@ from podferry.wire.pki import Authority
 DEFAULT_NODES = 2
 DEFAULT_LINK = "1gbit"
 AGENT_SOCKET = "run/podferry/agent.sock"
+SNAPSHOTTER_SOCKET = "run/podferry/snapshotter.sock"
 READY_SECONDS = 60.0
 
 # A mount is an event (poll on /proc/self/mountinfo); ctr itself waits for containerd's socket.
 _SHARE_READY = "until mountpoint -q /share; do findmnt --poll=mount --first-only --timeout 500 >/dev/null || :; done"
-_IMAGE_READY = 'ctr --connect-timeout 30s -n "$1" images ls -q "name==$2" | grep -q . || ctr -n "$1" images import "$3"'
 _IMAGES = "/opt/podferry/images"
 _KUBERNETES = "/opt/podferry/kube"
 
@@ -272,16 +272,17 @@ class Lab:
             pid = machine.first_process(self.name, name)
             if pid is None:
                 progress(f"{name}: starting")
-                services = _services(name, settings)
-                shown = {} if name == STORAGE else binds
-                kind = settings.cgroups
-                pid = machine.start(machine.Machine(self.name, name, home, image, services, kind, shown))
+                services, kind = _services(name, settings), settings.cgroups
+                pid = machine.start(machine.Machine(self.name, name, home, image, services, kind, binds))
             elif changed and "agent" in _services(name, settings):
                 self.exec(name, ["sv", "restart", "/run/service/agent"])
             network.connect(switch, network.Port(name, addresses[name], pid), settings.link)
             if settings.kubernetes:
                 connect(name, pid, addresses)
-            if name not in (STORAGE, CONTROL):
+            if name == STORAGE:
+                for reference, archive in _archives(settings).items():
+                    self.exec(name, registry.ensure(f"{_IMAGES}/{archive}.tar", reference), timeout=READY_SECONDS)
+            elif name != CONTROL:
                 self._wait_until_ready(name, settings, progress)
 
         # The switch and every machine are ours alone; they start at the same time.
@@ -293,16 +294,15 @@ class Lab:
 
     def _wait_until_ready(self, name: str, settings: Settings, progress: Progress) -> None:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
-        namespace = "k8s.io" if settings.kubernetes else "default"
-        for reference, archive in _archives(settings).items():
-            words = [namespace, reference, f"{_IMAGES}/{archive}.tar"]
-            self.exec(name, ["sh", "-ec", _IMAGE_READY, "sh", *words], timeout=READY_SECONDS)
+        logs = self.home / "machines" / name / "log" / "podferry"
+        _wait_for_socket(self.root(name) / SNAPSHOTTER_SOCKET, f"{name}'s snapshotter", logs / "snapshotter.log")
+        self.exec(name, ["ctr", "--connect-timeout", f"{READY_SECONDS:.0f}s", "version"], timeout=READY_SECONDS)
         if "agent" in _services(name, settings):
-            _wait_for_socket(self.agent_socket(name), f"{name}'s agent", self.home / "machines" / name / "log")
+            _wait_for_socket(self.agent_socket(name), f"{name}'s agent", logs / "agent.log")
         progress(f"{name}: ready")
 
     def _binds(self, settings: Settings, image: Path, progress: Progress) -> dict[str, Path]:
-        """What every node is shown read-only, by the path it sees."""
+        """What every machine is shown read-only, by the path it sees."""
         packages = site.site(image, progress)
         shown = {"/opt/podferry/site": packages, f"{_IMAGES}/job.tar": images.job_archive(progress)}
         if settings.kubernetes:
@@ -315,8 +315,8 @@ class Lab:
         authority = Authority.load(pki) if pki.exists() else Authority.create(pki, name=f"lab {self.name}")
         for name, address in addresses.items():
             into = self.home / "machines" / name / "etc" / "pki"
-            if name not in (STORAGE, CONTROL) and not (into / "node.crt").exists():
-                authority.issue(name, [address], into)
+            if name != CONTROL and not (into / "node.crt").exists():
+                authority.issue(config.REGISTRY if name == STORAGE else name, [address], into)
 
     def _addresses(self, settings: Settings) -> dict[str, str]:
         return state.addresses(self.name, state.node_names(settings.nodes), control=settings.kubernetes)
@@ -347,20 +347,20 @@ def list_labs() -> list[str]:
 def _services(machine: str, settings: Settings) -> list[str]:
     """What runs on a machine. Kubernetes brings the agents itself."""
     if machine == STORAGE:
-        return ["brick"]
+        return ["brick", "registry"]
     if machine == CONTROL:
         return ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"]
     own = ["kubelet"] if settings.kubernetes else ["agent"] if settings.agent else []
-    return ["share", "containerd", *own]
+    return ["share", "snapshotter", "containerd", *own]
 
 
 def _archives(settings: Settings) -> dict[str, str]:
-    """The images that every node has from the start, and the archives that they come from."""
+    """The images that the registry has from the start, and the archives that they come from."""
     pause = {images.PAUSE_IMAGE: "pause"} if settings.kubernetes else {}
     return {**pause, images.JOB_IMAGE: "job"}
 
 
-def _wait_for_socket(path: Path, whose: str, logs: Path) -> None:
+def _wait_for_socket(path: Path, whose: str, log: Path) -> None:
     """Until somebody answers at a unix socket. Raises `TimedOut` with the end of the log."""
     deadline = time.monotonic() + READY_SECONDS
     while True:
@@ -368,6 +368,5 @@ def _wait_for_socket(path: Path, whose: str, logs: Path) -> None:
             if client.connect_ex(str(path)) == 0:
                 return
         if time.monotonic() > deadline:
-            log = logs / "podferry" / "agent.log"
             raise TimedOut(f"{whose} does not answer", why=f"nobody listens at {path}", evidence=last_lines(log))
         time.sleep(0.05)  # a socket's birth is no event that its future client could wait for

@@ -1,4 +1,4 @@
-"""OCI image archives (image-spec 1.1, image layout in a tar), made without a daemon: one layer, uncompressed.
+"""OCI image archives (image-spec 1.1, image layout in a tar), made without a daemon; their layers are uncompressed.
 
 An uncompressed layer costs disk and saves the time that every node would spend on unpacking it.
 """
@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +33,33 @@ class Blob:
 
 
 def write_archive(
-    root: Path, into: Path, *, reference: str, architecture: str, command: Sequence[str], env: Sequence[str]
+    root: Path,
+    into: Path,
+    *,
+    reference: str,
+    architecture: str,
+    command: Sequence[str],
+    env: Sequence[str],
+    lower: Collection[str] = (),
 ) -> None:
-    """Pack the tree `root` as image `reference` into the archive `into`."""
-    with tempfile.TemporaryFile(dir=into.parent) as layer, tarfile.open(into, "w") as archive:
-        _pack(root, layer)
-        packed = _measure(layer)
+    """Pack the tree `root` as image `reference` into the archive `into`.
+
+    The paths in `lower` (relative to `root`), if there are any, become a layer of their own below the rest. It depends on
+    nothing but these files, so that images that have them in common have a layer in common.
+    """
+    with ExitStack() as stack, tarfile.open(into, "w") as archive:
+        layers = [stack.enter_context(tempfile.TemporaryFile(dir=into.parent)) for _ in range(2 if lower else 1)]
+        if lower:
+            _pack(root, layers[0], lambda member: _without_times(member) if member.name in lower else None)
+        _pack(root, layers[-1], lambda member: member if member.isdir() or member.name not in lower else None)
+        packed = [_measure(layer) for layer in layers]
         config = _json(
             {
                 "architecture": architecture,
                 "os": "linux",
                 "config": {"Cmd": list(command), "Env": list(env), "WorkingDir": "/"},
-                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{packed.digest}"]},
-                "history": [{"created_by": "podferry lab"}],
+                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{one.digest}" for one in packed]},
+                "history": [{"created_by": "podferry lab"}] * len(packed),
             }
         )
         manifest = _json(
@@ -53,7 +67,7 @@ def write_archive(
                 "schemaVersion": 2,
                 "mediaType": f"{MEDIA}.manifest.v1+json",
                 "config": _blob(config).descriptor("config.v1+json"),
-                "layers": [packed.descriptor("layer.v1.tar")],
+                "layers": [one.descriptor("layer.v1.tar") for one in packed],
             }
         )
         named = _blob(manifest).descriptor(
@@ -69,19 +83,27 @@ def write_archive(
         _add(archive, "index.json", _json(index))
         for data in (config, manifest):
             _add(archive, f"blobs/sha256/{_blob(data).digest}", data)
-        _add_file(archive, f"blobs/sha256/{packed.digest}", layer, packed.size)
+        for layer, blob in zip(layers, packed, strict=True):
+            _add_file(archive, f"blobs/sha256/{blob.digest}", layer, blob.size)
 
 
-def _pack(root: Path, layer: IO[bytes]) -> None:
+def _pack(root: Path, layer: IO[bytes], chosen: Callable[[tarfile.TarInfo], tarfile.TarInfo | None]) -> None:
     """The tree as a layer, in a fixed order; times stay, since Python checks its compiled files against them."""
 
     def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         top, _, below = member.name.partition("/")
-        return None if below and top in _NOT_IN_LAYERS else member
+        return None if below and top in _NOT_IN_LAYERS else chosen(member)
 
     with tarfile.open(fileobj=layer, mode="w") as tar:
         for path in sorted(root.iterdir()):
             tar.add(path, arcname=path.name, filter=kept)
+
+
+def _without_times(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """A directory changes when others put files into it."""
+    if member.isdir():
+        member.mtime = 0
+    return member
 
 
 def _measure(file: IO[bytes]) -> Blob:

@@ -46,7 +46,7 @@ for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/p
 done
 
 for bind in containerd:/var/lib/containerd podferry:/var/lib/podferry kubelet:/var/lib/kubelet log:/var/log \
-    etc:/etc/podferry brick:/srv/brick; do
+    etc:/etc/podferry brick:/srv/brick registry:/srv/registry; do
     mkdir -p "$HOME_DIR/${bind%%:*}" "$R${bind#*:}"
     mount --bind "$HOME_DIR/${bind%%:*}" "$R${bind#*:}"
 done
@@ -63,6 +63,9 @@ ln -sfn podferry/hosts "$R/etc/hosts"
 ln -sfn podferry/hostname "$R/etc/hostname"
 ln -sfn podferry/machine-id "$R/etc/machine-id"
 ln -sfn ../podferry/containerd.toml "$R/etc/containerd/config.toml"
+mkdir -p "$R/etc/containerd/certs.d/_default"
+ln -sfn ../../../podferry/registry-hosts.toml "$R/etc/containerd/certs.d/_default/hosts.toml"
+ln -sfn /etc/podferry/pki/ca.crt "$R/etc/ssl/certs/podferry-lab.pem"
 ln -sfn /opt/podferry/src/podferry/node/podferry-runc "$R/usr/local/sbin/podferry-runc"
 : > "$R/etc/resolv.conf"
 for service in $SERVICES; do

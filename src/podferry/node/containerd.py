@@ -7,7 +7,8 @@ millisecond, except for those that make the shim work (`create_task` waits for t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -30,6 +31,12 @@ from podferry.protos import (
 SOCKET = Path("/run/containerd/containerd.sock")
 STATE = Path("/run/containerd")
 CALL_TIMEOUT = 30.0  # seconds
+FIND_TIMEOUT = 90.0
+"""Seconds for a layer; longer than the snapshotter waits for one that another node is publishing."""
+COLLECTED = 3
+"""How often layers are looked for that containerd's garbage collector takes away again before they are used."""
+LAYER = "containerd.io/snapshot.ref"
+"""The label that names the layer which a snapshot is to become."""
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -145,26 +152,74 @@ class Containerd:
 
     # Snapshots.
 
-    def prepare(self, snapshotter: str, key: str, parent: str, *, image: str = "", node: str = "") -> tuple[Mount, ...]:
-        """Make an active snapshot over the committed `parent` and return its mounts.
+    def lineage(self, snapshotter: str, key: str) -> tuple[str, ...]:
+        """The committed snapshots below a snapshot, the lowest first. Raises `NotFound`."""
+        layers: list[str] = []
+        while key := self.snapshot(snapshotter, key).parent:
+            layers.insert(0, key)
+        return tuple(layers)
 
-        Raises `Refused` when this node lacks `parent`, which is the chain id of `image`.
+    def find_layers(self, snapshotter: str, layers: Sequence[str]) -> str | None:
+        """The first of an image's `layers` (chain ids, the lowest first) that this node cannot have; None where it has all.
+
+        A snapshotter that shares layers between nodes finds there what this node has never seen, without a download; if
+        need be after another node has published it. containerd collects what was found unless a snapshot stands on it.
         """
-        request = snapshots_pb2.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=parent)
+        parent = ""
+        for chain in layers:
+            try:
+                self.snapshot(snapshotter, chain)
+            except NotFound:
+                if not self._find_layer(snapshotter, chain, parent):
+                    return chain
+            parent = chain
+        return None
+
+    def _find_layer(self, snapshotter: str, chain: str, parent: str) -> bool:
+        """Ask as containerd's unpacker does before it downloads (containerd/core/unpack: the label, and the answer)."""
+        key = f"podferry-find-{uuid.uuid4()}"
         try:
-            answer = self._call(
-                "snapshots.v1.Snapshots/Prepare",
-                request,
-                snapshots_pb2.PrepareSnapshotResponse,
-                f"prepare the root file system {key}",
-            )
-        except NotFound as missing:
-            here = node or "this node"
-            raise Refused(
-                f"the image {image or parent} is not on {here}",
-                why=str(missing),
-                remedy=f"pull the image {image} on {here}, for the snapshotter {snapshotter}" if image else "",
-            ) from missing
+            self._prepare(snapshotter, key, parent, {LAYER: chain}, FIND_TIMEOUT)
+        except AlreadyExists:
+            return True
+        self.remove_snapshot(snapshotter, key)
+        return False
+
+    def prepare(
+        self, snapshotter: str, key: str, layers: Sequence[str], *, image: str = "", node: str = ""
+    ) -> tuple[Mount, ...]:
+        """Make an active snapshot over an image's committed `layers` and return its mounts.
+
+        Raises `Refused` when this node can have no such layers (`find_layers`), which are those of `image`.
+        """
+        for _ in range(COLLECTED):
+            missing = self.find_layers(snapshotter, layers)
+            if missing is None:
+                with contextlib.suppress(NotFound):  # collected since we found it
+                    return self._prepare(snapshotter, key, layers[-1] if layers else "")
+        here = node or "this node"
+        raise Refused(
+            f"the image {image or 'of the container'} is not on {here}",
+            why=f"its layer {missing or layers[-1]} is not there",
+            remedy=f"pull the image {image} on {here}, for the snapshotter {snapshotter}" if image else "",
+        )
+
+    def _prepare(
+        self,
+        snapshotter: str,
+        key: str,
+        parent: str,
+        labels: Mapping[str, str] | None = None,
+        timeout: float = CALL_TIMEOUT,
+    ) -> tuple[Mount, ...]:
+        request = snapshots_pb2.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=parent, labels=labels)
+        answer = self._call(
+            "snapshots.v1.Snapshots/Prepare",
+            request,
+            snapshots_pb2.PrepareSnapshotResponse,
+            f"prepare the root file system {key}",
+            timeout,
+        )
         return tuple(Mount.of(mount) for mount in answer.mounts)
 
     def mounts(self, snapshotter: str, key: str) -> tuple[Mount, ...]:
