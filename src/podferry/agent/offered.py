@@ -35,7 +35,7 @@ class Offered:
     `flags` are those of the dump and the restore."""
 
     record: Container
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] = ()
     stdio: Stdio = field(default_factory=Stdio)
     flags: tuple[str, ...] = ()
 

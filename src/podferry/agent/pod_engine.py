@@ -245,7 +245,7 @@ class PodEngine:
         if "offered" in journal.facts:
             offered = OfferedPod.from_dict(journal.facts["offered"], story.name)
             parts = [
-                Remains(Part(journal, number), self._containerd, Offered(_record(one.id), ""))
+                Remains(Part(journal, number), self._containerd, Offered(_record(one.id)))
                 for number, one in enumerate(offered.containers)
             ]
             held = HeldPod(journal, self._containerd, offered, parts, partial(self._cluster.hand_over, story.id))

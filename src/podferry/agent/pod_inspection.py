@@ -98,7 +98,7 @@ class PodView:
                 containerd,
                 # of what is offered only the record and the flags are asked: the kubelet sees to the rest
                 Part(journal, number),
-                offered=Offered(member.container.record, "", flags=DUMP_FLAGS),
+                offered=Offered(member.container.record, flags=DUMP_FLAGS),
                 task=member.task,
                 upper=member.upper,
                 kind=kind,

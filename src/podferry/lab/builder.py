@@ -43,7 +43,7 @@ def build(recipe: Recipe, progress: Progress) -> Path:
         if path.exists() and made_by.exists() and made_by.read_text() == wanted:
             return path
         root, partial = path.with_suffix(".root"), path.with_suffix(".partial")
-        for leftover in (root, partial, made_by):
+        for leftover in (root, partial):
             remove(leftover)
         try:
             bootstrap(list(recipe.packages), root, CACHE / "debs", lambda step: progress(f"{recipe.reference}: {step}"))
@@ -57,6 +57,7 @@ def build(recipe: Recipe, progress: Progress) -> Path:
                 env=[f"{name}={value}" for name, value in ({"PATH": PATH} | dict(recipe.env)).items()],
                 lower=essential_files(root),
             )
+            made_by.unlink(missing_ok=True)  # a recipe never stands beside another's image
             partial.rename(path)
             made_by.write_text(wanted)
         finally:

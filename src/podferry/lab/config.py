@@ -42,7 +42,7 @@ def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, 
         return {**files, "brick.vol": _brick(), "registry.yml": _REGISTRY}
     if name == CONTROL:
         return {**files, **kubernetes_files.for_control(addresses)}
-    files |= {"share.vol": _client(addresses[STORAGE]), "registry-hosts.toml": f'server = "https://{REGISTRY}"\n'}
+    files |= {"share.vol": _client(addresses[STORAGE]), "registry-hosts.toml": _registry_hosts()}
     if CONTROL in addresses:
         own = kubernetes_files.for_node(name, addresses)
         return {**files, **own, "containerd.toml": containerd(1, kubernetes=True)}
@@ -127,6 +127,12 @@ def _runtime(cri: str, name: str, **options: str) -> str:
     table = f'plugins."{cri}".containerd.runtimes.{name}'
     given = "".join(f'\n  {key} = "{value}"' for key, value in options.items())
     return f'[{table}]\n  runtime_type = "io.containerd.runc.v2"\n[{table}.options]\n  SystemdCgroup = false{given}'
+
+
+def _registry_hosts() -> str:
+    """Whatever registry is asked for, the lab's answers. containerd 1.7 does not take `server` alone."""
+    url = f"https://{REGISTRY}"
+    return f'server = "{url}"\n\n[host."{url}"]\n  capabilities = ["pull", "resolve"]\n'
 
 
 _REGISTRY = """\

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from podferry.errors import UsageError
+from podferry.errors import CommandFailed, UsageError
 from podferry.lab import registry
 from podferry.lab.config import SNAPSHOTTER
 from podferry.lab.debian import architecture
@@ -97,13 +97,22 @@ def push(lab: Lab, archive: Path, *, compress: bool = True) -> str:
 def pull(lab: Lab, node: str, reference: str, *, snapshotter: str = SNAPSHOTTER) -> None:
     """Have a node's containerd pull an image, where it has none of that name.
 
-    With podferry's snapshotter, layers that any node has pulled before come from the share.
+    With podferry's snapshotter, layers that any node has pulled before come from the share. Raises `UsageError` where the
+    registry has no such image.
     """
     listing = [*_CTR, "images", "list", "-q", f"name=={reference}"]
     if not lab.exec(node, listing).stdout.split():
         # Without these two, ctr of containerd 1.7 downloads every layer before it asks the snapshotter.
         ask_first = ["--local=false", f"--platform=linux/{architecture()}"]
-        lab.exec(node, [*_CTR, "images", "pull", *ask_first, f"--snapshotter={snapshotter}", reference])
+        try:
+            lab.exec(node, [*_CTR, "images", "pull", *ask_first, f"--snapshotter={snapshotter}", reference])
+        except CommandFailed as failed:
+            if not any("not found" in line for line in failed.evidence):
+                raise
+            raise UsageError(
+                f"the lab's registry has no image {reference}",
+                remedy="podferry lab image build, then podferry lab image push; or give the path of an OCI archive",
+            ) from failed
 
 
 def output(lab: Lab, name: str, *, follow: bool = False) -> Iterator[bytes]:
