@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from podferry.controller.pods import PLACEHOLDER
-from podferry.kube.client import MIGRATIONS, NODES, PODS, Json
+from podferry.kube.client import EVENTS, MIGRATIONS, NODES, PODS, Json
 from podferry.kube.migration import NAME_ANNOTATION, ROLE_LABEL, UID_LABEL, Migration
 
 from .world import World
@@ -340,3 +340,19 @@ async def test_the_placeholder_asks_for_what_the_pod_needs(world: World) -> None
     (place,) = (await world.api.list(PODS, world.namespace, labels=f"{ROLE_LABEL}={PLACEHOLDER}"))[0]
     assert place["spec"]["containers"][0]["resources"]["requests"] == {"cpu": "100m"}
     assert place["spec"]["nodeName"] == world.nodes[1]
+
+
+async def test_events_tell_the_story_on_pod_and_migration(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_move()
+    await world.ended()
+
+    async def told() -> bool:
+        events = (await world.api.list(EVENTS, world.namespace))[0]
+        seen = {(one["regarding"]["kind"], one["reason"]) for one in events}
+        wanted = {("Migration", "Scheduled"), ("Migration", "MigrationCompleted")}
+        return wanted | {("Pod", "MigrationStarted"), ("Pod", "MigrationTarget"), ("Pod", "MigrationCompleted")} <= seen
+
+    await world.until(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,29 @@ class Config:
     def outgoing(self) -> Path:
         """CRIU's images of containers that leave."""
         return self.run / "outgoing"
+
+
+PORT = 7400
+"""Where agents of a Kubernetes cluster listen."""
+
+
+def of_kubernetes(environment: Mapping[str, str]) -> Config:
+    """The configuration of an agent in a pod of its own: the DaemonSet says which node it is on. Raises `UsageError`."""
+    missing = [name for name in ("NODE_NAME", "NODE_IP") if not environment.get(name)]
+    if missing:
+        raise UsageError(
+            "the agent does not know its node",
+            why=f"{' and '.join(missing)} not set",
+            remedy="start it by podferry's DaemonSet (deploy/agent.yaml)",
+        )
+    address = environment["NODE_IP"]
+    return Config(
+        node=environment["NODE_NAME"],
+        listen=f"[{address}]:{PORT}" if ":" in address else f"{address}:{PORT}",
+        certificates=Path("/var/lib/podferry/pki"),
+        namespace="k8s.io",
+        wrapper=Path("/opt/podferry/bin/podferry-runc"),
+    )
 
 
 PATHS = frozenset({"certificates", "state", "run", "containerd", "wrapper", "kubelet"})

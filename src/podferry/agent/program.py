@@ -14,7 +14,7 @@ import structlog
 
 from podferry import __version__
 from podferry.agent import metrics
-from podferry.agent.config import load
+from podferry.agent.config import Config, load, of_kubernetes
 from podferry.agent.service import Agent
 from podferry.errors import PodferryError, UsageError
 
@@ -30,6 +30,11 @@ def main() -> None:
         prog="podferry-agent", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=Path("/etc/podferry/agent.json"), help="default: %(default)s")
+    parser.add_argument(
+        "--kubernetes",
+        action="store_true",
+        help="serve the cluster that this runs in: settings come from NODE_NAME, NODE_IP and POD_NAMESPACE, not from a file",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args()
     structlog.configure(
@@ -46,10 +51,10 @@ def main() -> None:
         if os.geteuid() != 0:
             raise UsageError("podferry-agent needs root", why="it reads other processes' memory and freezes cgroups")
         _raise_file_limit()
-        agent = Agent(load(arguments.config))
-        if agent.config.metrics:
-            metrics.serve(agent.config.metrics)
-        anyio.run(_work, agent)
+        config = of_kubernetes(os.environ) if arguments.kubernetes else load(arguments.config)
+        if config.metrics:
+            metrics.serve(config.metrics)
+        anyio.run(_in_cluster if arguments.kubernetes else _alone, config)
     except PodferryError as error:
         print(error.report(), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
@@ -61,10 +66,35 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _work(agent: Agent) -> None:
+async def _alone(config: Config) -> None:
+    agent = Agent(config)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_until_told, tasks.cancel_scope)
-        await agent.run(lambda: agent.log.info("ready", socket=str(agent.config.socket), listen=agent.config.listen))
+        await agent.run(lambda: _ready(agent))
+
+
+async def _in_cluster(config: Config) -> None:
+    from podferry.agent import certificate
+    from podferry.agent.kubernetes import Kubernetes
+    from podferry.kube.client import Api
+
+    namespace = os.environ.get("POD_NAMESPACE", "podferry-system")
+    async with Api.open() as api, anyio.create_task_group() as tasks:
+        tasks.start_soon(_until_told, tasks.cancel_scope)
+        await certificate.ensure(api, namespace, config.node, config.certificates)
+        tasks.start_soon(certificate.keep, api, namespace, config.node, config.certificates)
+        cluster = Kubernetes(api, config.node)
+        agent = Agent(config, cluster)
+
+        def ready() -> None:
+            _ready(agent)
+            tasks.start_soon(cluster.run, agent.pods)
+
+        await agent.run(ready)
+
+
+def _ready(agent: Agent) -> None:
+    agent.log.info("ready", socket=str(agent.config.socket), listen=agent.config.listen)
 
 
 async def _until_told(scope: anyio.CancelScope) -> None:

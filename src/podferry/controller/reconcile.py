@@ -48,6 +48,8 @@ from podferry.model import Outcome
 E, P = MigrationEvent, MigrationPhase
 
 LOOK_AGAIN = 2.0
+SPENT = frozenset({SourcePhase.COMMIT, SourcePhase.DRAIN, SourcePhase.COMPLETED})
+"""The source's phases in which the target has all that it needs of it: before, in post-copy, its memory is still being fetched."""
 DEADLINE_SLACK = 30.0
 
 
@@ -273,9 +275,10 @@ class Reconciler:
                 return again
             migration = await self._say(migration, HANDED_OVER, True, "OwnerHasTarget")
             return 0.0
-        if source is not None and "deletionTimestamp" not in source["metadata"]:
+        over, engine = migration.status.engine_ending, migration.status.engine or EnginePhases()
+        spent = over is not None or engine.source in SPENT or await self._farewell_is_over(migration)
+        if spent and source is not None and "deletionTimestamp" not in source["metadata"]:
             await self._hand_over.dismiss(source)
-        over = migration.status.engine_ending
         if over is not None and over.outcome == Outcome.FAILED:
             return await self._undo(migration, over)
         if over is None and not await self._farewell_is_over(migration):
@@ -288,8 +291,13 @@ class Reconciler:
 
     async def _farewell_is_over(self, migration: Migration) -> bool:
         """The source's agent has had its time to kill the frozen original and to say so, or will never say anything again."""
-        since = migration.status.condition(HANDED_OVER)
-        if since is not None and troubles.age(since.last_transition_time, _now()) > self._settings.farewell:
+        since, engine = migration.status.condition(HANDED_OVER), migration.status.engine
+        fetching = engine is not None and engine.source == SourcePhase.SERVE
+        if (
+            not fetching
+            and since is not None
+            and troubles.age(since.last_transition_time, _now()) > self._settings.farewell
+        ):
             return True
         return troubles.gone_or_fenced(await self._api.find(NODES, migration.status.source_node or ""))
 

@@ -10,7 +10,8 @@ import structlog
 
 from podferry.errors import PodferryError
 from podferry.kube.client import EVENTS, Api, Json
-from podferry.kube.migration import timestamp
+from podferry.kube.lease import micro_time
+from podferry.kube.migration import GROUP
 
 NORMAL, WARNING = "Normal", "Warning"
 LONGEST = 1000
@@ -26,23 +27,22 @@ class Events:
         """An event on `about`, an object with apiVersion, kind and metadata."""
         metadata = about["metadata"]
         namespace = metadata.get("namespace", "default")
-        now = timestamp()
         event: Json = {
             "metadata": {"name": f"{metadata['name'][:230]}.{secrets.token_hex(8)}", "namespace": namespace},
-            "involvedObject": {
+            "regarding": {
                 "apiVersion": about["apiVersion"],
                 "kind": about["kind"],
                 "name": metadata["name"],
                 "namespace": namespace,
                 "uid": metadata["uid"],
             },
+            "eventTime": micro_time(),
             "type": WARNING if warning else NORMAL,
             "reason": reason,
-            "message": message[:LONGEST],
-            "source": {"component": self._component, **({"host": self._host} if self._host else {})},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
+            "action": "Migrate",
+            "note": message[:LONGEST],
+            "reportingController": f"{GROUP}/{self._component}",
+            "reportingInstance": self._host or self._component,
         }
         try:
             await self._api.create(EVENTS, event, namespace)

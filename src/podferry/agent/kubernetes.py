@@ -1,0 +1,272 @@
+"""The agent's Kubernetes side: it watches the Migrations of its node, has the engine do them, and tells how far they are.
+
+It remembers nothing either. What a Migration's status says and what the engine has journalled is enough for an agent
+that was restarted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from podferry.agent.config import PORT
+from podferry.agent.pods import PodMigration, PodName, PodOrder, Pods
+from podferry.agent.source import Order
+from podferry.agent.telling import Reporter, say_resumed
+from podferry.core.migration import MigrationPhase
+from podferry.core.phases import SourcePhase, TargetPhase
+from podferry.core.precopy import Policy
+from podferry.errors import Failed, PodferryError
+from podferry.kube import status as store
+from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
+from podferry.kube.errors import NotFound
+from podferry.kube.events import Events
+from podferry.kube.migration import (
+    HANDED_OVER,
+    TARGET_REQUESTED,
+    Ending,
+    EnginePhases,
+    Migration,
+    quantity,
+    seconds,
+)
+from podferry.kube.watch import Queues, follow
+from podferry.model import Outcome
+
+Json = dict[str, Any]
+Key = tuple[str, str]
+
+RETRY = 1.0
+UNSEEN = 60.0
+"""Seconds after which a Migration that the watch has not brought does not exist."""
+
+
+class Kubernetes:
+    """`podferry.agent.pods.Cluster`, and what gives the engine its orders."""
+
+    def __init__(self, api: Api, node: str) -> None:
+        self._api, self._node = api, node
+        self._events = Events(api, "podferry-agent", node)
+        self._log = structlog.get_logger().bind(node=node)
+        self._addresses: dict[str, str] = {}
+        self._seen: dict[str, Migration | None] = {}
+        self._news = anyio.Event()
+        self._reporters: dict[tuple[str, str], Reporter] = {}
+        self._pods: Pods
+        self._tasks: TaskGroup
+
+    async def run(self, pods: Pods) -> None:
+        """Work for ever: `pods` is the engine."""
+        self._pods = pods
+        async with anyio.create_task_group() as self._tasks:
+            queue = Queues[Key](self._tasks, self._step)
+            for side in ("sourceNode", "targetNode"):
+                self._tasks.start_soon(self._follow, side, queue)
+
+    async def _follow(self, side: str, queue: Queues[Key]) -> None:
+        async for what, body in follow(self._api, MIGRATIONS, fields=f"status.{side}={self._node}"):
+            uid = body["metadata"]["uid"]
+            self._learn(None if what == "DELETED" else Migration.from_json(body), uid)
+            queue.put((body["metadata"]["namespace"], body["metadata"]["name"]))
+
+    def _learn(self, migration: Migration | None, uid: str) -> None:
+        """This is the newest of the Migration with this uid; None where it is gone."""
+        self._seen[uid] = migration
+        self._news.set()
+        self._news = anyio.Event()
+
+    # What there is to do.
+
+    async def _step(self, key: Key) -> float | None:
+        migration = await store.read(self._api, *key)
+        if migration is None:
+            return None
+        self._learn(migration, migration.uid)
+        half = self._pods.migrations().get(migration.uid)
+        if migration.status.source_node == self._node:
+            await self._know(migration.status.target_node)
+            return await self._source(migration, half)
+        await self._know(migration.status.source_node)
+        if half is not None and not migration.ended:
+            self._report(migration, half)
+        # The engine's half appears when the source dials; nobody tells, so look again.
+        return RETRY if half is None and migration.status.phase is MigrationPhase.RUNNING else None
+
+    async def _source(self, migration: Migration, half: PodMigration | None) -> float | None:
+        status = migration.status
+        if half is None and status.phase is MigrationPhase.RUNNING and status.engine_ending is None:
+            half = await self._begin(migration)
+        if half is None:
+            return None
+        if not migration.ended:
+            self._report(migration, half)
+        if (status.abort is not None or migration.ended) and half.cancel():
+            self._log.info("taken back", migration=migration.name)
+        if status.arbiter is not None and half.record()["phase"] == SourcePhase.LOST:
+            half.resolve(run_on_source=status.arbiter == "source")
+        return None
+
+    async def _begin(self, migration: Migration) -> PodMigration | None:
+        """Give the engine its order, unless the controller has changed its mind in the same moment."""
+
+        def begun(now: Migration) -> bool:
+            if now.status.phase is not MigrationPhase.RUNNING or now.status.abort is not None:
+                return False
+            now.status.engine = now.status.engine or EnginePhases()
+            now.status.engine.source = now.status.engine.source or SourcePhase.CHECK
+            return True
+
+        migration = await store.change(self._api, migration, begun)
+        status = migration.status
+        if status.phase is not MigrationPhase.RUNNING or status.abort is not None:
+            return None
+        assert status.source_pod is not None
+        assert status.target_node is not None
+        try:
+            pod = await self._api.get(PODS, status.source_pod.name, migration.namespace)
+            half = await self._pods.move(
+                PodOrder(
+                    id=migration.uid,
+                    pod=PodName(migration.namespace, status.source_pod.name, status.source_pod.uid),
+                    containers=container_names(pod),
+                    target=status.target_node,
+                    order=order_of(migration),
+                )
+            )
+        except NotFound:
+            return None  # the controller sees that too
+        except PodferryError as error:
+            await store.change(self._api, migration, _never_began(error))
+            return None
+        await self._events.say(migration.to_json(), "MigrationRunning", f"copying to {status.target_node}")
+        return half
+
+    def _report(self, migration: Migration, half: PodMigration) -> None:
+        """Have somebody tell the cluster how far this half is, until its end."""
+        key = migration.uid, half.role
+        if key not in self._reporters:
+            self._reporters[key] = reporter = Reporter(self._api, lambda: self._seen.get(migration.uid), half)
+            self._tasks.start_soon(reporter.run, lambda: self._reporters.pop(key, None))
+
+    async def _know(self, node: str | None) -> None:
+        """Learn where the agent of `node` listens."""
+        if node is None or node in self._addresses:
+            return
+        found = await self._api.find(NODES, node)
+        addresses = ((found or {}).get("status") or {}).get("addresses") or []
+        inside = next((one["address"] for one in addresses if one["type"] == "InternalIP"), None)
+        if inside:
+            self._addresses[node] = f"[{inside}]:{PORT}" if ":" in inside else f"{inside}:{PORT}"
+
+    # What the engine asks (`podferry.agent.pods.Cluster`).
+
+    def address(self, node: str) -> str | None:
+        """HOST:PORT of the agent of `node`."""
+        return self._addresses.get(node)
+
+    async def target_pod(self, id: str) -> PodName:
+        """Have the controller make the target pod, and wait for its name."""
+
+        def asked(now: Migration) -> bool:
+            now.status.engine = now.status.engine or EnginePhases()
+            now.status.engine.target = str(TargetPhase.RECEIVE)
+            now.status.say(TARGET_REQUESTED, True, "Converged", f"{self._node} is ready for the pod")
+            return True
+
+        await self._change(id, asked)
+        made = await self._once(id, lambda one: bool(one.status.target_pod or one.status.abort or one.ended))
+        if made.status.target_pod is None:
+            end = made.status.abort or made.status.ending
+            raise Failed(
+                "the target pod was not made",
+                why=end.message if end else f"the Migration is {made.status.phase}",
+                remedy=end.remedy if end else "",
+            )
+        return PodName(made.namespace, made.status.target_pod.name, made.status.target_pod.uid)
+
+    async def give_back(self, id: str) -> None:
+        """The controller deletes what it made as soon as the source's agent has said how it ended."""
+
+        def given(now: Migration) -> bool:
+            now.status.engine = now.status.engine or EnginePhases()
+            now.status.engine.target = str(TargetPhase.GAVE_UP)
+            if now.status.condition(TARGET_REQUESTED) is not None:
+                now.status.say(TARGET_REQUESTED, False, "GaveUp", "the job will not run here")
+            return not now.ended
+
+        with contextlib.suppress(NotFound):  # its pods went with it
+            await self._change(id, given)
+
+    async def hand_over(self, id: str) -> None:
+        """Tell the controller that the job runs on the target, and wait until the owner has its pod."""
+        while True:
+            try:
+                await self._change(id, lambda now: say_resumed(now, committing=True))
+                await self._once(id, lambda one: one.status.holds(HANDED_OVER) or _is_over(one))
+                return
+            except NotFound:
+                return  # somebody removed the Migration by force: there is nobody to wait for
+            except PodferryError as error:
+                self._log.warning("the hand-over waits", migration=id, error=str(error))
+                await anyio.sleep(RETRY)
+
+    async def _change(self, id: str, change: store.Change) -> None:
+        """Change the status of the Migration with this uid, once it has been seen."""
+        migration = await self._once(id, lambda _: True)
+        self._learn(await store.change(self._api, migration.model_copy(deep=True), change), id)
+
+    async def _once(self, id: str, holds: Callable[[Migration], bool]) -> Migration:
+        """The Migration once `holds`, as the watch brings it. Raises `NotFound` where it is gone."""
+        with anyio.move_on_after(UNSEEN) as unseen:
+            while True:
+                news, seen = self._news, self._seen.get(id)
+                if seen is not None:
+                    unseen.deadline = math.inf
+                    if holds(seen):
+                        return seen
+                elif id in self._seen:
+                    break
+                await news.wait()
+        raise NotFound(f"there is no Migration with uid {id}", why="it was removed by force")
+
+
+def _is_over(migration: Migration) -> bool:
+    return migration.ended or migration.status.phase is MigrationPhase.UNDOING
+
+
+def _never_began(error: PodferryError) -> store.Change:
+    def told(now: Migration) -> bool:
+        now.status.engine_ending = Ending(
+            outcome=str(Outcome.ROLLED_BACK),
+            reason=type(error).__name__,
+            message=str(error),
+            code=error.code,
+            remedy=error.remedy,
+        )
+        return True
+
+    return told
+
+
+def order_of(migration: Migration) -> Order:
+    """What the engine is asked, from the Migration's spec."""
+    spec = migration.spec
+    policy = Policy(
+        max_downtime=seconds(spec.max_downtime) if spec.max_downtime else Policy.max_downtime,
+        throttle=spec.allow_auto_converge,
+        postcopy=spec.allow_post_copy,
+    )
+    bandwidth = quantity(spec.bandwidth) if spec.bandwidth else None
+    return Order(spec.mode, timeout=seconds(spec.timeout), bandwidth=bandwidth, policy=policy)
+
+
+def container_names(pod: Json) -> tuple[str, ...]:
+    """Those that run as long as the pod does, in the order in which the kubelet starts them."""
+    sidecars = [one for one in pod["spec"].get("initContainers") or [] if one.get("restartPolicy") == "Always"]
+    return tuple(one["name"] for one in [*sidecars, *pod["spec"]["containers"]])
