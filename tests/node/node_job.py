@@ -74,13 +74,21 @@ class Job:
     def hold(self, **options: object) -> Hold:
         """Freeze it and have CRIU hold it."""
         self.cgroup.freeze()
+        hold = self._start_hold(**options)
+        hold.wait_ready()
+        return hold
+
+    def hold_early(self) -> Hold:
+        """Have runc wait with the dump. The job runs on."""
+        return self._start_hold(wait=True)
+
+    def _start_hold(self, **options: object) -> Hold:
         work = self.place / f"{self.id}-hold"
         shutil.rmtree(work, ignore_errors=True)
         root = self.client.runc_root(self.record)
         hold = self._hold = Hold.start(
             self.id, self.cgroup, runc_root=root, images=work / "images", work=work / "work", **options
         )  # type: ignore[arg-type]
-        hold.wait_ready()
         return hold
 
     def remove(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from podferry.agent.nodefacts import node_facts
 from podferry.core.facts import NodeFacts
 from podferry.errors import Refused
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
-from podferry.node.checkpoint import CheckpointFailed, Hold
+from podferry.node.checkpoint import CheckpointFailed, Hold, Process, _children
 from podferry.node.containerd import Containerd, ContainerdFailed
 from podferry.node.incoming import Incoming
 from podferry.node.jobfacts import ContainerFacts, container_facts
@@ -149,6 +150,66 @@ def test_rollback(job: Job, after: str) -> None:
     assert job.task.status is Status.RUNNING
     hold.rollback()
     job.wait_lines()
+    again = job.hold()
+    again.rollback()
+    job.wait_lines()
+
+
+def at_the_gate(hold: Hold, timeout: float = 20.0) -> int:
+    """Wait until runc has come to the request to dump; returns the pid of the `criu` that holds it."""
+    assert hold.runc is not None
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for pid in _children(hold.runc.pid):
+            with contextlib.suppress(OSError):
+                if str(hold.work / "gate") in {str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()}:
+                    return pid
+        time.sleep(0.01)
+    raise AssertionError("runc never came to the gate")
+
+
+def test_a_dump_that_waits_touches_nothing_until_it_is_let_go_on(job: Job) -> None:
+    job.start()
+    hold = job.hold_early()
+    at_the_gate(hold)
+    before = job.lines()
+    job.wait_lines()
+    assert len(job.lines()) > len(before), "it runs on"
+    job.cgroup.freeze()
+    hold.go_on()
+    hold.wait_ready()
+    stands_still(job)
+    hold = Hold.from_dict(hold.to_dict())
+    hold.rollback()
+    job.wait_lines()
+    assert [int(line) for line in job.lines()] == list(range(len(job.lines())))
+
+
+@pytest.mark.parametrize("by", ["rollback", "restart", "restart before it was journalled", "death", "early"])
+def test_a_dump_that_waits_is_called_off(job: Job, by: str) -> None:
+    """By the agent, by the next agent, or since the agent died: the job has noticed nothing."""
+    job.start()
+    hold = job.hold_early()
+    runc = hold.runc
+    assert runc is not None
+    shim = None if by == "early" else Process.of(at_the_gate(hold))
+    match by:
+        case "death":
+            hold.let_go()
+        case "restart":
+            Hold.from_dict(hold.to_dict()).rollback()
+        case "restart before it was journalled":
+            Hold.from_dict({"work": str(hold.work), "cgroup": job.cgroup.to_dict(), "waits": True}).rollback()
+        case _:
+            hold.rollback()
+    assert runc.wait(10)
+    assert shim is None or shim.wait(10)
+    job.wait_lines()
+    assert job.cgroup.state() is Frozen.THAWED
+    assert not (hold.work / "dump.log").exists(), "CRIU was never asked"
+    if by == "death":
+        with pytest.raises(CheckpointFailed):
+            hold.wait_ready()
     again = job.hold()
     again.rollback()
     job.wait_lines()

@@ -226,6 +226,11 @@ class FakeLeaving(FakeRemains):
         if data := self.node.log[offset:]:
             yield LOG, offset, data
 
+    async def stand_by(self) -> None:
+        self.journal.acquire("outgoing")
+        self.node.scratch = True
+        self.journal.acquire("hold")
+
     async def freeze(self) -> None:
         self.journal.acquire("freeze")
         self.node.frozen = True

@@ -35,6 +35,8 @@ from podferry.memory.uffd import PAGE
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.checkpoint import CRIU_CONF, Hold
 from podferry.node.containerd import Containerd, NotFound
+from podferry.node.gate import Gate
+from podferry.node.outside import in_pod
 from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.upper import Source as UpperSource
@@ -218,27 +220,40 @@ class Leaving:
             self._cgroup.set_cpu_quota(self._quota)
             self._journal.release("quota")
 
+    async def stand_by(self) -> None:
+        """Begin what the dump needs while the job still runs. An agent in a pod cannot: the gate is not among the node's files."""
+        if Gate.usable() and not in_pod():
+            await to_thread.run_sync(partial(self._start_dump, wait=True))
+
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
         return await to_thread.run_sync(self._dump)
 
-    def _dump(self) -> Mapping[tuple[int, str], bytes]:
-        images, work = self._scratch / "images", self._scratch / "work"
+    def _start_dump(self, *, wait: bool) -> Hold:
+        work = self._scratch / "work"
         self._journal.acquire("outgoing", directory=str(self._scratch))
-        self._journal.acquire("hold", work=str(work), cgroup=self._cgroup.to_dict())
+        self._journal.acquire("hold", work=str(work), cgroup=self._cgroup.to_dict(), waits=wait)
         hold = self._hold = Hold.start(
             self._offered.record.id,
             self._cgroup,
             runc_root=self._runc_root,
-            images=images,
+            images=self._scratch / "images",
             work=work,
             flags=self._offered.flags,
             conf=self._conf,
+            wait=wait,
         )
         self._journal.acquire("hold", **hold.to_dict())
+        return hold
+
+    def _dump(self) -> Mapping[tuple[int, str], bytes]:
+        hold = self._hold or self._start_dump(wait=False)
+        if hold.waits:
+            self._journal.acquire("hold", **hold.to_dict() | {"waits": False})
+            hold.go_on()
         hold.wait_ready()
         self._journal.acquire("hold", **hold.to_dict())
-        return {(IMAGES, path.name): path.read_bytes() for path in sorted(images.iterdir())}
+        return {(IMAGES, path.name): path.read_bytes() for path in sorted((self._scratch / "images").iterdir())}
 
     async def slow_down(self, quota: float) -> None:
         """Leave the job this share of the processor time that it used before it was slowed down."""
@@ -279,6 +294,8 @@ class Leaving:
         """Let go of descriptors."""
         if self._owed is not None:
             self._owed.close()
+        if self._hold is not None:
+            self._hold.let_go()
         self._tracker.close()
         self._upper.close()
         for reader in self._readers.values():

@@ -160,6 +160,10 @@ class LeavingJob(HeldJob, Protocol):
         """What the container has printed since the last pass: (directory, offset, bytes)."""
         ...
 
+    async def stand_by(self) -> None:
+        """Begin what the dump needs that can be begun while the job runs: the freeze is near."""
+        ...
+
     async def freeze(self) -> None:
         """Stop every task of the container; they stay stopped until `thaw`."""
         ...

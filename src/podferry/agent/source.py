@@ -239,6 +239,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         """Have the target ready but for the state, so that none of its work is downtime. The job goes on meanwhile, and may
         have written any amount when the target is: so copying ends only then."""
         await self.at_gate()
+        await self.job.stand_by()
         postcopy = await self._have_poised(letters)
         if self.order.mode is Mode.LIVE and not postcopy:
             await self._sender.files(self.job, last=False)

@@ -32,8 +32,9 @@ from podferry.errors import Failed, PeerMisbehaved, TimedOut
 from podferry.node import outside
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
+from podferry.node.gate import Gate
 from podferry.node.netns import in_network_of, in_new_network
-from podferry.node.process import Child, ending, last_lines, spawn
+from podferry.node.process import PATH, Child, ending, last_lines, spawn
 
 PORT = 7117
 READY_TIMEOUT = 120.0  # seconds
@@ -109,8 +110,10 @@ class Hold:
         self.work = work
         self.runc: Process | None = None
         self.criu: Process | None = None
+        self.waits = False
         self._child: Child | None = None
         self._status: int | None = None
+        self._gate: Gate | None = None
 
     @staticmethod
     def start(
@@ -123,11 +126,12 @@ class Hold:
         flags: Sequence[str] = ("--file-locks",),
         conf: Path = CRIU_CONF,
         runc: str | Path = "runc",
+        wait: bool = False,
     ) -> Hold:
         """Begin to dump container `id`, which should be frozen already: CRIU looks only every 100 ms else.
 
-        `images` and `work` are made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's
-        settings.
+        With `wait` only what can be done while it runs is begun; `go_on` does the rest. `images` and `work` are made. `flags` are
+        those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings.
         """
         unknown = set(flags) - FLAGS
         if unknown:
@@ -135,23 +139,37 @@ class Hold:
         for directory in (images, work):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         hold = Hold(id, cgroup, work)
+        settings = shutil.copy(conf, work)  # CRIU may not see the files of this program (`outside`)
+        environment = {"CRIU_CONFIG_FILE": str(settings)}
+        if wait:
+            hold.waits, hold._gate = True, Gate(work / "gate")
+            environment |= hold._gate.environment(PATH)
         status, theirs = os.pipe()
         argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
         argv += [*flags, "--image-path", images, "--work-path", work, id]
-        settings = shutil.copy(conf, work)  # CRIU may not see the files of this program (`outside`)
         try:
-            hold._child = in_new_network(
-                lambda: spawn(outside.on_node(argv), env={"CRIU_CONFIG_FILE": str(settings)}, pass_fds=[theirs])
-            )
+            hold._child = in_new_network(lambda: spawn(outside.on_node(argv), env=environment, pass_fds=[theirs]))
         except BaseException:
             os.close(status)
+            hold.let_go()
             raise
         finally:
             os.close(theirs)
         hold._status = status
         hold.runc = Process.of(hold._child.pid)
         return hold
+
+    def go_on(self) -> None:
+        """Let a dump that waits begin. Journal that it does before: afterwards `to_dict` says so."""
+        if self._gate is not None:
+            self.waits = False
+            self._gate.open()
+
+    def let_go(self) -> None:
+        """Close descriptors. A dump that still waits does not take place."""
+        if self._gate is not None:
+            self._gate.close()
 
     def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
         """Wait until the images are whole; then freeze the cgroup again under CRIU's hold.
@@ -198,7 +216,11 @@ class Hold:
         May be called again after a failure. Raises `CgroupFailed` where the container has ended meanwhile.
         """
         # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
-        if self._settled(patience):
+        if self.waits:
+            self.runc = self.runc or self._find_runc()
+            if self.runc is not None:
+                self.runc.kill()
+        elif self._settled(patience):
             self.cgroup.thaw()
             with contextlib.suppress(OSError, Failed):
                 self._fail_criu()
@@ -213,6 +235,7 @@ class Hold:
             "work": str(self.work),
             "runc": [self.runc.pid, self.runc.started] if self.runc else None,
             "criu": [self.criu.pid, self.criu.started] if self.criu else None,
+            "waits": self.waits,
         }
 
     @staticmethod
@@ -223,6 +246,7 @@ class Hold:
         try:
             hold = Hold(str(data.get("id", "")), Cgroup.from_dict(data["cgroup"]), Path(data["work"]))
             hold.runc, hold.criu = (_process(data.get(who)) for who in ("runc", "criu"))
+            hold.waits = data.get("waits") is True
         except (KeyError, TypeError, ValueError) as error:
             raise PeerMisbehaved.because("not a hold", error) from error
         return hold
