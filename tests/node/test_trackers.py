@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,8 @@ pytestmark = [
     pytest.mark.node,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 ]
-needs_uffd = pytest.mark.skipif(
-    choose(FACTS).kind is not Kind.UFFD, reason=f"no uffd tracker here: {choose(FACTS).reason}"
-)
+KIND = choose(FACTS).kind
+needs_tracker = pytest.mark.skipif(KIND is Kind.NONE, reason=f"no tracker here: {choose(FACTS).reason}")
 
 
 class Copy:
@@ -83,8 +82,8 @@ def jobs(zoo: Zoo) -> Iterator[Zoo]:
 
 
 @contextlib.contextmanager
-def tracking(kind: Kind, pids: Callable[[], list[int]]) -> Iterator[Tracker]:
-    with contextlib.closing(create(kind, pids)) as tracker:
+def tracking(zoo: Zoo) -> Iterator[Tracker]:
+    with contextlib.closing(create(KIND, lambda: list(zoo.jobs), pause=zoo.paused)) as tracker:
         yield tracker
 
 
@@ -120,7 +119,7 @@ def live_through(zoo: Zoo, tracker: Tracker, seed: int) -> None:
 
 def live_through_all(zoo: Zoo, seeds: range) -> None:
     for seed in seeds:
-        with tracking(Kind.UFFD, lambda: list(zoo.jobs)) as tracker:
+        with tracking(zoo) as tracker:
             try:
                 live_through(zoo, tracker, seed)
             except AssertionError as error:
@@ -128,13 +127,13 @@ def live_through_all(zoo: Zoo, seeds: range) -> None:
         zoo.clear()
 
 
-@needs_uffd
+@needs_tracker
 @pytest.mark.parametrize("first", range(0, SEEDS, 50))
 def test_the_copy_is_the_process(jobs: Zoo, first: int) -> None:
     live_through_all(jobs, range(first, first + 50))
 
 
-@needs_uffd
+@needs_tracker
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(SEEDS, MANY_SEEDS, 100))
 def test_the_copy_is_the_process_for_thousands(jobs: Zoo, first: int) -> None:

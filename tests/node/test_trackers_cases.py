@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_trackers import Copy
-from trackers_zoo import Job, Zoo, wait_for_state
+from test_trackers import KIND, Copy, needs_tracker
+from trackers_zoo import Job, Zoo
 
 from podferry.memory import uffd
 from podferry.memory.injector import Injector
@@ -19,7 +19,7 @@ from podferry.memory.maps import PAGE, locked_bytes, private_anonymous, read_are
 from podferry.memory.pagemap import open_pagemap, read_entries
 from podferry.memory.ranges import Runs
 from podferry.memory.reader import Data, Gone, Piece, Reader, Zero
-from podferry.memory.tracker import Kind, SpaceRound, Tracker, choose, create, probe
+from podferry.memory.tracker import Kind, SpaceRound, Tracker, choose, create, no_pause, probe
 from podferry.memory.tracker_process import share_memory
 
 FACTS = probe()
@@ -45,9 +45,9 @@ def zoo(shared_zoo: Zoo) -> Iterator[Zoo]:
 
 @pytest.fixture
 def follow(zoo: Zoo) -> Iterator[Callable[[], Tracker]]:
-    """Makes uffd trackers of all jobs in the zoo."""
+    """Makes trackers of all jobs in the zoo, of the kind that this kernel allows."""
     with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(contextlib.closing(create(Kind.UFFD, lambda: list(zoo.jobs))))
+        yield lambda: stack.enter_context(contextlib.closing(create(KIND, lambda: list(zoo.jobs), pause=zoo.paused)))
 
 
 def anonymous(job: Job, pages: int, flags: str = "PRIVATE_ANONYMOUS") -> Runs:
@@ -71,7 +71,7 @@ def finally_(tracker: Tracker, zoo: Zoo, job: Job) -> SpaceRound:
     return tracker.final().spaces[job.pid]
 
 
-@needs_uffd
+@needs_tracker
 def test_writes_are_seen_once_and_page_by_page(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where = anonymous(job, 64)
@@ -79,7 +79,7 @@ def test_writes_are_seen_once_and_page_by_page(zoo: Zoo, follow: Callable[[], Tr
     first = one(tracker, job)
     assert first.fresh
     assert not first.untracked
-    assert first.stopped > 0
+    assert (first.stopped > 0) == (KIND is Kind.UFFD)
     assert first.written & where == where
     assert not one(tracker, job).written & where
     wanted = Runs([(where.start + 3 * PAGE, where.start + 4 * PAGE), (where.end - 2 * PAGE, where.end)])
@@ -98,7 +98,7 @@ def test_memory_only_read_or_never_touched_costs_nothing(zoo: Zoo, follow: Calla
     assert not one(tracker, job).written & where
 
 
-@needs_uffd
+@needs_tracker
 def test_memory_given_back_is_dropped(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where = anonymous(job, 16)
@@ -116,7 +116,7 @@ def test_memory_given_back_is_dropped(zoo: Zoo, follow: Callable[[], Tracker]) -
     assert one(tracker, job).dropped & where == where - (given - again)
 
 
-@needs_uffd
+@needs_tracker
 def test_moved_memory_is_written_there_and_dropped_here(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where, there = anonymous(job, 8), anonymous(job, 8)
@@ -131,7 +131,7 @@ def test_moved_memory_is_written_there_and_dropped_here(zoo: Zoo, follow: Callab
     assert one(tracker, job).written & there == Runs.of(there.start, there.start + PAGE)
 
 
-@needs_uffd
+@needs_tracker
 def test_exec_forgets_the_old_program(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where = anonymous(job, 16)
@@ -216,7 +216,7 @@ def test_two_trackers_do_not_take_each_others_writes(zoo: Zoo, follow: Callable[
     assert not one(late, job).written & where
 
 
-@needs_uffd
+@needs_tracker
 def test_locked_memory_is_tracked_and_told(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where = anonymous(job, 8)
@@ -230,7 +230,7 @@ def test_locked_memory_is_tracked_and_told(zoo: Zoo, follow: Callable[[], Tracke
     assert [area.precopied for area in flagged] == [False]
 
 
-@needs_uffd
+@needs_tracker
 def test_guards_are_not_copied(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where = anonymous(job, 8)
@@ -247,7 +247,7 @@ def test_guards_are_not_copied(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     assert Runs((piece.start, piece.end) for piece in pieces if isinstance(piece, Gone)) == guarded
 
 
-@needs_uffd
+@needs_tracker
 def test_a_growing_stack_and_heap_are_followed(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker, copy = zoo.fork(), follow(), Copy()
     for levels in (1, 200, 100, 280):
@@ -259,7 +259,7 @@ def test_a_growing_stack_and_heap_are_followed(zoo: Zoo, follow: Callable[[], Tr
     copy.check(job.pid)
 
 
-@needs_uffd
+@needs_tracker
 def test_huge_pages_are_followed_page_by_page(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     whole = anonymous(job, 3 * HUGE // PAGE)
@@ -275,7 +275,7 @@ def test_huge_pages_are_followed_page_by_page(zoo: Zoo, follow: Callable[[], Tra
     assert one(tracker, job).dropped & where == where
 
 
-@needs_uffd
+@needs_tracker
 def test_the_kernels_writes_count(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where = anonymous(job, 4)
@@ -303,7 +303,7 @@ def test_with_direct_io_open_everything_is_reported_twice(
     os.kill(job.pid, signal.SIGCONT)
 
 
-@needs_uffd
+@needs_tracker
 def test_after_a_rollback_tracking_goes_on(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker, copy = zoo.fork(), follow(), Copy()
     for seed in range(6):
@@ -316,7 +316,7 @@ def test_after_a_rollback_tracking_goes_on(zoo: Zoo, follow: Callable[[], Tracke
         os.kill(job.pid, signal.SIGCONT)
 
 
-@needs_uffd
+@needs_tracker
 def test_the_quick_last_look_misses_nothing_written(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     """Pages that vanished stay in the copy then: which pages exist, the dump itself says."""
     job, tracker, copy = zoo.fork(), follow(), Copy()
@@ -365,7 +365,7 @@ def test_shared_address_spaces_are_copied_once(zoo: Zoo, follow: Callable[[], Tr
         assert not one(tracker, job).written & where
 
 
-@needs_uffd
+@needs_tracker
 def test_200_processes_come_and_go(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     tracker, copy = follow(), Copy()
     for _ in range(200):
@@ -390,13 +390,13 @@ def test_200_processes_come_and_go(zoo: Zoo, follow: Callable[[], Tracker]) -> N
         copy.check(pid)
 
 
-@needs_uffd
+@needs_tracker
 def test_a_zombie_has_no_memory(follow: Callable[[], Tracker]) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    with contextlib.closing(create(Kind.UFFD, lambda: [child, 2])) as tracker:
+    with contextlib.closing(create(KIND, lambda: [child, 2], pause=no_pause)) as tracker:
         seen = tracker.collect()
     os.waitpid(child, 0)
     assert not seen.spaces
@@ -426,26 +426,6 @@ def test_without_tracking_all_memory_is_written_every_time(zoo: Zoo) -> None:
             copy.check(job.pid)
             assert seen.spaces[job.pid].untracked
         assert seen.written >= 100 * PAGE
-
-
-@pytest.mark.skipif(not FACTS.soft_dirty, reason="no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY) in this kernel")
-def test_soft_dirty_pages_are_followed(zoo: Zoo) -> None:
-    job, copy = zoo.fork(), Copy()
-
-    @contextlib.contextmanager
-    def pause() -> Iterator[None]:
-        os.kill(job.pid, signal.SIGSTOP)
-        wait_for_state(job.pid, "T")
-        yield
-        os.kill(job.pid, signal.SIGCONT)
-
-    with contextlib.closing(create(Kind.SOFT_DIRTY, lambda: list(zoo.jobs), pause=pause)) as tracker:
-        for seed in range(10):
-            job.ask(f"step {seed} 20")
-            copy.apply(tracker.collect())
-        zoo.freeze()
-        copy.apply(tracker.final())
-        copy.check(job.pid)
 
 
 def test_the_reader_tells_every_page_once(zoo: Zoo) -> None:
