@@ -21,7 +21,7 @@ QEMU = "qemu-system-x86_64"
 META_PACKAGE = "linux-image-cloud-amd64"
 CACHE = Path("/var/tmp/podferry-test-kernels")
 ROOT = Path(__file__).parents[2]
-TESTERS = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "typing_extensions.py")
+TESTERS = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py", "typing_extensions.py")
 ENDED = re.compile(rb"^tests ended with status (\d+)", re.MULTILINE)
 MEMORY = "1536M"
 

@@ -196,6 +196,10 @@ class LeavingPod(HeldPod):
 
     # The freeze.
 
+    async def stand_by(self) -> None:
+        """Begin what the dumps need while the containers still run."""
+        await gathered(*(part.stand_by for part in self._parts))
+
     async def freeze(self) -> None:
         """Stop every task of every container. From here on nothing of the pod starts on this node, unless it is undone."""
         self._journal.acquire("departed", path=str(self._departed))
