@@ -97,8 +97,10 @@ def run(kernel: Path, place: Path, arguments: list[str], timeout: float) -> Ran:
     packages = Path(sysconfig.get_paths()["purelib"])
     for name in TESTERS:
         tree.copy(packages / name, Path("/work/src") / name)
-    for installed in packages.glob("pytest-*.dist-info"):
-        tree.copy(installed, Path("/work/src") / installed.name)
+    for installed in packages.glob("*.dist-info"):
+        tree.file(f"/work/src/{installed.name}/METADATA", installed / "METADATA")
+        if (entries := installed / "entry_points.txt").exists() and installed.name.startswith("pytest-"):
+            tree.file(f"/work/src/{installed.name}/entry_points.txt", entries)
     tree.copy(ROOT / "src/podferry", Path("/work/src/podferry"))
     tree.copy(ROOT / "tests/node", Path("/work/tests"))
     tree.file("init", INIT.format(python=python, arguments=arguments).encode(), 0o755)

@@ -104,18 +104,23 @@ def test_a_slowed_job_gets_its_share_of_what_it_used_not_of_all_processors(job: 
     job.start("while True: pass")
     cgroup = job.cgroup
 
-    def used(seconds: float = 1.0) -> float:
-        since, before = time.monotonic(), cgroup.cpu_seconds()
-        time.sleep(seconds)
-        return (cgroup.cpu_seconds() - before) / (time.monotonic() - since)
+    def stopped() -> int:
+        assert cgroup.cpu is not None
+        return int(dict(line.split() for line in (cgroup.cpu / "cpu.stat").read_text().splitlines())["nr_throttled"])
 
-    alone = used()
-    assert 0.05 < alone < 1.5  # one thread
+    since, before = time.monotonic(), cgroup.cpu_seconds()
+    time.sleep(1)
+    used = (cgroup.cpu_seconds() - before) / (time.monotonic() - since)
+    assert 0 < used < 1.5, "one thread"
     whole = cgroup.cpu_quota()
-    cgroup.set_cpu_quota(whole.scaled(0.25, alone))
-    assert used() < 0.5 * alone
+    slowed = whole.scaled(0.25, used)
+    assert slowed.quota == pytest.approx(0.25 * used * slowed.period, abs=1000)
+    never, deadline = stopped(), time.monotonic() + 30
+    cgroup.set_cpu_quota(slowed)
+    while stopped() < never + 3:
+        assert time.monotonic() < deadline, "the quota stops it never"
+        time.sleep(0.1)
     cgroup.set_cpu_quota(whole)
-    assert used() > 0.5 * alone
 
 
 def test_a_kill_leaves_nothing(job: Job) -> None:
