@@ -4,10 +4,10 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: help setup demo test unit lint format lock proto clean
+.PHONY: help setup demo demo-kubernetes test unit lint format lock proto clean
 
 help:           ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 18
 
 setup: $(STAMP) ## install uv where it is missing, and podferry into .venv
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml requirements.lock requirements-dev.lock scripts/setup
 
 demo: $(STAMP)  ## move a computing job between two nodes of the lab, and prove its result
 	$(VENV)/bin/podferry lab demo
+
+demo-kubernetes: $(STAMP) ## move the pod of a Job between two nodes of a real Kubernetes; PODFERRY_KUBE_BIN has its programs
+	$(VENV)/bin/podferry lab demo --kubernetes
 
 lint: $(STAMP)  ## formatting, lints, types, import contracts
 	$(VENV)/bin/ruff format --check src tests

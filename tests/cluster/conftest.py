@@ -23,10 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Lab]:
-    """A lab with Kubernetes on two nodes, up for the first test that needs it."""
+    """A lab with Kubernetes on two nodes and nothing of podferry, up for the first test that needs it."""
     lab = Lab(f"test-{os.getpid()}-cluster")
     try:
-        lab.up(2, kubernetes=True, progress=phases(print))
+        lab.up(2, agent=False, kubernetes=True, progress=phases(print))
         yield lab
     finally:
         lab.down()

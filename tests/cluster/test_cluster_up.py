@@ -142,7 +142,7 @@ def test_down_leaves_nothing_even_after_everything_was_killed(own_lab: Lab) -> N
         return [line.split(" - ")[0].split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
 
     before = mounts(), sorted(path.name for path in Path("/sys/class/net").iterdir())
-    own_lab.up(1, kubernetes=True)
+    own_lab.up(1, agent=False, kubernetes=True)
     for machine in ("control", "node-a"):
         first = next(one.pid for one in cgroups.processes(own_lab.name, machine) if one.first)
         os.kill(first, signal.SIGKILL)

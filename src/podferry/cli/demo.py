@@ -22,6 +22,7 @@ from podferry.cli.terminal import stderr, stdout, steps, words
 from podferry.cli.views import View, choose
 from podferry.errors import Failed, PodferryError, UsageError
 from podferry.lab import Lab, containers
+from podferry.lab.kubernetes import daemons
 from podferry.lab.state import CACHE, require_root
 from podferry.model import Mode, Outcome
 
@@ -50,6 +51,9 @@ def demo(
     name: Annotated[
         str, typer.Option("--lab", metavar="NAME", help="What its lab is called; it must not be up already.")
     ] = LAB,
+    kubernetes: Annotated[
+        bool, typer.Option("--kubernetes", help="In a real Kubernetes, by kubectl: the pod of a Job moves, live.")
+    ] = False,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the lab and the containers as they are at the end.")
     ] = False,
@@ -61,31 +65,41 @@ def demo(
     Example: [bold]podferry lab demo --html demo.html[/]
     """
     require_root()
+    if kubernetes and (html is not None or mode is not Mode.LIVE):
+        raise UsageError("--kubernetes goes with neither --html nor --mode", remedy="leave them out")
+    if kubernetes:
+        daemons.directory()
     lab, began = Lab(name), time.monotonic()
     if lab.exists():
         raise UsageError(
             f"lab {name} is up already", why="the demo takes its lab down", remedy=f"podferry lab down --lab {name}"
         )
-    _say(
-        "1. A lab of two nodes on this machine: namespaces, containerd, runc, CRIU, a network file system, a 1 gbit link. "
-        f"The first time its images are built under {CACHE}."
+    what = "Kubernetes, kubelets, " if kubernetes else ""
+    say(
+        f"1. A lab of two nodes on this machine: {what}namespaces, containerd, runc, CRIU, a network file system, a 1 gbit "
+        f"link. The first time its images are built under {CACHE}."
     )
     try:
         with steps() as progress:
-            lab.up(2, progress=progress)
-        _act(lab, mode, steps_, html)
+            lab.up(2, kubernetes=kubernetes, progress=progress)
+        if kubernetes:
+            from podferry.cli.demo_kubernetes import act
+
+            act(lab, steps_)
+        else:
+            _act(lab, mode, steps_, html)
     finally:
         if keep:
-            _say(f"\nThe lab stays: podferry --lab {name} ps; podferry lab down --lab {name} removes it.")
+            say(f"\nThe lab stays: podferry --lab {name} ps; podferry lab down --lab {name} removes it.")
         else:
-            _say("\nThe lab goes; nothing is left behind but a cache of its images.")
+            say("\nThe lab goes; nothing is left behind but a cache of its images.")
             with steps() as progress:
                 lab.down(progress)
     stderr().print(words(f"The demo took {units.duration((time.monotonic() - began) * 1000)}.", "dim"))
 
 
 def _act(lab: Lab, mode: Mode, count: int, html: Path | None) -> None:
-    _say(
+    say(
         f"2. A job on {SOURCE} that rewrites {MEBIBYTES} MiB of memory all the time; each value depends on the ones before. "
         f"The same job on {TARGET}, to compare with: it stays where it is."
     )
@@ -96,7 +110,7 @@ def _act(lab: Lab, mode: Mode, count: int, html: Path | None) -> None:
     output = Output(lab, MOVED)
     with output.shown(_print_line):
         output.wait_for(f"step {MOVE_AT} ")
-    _say(f"3. {WAYS[mode].format(TARGET)}")
+    say(f"3. {WAYS[mode].format(TARGET)}")
     record = _move(lab, output, mode)
     stdout().print(chart.summary(record))
     if html is not None:
@@ -107,10 +121,10 @@ def _act(lab: Lab, mode: Mode, count: int, html: Path | None) -> None:
             record.error or Failed(record.reason),
             remedy="podferry lab demo --keep leaves everything as it is, for a look",
         )
-    _say(f"4. {TARGET} takes up the job where {SOURCE} left it.")
+    say(f"4. {TARGET} takes up the job where {SOURCE} left it.")
     with output.shown(_print_line):
         output.wait_for(job.FINAL)
-    _say("5. Both jobs are done. Is the result the same?")
+    say("5. Both jobs are done. Is the result the same?")
     twin = Output(lab, TWIN)
     twin.wait_for(job.FINAL)
     compare(_facts(lab, TARGET, MOVED, output), _facts(lab, TARGET, TWIN, twin))
@@ -220,10 +234,11 @@ def _write_page(record: Record, path: Path) -> None:
         path.write_text(page(record), encoding="utf-8")
     except OSError as unwritable:
         raise UsageError(f"cannot write {path}", why=unwritable.strerror or str(unwritable)) from unwritable
-    _say(f"The move as a page: {path}")
+    say(f"The move as a page: {path}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One step of the story."""
     stderr().print(words(text, "bold"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
 from podferry.lab import cache, cgroups, config, images, kernel, machine, network, registry, site, state
-from podferry.lab.kubernetes import daemons, pki
+from podferry.lab.kubernetes import daemons, deploy, image, pki
 from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.kubernetes.network import connect
 from podferry.lab.progress import Progress, quiet
@@ -213,6 +213,19 @@ class Lab:
             )
         return Kubectl(self._pid(CONTROL), self.kubeconfig)
 
+    def deploy(self, progress: Progress = quiet) -> None:
+        """Install podferry, as it is here and now, in the lab's Kubernetes, as `kubectl apply -k deploy/` does anywhere.
+
+        `up` does it already in a lab with agents. Raises `Failed` where something of it does not get ready.
+        """
+        kubectl, tag = self.kubectl(), image.tag()
+        reference = f"{image.NAME}:{tag}"
+        archive = image.archive(progress, tag)
+        progress("kubernetes: installing podferry")
+        registry.push(self, archive, compress=False)
+        deploy.apply(kubectl, reference)
+        deploy.wait(kubectl)
+
     def cut(self, node: str) -> None:
         """Cut a node's link: packets vanish in both directions, and neither side is told."""
         self.node(node)
@@ -291,6 +304,8 @@ class Lab:
         if settings.kubernetes:
             progress("kubernetes: waiting until its nodes are ready")
             self.kubectl().wait_until_ready(state.node_names(settings.nodes))
+            if settings.agent:
+                self.deploy(progress)
 
     def _wait_until_ready(self, name: str, settings: Settings, progress: Progress) -> None:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)

@@ -35,8 +35,13 @@ _COMPILE = (
 )
 
 
-def archive(progress: Progress) -> Path:
-    """The image's OCI archive. Only what changed since the last time is made anew."""
+def tag() -> str:
+    """A tag for the image of the modules as they are now, which may be others under the same version tomorrow."""
+    return f"{__version__}-{_digest(site.PACKAGE)[:12]}"
+
+
+def archive(progress: Progress, tag: str = __version__) -> Path:
+    """The image's OCI archive, called `NAME`:`tag`. Only what changed since the last time is made anew."""
     root, base = images.node_root(progress), images.job_archive(progress)
     packages, own_criu = site.site(root, progress), criu.bundle(progress)
     recipe = {
@@ -44,6 +49,7 @@ def archive(progress: Progress) -> Path:
         "site": packages.name,
         "criu": own_criu.name,
         "package": _digest(site.PACKAGE),
+        "tag": tag,
         "programs": PROGRAMS,
         "env": ENV,
     }
@@ -64,7 +70,7 @@ def archive(progress: Progress) -> Path:
                 program.parent.mkdir(parents=True, exist_ok=True)
                 program.write_text(f"#!/usr/bin/python3\nfrom {module} import main\n\nmain()\n")
                 program.chmod(0o755)
-            oci.extend(base, into, [below, above], reference=f"{NAME}:{__version__}", command=COMMAND, env=ENV)
+            oci.extend(base, into, [below, above], reference=f"{NAME}:{tag}", command=COMMAND, env=ENV)
         finally:
             remove(trees)
 

@@ -1,0 +1,141 @@
+"""deploy/ on a real cluster: what it installs, what it may do, and that nothing is left when it is taken away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from podferry.install import criu
+from podferry.install.node import WRAPPER
+from podferry.lab import Lab
+from podferry.lab.images import JOB_IMAGE
+from podferry.lab.kubernetes import deploy, image
+
+pytestmark = pytest.mark.cluster
+NODES = ("node-a", "node-b")
+SYSTEM = deploy.NAMESPACE
+CONFIG = "/etc/podferry/containerd.toml"
+FOOTPRINT = f"cat {CONFIG}; find /etc/podferry /opt/podferry/bin /opt/podferry/criu -type f 2>/dev/null | sort | xargs sha256sum"
+HELPER = """
+from podferry.node import outside
+from podferry.node.process import run, spawn
+print(spawn(outside.surviving(["sleep", "1000"])).pid)
+print(run(outside.on_node(["criu", "--version"])).stdout.split()[1])
+print(run(outside.on_node(["hostname"])).stdout.strip())
+"""
+
+
+@pytest.fixture(scope="module")
+def before(cluster: Lab) -> dict[str, str]:
+    """The nodes' files that matter, as they are without podferry."""
+    return {node: cluster.exec(node, ["sh", "-c", FOOTPRINT]).stdout for node in NODES}
+
+
+@pytest.fixture(scope="module")
+def installed(cluster: Lab, before: dict[str, str]) -> Iterator[Lab]:
+    """The cluster with podferry on it."""
+    assert before
+    cluster.deploy()
+    try:
+        yield cluster
+    finally:
+        cluster.kubectl().run("delete", "-k", deploy.directory(), "--ignore-not-found", "--wait", check=False)
+        cluster.kubectl().run("delete", "-k", deploy.directory() / "uninstall", "--ignore-not-found", check=False)
+
+
+def containerd_pid(lab: Lab, node: str) -> str:
+    return lab.exec(node, ["pgrep", "-x", "containerd"]).stdout
+
+
+def agent_on(lab: Lab, node: str) -> str:
+    """The name of a node's agent's pod."""
+    words = ["get", "pods", "-l", "app.kubernetes.io/name=podferry-agent", f"--field-selector=spec.nodeName={node}"]
+    return lab.kubectl().run("-n", SYSTEM, *words, "-o", "name").stdout.split()[0]
+
+
+def test_nodes_know_the_runtime_and_have_a_criu_that_will_do(installed: Lab) -> None:
+    for node in NODES:
+        dump = installed.exec(node, ["containerd", "--config", CONFIG, "config", "dump"]).stdout
+        assert f'BinaryName = "{WRAPPER}"' in dump
+        assert 'sandbox_image = "podferry.local/pause:1"' in dump, "the rest of the section is as it was"
+        version = installed.exec(node, [f"{criu.DIRECTORY}/bin/criu", "--version"]).stdout
+        assert tuple(map(int, version.split()[1].split(".")))[:2] >= criu.OLDEST
+
+
+def test_a_new_agent_leaves_containerd_alone(installed: Lab) -> None:
+    pids = {node: containerd_pid(installed, node) for node in NODES}
+    kubectl = installed.kubectl()
+    kubectl.run("-n", SYSTEM, "rollout", "restart", "daemonset/podferry-agent")
+    deploy.wait(kubectl)
+    assert {node: containerd_pid(installed, node) for node in NODES} == pids
+    said = kubectl.run("-n", SYSTEM, "logs", agent_on(installed, "node-a"), "-c", "install")
+    assert "everything is in its place already" in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("who", "verb", "what", "allowed"),
+    [
+        ("agent", "patch", "migrations.podferry.dev/status", "yes"),
+        ("agent", "get", "secrets", "no"),
+        ("agent", "delete", "pods", "no"),
+        ("agent", "create", "migrations.podferry.dev", "no"),
+        ("controller", "create", "pods", "yes"),
+        ("controller", "list", "secrets", "no"),
+        ("controller", "delete", "nodes", "no"),
+    ],
+)
+def test_what_each_may_do(installed: Lab, who: str, verb: str, what: str, allowed: str) -> None:
+    account = f"--as=system:serviceaccount:{SYSTEM}:podferry-{who}"
+    said = installed.kubectl().run("auth", "can-i", verb, what, account, "-A", check=False)
+    assert said.stdout.strip() == allowed
+
+
+def test_what_an_agent_starts_on_its_node_outlives_it(installed: Lab) -> None:
+    kubectl, agent = installed.kubectl(), agent_on(installed, "node-a")
+    said = kubectl.run("-n", SYSTEM, "exec", agent, "-c", "agent", "--", "python3", "-c", HELPER).stdout.split()
+    pid, version, hostname = said
+    assert tuple(map(int, version.split(".")))[:2] >= criu.OLDEST
+    assert hostname == "node-a"
+    try:
+        kubectl.run("-n", SYSTEM, "delete", agent, "--wait", "--grace-period=1")
+        assert installed.exec("node-a", ["cat", f"/proc/{pid}/comm"]).stdout == "sleep\n"
+        places = installed.exec("node-a", ["cat", f"/proc/{pid}/cgroup"]).stdout.split()
+        assert any(place.endswith(":/podferry") for place in places)
+        assert not any("kubepods" in place for place in places)
+    finally:
+        installed.exec("node-a", ["kill", pid])
+    deploy.wait(kubectl)
+
+
+def test_the_nodes_are_restored_byte_for_byte_but_not_under_a_running_pod(
+    installed: Lab, before: dict[str, str]
+) -> None:
+    kubectl = installed.kubectl()
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "opted-in"},
+        "spec": {
+            "runtimeClassName": "podferry",
+            "nodeName": "node-a",
+            "terminationGracePeriodSeconds": 0,
+            "containers": [{"name": "c", "image": JOB_IMAGE, "command": ["sleep", "inf"]}],
+        },
+    }
+    kubectl.run("apply", "-f", "-", input=json.dumps(pod))
+    kubectl.run("wait", "--for=condition=Ready", "pod/opted-in", "--timeout=60s")
+    refused = kubectl.run(
+        "-n", SYSTEM, "exec", agent_on(installed, "node-a"), "--", "podferry", "uninstall", check=False
+    )
+    assert refused.returncode != 0
+    assert "podferry is in use on this node" in refused.stderr
+
+    kubectl.run("delete", "pod", "opted-in", "--wait")
+    kubectl.run("delete", "-k", deploy.directory(), "--wait")
+    deploy.apply(kubectl, f"{image.NAME}:{image.tag()}", deploy.directory() / "uninstall")
+    words = ["rollout", "status", "daemonset/podferry-uninstall", "--timeout=60s"]
+    kubectl.run("-n", "podferry-uninstall", *words)
+    kubectl.run("delete", "-k", deploy.directory() / "uninstall", "--wait")
+    assert {node: installed.exec(node, ["sh", "-c", FOOTPRINT]).stdout for node in NODES} == before
