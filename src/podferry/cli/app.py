@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -15,17 +13,18 @@ from podferry.cli import chart, complete, tables
 from podferry.cli.agents import Fleet, Where
 from podferry.cli.bench import app as bench_commands
 from podferry.cli.demo import demo
-from podferry.cli.exits import OF_OUTCOME, Exit, of_error
+from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.images import app as image_commands
 from podferry.cli.install import install, uninstall
 from podferry.cli.lab import app as lab_commands
-from podferry.cli.migrate import Follower, Left
+from podferry.cli.migrate import Follower
 from podferry.cli.pki import app as pki_commands
 from podferry.cli.record import Record
-from podferry.cli.terminal import as_bug, debugging, print_error, print_json, stderr, stdout, words
+from podferry.cli.running import run_program
+from podferry.cli.terminal import print_error, print_json, stderr, stdout, words
 from podferry.cli.units import parse_rate
 from podferry.cli.views import choose
-from podferry.errors import Bug, PodferryError, UsageError
+from podferry.errors import Bug, UsageError
 from podferry.model import Mode
 
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled back, 5 failed, 6 cancelled,
@@ -298,31 +297,4 @@ app.add_typer(image_commands, name="images")
 
 def run(argv: list[str]) -> int:
     """Run one command to its end and return its exit code; every error has been printed by then."""
-    json = "--json" in takewhile(lambda word: word != "--", argv)
-    try:
-        return int(typer.main.get_command(app).main(argv, prog_name="podferry", standalone_mode=False) or 0)
-    except typer.TyperException as misuse:
-        error: PodferryError = _misuse(misuse)
-    except typer.Abort:
-        return Exit.LEFT
-    except Left as left:
-        hint = f"podferry status {left.id}" if left.id else "podferry status"
-        stderr().print(words(f"left; the agent finishes alone: {hint}", "yellow"))
-        return Exit.LEFT
-    except PodferryError as known:
-        error = known
-    except Exception as unexpected:  # noqa: BLE001 - the last resort: a person gets words, not a traceback
-        error = as_bug(unexpected)
-    if debugging():
-        traceback.print_exception(error)
-    if json:
-        print_json({"type": "error", "error": error.to_dict()}, indent=None)
-    else:
-        print_error(error)
-    return of_error(error)
-
-
-def _misuse(misuse: typer.TyperException) -> UsageError:
-    context = getattr(misuse, "ctx", None)
-    path = context.command_path if context is not None else "podferry"
-    return UsageError(misuse.format_message().rstrip("."), remedy=f"{path} --help")
+    return run_program(app, "podferry", argv)

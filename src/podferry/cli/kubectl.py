@@ -1,0 +1,297 @@
+"""`kubectl podferry`: the commands. kubectl finds the program `kubectl-podferry` on the PATH and hands it what was typed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import anyio
+import typer
+
+from podferry import __version__
+from podferry.cli import kubectl_moves as moves
+from podferry.cli import kubectl_tables as tables
+from podferry.cli.exits import OF_OUTCOME, Exit
+from podferry.cli.kubectl_moves import Where
+from podferry.cli.running import run_program
+from podferry.cli.terminal import print_error, print_json, stdout
+from podferry.cli.units import parse_rate
+from podferry.cli.views import choose
+from podferry.core.migration import OUTCOME_OF_END
+from podferry.kube.client import MIGRATIONS, NODES, PODS, Kind
+from podferry.model import Mode
+
+EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled back, 5 failed, 6 cancelled,
+130 left with Ctrl-C."""
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="kubectl podferry",
+    help="Move running pods between nodes, with their memory and files, stopped for a fraction of a second.",
+    epilog="A pod can move if it was started with runtimeClassName: podferry. Begin with `kubectl podferry check POD`.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _offering(kind: Kind) -> Callable[[typer.Context], list[str]]:
+    """What the shell offers on TAB: the names that there are. Silent where it cannot know."""
+
+    def offer(context: typer.Context) -> list[str]:
+        given = {name: value for name, value in context.params.items() if value and name in Where.__dataclass_fields__}
+        try:
+            return _do(partial(moves.names, Where(**given), kind))
+        except Exception:  # noqa: BLE001 - a failed completion must not print into the user's line
+            return []
+
+    return offer
+
+
+PodName = Annotated[str, typer.Argument(metavar="POD", help="The pod.", autocompletion=_offering(PODS))]
+MigrationName = Annotated[
+    str, typer.Argument(metavar="MIGRATION", help="The Migration.", autocompletion=_offering(MIGRATIONS))
+]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", metavar="NAMESPACE", help="Default: the context's.")
+]
+Context = Annotated[
+    str | None, typer.Option("--context", metavar="NAME", help="Default: the kubeconfig's current one.")
+]
+Kubeconfig = Annotated[
+    Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG or ~/.kube/config.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: Migration objects as the API server has them.")]
+
+
+def _do(work: Callable[[], Awaitable[T]]) -> T:
+    return anyio.run(work)
+
+
+@app.callback(invoke_without_command=True)
+def podferry(context: typer.Context) -> None:
+    """Move running pods between nodes, with their memory and files, stopped for a fraction of a second."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(epilog=EXIT_CODES)
+def migrate(
+    *,
+    pod: PodName,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="NODE", help="Default: the scheduler chooses.", autocompletion=_offering(NODES)),
+    ] = None,
+    selector: Annotated[
+        list[str] | None, typer.Option("--node-selector", metavar="KEY=VALUE", help="A label that the node must have.")
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="live copies while it runs; stop and postcopy freeze first.")] = Mode.LIVE,
+    timeout: Annotated[str, typer.Option(metavar="TIME", help="Take it back if it is not done by then.")] = "1h",
+    max_downtime: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only stop the job when that will take less, e.g. 300ms.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(metavar="RATE", help="Use no more of the link than RATE: 100mbit, 50MiB, ...")
+    ] = None,
+    allow_postcopy: Annotated[
+        bool,
+        typer.Option("--allow-postcopy", help="Fall to post-copy where the job writes faster than the link carries."),
+    ] = False,
+    allow_throttle: Annotated[
+        bool, typer.Option("--allow-throttle", help="Slow the job down where it writes faster than the link carries.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="The Migration's name; default: made up.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Move a running pod to another node.
+
+    Ctrl-C takes it back: the job runs on where it was. A second Ctrl-C leaves the cluster to finish alone.
+
+    Examples:
+
+    [bold]kubectl podferry migrate train-x7k2p[/]
+
+    [bold]kubectl podferry migrate train-x7k2p --to node-b --max-downtime 300ms[/]
+
+    [bold]kubectl podferry migrate train-x7k2p --json | tail -n 1 | jq -r .status.downtime[/]
+    """
+    spec: dict[str, Any] = {
+        "podName": pod,
+        "targetNode": to,
+        "nodeSelector": moves.labels(selector or []) or None,
+        "mode": mode.value,
+        "timeout": timeout,
+        "maxDowntime": max_downtime,
+        "bandwidth": None if bandwidth is None else str(int(parse_rate(bandwidth))),
+        "allowPostCopy": allow_postcopy,
+        "allowAutoConverge": allow_throttle,
+    }
+    body = moves.body(pod, name, {key: value for key, value in spec.items() if value is not None})
+    where = Where(namespace, context, kubeconfig)
+    if detach:
+        made = _do(partial(moves.create, where, body))
+        print_json(made.to_json()) if json else stdout().print(f"migration/{made.name} created", markup=False)
+        return
+    end = _do(partial(moves.follow_to_the_end, where, body, choose(json)))
+    if json:
+        print_json(end.to_json(), indent=None)
+    else:
+        tables.print_end(end)
+    raise typer.Exit(OF_OUTCOME[OUTCOME_OF_END[end.status.phase]])
+
+
+@app.command()
+def check(
+    *,
+    pod: PodName,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """List what stands in the way of moving a pod, in words. Nothing is touched.
+
+    What only the nodes know (kernel, CRIU, what the processes hold open) is checked at the start of a migration, before
+    anything is touched too. Exit code 0 means that nothing was found, 3 that something was.
+
+    Example: [bold]kubectl podferry check train-x7k2p[/]
+    """
+    found = _do(partial(moves.obstacles, Where(namespace, context, kubeconfig), pod))
+    if json:
+        print_json(
+            {"pod": pod, "movable": not found, "refusals": [{**one.to_dict(), "reason": one.reason} for one in found]}
+        )
+    elif not found:
+        stdout().print(f"{pod} can move.", style="bold green", markup=False)
+    else:
+        stdout().print(f"{pod} cannot move.", style="bold yellow", markup=False)
+        for one in found:
+            print_error(one)
+    if found:
+        raise typer.Exit(Exit.REFUSED)
+
+
+@app.command(name="list")
+def list_(
+    *,
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """List the migrations, the newest last.
+
+    Example: [bold]kubectl podferry list -A[/]
+    """
+    found = _do(partial(moves.migrations, Where(namespace, context, kubeconfig), everywhere=all_namespaces))
+    if json:
+        print_json({"migrations": [one.to_json() for one in found]})
+    else:
+        tables.print_migrations(found, namespaces=all_namespaces)
+
+
+@app.command()
+def status(
+    *,
+    migration: MigrationName,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Show one migration.
+
+    Example: [bold]kubectl podferry status move-train-x7k2p-4f2a[/]
+    """
+    found = _do(partial(moves.get, Where(namespace, context, kubeconfig), migration))
+    if json:
+        print_json(found.to_json())
+    else:
+        tables.print_end(found)
+
+
+@app.command()
+def cancel(
+    *,
+    migration: MigrationName,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Take a migration back, as long as the right to run has not passed: the job runs on where it was.
+
+    Exit code 0 means that it was taken back, another how it ended instead.
+
+    Example: [bold]kubectl podferry cancel move-train-x7k2p-4f2a[/]
+    """
+    end = _do(partial(moves.cancel_and_wait, Where(namespace, context, kubeconfig), migration))
+    if json:
+        print_json(end.to_json())
+    else:
+        tables.print_end(end)
+    code = OF_OUTCOME[OUTCOME_OF_END[end.status.phase]]
+    raise typer.Exit(Exit.OK if code is Exit.CANCELLED else code or Exit.FAILED)
+
+
+@app.command()
+def explain(
+    *,
+    migration: MigrationName,
+    json: Json = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Tell the story of one migration: its conditions and events in order, how it ended and what to do about it.
+
+    Example: [bold]kubectl podferry explain move-train-x7k2p-4f2a[/]
+    """
+    found, events = _do(partial(moves.story, Where(namespace, context, kubeconfig), migration))
+    if json:
+        print_json({"migration": found.to_json(), "events": events})
+    else:
+        tables.print_story(found, events)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"kubectl-podferry {__version__}")
+
+
+def main() -> None:
+    """The program `kubectl-podferry`."""
+    sys.exit(run_program(app, "kubectl podferry", sys.argv[1:]))
+
+
+def complete() -> None:
+    """The program `kubectl_complete-podferry`, which kubectl asks for completions: a name a line, then a directive (cobra's)."""
+    os.environ |= {
+        "_KUBECTL_PODFERRY_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["kubectl-podferry", *sys.argv[1:]]),
+        "COMP_CWORD": str(max(1, len(sys.argv) - 1)),
+    }
+    from typer._completion_classes import (
+        completion_init,
+    )  # what an app with `add_completion` calls; the options are not for a plugin
+
+    completion_init()
+    try:
+        typer.main.get_command(app).main([], prog_name="kubectl-podferry", complete_var="_KUBECTL_PODFERRY_COMPLETE")
+    finally:
+        sys.stdout.write(":4\n")  # no files

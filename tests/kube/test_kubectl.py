@@ -1,0 +1,142 @@
+"""`kubectl podferry` against the real API server, as a person or a script runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from podferry.kube.client import MIGRATIONS
+
+from .world import World
+
+pytestmark = [pytest.mark.cluster, pytest.mark.anyio]
+BIN = Path(sys.executable).parent
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(real_world: World, control_plane: Path) -> Run:
+    """Run it in the world's namespace: returns exit code, stdout and stderr."""
+
+    def blocking(*argv: str, program: str = "kubectl-podferry") -> tuple[int, str, str]:
+        environment = {**os.environ, "KUBECONFIG": str(control_plane), "COLUMNS": "200"}
+        argv = (str(BIN / program), *argv)
+        done = subprocess.run(argv, check=False, env=environment, capture_output=True, text=True, timeout=90)
+        return done.returncode, done.stdout, done.stderr
+
+    async def run(*argv: str, **more: str) -> tuple[int, str, str]:
+        return await to_thread.run_sync(partial(blocking, *argv, **more))
+
+    return run
+
+
+@pytest.fixture
+def world(real_world: World) -> World:
+    return real_world
+
+
+async def test_check_says_what_stands_in_the_way_and_touches_nothing(world: World, run: Run) -> None:
+    await world.pod("good")
+    await world.pod(
+        "bad", runtimeClassName=None, hostNetwork=True, volumes=[{"name": "h", "hostPath": {"path": "/srv"}}]
+    )
+    code, out, _ = await run("check", "good", "-n", world.namespace)
+    assert (code, out.strip()) == (0, "good can move.")
+    code, out, err = await run("check", "bad", "-n", world.namespace)
+    assert code == 3
+    assert "bad cannot move." in out
+    for words in ("runtimeClassName: podferry", "/srv", "hostNetwork: true"):
+        assert words in err
+    code, out, _ = await run("check", "bad", "-n", world.namespace, "--json")
+    reasons = [one["reason"] for one in json.loads(out)["refusals"]]
+    assert (code, reasons) == (3, ["RuntimeClassMissing", "HostNetwork", "HostPath"])
+
+
+async def test_migrate_follows_to_the_end(world: World, run: Run) -> None:
+    await world.pod()
+    world.controller()
+    result: list[tuple[int, str, str]] = []
+
+    async def migrate() -> None:
+        result.append(await run("migrate", "train", "--name", "move", "-n", world.namespace))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(migrate)
+        await world.until(partial(there, world))
+        await world.agents_move()
+    ((code, out, err),) = result
+    assert code == 0, err
+    assert "Completed" in out
+    assert "42ms" in out
+    assert "Scheduling" in err
+    code, out, _ = await run("list", "-n", world.namespace)
+    assert code == 0
+    assert out.splitlines()[0].split() == ["NAME", "POD", "FROM", "TO", "PHASE", "PROGRESS", "DOWNTIME", "AGE"]
+    assert "Completed" in out
+    code, out, _ = await run("explain", "move", "-n", world.namespace)
+    assert code == 0
+    assert out.index("Scheduled=True") < out.index("HandedOver=True")
+    assert "MigrationCompleted" in out
+    code, out, _ = await run("status", "move", "-n", world.namespace, "--json")
+    assert (code, json.loads(out)["status"]["phase"]) == (0, "Completed")
+    code, _, err = await run("cancel", "move", "-n", world.namespace)
+    assert code == 3
+    assert "has ended" in err
+
+
+async def there(world: World) -> bool:
+    return await world.api.find(MIGRATIONS, "move", world.namespace) is not None
+
+
+async def test_a_refusal_is_exit_code_three_and_json_to_the_end(world: World, run: Run) -> None:
+    await world.pod(hostNetwork=True)
+    world.controller()
+    code, out, _ = await run("migrate", "train", "-n", world.namespace, "--json")
+    last = json.loads(out.splitlines()[-1])
+    assert (code, last["status"]["phase"]) == (3, "Refused")
+    assert last["status"]["ending"]["reason"] == "HostNetwork"
+
+
+async def test_cancel_waits_for_the_end(world: World, run: Run) -> None:
+    await world.pod()
+    world.controller()
+    code, out, _ = await run("migrate", "train", "--name", "move", "--detach", "-n", world.namespace)
+    assert (code, out.strip()) == (0, "migration/move created")
+    await world.reached(lambda one: one.status.phase == "Running")
+    code, out, _ = await run("cancel", "move", "-n", world.namespace)
+    assert code == 0
+    assert "Cancelled" in out
+
+
+async def test_what_makes_no_sense_is_said(world: World, run: Run, tmp_path: Path) -> None:
+    code, _, err = await run("check", "nobody", "-n", world.namespace)
+    assert code == 2
+    assert "there is no pod nobody" in err
+    code, _, err = await run("migrate", "train", "--timeout", "soon", "-n", world.namespace)
+    assert code == 2
+    assert "'soon' is not a duration" in err
+    code, _, err = await run("status", "nothing", "-n", world.namespace)
+    assert code == 2
+    assert "there is no Migration nothing" in err
+    code, _, err = await run("list", "--kubeconfig", str(tmp_path / "none"))
+    assert code == 3
+    assert "no cluster is configured" in err
+
+
+async def test_the_shell_completes_commands_and_pods(world: World, run: Run) -> None:
+    await world.pod()
+    code, out, _ = await run("mig", program="kubectl_complete-podferry")
+    assert (code, out.split()) == (0, ["migrate", ":4"])
+    code, out, _ = await run("migrate", "-n", world.namespace, "", program="kubectl_complete-podferry")
+    assert (code, out.split()) == (0, ["train", ":4"])
