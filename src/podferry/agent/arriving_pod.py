@@ -9,7 +9,7 @@ killed before the source hears that the pod will never run here.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from podferry.agent import arriving_part
 from podferry.agent.arriving_part import ArrivingPart
 from podferry.agent.config import Config
 from podferry.agent.helpers import gathered
-from podferry.agent.journal import Journal, Part
+from podferry.agent.journal import Journal
 from podferry.agent.offered_pod import OfferedPod
 from podferry.agent.parts import container_of_directory, container_of_space, demand_known, end_of
 from podferry.agent.pods import Cluster
@@ -57,17 +57,18 @@ class ArrivingVolume:
 
 
 class ArrivingPod:
-    """The pod `offered`. What is made here is the kubelet's; what is kept meanwhile is in the ledger."""
+    """The pod `offered`, of the containers `parts`. What is made is the kubelet's; what is kept meanwhile is in the ledger."""
 
     def __init__(
-        self, config: Config, containerd: Containerd, journal: Journal, offered: OfferedPod, cluster: Cluster
+        self, config: Config, journal: Journal, offered: OfferedPod, parts: Sequence[ArrivingPart], cluster: Cluster
     ) -> None:
-        self._config, self._containerd, self._journal = config, containerd, journal
-        self._offered, self._cluster = offered, cluster
-        self._parts = [
-            ArrivingPart(config, containerd, Part(journal, number), part)
-            for number, part in enumerate(offered.containers)
-        ]
+        self._config, self._journal, self._offered, self._parts, self._cluster = (
+            config,
+            journal,
+            offered,
+            parts,
+            cluster,
+        )
         self._volumes: list[ArrivingVolume] = []
         self._in_place = False
 

@@ -290,6 +290,10 @@ class Leaving:
         """Kill the frozen original and remove what is left of it here."""
         await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
 
+    async def kill(self) -> None:
+        """Kill the frozen original, and leave what remains of it to others."""
+        await to_thread.run_sync(kill_frozen, self._journal)
+
     async def close(self) -> None:
         """Let go of descriptors."""
         if self._owed is not None:
@@ -312,6 +316,10 @@ class Remains:
     async def commit(self) -> None:
         """Kill the frozen original and remove what is left of it here."""
         await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
+
+    async def kill(self) -> None:
+        """Kill the frozen original, and leave what remains of it to others."""
+        await to_thread.run_sync(kill_frozen, self._journal)
 
     def owed(self) -> Owed:
         """All memory: what the earlier agent sent died with it."""

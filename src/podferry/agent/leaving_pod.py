@@ -15,15 +15,12 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from podferry.agent.helpers import gathered, runs
-from podferry.agent.journal import Journal, Part
-from podferry.agent.leaving import Leaving, Remains, kill_frozen, tree_total
-from podferry.agent.offered_pod import OfferedPod
-from podferry.agent.owed import Owed
+from podferry.agent.helpers import gathered
+from podferry.agent.journal import Journal
+from podferry.agent.leaving import Leaving, Remains, tree_total
 from podferry.agent.parts import container_of_space, directory_of, joined, numbered, space_of, split
-from podferry.agent.ports import Change
+from podferry.agent.ports import Change, Debt
 from podferry.core.undo import Handler
-from podferry.node.containerd import Containerd
 from podferry.node.upper import Source as TreeSource
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
@@ -35,7 +32,7 @@ HandOver = Callable[[], Awaitable[None]]
 class OwedByPod:
     """Post-copy: what the target has not got of each container."""
 
-    def __init__(self, parts: Sequence[Owed]) -> None:
+    def __init__(self, parts: Sequence[Debt]) -> None:
         self._parts = parts
 
     @property
@@ -70,16 +67,8 @@ class OwedByPod:
 class HeldPod:
     """The frozen original, its containers by their number."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        containerd: Containerd,
-        offered: OfferedPod,
-        parts: Sequence[Leaving | Remains],
-        hand_over: HandOver,
-    ) -> None:
-        self._journal, self._containerd, self._offered, self._parts = journal, containerd, offered, parts
-        self._hand_over = hand_over
+    def __init__(self, journal: Journal, parts: Sequence[Leaving | Remains], hand_over: HandOver) -> None:
+        self._journal, self._parts, self._hand_over = journal, parts, hand_over
 
     def owed(self) -> OwedByPod:
         """Post-copy: the memory that the target has not got."""
@@ -92,13 +81,12 @@ class HeldPod:
         """
         await self._hand_over()
         self._journal.release("departed")
-        for number in range(len(self._parts)):
-            await to_thread.run_sync(kill_frozen, Part(self._journal, number))
+        for part in self._parts:
+            await part.kill()
 
     async def runs(self) -> bool:
         """Whether every container is there and has not ended."""
-        ids = [one.id for one in self._offered.containers]
-        return await to_thread.run_sync(lambda: all(runs(self._containerd, id) for id in ids))
+        return all([await part.runs() for part in self._parts])
 
     def executing(self) -> bool:
         """Whether anything of the pod is not frozen."""
@@ -111,22 +99,21 @@ class HeldPod:
 
 
 class LeavingPod(HeldPod):
-    """The running pod `offered`. `volumes` are its file systems, in the offer's order, and where each container has them."""
+    """A running pod. `volumes` are its file systems, in the offer's order, and where each container has them; `departed` is the
+    mark that nothing of it starts here."""
 
     _parts: Sequence[Leaving]
 
     def __init__(
         self,
         journal: Journal,
-        containerd: Containerd,
-        offered: OfferedPod,
         parts: Sequence[Leaving],
         hand_over: HandOver,
         *,
         volumes: Sequence[tuple[Path, Mapping[int, Sequence[str]]]],
         departed: Path,
     ) -> None:
-        super().__init__(journal, containerd, offered, parts, hand_over)
+        super().__init__(journal, parts, hand_over)
         self._volumes = [(TreeSource(path), mounted) for path, mounted in volumes]
         self._departed = departed
 
@@ -226,7 +213,7 @@ class LeavingPod(HeldPod):
         hows: list[str] = []
 
         async def watch(number: int) -> None:
-            hows.append(f"{self._offered.containers[number].name}: {await self._parts[number].ended()}")
+            hows.append(f"container {number}: {await self._parts[number].ended()}")
             watches.cancel_scope.cancel()
 
         async with anyio.create_task_group() as watches:

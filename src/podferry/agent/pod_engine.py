@@ -13,6 +13,7 @@ from typing import Any
 from anyio import to_thread
 
 from podferry.agent import arriving, arriving_pod, leaving, leaving_pod
+from podferry.agent.arriving_part import ArrivingPart
 from podferry.agent.arriving_pod import ArrivingPod
 from podferry.agent.config import Config
 from podferry.agent.journal import Journal, Part
@@ -237,7 +238,11 @@ class PodEngine:
 
     def arriving(self, journal: Journal, offered: OfferedPod) -> ArrivingPod:
         """The pod that is to run here."""
-        return ArrivingPod(self._config, self._containerd, journal, offered, self._cluster)
+        parts = [
+            ArrivingPart(self._config, self._containerd, Part(journal, number), part)
+            for number, part in enumerate(offered.containers)
+        ]
+        return ArrivingPod(self._config, journal, offered, parts, self._cluster)
 
     def source_again(self, journal: Journal, story: Story) -> Source:
         """The source's half that an earlier agent left."""
@@ -248,7 +253,7 @@ class PodEngine:
                 Remains(Part(journal, number), self._containerd, Offered(_record(one.id)))
                 for number, one in enumerate(offered.containers)
             ]
-            held = HeldPod(journal, self._containerd, offered, parts, partial(self._cluster.hand_over, story.id))
+            held = HeldPod(journal, parts, partial(self._cluster.hand_over, story.id))
         return Source(
             Order(story.mode),
             partial(self._dial, story.target),

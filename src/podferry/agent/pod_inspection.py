@@ -112,7 +112,7 @@ class PodView:
             for _, path in self.volumes
         ]
         departed = config.departed / self.pod.uid
-        return LeavingPod(journal, containerd, self.offered, parts, hand_over, volumes=mounted, departed=departed)
+        return LeavingPod(journal, parts, hand_over, volumes=mounted, departed=departed)
 
 
 class PodInspection:

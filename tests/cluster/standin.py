@@ -1,0 +1,113 @@
+"""An agent whose Kubernetes side is a directory: what the controller would do, the test does. Runs on a node, as a program.
+
+`python3 standin.py CONFIG DIRECTORY`. Orders are files `ID.order` in the directory; what the agent asks for appears as
+`ID.wants-pod`, `ID.wants-hand-over` and `ID.given-back`, the answers are `ID.pod` and `ID.handed-over`, and the record of an
+ended half is `ID.ROLE`. All are JSON, made by a rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from podferry.agent.config import load
+from podferry.agent.pods import PodName, PodOrder
+from podferry.agent.service import Agent
+from podferry.agent.source import Order
+from podferry.core.precopy import Policy
+from podferry.errors import Failed, PodferryError
+from podferry.model import Mode
+
+LOOK_EVERY = 0.01
+
+
+class Directory:
+    """`podferry.agent.pods.Cluster`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def address(self, node: str) -> str | None:
+        return None
+
+    async def target_pod(self, id: str) -> PodName:
+        self.say(id, "wants-pod", {})
+        answer = await self.hear(id, "pod")
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return PodName(**answer)
+
+    async def give_back(self, id: str) -> None:
+        self.say(id, "given-back", {})
+
+    async def hand_over(self, id: str) -> None:
+        self.say(id, "wants-hand-over", {})
+        await self.hear(id, "handed-over")
+
+    def say(self, id: str, what: str, value: Any) -> None:
+        new = self.path / f".{id}.{what}"
+        new.write_text(json.dumps(value))
+        new.rename(self.path / f"{id}.{what}")
+
+    async def hear(self, id: str, what: str) -> Any:
+        while not (path := self.path / f"{id}.{what}").exists():
+            await anyio.sleep(LOOK_EVERY)
+        return json.loads(path.read_text())
+
+
+async def follow(agent: Agent, cluster: Directory) -> None:
+    """Carry out orders, and write down how every half ends."""
+    followed: set[tuple[str, str]] = set()
+    async with anyio.create_task_group() as tasks:
+
+        async def watch(half: Any) -> None:
+            cluster.say(half.id, half.role, await half.wait())
+
+        while True:
+            for path in cluster.path.glob("[!.]*.order"):
+                order = json.loads(path.read_text())
+                path.unlink()
+                policy = Policy(**order.get("policy", {}))
+                what = PodOrder(
+                    path.stem,
+                    PodName(**order["pod"]),
+                    tuple(order["containers"]),
+                    order["target"],
+                    Order(Mode(order["mode"]), timeout=order.get("timeout", 300.0), policy=policy),
+                )
+                try:
+                    await agent.pods.move(what)
+                except PodferryError as error:
+                    cluster.say(path.stem, "source", {"outcome": "not begun", "error": error.to_dict()})
+            for path in cluster.path.glob("[!.]*.check"):
+                asked = json.loads(path.read_text())
+                path.unlink()
+                found = await agent.pods.check(PodName(**asked["pod"]), tuple(asked["containers"]))
+                cluster.say(path.stem, "checked", {"refusals": [str(one) for one in found.refusals]})
+            for path in cluster.path.glob("[!.]*.cancel"):
+                path.unlink()
+                agent.pods.migrations()[path.stem].cancel()
+            for half in agent.pods.migrations().values():
+                if (half.id, half.role) not in followed:
+                    followed.add((half.id, half.role))
+                    tasks.start_soon(watch, half)
+            await anyio.sleep(LOOK_EVERY)
+
+
+async def main() -> None:
+    cluster = Directory(Path(sys.argv[2]))
+    agent = Agent(load(Path(sys.argv[1])), cluster)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(agent.run, lambda: cluster.say("agent", "ready", os.getpid()))
+        await cluster.hear("agent", "ready")
+        tasks.start_soon(follow, agent, cluster)
+
+
+if __name__ == "__main__":
+    anyio.run(main)

@@ -1,0 +1,240 @@
+"""Pods move between two nodes of a real cluster, by the agents' engine alone: the test stands in for the controller."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from moving_pods import A, B, Json, Movers, also, pod, until
+
+from podferry.lab import Lab
+
+pytestmark = pytest.mark.cluster
+
+COUNT = """
+import itertools, time
+block = bytearray(16 << 20)
+for n in itertools.count():
+    block[n * 4096 % len(block)] = n % 256
+    print(n, flush=True)
+    time.sleep(0.05)
+"""
+WRITER = """
+import itertools, mmap, os, socket, threading, time
+os.makedirs('/data/deep/er', exist_ok=True)
+shm = open('/dev/shm/counter', 'wb+'); shm.write(bytes(4096)); shm.flush()
+shared = mmap.mmap(shm.fileno(), 4096)
+server = socket.create_server(('', 8000))
+def serve():
+    while True:
+        connection, _ = server.accept()
+        connection.sendall(b'%d' % shared[0]); connection.close()
+threading.Thread(target=serve, daemon=True).start()
+upper = open('/var/tmp/mine', 'a')
+for n in itertools.count():
+    shared[0:8] = n.to_bytes(8, 'little')
+    for place in ('/data/deep/er/count', '/mem/count'):
+        with open(place + '.new', 'w') as file: file.write(str(n))
+        os.rename(place + '.new', place)
+    upper.write(f'{n}\\n'); upper.flush()
+    print(n, flush=True)
+    time.sleep(0.05)
+"""
+READER = """
+import itertools, os, time
+while not os.path.exists('/mem/count'): time.sleep(0.05)
+upper = open('/var/tmp/mine', 'a')
+shm = open('/dev/shm/counter', 'rb', buffering=0)
+for n in itertools.count():
+    shm.seek(0)
+    print(n, int.from_bytes(shm.read(8), 'little'), open('/data/deep/er/count').read(), open('/mem/count').read(), flush=True)
+    upper.write(f'{n}\\n'); upper.flush()
+    time.sleep(0.05)
+"""
+VOLUMES = [{"name": "data", "emptyDir": {}}, {"name": "mem", "emptyDir": {"medium": "Memory"}}]
+MOUNTS = [{"name": "data", "mountPath": "/data"}, {"name": "mem", "mountPath": "/mem"}]
+
+
+@pytest.fixture(scope="module")
+def movers(cluster: Lab) -> Iterator[Movers]:
+    movers = Movers(cluster)
+    yield movers
+    movers.stop()
+
+
+@pytest.fixture
+def clean(movers: Movers) -> Iterator[Movers]:
+    """The agents; afterwards no pod is left in the namespace, and of no pod anything on the nodes."""
+    yield movers
+    movers.kubectl.run("delete", "pod", "--all", "--wait", "--grace-period=1")
+    for node in (A, B):
+        until(lambda node=node: not movers.leftovers(node), f"nothing is left on {node}")
+
+
+def counts_on(movers: Movers, target: Json, container: str = "main") -> list[str]:
+    """Wait until a container has counted on after its move; its lines, which have neither gap nor repeat."""
+    name = target["metadata"]["name"]
+    before = len(movers.logs(name, container))
+    until(lambda: len(movers.logs(name, container)) > before + 5, f"{container} of {name} counts")
+    lines = movers.logs(name, container)
+    assert [int(line.split()[0]) for line in lines] == list(range(len(lines)))
+    return lines
+
+
+def never_restarted(target: Json) -> bool:
+    status = target["status"]
+    all_of = status["containerStatuses"] + status.get("initContainerStatuses", [])
+    return all(one["restartCount"] == 0 and "running" in one["state"] for one in all_of)
+
+
+@pytest.mark.parametrize("mode", ["stop", "live", "postcopy"])
+def test_there_and_back(clean: Movers, mode: str) -> None:
+    here = clean.create(pod(f"count-{mode}", COUNT))
+    counts_on(clean, here)
+    for _ in range(2):
+        here, record = clean.move(here, mode)
+        assert never_restarted(clean.get(here["metadata"]["name"]))
+        counts_on(clean, here)
+        assert record["downtime_ms"] > 0
+
+
+def test_containers_volumes_shared_memory_and_a_listening_socket_move_together(clean: Movers) -> None:
+    main = pod("several", WRITER, volumes=VOLUMES)
+    main["spec"]["containers"][0]["volumeMounts"] = MOUNTS
+    main["spec"]["containers"].append(also(READER, volumeMounts=MOUNTS))
+    here = clean.create(main)
+    counts_on(clean, here, "other")
+    for _ in range(2):
+        here, _ = clean.move(here)
+        name = here["metadata"]["name"]
+        counts_on(clean, here)
+        for line in counts_on(clean, here, "other"):
+            assert max(map(int, line.split()[1:])) - min(map(int, line.split()[1:])) <= 1, (
+                "containers are apart in time"
+            )
+        assert never_restarted(clean.get(name))
+        for container in ("main", "other"):
+            written = clean.kubectl.run("exec", name, "-c", container, "--", "cat", "/var/tmp/mine").stdout.split()
+            assert [int(one) for one in written] == list(range(len(written)))
+        ask = "import socket; print(socket.create_connection(('127.0.0.1', 8000), 5).recv(9))"
+        assert "b'" in clean.kubectl.run("exec", name, "-c", "main", "--", "python3", "-c", ask).stdout
+
+
+def test_a_sidecar_moves_and_what_has_finished_does_not_run_again(clean: Movers) -> None:
+    main = pod("sidecar", COUNT, volumes=VOLUMES)
+    mark = "import time; open('/data/ran', 'a').write(f'{time.time()}\\n')"
+    main["spec"]["initContainers"] = [
+        also(mark, "first", volumeMounts=MOUNTS),
+        also(COUNT, "side", restartPolicy="Always", startupProbe={"exec": {"command": ["true"]}, "periodSeconds": 1}),
+    ]
+    main["spec"]["containers"][0]["volumeMounts"] = MOUNTS
+    here = clean.create(main)
+    counts_on(clean, here)
+    here, _ = clean.move(here)
+    counts_on(clean, here)
+    counts_on(clean, here, "side")
+    assert never_restarted(clean.get(here["metadata"]["name"]))
+    ran = clean.kubectl.run("exec", here["metadata"]["name"], "-c", "main", "--", "cat", "/data/ran").stdout
+    assert len(ran.splitlines()) == 1
+
+
+def test_what_ends_after_the_move_ends_as_it_would_have(clean: Movers) -> None:
+    script = "import time, sys\nfor n in range(120): print(n, flush=True); time.sleep(0.05)\nsys.exit(7)"
+    here = clean.create(pod("ends", script))
+    here, _ = clean.move(here)
+    name = here["metadata"]["name"]
+    until(lambda: clean.get(name)["status"]["phase"] == "Failed", f"{name} ends")
+    [status] = clean.get(name)["status"]["containerStatuses"]
+    assert status["state"]["terminated"]["exitCode"] == 7
+    assert [int(line) for line in clean.logs(name)] == list(range(120))
+
+
+def test_a_restart_after_the_move_is_an_ordinary_one(clean: Movers) -> None:
+    here = clean.create(pod("again", COUNT, restartPolicy="Always"))
+    here, _ = clean.move(here)
+    name = here["metadata"]["name"]
+    counts_on(clean, here)
+    kill_in(clean, here)
+    until(lambda: restarts(clean.get(name)) == 1 and running(clean.get(name)), f"{name} is restarted")
+    assert clean.logs(name)[0] == "0"
+
+
+def test_the_controller_that_makes_no_pod_leaves_the_source_running(clean: Movers) -> None:
+    here = clean.create(pod("quota", COUNT))
+    move = clean.order(here, B)
+    clean.hear(B, move.id, "wants-pod")
+    clean.say(B, move.id, "pod", {"error": "exceeded quota: pods"})
+    record = clean.ended(A, move)
+    assert record["outcome"] == "rolled-back"
+    assert "exceeded quota" in record["reason"]
+    assert clean.said(B, move.id, "given-back") == [{}]
+    counts_on(clean, clean.get("quota"))
+
+
+def test_a_cancelled_move_gives_the_target_pod_back(clean: Movers) -> None:
+    here = clean.create(pod("cancelled", COUNT))
+    move = clean.order(here, B)
+    clean.hear(B, move.id, "wants-pod")
+    clean.say(A, move.id, "cancel", {})
+    assert clean.ended(A, move)["outcome"] == "cancelled"
+    clean.ended(B, move, "target")
+    assert clean.said(B, move.id, "given-back") == [{}]
+    counts_on(clean, clean.get("cancelled"))
+
+
+def test_a_pod_made_for_a_migration_never_starts_cold(clean: Movers) -> None:
+    manifest = pod("cold", COUNT)
+    manifest["metadata"]["annotations"] = {"podferry.dev/migration": "nobody-knows"}
+    manifest["spec"]["nodeName"] = B
+    clean.kubectl.run("create", "-f", "-", input=json.dumps(manifest))
+    time.sleep(5)
+    status = clean.get("cold")["status"]
+    assert status["phase"] == "Pending"
+    assert not running(clean.get("cold"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"hostNetwork": True}, "shares namespaces with its node"),
+        ({"shareProcessNamespace": True}, "shares namespaces with others"),
+        ({"volumes": [{"name": "data", "hostPath": {"path": "/tmp"}}]}, "directories of its node mounted"),
+    ],
+)
+def test_what_cannot_move_is_refused_with_the_reason(clean: Movers, spec: dict[str, Any], reason: str) -> None:
+    manifest = pod("refused", COUNT, **spec)
+    if "volumes" in spec:
+        manifest["spec"]["containers"][0]["volumeMounts"] = MOUNTS[:1]
+    here = clean.create(manifest)
+    clean.say(
+        A,
+        "check-1",
+        "check",
+        {"pod": {key: here["metadata"][key] for key in ("namespace", "name", "uid")}, "containers": ["main"]},
+    )
+    found = clean.hear(A, "check-1", "checked")["refusals"]
+    (clean.root(A) / "run/podferry-standin/check-1.checked").unlink()
+    assert any(reason in one for one in found), found
+    record = clean.ended(A, clean.order(here, B))
+    assert record["outcome"] == "refused"
+    counts_on(clean, clean.get("refused"))
+
+
+def restarts(pod: Json) -> int:
+    return sum(one["restartCount"] for one in pod["status"]["containerStatuses"])
+
+
+def running(pod: Json) -> bool:
+    return all("running" in one["state"] for one in pod["status"].get("containerStatuses", [{"state": {}}]))
+
+
+def kill_in(movers: Movers, pod: Json) -> None:
+    """kill -9 the first process of a pod's only container, from its node."""
+    [status] = pod["status"]["containerStatuses"]
+    id = status["containerID"].removeprefix("containerd://")
+    node = pod["spec"]["nodeName"]
+    state = json.loads((movers.root(node) / f"run/containerd/runc/k8s.io/{id}/state.json").read_text())
+    movers.lab.exec(node, ["kill", "-9", str(state["init_process_pid"])])
