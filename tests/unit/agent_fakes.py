@@ -42,9 +42,10 @@ def without_zeros(memory: Memory) -> Memory:
 
 
 class SourceNode:
-    """The original: it writes at each `tick` for as long as it executes."""
+    """The original: it writes at each `tick` for as long as it executes. `number` is its in a pod."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.memory: Memory = {
             space: {BASE + n * PAGE: page(1000 * space + n) for n in range(8)} for space in (FIRST, SECOND)
         }
@@ -137,6 +138,9 @@ class FakeRemains:
         self.node.ended.set()
         for kind in ("hold", "freeze", "quota"):
             self.journal.release(kind)
+
+    async def kill(self) -> None:
+        await self.commit()
 
     async def runs(self) -> bool:
         return self.node.alive
@@ -232,15 +236,15 @@ class FakeLeaving(FakeRemains):
         self.journal.acquire("hold")
 
     async def freeze(self) -> None:
-        self.journal.acquire("freeze")
+        self.journal.acquire("freeze", node=self.node.number)
         self.node.frozen = True
         self.node.quota = 1.0
         self.journal.release("quota")
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
-        self.journal.acquire("outgoing")
+        self.journal.acquire("outgoing", node=self.node.number)
         self.node.scratch = True
-        self.journal.acquire("hold")
+        self.journal.acquire("hold", node=self.node.number)
         if not self.node.alive:
             raise Failed("there is nothing to dump")
         if not self.node.frozen:
@@ -251,7 +255,7 @@ class FakeLeaving(FakeRemains):
 
     async def slow_down(self, quota: float) -> None:
         if self.journal.ledger.facts("quota") is None:
-            self.journal.acquire("quota", quota=self.node.quota)
+            self.journal.acquire("quota", node=self.node.number, quota=self.node.quota)
         self.node.quota = quota
 
     async def ended(self) -> str:
@@ -292,9 +296,10 @@ class FakeOwed:
 
 
 class TargetNode:
-    """The other node: what was made there for the container, and what runs there."""
+    """The other node: what was made there for the container, and what runs there. `number` is the container's in a pod."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.container = self.scratch = self.task = self.feeder = False
         self.running = self.released = self.postcopy = self.died = False
         self.store: Memory = {}
@@ -384,15 +389,15 @@ class FakeArriving:
         self.node, self.journal = node, journal
 
     async def prepare(self) -> None:
-        self.journal.acquire("container")
+        self.journal.acquire("container", node=self.node.number)
         self.node.container = True
-        self.journal.acquire("scratch")
+        self.journal.acquire("scratch", node=self.node.number)
         self.node.scratch = True
 
     async def poise(self, *, postcopy: bool) -> None:
-        self.journal.acquire("feeder")
+        self.journal.acquire("feeder", node=self.node.number)
         self.node.feeder = True
-        self.journal.acquire("task")
+        self.journal.acquire("task", node=self.node.number)
         self.node.postcopy = postcopy
         await anyio.sleep(0.05)
         self.node.task = True

@@ -39,7 +39,7 @@ LOOK_EVERY = 0.005
 class ArrivingPart(Arriving):
     """The container `part` of a pod. `key` is not known before the pod's uid is."""
 
-    lasting = ("kubelet-task", "restored", "arrived")
+    lasting = ()
 
     def __init__(self, config: Config, containerd: Containerd, journal: Part, part: PodPart) -> None:
         super().__init__(config, containerd, journal, None)
@@ -170,6 +170,16 @@ class ArrivingPart(Arriving):
         except NotFound:
             return False
 
+    def entrust(self) -> None:
+        """It is the kubelet's from now on: nothing takes it back."""
+        for kind in ("kubelet-task", "restored", "arrived"):
+            self._journal.release(kind)
+
+    async def crash(self) -> None:
+        """End it as a crash would."""
+        if (id := self._journal.facts.get("container")) is not None:
+            await to_thread.run_sync(_kill, self._containerd, id)
+
     def mark_arrived(self) -> None:
         """From now on a restart of the container is an ordinary one."""
         path = self._mark()
@@ -184,16 +194,16 @@ class ArrivingPart(Arriving):
         raise Bug("a part of a pod is not adopted")
 
 
+def _kill(containerd: Containerd, id: str) -> None:
+    with suppress(NotFound, CgroupFailed):
+        Cgroup.of_container(containerd.runc_root(containerd.container(id)), id).kill()
+
+
 def handlers(containerd: Containerd) -> dict[str, Handler]:
     """How what only a part of a pod holds is taken back."""
 
-    def kill(facts: Mapping[str, Any]) -> None:
-        with suppress(NotFound, CgroupFailed):
-            record = containerd.container(facts["id"])
-            Cgroup.of_container(containerd.runc_root(record), record.id).kill()
-
     async def kill_task(facts: Mapping[str, Any]) -> None:
-        await to_thread.run_sync(kill, facts)
+        await to_thread.run_sync(_kill, containerd, facts["id"])
 
     async def unmark(facts: Mapping[str, Any]) -> None:
         Path(facts["path"]).unlink(missing_ok=True)

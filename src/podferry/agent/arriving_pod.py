@@ -28,7 +28,7 @@ from podferry.agent.pods import Cluster
 from podferry.agent.ports import Json, Line
 from podferry.agent.relay import PodRelay
 from podferry.core.undo import Handler
-from podferry.errors import Bug, Failed, PeerMisbehaved
+from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
 from podferry.node import cri
 from podferry.node.containerd import Containerd
 from podferry.node.cri import Kind, Volume
@@ -189,9 +189,19 @@ class ArrivingPod:
         return any([await part.is_here() for part in self._parts])
 
     async def filled(self) -> Json:
-        """Return, with figures, once every page is in its place."""
-        figures = await gathered(*(part.filled for part in self._parts))
+        """Return, with figures, once every page is in its place.
+
+        From the resume on the pod is the kubelet's, as any other. In post-copy it is only when it has all its memory: before that,
+        one container's death is the whole pod's, since the source may be told to go on.
+        """
+        postcopy = bool(self._journal.facts.get("postcopy"))
+        if postcopy:
+            figures = await gathered(*(part.filled for part in self._parts))
         self._journal.release("target-pod")
+        for part in self._parts:
+            part.entrust()
+        if not postcopy:
+            figures = await gathered(*(partial(_filled_or_crashed, part) for part in self._parts))
         return {**figures[0], "containers": figures} if len(figures) > 1 else figures[0]
 
     async def close(self) -> None:
@@ -201,6 +211,15 @@ class ArrivingPod:
         for volume in self._volumes:
             volume.receiver.close()
         self._volumes.clear()
+
+
+async def _filled_or_crashed(part: ArrivingPart) -> Json:
+    """A container that cannot have its memory has crashed: what becomes of it then is the kubelet's business."""
+    try:
+        return await part.filled()
+    except PodferryError as error:
+        await part.crash()
+        return {"failed": str(error)}
 
 
 def handlers(containerd: Containerd, cluster: Cluster) -> dict[str, Handler]:

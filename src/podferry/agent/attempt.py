@@ -54,7 +54,7 @@ class Attempt(Generic[Phase, Event]):
         if rules := broken(self.sight(phase)):
             for rule in rules:
                 metrics.violated(rule[:2])
-                self.log.error("a rule does not hold", rule=rule, event=str(event))
+                self.log.error("a rule does not hold", rule=rule, step=str(event))
             if event in self.forbidden_by_a_broken_rule:
                 raise InvariantBroken("; ".join(rules), remedy=REPORT)
         self.journal.enter(phase, sync=sync)
