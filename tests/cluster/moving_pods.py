@@ -18,12 +18,20 @@ from podferry.errors import PodferryError
 from podferry.lab import Lab
 from podferry.lab.config import AGENT_PORT
 from podferry.lab.images import JOB_IMAGE
+from podferry.lab.kubernetes.criu import bundle
 
 A, B = NODES = ("node-a", "node-b")
 PATIENCE = 120.0
 STANDIN = Path(__file__).with_name("standin.py")
 DIRECTORY = "run/podferry-standin"
 PYTHON = "PYTHONPATH=/opt/podferry/src:/opt/podferry/site PYTHONPYCACHEPREFIX=/var/lib/podferry/pycache python3 -P"
+
+RUNTIME_CLASS = {
+    "apiVersion": "node.k8s.io/v1",
+    "kind": "RuntimeClass",
+    "metadata": {"name": "podferry"},
+    "handler": "podferry",
+}
 
 Json = dict[str, Any]
 
@@ -72,9 +80,20 @@ class Movers:
     def __init__(self, lab: Lab) -> None:
         self.lab, self.kubectl = lab, lab.kubectl()
         self._pool = ThreadPoolExecutor(16)
+        self.kubectl.run("apply", "-f", "-", input=json.dumps(RUNTIME_CLASS))
+        criu = bundle(print)
         for node in NODES:
+            self._install(node, criu)
             self._configure(node)
             self.start(node)
+
+    def _install(self, node: str, criu: Path) -> None:
+        """What the DaemonSet's installer does."""
+        shutil.copytree(criu, self.root(node) / "tmp/criu", symlinks=True, dirs_exist_ok=True)
+        program = (
+            "from pathlib import Path; from podferry.install import install; install(print, bundle=Path('/tmp/criu'))"
+        )
+        self.lab.exec(node, ["sh", "-c", f'{PYTHON} -c "{program}"'])
 
     def root(self, node: str) -> Path:
         return self.lab.root(node)
