@@ -231,9 +231,9 @@ class FakeLeaving(FakeRemains):
             yield LOG, offset, data
 
     async def stand_by(self) -> None:
-        self.journal.acquire("outgoing")
+        self.journal.acquire("outgoing", node=self.node.number)
         self.node.scratch = True
-        self.journal.acquire("hold")
+        self.journal.acquire("hold", node=self.node.number)
 
     async def freeze(self) -> None:
         self.journal.acquire("freeze", node=self.node.number)
