@@ -9,6 +9,7 @@ with a uid, so that the pod that goes is the one that was meant.
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx2
-from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.client_adapter import ConnectionParams
 from lightkube.config.kubeconfig import KubeConfig, SingleConfig
 from lightkube.core.exceptions import ConfigError
 
@@ -78,9 +79,11 @@ class Api:
     async def open(cls, kubeconfig: Path | None = None, context: str | None = None) -> AsyncIterator[Self]:
         """The cluster of `kubeconfig`; without one that of the pod this runs in, of $KUBECONFIG or of ~/.kube/config."""
         config = configuration(kubeconfig, context)
-        limits = ConnectionParams(timeout=httpx2.Timeout(PATIENCE), trust_env=True)
         try:
-            client = AsyncClient(config, limits)
+            settings = ConnectionParams(timeout=httpx2.Timeout(PATIENCE), trust_env=True).httpx_params(config)
+            # Many clusters' certificates lack the key identifiers that Python 3.13 has begun to insist on.
+            settings["verify"].verify_flags &= ~ssl.VERIFY_X509_STRICT
+            client = httpx2.AsyncClient(**settings)
         except (ConfigError, OSError, ValueError) as wrong:
             raise NoCluster.because("the cluster's configuration cannot be used", wrong) from wrong
         client.headers["User-Agent"] = f"podferry/{__version__}"  # the API server names the writer of each field by it

@@ -1,0 +1,202 @@
+"""What stands in the way of moving a pod, one obstacle at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from podferry.controller.eligibility import Surroundings, obstacles
+from podferry.kube.migration import UID_LABEL
+
+pytestmark = pytest.mark.unit
+
+Json = dict[str, Any]
+RUNNING: Json = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+CLASS: Json = {"metadata": {"name": "podferry"}, "handler": "podferry"}
+
+
+def pod(**spec: Any) -> Json:
+    containers = spec.pop("containers", [{"name": "main"}])
+    return {
+        "metadata": {"name": "train", "namespace": "default", "uid": "u", "labels": {}},
+        "spec": {"runtimeClassName": "podferry", "nodeName": "a", "containers": containers, **spec},
+        "status": {
+            "phase": "Running",
+            "containerStatuses": [{"name": one["name"], "state": RUNNING} for one in containers],
+        },
+    }
+
+
+def owned(kind: str, api: str = "batch/v1") -> Json:
+    made = pod()
+    made["metadata"]["ownerReferences"] = [
+        {"apiVersion": api, "kind": kind, "name": "owner", "uid": "o", "controller": True}
+    ]
+    return made
+
+
+def reasons(pod: Json, around: Surroundings | None = None) -> list[str]:
+    found = obstacles(pod, around or Surroundings(runtime_class=CLASS))
+    for one in found:
+        assert one.what
+        assert one.remedy, f"{one.what} has no remedy"
+    return [one.reason for one in found]
+
+
+def test_an_ordinary_pod_may_move() -> None:
+    assert reasons(pod()) == []
+
+
+def test_nothing_is_changed_by_looking() -> None:
+    made = owned("Job")
+    before = copy.deepcopy(made)
+    reasons(made)
+    assert made == before
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"runtimeClassName": None}, "RuntimeClassMissing"),
+        ({"hostNetwork": True}, "HostNetwork"),
+        ({"hostPID": True}, "HostPID"),
+        ({"hostIPC": True}, "HostIPC"),
+        ({"shareProcessNamespace": True}, "ShareProcessNamespace"),
+        ({"hostUsers": False}, "UserNamespace"),
+        ({"volumes": [{"name": "v", "hostPath": {"path": "/srv"}}]}, "HostPath"),
+        ({"volumes": [{"name": "v", "ephemeral": {}}]}, "VolumeNotShared"),
+        ({"volumes": [{"name": "v", "csi": {"driver": "d"}}]}, "VolumeNotShared"),
+        ({"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "absent"}}]}, "VolumeMissing"),
+        ({"containers": [{"name": "main", "resources": {"limits": {"nvidia.com/gpu": "1"}}}]}, "Devices"),
+        ({"containers": [{"name": "main", "securityContext": {"privileged": True}}]}, "Privileged"),
+        ({"containers": [{"name": "main", "volumeDevices": [{"name": "v"}]}]}, "BlockVolume"),
+        ({"resourceClaims": [{"name": "gpu"}]}, "Devices"),
+    ],
+)
+def test_each_of_these_stands_in_the_way(spec: Json, reason: str) -> None:
+    assert reasons(pod(**spec)) == [reason]
+
+
+@pytest.mark.parametrize(
+    "volume",
+    [
+        {"emptyDir": {"medium": "Memory"}},
+        {"configMap": {"name": "c"}},
+        {"secret": {"secretName": "s"}},
+        {"projected": {"sources": []}},
+        {"downwardAPI": {}},
+        {"nfs": {"server": "s", "path": "/"}},
+        {},
+    ],
+)
+def test_these_volumes_may_move(volume: Json) -> None:
+    assert reasons(pod(volumes=[{"name": "v", **volume}])) == []
+
+
+@pytest.mark.parametrize(
+    ("modes", "found"), [(["ReadWriteOnce"], ["VolumeNotShared"]), (["ReadWriteMany"], []), ([], ["VolumeNotShared"])]
+)
+def test_a_claim_must_be_one_that_two_nodes_can_have(modes: list[str], found: list[str]) -> None:
+    claim = {"spec": {"accessModes": modes}}
+    made = pod(volumes=[{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}])
+    assert reasons(made, Surroundings(claims={"data": claim}, runtime_class=CLASS)) == found
+
+
+def test_a_runtime_class_of_another_name_counts_by_its_handler() -> None:
+    assert reasons(pod(runtimeClassName="mine")) == []
+    other = {"handler": "runc"}
+    assert reasons(pod(runtimeClassName="mine"), Surroundings(runtime_class=other)) == ["RuntimeClassMissing"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("ReplicaSet", []),
+        ("StatefulSet", ["StatefulSet"]),
+        ("DaemonSet", ["DaemonSet"]),
+        ("Node", ["StaticPod"]),
+        ("TFJob", ["UnknownOwner"]),
+        ("Job", ["OwnerGone"]),
+    ],
+)
+def test_owners(kind: str, found: list[str]) -> None:
+    assert reasons(owned(kind)) == found
+
+
+@pytest.mark.parametrize(
+    ("job", "found"),
+    [
+        ({"metadata": {}, "spec": {}}, []),
+        ({"metadata": {}, "spec": {"suspend": True}}, ["JobSuspended"]),
+        ({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}}, ["OwnerTerminating"]),
+    ],
+)
+def test_a_jobs_own_wishes(job: Json, found: list[str]) -> None:
+    assert reasons(owned("Job"), Surroundings(owner=job, runtime_class=CLASS)) == found
+
+
+def test_a_mirror_pod_is_static() -> None:
+    made = pod()
+    made["metadata"]["annotations"] = {"kubernetes.io/config.mirror": "x"}
+    assert reasons(made) == ["StaticPod"]
+
+
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [
+        ({"phase": "Pending"}, ["PodNotRunning"]),
+        ({"phase": "Running", "containerStatuses": []}, ["ContainerNotRunning"]),
+        (
+            {"phase": "Running", "containerStatuses": [{"name": "main", "state": {"terminated": {}}}]},
+            ["ContainerNotRunning"],
+        ),
+        (
+            {
+                "phase": "Running",
+                "containerStatuses": [{"name": "main", "state": RUNNING}],
+                "initContainerStatuses": [{"name": "prepare", "state": RUNNING}],
+            },
+            ["InitContainerRunning"],
+        ),
+        (
+            {
+                "phase": "Running",
+                "containerStatuses": [{"name": "main", "state": RUNNING}],
+                "ephemeralContainerStatuses": [{"name": "debug", "state": RUNNING}],
+            },
+            ["EphemeralContainer"],
+        ),
+    ],
+)
+def test_what_runs_and_what_does_not(status: Json, found: list[str]) -> None:
+    assert reasons({**pod(), "status": status}) == found
+
+
+def test_a_sidecar_must_run_too() -> None:
+    made = pod(initContainers=[{"name": "once"}, {"name": "proxy", "restartPolicy": "Always"}])
+    assert reasons(made) == ["ContainerNotRunning"]
+    made["status"]["initContainerStatuses"] = [
+        {"name": "proxy", "state": RUNNING},
+        {"name": "once", "state": {"terminated": {}}},
+    ]
+    assert reasons(made) == []
+
+
+def test_a_pod_that_is_going_has_one_obstacle() -> None:
+    made = pod()
+    made["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert reasons(made) == ["PodTerminating"]
+
+
+def test_a_claim_counts_as_long_as_its_migration_is_under_way() -> None:
+    made = pod()
+    made["metadata"]["labels"] = {UID_LABEL: "other"}
+    assert reasons(made, Surroundings(runtime_class=CLASS, under_way=frozenset({"other"}))) == ["AlreadyMigrating"]
+    assert reasons(made) == [], "one that was removed by force binds nobody"
+
+
+def test_every_obstacle_is_said_at_once() -> None:
+    made = pod(runtimeClassName=None, hostNetwork=True, volumes=[{"name": "v", "hostPath": {"path": "/"}}])
+    assert reasons(made) == ["RuntimeClassMissing", "HostNetwork", "HostPath"]
