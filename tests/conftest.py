@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from podferry.errors import PodferryError
 from podferry.lab import Lab, cgroups, containers, images, inside, list_labs, site
 from podferry.lab.progress import phases
 from podferry.lab.state import CACHE, INSIDE
+
+settings.register_profile("podferry", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("podferry")  # a busy machine is no failure
 
 CHECKOUT = Path(__file__).parents[1]
 IN_NODE = "/opt/podferry/checkout"

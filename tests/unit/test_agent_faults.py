@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from agent_rig import Act, Cut, Fault, Rig, cancel, die, fail, methods, oserror, stall, stop, unique
 
+from podferry.agent import attempt
 from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
 from podferry.model import Mode
@@ -76,47 +77,6 @@ def act_for(name: str) -> Act:
     return oserror if name.startswith(("line", "record")) else fail
 
 
-OPEN = {
-    "a step of the way back that fails leaves the job as it is: what could not be taken back is said, not tried again": [
-        "test_an_effect_fails[gave-up-target-is_here]",
-        "test_an_effect_fails[undo-source-line phase rolled-back]",
-        "test_an_effect_fails[undo-source-line phase undo]",
-        "test_an_effect_fails[undo-source-runs]",
-        "test_an_effect_fails[undo-source-undo freeze]",
-        "test_an_effect_fails[undo-source-undo hold]",
-        "test_an_effect_fails[undo-target-line phase gave-up]",
-        "test_an_effect_fails[undo-target-line phase giving-up]",
-    ],
-    "the target has no deadline of its own for what it does before GO": [
-        *(
-            f"test_an_effect_never_ends[{run}-target-{name}]"
-            for run in ("live", "postcopy")
-            for name in ("gate ready", "gate receive", "prepare", "verify")
-        ),
-    ],
-    "the removal of CRIU's images after the commit has no deadline of its own": [
-        *(f"test_an_effect_never_ends[{run}-source-undo outgoing]" for run in ("live", "postcopy")),
-    ],
-    "a cancel that comes between the last check and GO is answered as if it were in time": [
-        "test_somebody_cancels[live-source-executing]",
-        "test_somebody_cancels[live-source-line phase resume]",
-    ],
-    "a link cut just behind StateEnd": [
-        "test_the_link_is_cut[after-live-source-7]",
-        "test_the_link_is_cut[after-postcopy-source-6]",
-        "test_the_link_is_cut[after-stop-source-5]",
-    ],
-}
-"""What does not hold yet, and why: found late, none of it lets two copies run."""
-
-
-@pytest.fixture(autouse=True)
-def known_to_be_open(request: pytest.FixtureRequest) -> None:
-    for reason, cases in OPEN.items():
-        if request.node.name in cases:
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
-
-
 @pytest.mark.parametrize(("run", "side", "name"), points())
 def test_an_agent_dies_before(run: str, side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = move(run, tmp_path, monkeypatch, Fault(side, name, die))
@@ -140,6 +100,21 @@ def test_an_effect_fails(run: str, side: str, name: str, tmp_path: Path, monkeyp
     rig = move(run, tmp_path, monkeypatch, Fault(side, name, act_for(name)))
     cannot_write = name.startswith(("line", "record")) and rig.passed_the_right
     assert not rig.helped or cannot_write or rig.phase("b") == TargetPhase.DIED
+
+
+@pytest.mark.parametrize("kind", ["freeze", "hold"])
+def test_what_cannot_be_taken_back_is_said_and_tried_again_at_the_next_start(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that stays frozen since the cgroup cannot be thawed, say, until somebody has seen to it."""
+    tries = 1 + len(attempt.UNDO_PAUSES)
+    broken = [Fault("source", f"undo {kind}", fail, nth=nth + 1) for nth in range(tries)]
+    rig = move("undo", tmp_path, monkeypatch, *broken, Fault("source", "line phase failed", die, "after"))
+    assert not rig.helped
+    assert rig.phase("a") == SourcePhase.FAILED
+    assert rig.passed["source", f"undo {kind}", "before"] == tries + 1
+    assert rig.source.executing
+    assert rig.records["a"]["leftovers"] == []
 
 
 @pytest.mark.parametrize(("run", "side", "name"), awaited("live", "postcopy"))

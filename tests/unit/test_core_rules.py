@@ -219,4 +219,4 @@ def test_a_ledger_is_taken_back_newest_first_through_every_error() -> None:
     leftovers = anyio.run(ledger.unwind, {"a": take, "b": take, "c": take})
     assert order == [4, 3, 2]
     assert {one.kind for one in leftovers} == {"b", "unknown"}
-    assert ledger.entries == []
+    assert [entry.kind for entry in ledger.entries] == ["b", "unknown"]  # for another try

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import StrEnum
-from typing import Generic, TypeVar
+from itertools import chain, repeat
+from typing import Any, Generic, TypeVar
 
 import anyio
 import structlog
@@ -16,9 +17,14 @@ from podferry.agent.story import Story
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import Machine
 from podferry.core.undo import Handler, Leftover
-from podferry.errors import Bug, InvariantBroken, PodferryError
+from podferry.errors import Bug, InvariantBroken, PodferryError, TimedOut
 
-UNDO_DEADLINE = 60.0
+UNDO_STEP = 20.0
+"""Seconds within which one thing must be taken back."""
+UNDO_PAUSES = (0.1, 0.5, 2.0, 5.0, 10.0)
+"""Seconds after which what could not be taken back is tried again; then it is left to the agent's next start."""
+WRITE_PAUSES = (0.1, 0.5, 2.0, 5.0)
+"""Seconds after which a line that could not be written into the journal is tried again."""
 REPORT = "please report this with the journals of the migration on both nodes (podferry explain ID)"
 
 Phase = TypeVar("Phase", bound=StrEnum)
@@ -36,7 +42,7 @@ class Attempt(Generic[Phase, Event]):
         self, machine: Machine[Phase, Event], journal: Journal, story: Story, handlers: Mapping[str, Handler]
     ) -> None:
         self.machine, self.journal, self.story = machine, journal, story
-        self._handlers = handlers
+        self._handlers = {kind: _bounded(handler) for kind, handler in handlers.items()}
         self.ended = anyio.Event()
         self.log = structlog.get_logger().bind(migration=story.id, role=self.role)
 
@@ -58,10 +64,35 @@ class Attempt(Generic[Phase, Event]):
             if event in self.forbidden_by_a_broken_rule:
                 raise InvariantBroken("; ".join(rules), remedy=REPORT)
         self.journal.enter(phase, sync=sync)
-        self.machine.fire(event)
+        self._moved(event, note)
+
+    async def fire_anyway(self, event: Event, *, note: str = "", durable: bool = False) -> None:
+        """Move on, on the way back and where all is done, although the journal may not be writable: a full disk must not end
+        the job, or keep it frozen.
+
+        It is tried again for a while, and if `durable` for ever; otherwise the journal then misses the step, and the agent's
+        next start takes it anew.
+        """
+        for pause in chain(WRITE_PAUSES, repeat(WRITE_PAUSES[-1]) if durable else ()):
+            try:
+                return self.fire(event, note=note)
+            except OSError as error:
+                self.log.error("the journal cannot be written", error=str(error), because=str(event))
+                await anyio.sleep(pause)
+        return self._moved(event, note)
+
+    def _moved(self, event: Event, note: str) -> None:
+        phase = self.machine.fire(event)
         self.story.enter(phase, note)
-        self.journal.save_record(self.story.to_dict())
+        self._keep_record()
         self.log.info("phase", phase=str(phase), because=str(event), note=note)
+
+    def _keep_record(self) -> None:
+        """What people are shown; the journal decides. So a disk that is full must not stop the migration here."""
+        try:
+            self.journal.save_record(self.story.to_dict())
+        except OSError as error:
+            self.log.error("the record cannot be kept", error=str(error))
 
     def sight(self, phase: Phase) -> Sight:
         """What this agent sees as it is about to enter `phase`."""
@@ -81,28 +112,54 @@ class Attempt(Generic[Phase, Event]):
         return Bug.because(f"the {self.role}'s half of the migration failed", causes[0])
 
     async def take_back(self) -> list[Leftover]:
-        """Undo everything that the ledger holds, within a deadline, whoever cancels meanwhile."""
-        held = [entry.kind for entry in self.journal.ledger.entries]
-        with anyio.move_on_after(UNDO_DEADLINE, shield=True) as scope:
-            leftovers = await self.journal.ledger.unwind(self._handlers)
-        if scope.cancelled_caught:
-            leftovers = [
-                Leftover(entry.kind, f"no end within {UNDO_DEADLINE:.0f} s") for entry in self.journal.ledger.entries
-            ]
-        with suppress(OSError):
-            for kind in set(held) - {leftover.kind for leftover in leftovers}:
-                self.journal.release(kind)
+        """Undo everything that the ledger holds, whoever cancels meanwhile. What fails is tried again for a while; what is
+        still held then is returned, and the agent's next start tries it once more."""
+        with anyio.CancelScope(shield=True):
+            leftovers = await self._unwind()
+            for pause in UNDO_PAUSES:
+                if not leftovers:
+                    break
+                for leftover in leftovers:
+                    self.log.warning("not taken back yet", what=leftover.kind, why=leftover.why)
+                await anyio.sleep(pause)
+                leftovers = await self._unwind()
         for leftover in leftovers:
             metrics.violated("I5")
             self.log.error("left behind", what=leftover.kind, why=leftover.why)
         return leftovers
 
+    async def _unwind(self) -> list[Leftover]:
+        held = [entry.kind for entry in self.journal.ledger.entries]
+        leftovers = await self.journal.ledger.unwind(self._handlers)
+        with suppress(OSError):
+            for kind in set(held) - {leftover.kind for leftover in leftovers}:
+                self.journal.release(kind)
+        return leftovers
+
+    async def sweep(self) -> None:
+        """Take back what a migration that has ended could not."""
+        leftovers = await self.take_back()
+        self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
+        self._keep_record()
+        self.journal.close()
+
     def close(self) -> None:
         """The half has ended: its record is kept, its journal closed."""
-        self.journal.save_record(self.story.to_dict())
+        self._keep_record()
         self.journal.close()
         metrics.ended(self.role, self.story)
         self.ended.set()
+
+
+def _bounded(handler: Handler) -> Handler:
+    async def within(facts: Mapping[str, Any]) -> object:
+        try:
+            with anyio.fail_after(UNDO_STEP):
+                return await handler(facts)
+        except TimeoutError:
+            raise TimedOut(f"no end within {UNDO_STEP:.0f} s") from None
+
+    return within
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

@@ -104,19 +104,24 @@ class Agent:
     # What an earlier agent left.
 
     def _recover(self) -> None:
-        """Take up every migration that has not ended: finish it or undo it, by what its journal says."""
+        """Take up every migration that has not ended: finish it or undo it, by what its journal says. Of one that has, take
+        back what it could not; where the container has moved since, nobody knows any more whose that is."""
         forget_old(self.config.migrations, KEEP_RECORDS)
-        for directory in journals(self.config.migrations):
+        moved_since: set[str] = set()
+        for directory in reversed(journals(self.config.migrations)):
             journal = Journal(directory)
             ends: frozenset[str] = SOURCE_ENDS if journal.facts.get("role") == "source" else TARGET_ENDS
-            if journal.phase in ends or "record" not in journal.facts:
+            name = journal.facts.get("record", {}).get("name")
+            ended, latest = journal.phase in ends, name not in moved_since
+            moved_since.add(name)
+            if name is None or (ended and not (journal.ledger.entries and latest)):
                 journal.close()
                 continue
-            self.log.warning(
-                "taking up a migration that was interrupted", migration=directory.name, phase=journal.phase
-            )
+            why = "was interrupted" if not ended else "left something behind"
+            self.log.warning(f"taking up a migration that {why}", migration=directory.name, phase=journal.phase)
             try:
-                self._start(self._again(journal).go_on)
+                half = self._again(journal)
+                self._start(half.sweep if ended else half.go_on)
             except Exception:
                 self.log.exception("what is left of a migration cannot be read", migration=directory.name)
 
@@ -390,7 +395,7 @@ class Agent:
             job = Arriving(self.config, self.containerd, journal, offered)
             target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
         self._targets[offer.migration] = target
-        await target.converse(channel, first, self._start)
+        await target.converse(channel, first, self._start, offer.timeout_s)
 
     def _offered(self, offer: Offer) -> tuple[Offered | OfferedPod, Callable[[], tuple[NodeFacts, list[Refused]]]]:
         """What is offered, and how to find out whether it can be taken."""

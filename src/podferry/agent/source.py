@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 from anyio.abc import TaskGroup
@@ -49,6 +49,7 @@ ASK_AGAIN = 1.0
 CALL_BACK = 0.05
 DRAIN_PATIENCE = 120.0
 COMMIT_TRIES = 30
+BEFORE_GO = frozenset({SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.POISE, SourcePhase.CUTOVER})
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self._judged_from = 0
         self._pending = Change()
         self._filled = False
+        self._too_late = False
         self._postcopy = bool(journal.facts.get("postcopy"))
         self._sender: Sender
 
@@ -182,7 +184,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             helpers.start_soon(self._watch_container)
             letters.channel.limit(self.order.bandwidth)
             self._sender = Sender(letters.channel, self.story)
-            await letters.channel.send(proposal)
+            await letters.channel.send(replace(proposal, timeout_s=round(self.order.timeout)))
             answer = await letters.expect(Accept, Refuse)
         if isinstance(answer, Refuse):
             raise answer.refusals[0].error()
@@ -311,7 +313,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             await letters.expect(Ready)
 
     def _pass_the_right_to_run(self) -> None:
-        """The point of no return. Nothing is awaited between the last check and this line."""
+        """The point of no return. Nothing is awaited between the last check and this line, and no cancel comes between."""
+        self._too_late = True
         self.fire(SourceEvent.GO, sync=True)
 
     async def _after_go(self, helpers: TaskGroup, letters: Letters | None) -> None:
@@ -330,7 +333,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 self.fire(SourceEvent.CONTACT_LOST)
             if self._resolved is not None:
                 break
-            word = await contact.ask(helpers)
+            word = await self._ask(contact, helpers)
             if word is None:
                 await self._verdict_within(ASK_AGAIN)
         if self._resolved is SourceEvent.RESOLVED_HERE:
@@ -348,6 +351,20 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             elif self._resolved is SourceEvent.RESOLVED_THERE:
                 self.fire(SourceEvent.RESOLVED_THERE)
             await self._commit(contact.letters)
+
+    async def _ask(self, contact: Contact, helpers: TaskGroup) -> Running | GaveUp | None:
+        """Ask the target once. It may think about its answer for long: a person's verdict ends the wait."""
+        word: Running | GaveUp | None = None
+        async with anyio.create_task_group() as both:
+
+            async def verdict() -> None:
+                await self._verdict.wait()
+                both.cancel_scope.cancel()
+
+            both.start_soon(verdict)
+            word = await contact.ask(helpers)
+            both.cancel_scope.cancel()
+        return word
 
     async def _serve(self, contact: Contact, word: Running) -> Filled | None:
         """Post-copy: the target needs this node until it has every page. None when contact was lost before."""
@@ -428,11 +445,11 @@ class Source(Attempt[SourcePhase, SourceEvent]):
     async def _undo(self, cause: PodferryError, letters: Letters | None) -> None:
         """The job goes on here, and nothing of the attempt remains."""
         if self.phase is SourcePhase.CHECK and isinstance(cause, Refused):
-            self.fire(SourceEvent.REFUSAL)
+            await self.fire_anyway(SourceEvent.REFUSAL)
             await self._hang_up(letters, cause)
             return self._end(Outcome.REFUSED, str(cause), cause)
         if self.phase is not SourcePhase.UNDO:
-            self.fire(SourceEvent.TROUBLE, note=str(cause))
+            await self.fire_anyway(SourceEvent.TROUBLE, note=str(cause))
         await self.at_gate()
         with self.story.span("undo"):
             leftovers = await self.take_back()
@@ -441,19 +458,28 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             error = Failed(
                 "the migration failed and could not be taken back whole",
                 why=f"{cause}; " + "; ".join(f"{one.kind}: {one.why}" for one in leftovers),
+                remedy="see to the cause and start podferry-agent again: it tries to take back what is left",
                 evidence=cause.evidence,
             )
-            self.fire(SourceEvent.UNDONE_FAILED)
+            await self.fire_anyway(SourceEvent.UNDONE_FAILED)
             return self._end(Outcome.FAILED, str(error), error)
-        if self._held is not None and not await self._held.runs():
-            self.fire(SourceEvent.UNDONE_FAILED)
+        if not await self._runs():
+            await self.fire_anyway(SourceEvent.UNDONE_FAILED)
             error = Failed.because("the job has ended", cause)
             return self._end(Outcome.FAILED, str(error), error)
         if isinstance(cause, Cancelled):
-            self.fire(SourceEvent.UNDONE_CANCELLED)
+            await self.fire_anyway(SourceEvent.UNDONE_CANCELLED)
             return self._end(Outcome.CANCELLED, str(cause), cause)
-        self.fire(SourceEvent.UNDONE_ROLLED_BACK)
+        await self.fire_anyway(SourceEvent.UNDONE_ROLLED_BACK)
         return self._end(Outcome.ROLLED_BACK, str(cause), cause)
+
+    async def _runs(self) -> bool:
+        """Whether the job has not ended here. Where nobody says, nothing speaks against it."""
+        try:
+            return self._held is None or await self._held.runs()
+        except Exception as error:  # noqa: BLE001 - the way back goes on through its own errors
+            self.log.error("whether the job runs is not known", error=str(self.cause_of(error)))
+            return True
 
     async def _hang_up(self, letters: Letters | None, cause: PodferryError) -> None:
         """Tell the target that its part is over, if it still listens."""
@@ -468,7 +494,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             await letters.close()
 
     def _stop(self, cause: PodferryError) -> bool:
-        if self.phase not in (SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.POISE, SourcePhase.CUTOVER):
+        if self._too_late or self.phase not in BEFORE_GO:
             return False
         self._cause = self._cause or cause
         self._scope.cancel()

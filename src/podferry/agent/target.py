@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import anyio
 from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
-from podferry.agent.ports import ArrivingJob, Line, is_log
+from podferry.agent.ports import ArrivingJob, Json, Line, is_log
 from podferry.agent.story import Story
 from podferry.core.invariants import Sight
 from podferry.core.phases import TARGET_ENDS, TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
 from podferry.core.undo import Handler
-from podferry.errors import Failed, PeerMisbehaved, PodferryError
+from podferry.errors import Failed, PeerMisbehaved, PodferryError, TimedOut
 from podferry.model import Outcome
 from podferry.wire.channel import Channel
 from podferry.wire.frames import PAGE, Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
     Abort,
     Crashed,
+    Done,
     ErrorReport,
     Filled,
     GaveUp,
@@ -42,6 +44,12 @@ from podferry.wire.messages import (
     Running,
     StateEnd,
 )
+
+GRACE = 10.0
+"""Seconds for which the target waits longer than the source, which is the one to decide."""
+ASK_AGAIN = 1.0
+GOODBYE = 2.0
+"""Seconds for which the source's last word is waited for."""
 
 Resume = Callable[[], Awaitable[None]]
 
@@ -81,17 +89,22 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
     # The story.
 
-    async def converse(self, channel: Channel, first: Message | Data, after_go: Callable[[Resume], object]) -> None:
-        """Take in what the source sends, `first` and all after it up to GO. What follows is given to `after_go`, since it
-        outlives the connection."""
+    async def converse(
+        self, channel: Channel, first: Message | Data, after_go: Callable[[Resume], object], patience: float
+    ) -> None:
+        """Take in what the source sends, `first` and all after it up to GO, which the source says within `patience` seconds or
+        never. What follows is given to `after_go`, since it outlives the connection."""
         self.story.enter(self.phase)
         self.journal.enter(self.phase)
         try:
-            await self.at_gate()
-            await self.job.prepare()
-            async with anyio.create_task_group() as helpers:
-                await self._receive(channel, first, helpers)
-                helpers.cancel_scope.cancel()
+            with anyio.fail_after(patience + GRACE):  # the source has gone back by then
+                await self.at_gate()
+                await self.job.prepare()
+                async with anyio.create_task_group() as helpers:
+                    await self._receive(channel, first, helpers)
+                    helpers.cancel_scope.cancel()
+        except TimeoutError:
+            await self._give_up(TimedOut(f"GO did not come within {patience:.0f} s"), channel)
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
                 await self._give_up(Failed("the agent is stopping"), channel)
@@ -131,6 +144,11 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 fetch()
             await self._tell(channel, fetch if known else _nothing, asked=asked)
             ways.cancel_scope.cancel()
+        with anyio.move_on_after(GOODBYE), suppress(PodferryError):
+            while not isinstance(
+                await channel.receive(), Done
+            ):  # pages of a debt that was paid already may come before
+                pass
 
     async def _tell(self, channel: Channel, running_said: Callable[[], None], *, asked: bool) -> None:
         await self._word_known.wait()
@@ -251,13 +269,22 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         await self.at_gate()
         began = time.monotonic()
         with self.story.span("fill", "target"):
-            figures = await self.job.filled()
+            figures = await self._all_filled()
         self.story.extra["fill"] = figures
         self._filled = Filled(self.story.id, round((time.monotonic() - began) * 1e3))
         await self._clear()
-        self.fire(TargetEvent.FILLED)
+        await self.fire_anyway(TargetEvent.FILLED)
         self.story.end(Outcome.COMPLETED, "the job runs here")
         self.close()
+
+    async def _all_filled(self) -> Json:
+        """Every page is in its place. That this cannot be written down, on a full disk, is no reason to end the job."""
+        while True:
+            try:
+                return await self.job.filled()
+            except OSError as error:
+                self.log.error("the journal cannot be written", error=str(error))
+                await anyio.sleep(ASK_AGAIN)
 
     # The way back.
 
@@ -265,21 +292,39 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         """It will never run here, or no longer: what was made for it goes, and the source is told."""
         async with self._one_gives_up:
             if not self.machine.ended:
-                if self.phase not in (TargetPhase.GIVING_UP, TargetPhase.FILL):
-                    self.fire(TargetEvent.TROUBLE, note=str(cause))
+                had_go = bool(self.journal.facts.get("go"))
+                if self.phase not in (
+                    TargetPhase.GIVING_UP,
+                    TargetPhase.FILL,
+                ):  # no later start may take the job up again
+                    await self.fire_anyway(TargetEvent.TROUBLE, note=str(cause), durable=had_go)
                 await self.at_gate()
-                await self._clear()
-                self._error = cause
                 ran = self.phase is TargetPhase.FILL
-                if self.journal.facts.get("go"):  # the word must not be given while it could still run
-                    self._still_here = await self.job.is_here()
-                self.fire(TargetEvent.DIED if ran else TargetEvent.GONE, note=str(cause))
+                await self._clear()
+                while (
+                    had_go and await self._is_still_here() and not ran
+                ):  # the word must not be given while it could run
+                    await anyio.sleep(ASK_AGAIN)
+                    await self._clear()
+                self._error = cause
+                await self.fire_anyway(TargetEvent.DIED if ran else TargetEvent.GONE, note=str(cause))
                 self.story.end(Outcome.FAILED if ran else Outcome.ROLLED_BACK, str(cause), cause)
                 self._word_known.set()
                 self.close()
         if channel is not None:
             with anyio.move_on_after(2.0):
                 await _say(channel, GaveUp(self.story.id, ErrorReport.of(cause)))
+
+    async def _is_still_here(self) -> bool:
+        """Asked until there is an answer: without one, nothing can be said to the source."""
+        while True:
+            try:
+                self._still_here = await self.job.is_here()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is asked again
+                self.log.error("whether the job is here is not known", error=str(self.cause_of(error)))
+                await anyio.sleep(ASK_AGAIN)
+            else:
+                return self._still_here
 
     async def _clear(self) -> None:
         """Take back what the ledger still holds, and let go of descriptors."""

@@ -5,7 +5,7 @@ takes back the same things by the same handlers as one that merely met an error.
 acquired; a handler must therefore bear that it never came to be.
 
 Undo goes on through its own errors (ganeti's `_ExecCleanup` does the same): each step is tried, and what could not be taken
-back is reported at the end with every reason.
+back is reported at the end with every reason, and stays in the ledger for another try.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from podferry.errors import Bug
 
 Handler = Callable[[Mapping[str, Any]], Awaitable[object]]
-"""Takes back one kind of thing, given the facts that were written down. Called at most once per entry and run."""
+"""Takes back one kind of thing, given the facts that were written down. May be called again where it failed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Ledger:
         return next((entry.facts for entry in self.entries if entry.kind == kind), None)
 
     async def unwind(self, handlers: Mapping[str, Handler]) -> list[Leftover]:
-        """Take everything back, newest first, through every error. Returns what could not be."""
+        """Take everything back, newest first, through every error. Returns what could not be, which is still held."""
         leftovers = []
         for entry in reversed(self.entries):
             try:
@@ -66,7 +66,8 @@ class Ledger:
                 await handlers[kind](entry.facts)
             except Exception as error:  # noqa: BLE001 - undo goes on through its own errors
                 leftovers.append(Leftover(entry.kind, f"{type(error).__name__}: {error}"))
-        self.entries = []
+            else:
+                self.remove(entry.kind)
         return leftovers
 
 

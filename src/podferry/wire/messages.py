@@ -93,7 +93,8 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Offer:
-    """The source wants to move a container; `container` and `facts` are decoded by whoever uses them."""
+    """The source wants to move a container, and gives up what has not reached GO within `timeout_s` seconds; `container` and
+    `facts` are decoded by whoever uses them."""
 
     migration: Id
     name: Name
@@ -102,6 +103,7 @@ class Offer:
     facts: JsonObject
     memory_bytes: int
     upper_bytes: int
+    timeout_s: int = 3600
 
 
 @dataclass(frozen=True)
