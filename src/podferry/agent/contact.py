@@ -66,10 +66,10 @@ class Contact:
                     case (Running() | GaveUp()) as word:
                         return word
                     case Unknown():
-                        self._log.error("the target has no record of this migration; `podferry resolve` decides")
+                        self._leave_to_a_person("the target has no record of this migration")
                         break
                     case Crashed() as crashed:
-                        self._log.error("the job died on the target", error=str(crashed.error.error()))
+                        self._leave_to_a_person(f"the job died on the target: {crashed.error.error()}")
                         break
                     case Restoring():
                         continue
@@ -105,6 +105,13 @@ class Contact:
         letters, self.letters = self.letters, None
         if letters is not None:
             await letters.close()
+
+    def _leave_to_a_person(self, what: str) -> None:
+        """It will not be different when it is asked again: say so where people look."""
+        reason = f"{what}; it is frozen here, and podferry resolve {self._story.id} --run-on NODE decides"
+        if self._story.reason != reason:
+            self._story.reason = reason
+            self._log.error(reason)
 
     async def _broken(self, error: Exception) -> None:
         cause = next(leaves(error))
