@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from moving import A, B, Cluster, Witness, other, until
 
+from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.lab import Lab
 
 pytestmark = pytest.mark.lab
@@ -36,7 +37,7 @@ def there_and_back(cluster: Cluster, name: str, moves: int, mode: str) -> str:
         open_before = {}
         for number in range(moves):
             record = cluster.migrate(name, source=here, mode=mode)
-            assert record["outcome"] == "completed", record
+            assert record["outcome"] == "completed", (record["reason"], record["error"])
             assert record["downtime_ms"] > 0
             here = other(here)
             cluster.goes_on(here, name)
@@ -78,6 +79,35 @@ def test_simple(cluster: Cluster, name: str, mebibytes: int, moves: int, mode: s
 def test_family(cluster: Cluster, name: str, moves: int, mode: str) -> None:
     cluster.start(name, "family")
     here = there_and_back(cluster, name, moves, mode)
+    ledger_agrees(cluster, here, name)
+
+
+@pytest.mark.parametrize("mode", ["stop", "live", "postcopy"])
+def test_every_kind_of_memory(cluster: Cluster, name: str, mode: str) -> None:
+    cluster.start(name, "memories")
+    here = there_and_back(cluster, name, 2, mode)
+    cluster.goes_on(here, name)
+    ledger_agrees(cluster, here, name)
+
+
+def test_guards_that_madvise_made_are_refused_where_criu_would_lose_them(cluster: Cluster, name: str) -> None:
+    cluster.start(name, "memories", "guards")
+    record = cluster.migrate(name, source=A, mode="live")
+    criu = numbers(cluster.lab.exec(A, ["criu", "--version"]).stdout.split()[1])
+    if record["outcome"] == "completed":
+        assert criu >= GUARDING_CRIU
+        cluster.goes_on(B, name)
+    else:
+        assert "guard pages" in record["error"]["why"]
+        assert criu < GUARDING_CRIU
+        cluster.goes_on(A, name)
+
+
+@pytest.mark.parametrize("mode", ["live", pytest.param("postcopy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "threads"), [(200, 0), (1, 500)])
+def test_a_crowd(cluster: Cluster, name: str, processes: int, threads: int, mode: str) -> None:
+    cluster.start(name, "crowd", str(processes), str(threads))
+    here = there_and_back(cluster, name, 2, mode)
     ledger_agrees(cluster, here, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import anyio
@@ -79,18 +80,13 @@ def test_what_was_written_in_a_rest_is_not_taken_for_more() -> None:
     assert Round(1, 1, 1, 0.5, 100, rested=0.5).dirty_rate == 100
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 1 << 22), st.integers(0, 1 << 34)), min_size=600, max_size=600),
-    st.booleans(),
-    st.booleans(),
-    st.floats(0, 1e10),
-)
-def test_whatever_the_job_does_copying_ends(
-    passes: list[tuple[int, int]], throttle: bool, postcopy: bool, rate: float
-) -> None:
+@given(st.integers(0, 1 << 32), st.booleans(), st.booleans(), st.floats(0, 1e10))
+def test_whatever_the_job_does_copying_ends(seed: int, throttle: bool, postcopy: bool, rate: float) -> None:
     """As the source asks: about the rounds since the job was slowed down last."""
-    policy, quota, seen = Policy(throttle=throttle, postcopy=postcopy), 1.0, []
-    for number, (pages, pending) in enumerate(passes, 1):
+    policy, quota, seen, job = Policy(throttle=throttle, postcopy=postcopy), 1.0, [], Random(seed)
+    largest = job.randint(1, 34)
+    for number in range(1, 601):
+        pages, pending = (1 << job.randint(0, 22)), job.randrange(1 << largest)
         seen.append(Round(number, pages, 1, 1.0, pending))
         decision = decide(seen, policy, rate=rate, quota=quota)
         assert (decision.quota < quota) == (decision.step is Step.THROTTLE)
@@ -168,6 +164,7 @@ def test_what_fits_may_move() -> None:
         ({"binds": (Bind("/data", "/data"),)}, {}, {}, "PF113"),
         ({"connections": ("a -> b",)}, {}, {}, "PF113"),
         ({"unsaved": ("io_uring",)}, {}, {}, "PF113"),
+        ({"unsaved": ("guard pages",)}, {"criu": "4.1.1"}, {"criu": "4.2.1"}, "PF113"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -177,6 +174,16 @@ def test_what_does_not_fit_is_refused(
     found = refusals(question)
     assert [one.code for one in found] == [code]
     assert all(one.what and one.remedy for one in found)
+
+
+def test_guard_pages_move_where_criu_saves_them() -> None:
+    new = replace(NODE, criu="4.2")
+    guarded = replace(JOB, unsaved=("guard pages",))
+    assert refusals(Question(guarded, new, new, Mode.LIVE)) == []
+    assert [one.code for one in refusals(Question(guarded, NODE, None, Mode.LIVE))] == ["PF113"]
+    assert (
+        "io_uring" in refusals(Question(replace(JOB, unsaved=("guard pages", "io_uring")), new, new, Mode.LIVE))[0].why
+    )
 
 
 def test_every_reason_is_said_at_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from podferry.agent.config import Config
 from podferry.agent.nodefacts import node_facts
 from podferry.agent.offered import Offered, log_file
 from podferry.core.facts import ContainerFacts, NodeFacts
-from podferry.core.preflight import Question, refusals
+from podferry.core.preflight import GUARDS, Question, refusals
 from podferry.errors import Refused, UsageError
+from podferry.memory.guards import has_guards
 from podferry.memory.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
 from podferry.node.cgroup import Cgroup
@@ -22,6 +23,13 @@ from podferry.wire.messages import Offer
 
 RUNTIME = "podferry-runc"
 DUMP_FLAGS = ("--file-locks",)
+
+
+def with_guards(facts: ContainerFacts) -> ContainerFacts:
+    """These facts, and whether a process of the container has guard pages."""
+    if any(has_guards(pid) for pid in facts.pids):
+        return replace(facts, unsaved=(*facts.unsaved, GUARDS))
+    return facts
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Inspection:
             Offered(record, layers, stdio, DUMP_FLAGS),
             task,
             upper,
-            container_facts(record, task, cgroup, upper),
+            with_guards(container_facts(record, task, cgroup, upper)),
             self.node_facts(),
             self._choice,
         )

@@ -15,6 +15,9 @@ from podferry.model import Mode
 
 OLDEST_CRIU = (4, 0)
 OLDEST_RUNC = (1, 1)
+GUARDING_CRIU = (4, 2)
+GUARDS = "guard pages"
+"""As `ContainerFacts.unsaved` names guards that madvise made (glibc has them below each thread's stack from 2.42 on)."""
 PIPE_BYTES = 4 << 20
 MEMORY_RESERVE = 64 << 20
 DISK_RESERVE = 256 << 20
@@ -202,11 +205,13 @@ def _bound(question: Question) -> Iterator[Refused]:
     unsaved = {
         "io_uring": "an open io_uring",
         "userfaultfd": "a userfaultfd of its own",
+        GUARDS: "guard pages (MADV_GUARD_INSTALL), which CRIU saves from 4.2 on",
     }
-    if container.unsaved:
+    old = min(numbers(node.criu) for node in (question.source, question.target) if node is not None) < GUARDING_CRIU
+    if lost := [one for one in container.unsaved if one != GUARDS or old]:
         yield ContainerBound(
-            "the container has something open that CRIU cannot save",
-            why=", ".join(unsaved.get(one, one) for one in container.unsaved),
+            "the container has something that CRIU cannot save",
+            why=", ".join(unsaved.get(one, one) for one in lost),
             remedy="have the job close it, or run it without (for io_uring, most libraries have a switch)",
         )
 

@@ -1,0 +1,27 @@
+"""Guard pages (MADV_GUARD_INSTALL, Linux 6.13): places in an area that fault, which CRIU saves from 4.2 on and fails at before."""
+
+from __future__ import annotations
+
+import os
+
+from podferry.memory.maps import read_areas
+from podferry.memory.pagemap import Category, Query, Scanner, open_pagemap, tells_guards
+
+_KERNELS = 1 << 63
+"""Addresses from here on (x86's vsyscall page) are not the process's."""
+
+
+def has_guards(pid: int) -> bool:
+    """Whether a process has guard pages; no where it has ended, or the kernel does not tell (before 6.15)."""
+    if not tells_guards():
+        return False
+    query = Query(Category.GUARD, Category(0), Category(0), Category.GUARD)
+    try:
+        windows = [(area.start, area.end) for area in read_areas(pid) if area.start < _KERNELS]
+        pagemap = open_pagemap(pid)
+        try:
+            return bool(Scanner().scan(pagemap, windows, query).starts)
+        finally:
+            os.close(pagemap)
+    except OSError:
+        return False
