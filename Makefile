@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: help setup demo demo-kubernetes test unit lint format lock proto clean
+.PHONY: help setup demo demo-kubernetes image test unit lint format lock proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 18
@@ -20,6 +20,9 @@ demo: $(STAMP)  ## move a computing job between two nodes of the lab, and prove 
 
 demo-kubernetes: $(STAMP) ## move the pod of a Job between two nodes of a real Kubernetes; PODFERRY_KUBE_BIN has its programs
 	$(VENV)/bin/podferry lab demo --kubernetes
+
+image: $(STAMP) ## build the container image for a cluster into podferry.tar; needs root
+	scripts/image $(VENV) podferry.tar
 
 lint: $(STAMP)  ## formatting, lints, types, import contracts
 	$(VENV)/bin/ruff format --check src tests

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from installing import NODES, footprint, uninstall
 
 from podferry.lab import Lab
 from podferry.lab.kubernetes import daemons
@@ -30,3 +31,18 @@ def cluster() -> Iterator[Lab]:
         yield lab
     finally:
         lab.down()
+
+
+@pytest.fixture(scope="module")
+def before(cluster: Lab) -> dict[str, str]:
+    """What an installation changes on the nodes, as it was before."""
+    return {node: footprint(cluster, node) for node in NODES}
+
+
+@pytest.fixture(scope="module")
+def installed(cluster: Lab, before: dict[str, str]) -> Iterator[Lab]:
+    """The cluster with podferry on it, by deploy/, for the tests of one module."""
+    assert len(before) == len(NODES)
+    cluster.deploy(phases(print))
+    yield cluster
+    uninstall(cluster)

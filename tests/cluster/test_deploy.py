@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
+from installing import CONFIG, NODES, footprint, uninstall
 
 from podferry.install import criu
 from podferry.install.node import WRAPPER
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
-from podferry.lab.kubernetes import deploy, image
+from podferry.lab.kubernetes import deploy
 
 pytestmark = pytest.mark.cluster
-NODES = ("node-a", "node-b")
 SYSTEM = deploy.NAMESPACE
-CONFIG = "/etc/podferry/containerd.toml"
-FOOTPRINT = f"cat {CONFIG}; find /etc/podferry /opt/podferry/bin /opt/podferry/criu -type f 2>/dev/null | sort | xargs sha256sum"
 HELPER = """
 from podferry.node import outside
 from podferry.node.process import run, spawn
@@ -25,24 +22,6 @@ print(spawn(outside.surviving(["sleep", "1000"])).pid)
 print(run(outside.on_node(["criu", "--version"])).stdout.split()[1])
 print(run(outside.on_node(["hostname"])).stdout.strip())
 """
-
-
-@pytest.fixture(scope="module")
-def before(cluster: Lab) -> dict[str, str]:
-    """The nodes' files that matter, as they are without podferry."""
-    return {node: cluster.exec(node, ["sh", "-c", FOOTPRINT]).stdout for node in NODES}
-
-
-@pytest.fixture(scope="module")
-def installed(cluster: Lab, before: dict[str, str]) -> Iterator[Lab]:
-    """The cluster with podferry on it."""
-    assert before
-    cluster.deploy()
-    try:
-        yield cluster
-    finally:
-        cluster.kubectl().run("delete", "-k", deploy.directory(), "--ignore-not-found", "--wait", check=False)
-        cluster.kubectl().run("delete", "-k", deploy.directory() / "uninstall", "--ignore-not-found", check=False)
 
 
 def containerd_pid(lab: Lab, node: str) -> str:
@@ -133,9 +112,5 @@ def test_the_nodes_are_restored_byte_for_byte_but_not_under_a_running_pod(
     assert "podferry is in use on this node" in refused.stderr
 
     kubectl.run("delete", "pod", "opted-in", "--wait")
-    kubectl.run("delete", "-k", deploy.directory(), "--wait")
-    deploy.apply(kubectl, f"{image.NAME}:{image.tag()}", deploy.directory() / "uninstall")
-    words = ["rollout", "status", "daemonset/podferry-uninstall", "--timeout=60s"]
-    kubectl.run("-n", "podferry-uninstall", *words)
-    kubectl.run("delete", "-k", deploy.directory() / "uninstall", "--wait")
-    assert {node: installed.exec(node, ["sh", "-c", FOOTPRINT]).stdout for node in NODES} == before
+    uninstall(installed)
+    assert {node: footprint(installed, node) for node in NODES} == before

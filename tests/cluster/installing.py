@@ -1,0 +1,28 @@
+"""What the tests of an installed podferry share."""
+
+from __future__ import annotations
+
+from podferry.lab import Lab
+from podferry.lab.kubernetes import deploy, image
+
+NODES = A, B = ("node-a", "node-b")
+CONFIG = "/etc/podferry/containerd.toml"
+_FOOTPRINT = """
+cat "$1"
+find /etc/podferry /opt/podferry/bin /opt/podferry/criu -type f 2>/dev/null | sort | xargs sha256sum
+"""
+
+
+def footprint(lab: Lab, node: str) -> str:
+    """A node's files that an installation changes."""
+    return lab.exec(node, ["sh", "-c", _FOOTPRINT, "sh", CONFIG]).stdout
+
+
+def uninstall(lab: Lab) -> None:
+    """Take podferry off the cluster and off its nodes, wherever it still is."""
+    kubectl, what = lab.kubectl(), deploy.directory()
+    kubectl.run("delete", "-k", what, "--ignore-not-found", "--wait", "--timeout=60s")
+    deploy.apply(kubectl, f"{image.NAME}:{image.tag()}", what / "uninstall")
+    words = ["rollout", "status", "daemonset/podferry-uninstall", "--timeout=60s"]
+    kubectl.run("-n", "podferry-uninstall", *words)
+    kubectl.run("delete", "-k", what / "uninstall", "--wait", "--timeout=60s")

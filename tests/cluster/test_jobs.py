@@ -1,0 +1,139 @@
+"""Jobs whose pods move between the nodes of a real cluster: one success, no restart, the result of a Job that never moved."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from installing import A, B
+
+from podferry.cli import job
+from podferry.lab import Lab
+from podferry.lab.images import JOB_IMAGE
+from podferry.lab.kubernetes.cluster import Kubectl
+
+pytestmark = pytest.mark.cluster
+PATIENCE = 180.0
+MEBIBYTES, STEPS, CANDIDATES, EVERY = 64, 600, 2000, 10
+FINISH = "/var/tmp/finish"
+# It computes; then it waits until it may end, so that moves take as long as they take; what it wrote must come along.
+COMMAND = (
+    f'python3 -c "$0" "$@" && until [ -e {FINISH} ]; do sleep 0.1; done && echo ledger $(sha256sum < {job.LEDGER})'
+)
+LEFT = """
+find /run/podferry/incoming /run/podferry/outgoing /run/podferry/restored /var/lib/podferry/departed \
+    -mindepth 1 2>/dev/null; true
+"""
+
+Json = dict[str, Any]
+
+
+def until(holds: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.2)
+    return found
+
+
+def manifest(name: str, node: str) -> Json:
+    """A Job that would rather begin on `node`."""
+    source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
+    wish = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name},
+        "spec": {
+            "backoffLimit": 0,
+            "template": {
+                "spec": {
+                    "runtimeClassName": "podferry",
+                    "restartPolicy": "Never",
+                    "affinity": {
+                        "nodeAffinity": {
+                            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": wish}]
+                        }
+                    },
+                    "containers": [
+                        {
+                            "name": "main",
+                            "image": JOB_IMAGE,
+                            "command": ["sh", "-c", COMMAND, source, *map(str, (MEBIBYTES, STEPS, CANDIDATES, EVERY))],
+                        }
+                    ],
+                }
+            },
+        },
+    }
+
+
+def pods(kubectl: Kubectl, name: str) -> list[Json]:
+    listed = kubectl.run("get", "pods", "-l", f"batch.kubernetes.io/job-name={name}", "-o", "json").stdout
+    found = json.loads(listed)["items"]
+    assert isinstance(found, list)
+    return found
+
+
+def lines(kubectl: Kubectl, name: str) -> list[str]:
+    (pod,) = pods(kubectl, name)
+    return kubectl.run("logs", pod["metadata"]["name"], check=False).stdout.splitlines()
+
+
+def move(kubectl: Kubectl, pod: str, to: str) -> Json:
+    """Move a pod by a Migration object, to its end; returns its status."""
+    name = f"{pod}-to-{to}"
+    migration = {
+        "apiVersion": "podferry.dev/v1alpha1",
+        "kind": "Migration",
+        "metadata": {"name": name},
+        "spec": {"podName": pod, "targetNode": to},
+    }
+    kubectl.run("create", "-f", "-", input=json.dumps(migration))
+
+    def ended() -> Json | None:
+        status: Json = json.loads(kubectl.run("get", "migration", name, "-o", "json").stdout).get("status", {})
+        return status if status.get("completionTime") else None
+
+    status: Json = until(ended, f"{name} ends")
+    return status
+
+
+def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab) -> None:
+    kubectl = installed.kubectl()
+    try:
+        for name in ("moved", "stayed"):
+            kubectl.run("apply", "-f", "-", input=json.dumps(manifest(name, A)))
+        until(lambda: pods(kubectl, "moved") and len(lines(kubectl, "moved")) > 2, "it computes")
+        (pod,) = pods(kubectl, "moved")
+        begun, here = pod["metadata"]["name"], pod["spec"]["nodeName"]
+        for number in range(4):
+            there = B if here == A else A
+            status = move(kubectl, begun, there)
+            assert status["phase"] == "Completed", status
+            (pod,) = until(lambda: pods(kubectl, "moved"), "it has a pod")
+            assert pod["metadata"]["name"] == status["targetPod"]["name"] != begun
+            assert pod["spec"]["nodeName"] == there
+            begun, here = pod["metadata"]["name"], there
+            if number == 0:
+                assert not lines(kubectl, "moved")[-1].startswith(job.FINAL), "it was to compute while it moves"
+        for name in ("moved", "stayed"):
+            (pod,) = pods(kubectl, name)
+            kubectl.run("exec", pod["metadata"]["name"], "--", "touch", FINISH)
+            kubectl.run("wait", "--for=condition=Complete", f"job/{name}", f"--timeout={PATIENCE:.0f}s")
+
+        assert lines(kubectl, "moved") == lines(kubectl, "stayed")
+        assert lines(kubectl, "moved")[-1].startswith("ledger ")
+        status = json.loads(kubectl.run("get", "job", "moved", "-o", "json").stdout)["status"]
+        assert (status["succeeded"], status.get("failed", 0)) == (1, 0)
+        (pod,) = pods(kubectl, "moved")
+        assert [one["restartCount"] for one in pod["status"]["containerStatuses"]] == [0]
+    finally:
+        kubectl.run("delete", "job", "moved", "stayed", "--ignore-not-found", "--wait")
+        kubectl.run("delete", "migrations", "--all", "--wait")
+    for node in (A, B):
+        until(lambda node=node: not installed.exec(node, ["sh", "-c", LEFT]).stdout, f"nothing is left on {node}")  # type: ignore[misc]
