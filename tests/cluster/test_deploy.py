@@ -56,7 +56,7 @@ def test_a_new_agent_leaves_containerd_alone(installed: Lab) -> None:
 @pytest.mark.parametrize(
     ("who", "verb", "what", "allowed"),
     [
-        ("agent", "patch", "migrations.podferry.dev/status", "yes"),
+        ("agent", "patch", "migrations.podferry.dev --subresource=status", "yes"),
         ("agent", "get", "secrets", "no"),
         ("agent", "delete", "pods", "no"),
         ("agent", "create", "migrations.podferry.dev", "no"),
@@ -67,7 +67,7 @@ def test_a_new_agent_leaves_containerd_alone(installed: Lab) -> None:
 )
 def test_what_each_may_do(installed: Lab, who: str, verb: str, what: str, allowed: str) -> None:
     account = f"--as=system:serviceaccount:{SYSTEM}:podferry-{who}"
-    said = installed.kubectl().run("auth", "can-i", verb, what, account, "-A", check=False)
+    said = installed.kubectl().run("auth", "can-i", verb, *what.split(), account, "-A", check=False)
     assert said.stdout.strip() == allowed
 
 

@@ -24,9 +24,11 @@ FINISH = "/var/tmp/finish"
 COMMAND = (
     f'python3 -c "$0" "$@" && until [ -e {FINISH} ]; do sleep 0.1; done && echo ledger $(sha256sum < {job.LEDGER})'
 )
+# But for the marks of pods that have come or gone: they go with the agent's next look.
 LEFT = """
-find /run/podferry/incoming /run/podferry/outgoing /run/podferry/restored /var/lib/podferry/departed \
-    -mindepth 1 2>/dev/null; true
+for kind in run/podferry/incoming run/podferry/outgoing run/podferry/arriving run/podferry/staging var/lib/podferry/staging
+do find "/$kind" -mindepth 1 2>/dev/null; done
+true
 """
 
 Json = dict[str, Any]
