@@ -129,7 +129,7 @@ async def test_what_the_engine_refuses_is_in_the_condition(world: World) -> None
     agents.engines[0].refuses = Refused("the pod is moving already", remedy="wait")
     await world.migrate()
     ended = await world.ended()
-    assert ended.status.phase == "RolledBack"
+    assert ended.status.phase == "Refused"
     assert ended.status.ending is not None
     assert (ended.status.ending.message, ended.status.ending.code) == ("the pod is moving already", "PF100")
 

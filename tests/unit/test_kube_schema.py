@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 import yaml
 
 import podferry
-from podferry.core.migration import MIGRATION, MIGRATION_ENDS, OUTCOME_OF_END, MigrationPhase, migration_machine
+from podferry.controller import troubles
+from podferry.core.migration import (
+    MIGRATION,
+    MIGRATION_ENDS,
+    OUTCOME_OF_END,
+    MigrationPhase,
+    migration_diagram,
+    migration_machine,
+)
 from podferry.errors import Bug
 from podferry.kube.migration import Migration, duration, quantity, seconds
 from podferry.kube.schema import definition, definition_yaml, reference, structural
@@ -115,3 +124,26 @@ def test_the_table_ends_everywhere() -> None:
 def test_what_the_table_does_not_list_is_a_bug() -> None:
     with pytest.raises(Bug):
         migration_machine().fire(next(iter(MIGRATION[MigrationPhase.UNDOING])))
+
+
+def test_the_diagram_of_the_phases_is_the_tables() -> None:
+    assert migration_diagram() in (ROOT / "docs/migrations.md").read_text(), "run scripts/crds .venv"
+
+
+def test_every_reason_has_its_line_in_the_table_of_eligibility() -> None:
+    said = set(re.findall(r'_unfit\(\s*"(\w+)"', (ROOT / "src/podferry/controller/eligibility.py").read_text()))
+    said |= set(re.findall(r'_unfit\(\s*"(\w+)"', (ROOT / "src/podferry/controller/surroundings.py").read_text()))
+    page = (ROOT / "docs/migrations.md").read_text()
+    assert len(said) > 20
+    assert (
+        sorted(one for one in said | {"HostNetwork", "HostPID", "HostIPC", "PodNotFound"} if f"`{one}`" not in page)
+        == []
+    )
+
+
+def test_every_trouble_is_in_the_table_of_what_goes_wrong() -> None:
+    page = (ROOT / "docs/migrations.md").read_text()
+    words = [troubles.UNSCHEDULABLE, troubles.QUOTA_EXCEEDED, troubles.WEBHOOK_DENIED, troubles.NAMESPACE_TERMINATING]
+    words += [troubles.TARGET_POD_GONE, troubles.TARGET_POD_FAILED, troubles.TARGET_NODE_LOST, troubles.POD_DELETED]
+    words += [troubles.JOB_SUSPENDED, troubles.CANCEL_REQUESTED, troubles.TIMED_OUT, troubles.VOLUME_MISSING]
+    assert [one for one in words if f"`{one}`" not in page] == []

@@ -22,7 +22,7 @@ from podferry.agent.telling import Reporter, say_resumed
 from podferry.core.migration import MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.core.precopy import Policy
-from podferry.errors import Failed, PodferryError
+from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
 from podferry.kube.errors import NotFound
@@ -243,7 +243,7 @@ def _is_over(migration: Migration) -> bool:
 def _never_began(error: PodferryError) -> store.Change:
     def told(now: Migration) -> bool:
         now.status.engine_ending = Ending(
-            outcome=str(Outcome.ROLLED_BACK),
+            outcome=str(Outcome.REFUSED if isinstance(error, Refused) else Outcome.ROLLED_BACK),
             reason=type(error).__name__,
             message=str(error),
             code=error.code,

@@ -6,7 +6,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,11 @@ async def follow_to_the_end(where: Where, body: Json, view: View) -> Migration:
         with view:
             made = await _create(api, namespace, body)
             tasks.start_soon(_cancel_on_interrupt, api, made, view, tasks.cancel_scope)
-            began = anyio.current_time()
+            began, said = anyio.current_time(), ""
             async for now in _changes(api, namespace, made.name):
                 event = progress(now, (anyio.current_time() - began) * 1e3)
-                view.event(now.to_json(), event)
-                made = now
+                view.event(now.to_json(), replace(event, note="" if event.note == said else event.note))
+                made, said = now, event.note
                 if now.ended:
                     tasks.cancel_scope.cancel()
                     return now

@@ -340,8 +340,6 @@ class Reconciler:
             why = troubles.ending(
                 Outcome.FAILED, "Inconsistent", f"the engine completed, but nothing resumed: {why.message}"
             )
-        if why.outcome == Outcome.REFUSED:  # by the engine, on the nodes: the way out is the same
-            why = why.model_copy(update={"outcome": str(Outcome.ROLLED_BACK)})
         await self._fire(migration, E.TROUBLE, lambda now: setattr(now.status, "ending", why), message=why.message)
         return 0.0
 

@@ -1,7 +1,7 @@
 """The phases of a Migration object in a cluster: what the controller does, around the engine that the agents run.
 
 The engine's own table (`core.phases`) is what happens inside `Running`. As there, an event that a phase does not list is a bug
-and changes nothing, and the picture in docs/kubernetes.md is drawn from the table.
+and changes nothing, and the picture in docs/migrations.md is drawn from the table.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class MigrationEvent(StrEnum):
     RESUMED = "job runs on the target"
     HANDED_OVER = "owner has the target pod, source is gone"
     TROUBLE = "trouble"
+    UNDONE_REFUSED = "cleaned up, the nodes would not do it"
     UNDONE_ROLLED_BACK = "cleaned up, job runs on the source"
     UNDONE_CANCELLED = "cleaned up on request"
     UNDONE_FAILED = "cleaned up, job does not run"
@@ -51,7 +52,12 @@ MIGRATION: Mapping[MigrationPhase, Mapping[MigrationEvent, MigrationPhase]] = {
     P.SCHEDULING: {E.PLACED: P.RUNNING, E.TROUBLE: P.UNDOING},
     P.RUNNING: {E.RESUMED: P.HANDING_OVER, E.TROUBLE: P.UNDOING},
     P.HANDING_OVER: {E.HANDED_OVER: P.COMPLETED, E.TROUBLE: P.UNDOING},
-    P.UNDOING: {E.UNDONE_ROLLED_BACK: P.ROLLED_BACK, E.UNDONE_CANCELLED: P.CANCELLED, E.UNDONE_FAILED: P.FAILED},
+    P.UNDOING: {
+        E.UNDONE_REFUSED: P.REFUSED,
+        E.UNDONE_ROLLED_BACK: P.ROLLED_BACK,
+        E.UNDONE_CANCELLED: P.CANCELLED,
+        E.UNDONE_FAILED: P.FAILED,
+    },
     P.COMPLETED: {},
     P.REFUSED: {},
     P.ROLLED_BACK: {},
@@ -70,6 +76,7 @@ OUTCOME_OF_END = {
 }
 
 UNDONE = {
+    Outcome.REFUSED: E.UNDONE_REFUSED,
     Outcome.ROLLED_BACK: E.UNDONE_ROLLED_BACK,
     Outcome.CANCELLED: E.UNDONE_CANCELLED,
     Outcome.FAILED: E.UNDONE_FAILED,
@@ -82,7 +89,7 @@ def migration_machine(phase: MigrationPhase = P.PENDING) -> Machine[MigrationPha
 
 
 def migration_diagram() -> str:
-    """The table as a Mermaid state diagram, as docs/kubernetes.md shows it."""
+    """The table as a Mermaid state diagram, as docs/migrations.md shows it."""
     lines = ["stateDiagram-v2", f"  [*] --> {P.PENDING}"]
     for phase, moves in MIGRATION.items():
         lines += [f"  {phase} --> {after}: {event}" for event, after in moves.items()]
