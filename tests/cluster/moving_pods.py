@@ -168,6 +168,12 @@ class Movers:
     def delete(self, *names: str) -> None:
         self.kubectl.run("delete", "pod", "--ignore-not-found", "--wait", "--grace-period=1", *names)
 
+    def visit(self, pod: Json) -> None:
+        """Have somebody stay inside a pod, as with a shell."""
+        self._pool.submit(self.kubectl.run, "exec", pod["metadata"]["name"], "--", "sleep", "600", check=False)
+        node, name = pod["spec"]["nodeName"], "sleep 600"
+        until(lambda: name in self.lab.exec(node, ["ps", "-eo", "args"]).stdout, "somebody is inside")
+
     # Moving.
 
     def order(self, pod: Json, target: str, mode: str = "live", **more: Any) -> Move:

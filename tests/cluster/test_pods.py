@@ -151,6 +151,38 @@ def test_what_ends_after_the_move_ends_as_it_would_have(clean: Movers) -> None:
     assert [int(line) for line in clean.logs(name)] == list(range(120))
 
 
+def test_last_words_written_before_the_move_and_after_it_are_read_at_the_end(clean: Movers) -> None:
+    script = """
+import time
+words = open('/dev/termination-log', 'w'); words.write('before, '); words.flush()
+for n in range(120): print(n, flush=True); time.sleep(0.05)
+words.write('after'); words.close()
+"""
+    here, _ = clean.move(clean.create(pod("words", script)))
+    name = here["metadata"]["name"]
+    until(lambda: clean.get(name)["status"]["phase"] == "Succeeded", f"{name} ends")
+    [status] = clean.get(name)["status"]["containerStatuses"]
+    assert status["state"]["terminated"]["message"] == "before, after"
+
+
+def test_probes_and_somebody_inside_do_not_stop_a_move(clean: Movers) -> None:
+    probe = {
+        "exec": {"command": ["python3", "-c", "pass"]},
+        "periodSeconds": 1,
+        "failureThreshold": 3,
+        "timeoutSeconds": 5,
+    }
+    manifest = pod("probed", COUNT)
+    manifest["spec"]["containers"][0] |= {"livenessProbe": probe, "readinessProbe": probe}
+    here = clean.create(manifest)
+    clean.visit(here)
+    for _ in range(2):
+        here, _ = clean.move(here)
+        counts_on(clean, here)
+    time.sleep(5)
+    assert never_restarted(clean.get(here["metadata"]["name"]))
+
+
 def test_a_restart_after_the_move_is_an_ordinary_one(clean: Movers) -> None:
     here = clean.create(pod("again", COUNT, restartPolicy="Always"))
     here, _ = clean.move(here)

@@ -52,6 +52,7 @@ class SourceNode:
         self.files = {"data": b"first", "idle": b"never written again"}
         self.log = b"it begins\n"
         self.alive, self.frozen, self.held, self.scratch, self.quota = True, False, False, False, 1.0
+        self.door_shut = False
         self.ended = anyio.Event()
         self.ticks = 0
         self.written: dict[int, set[int]] = {}
@@ -64,7 +65,7 @@ class SourceNode:
 
     def residue(self) -> list[str]:
         """What a migration that has ended must not leave here."""
-        held = {"outgoing": self.scratch, "quota": self.quota != 1.0}
+        held = {"outgoing": self.scratch, "quota": self.quota != 1.0, "door": self.door_shut}
         if self.alive:
             held |= {"hold": self.held, "freeze": self.frozen}
         return [kind for kind, there in held.items() if there]
@@ -116,7 +117,10 @@ class SourceNode:
         async def quota(facts: Mapping[str, Any]) -> None:
             self.quota = facts["quota"]
 
-        return {"outgoing": outgoing, "hold": hold, "freeze": freeze, "quota": quota}
+        async def door(facts: Mapping[str, Any]) -> None:
+            self.door_shut = False
+
+        return {"outgoing": outgoing, "hold": hold, "freeze": freeze, "quota": quota, "door": door}
 
 
 class FakeRemains:
@@ -133,10 +137,10 @@ class FakeRemains:
     async def commit(self) -> None:
         if self.node.alive and not self.node.frozen:
             raise Bug("the original is killed although it executes")
-        self.node.alive = self.node.held = self.node.frozen = False
+        self.node.alive = self.node.held = self.node.frozen = self.node.door_shut = False
         self.node.quota = 1.0
         self.node.ended.set()
-        for kind in ("hold", "freeze", "quota"):
+        for kind in ("hold", "freeze", "quota", "door"):
             self.journal.release(kind)
 
     async def kill(self) -> None:
@@ -234,6 +238,10 @@ class FakeLeaving(FakeRemains):
         self.journal.acquire("outgoing", node=self.node.number)
         self.node.scratch = True
         self.journal.acquire("hold", node=self.node.number)
+
+    async def shut_the_door(self) -> None:
+        self.journal.acquire("door", node=self.node.number)
+        self.node.door_shut = True
 
     async def freeze(self) -> None:
         self.journal.acquire("freeze", node=self.node.number)

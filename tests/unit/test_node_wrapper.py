@@ -323,6 +323,19 @@ def test_nothing_of_a_pod_that_leaves_starts_here_again(bench: Bench) -> None:
     assert bench.end(*create_of(bench)) == (0, "")
 
 
+def test_nobody_comes_in_while_a_container_leaves(bench: Bench) -> None:
+    door = bench.run / "leaving/c0ffee"
+    door.parent.mkdir(parents=True)
+    door.touch()
+    child = bench.start(*GLOBALS, "exec", "--process", "/tmp/p", "--detach", "--pid-file", "/p", "c0ffee")
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.3)
+    assert not bench.call.exists()
+    door.unlink()
+    assert bench.ended(child) == (0, "")
+    assert bench.called()[-1] == "c0ffee"
+
+
 def test_the_sandbox_of_a_pod_is_never_touched(bench: Bench) -> None:
     mark(bench, "departed", UID)
     assert bench.end(*create_of(bench, "", migration="move-1"), PODFERRY_PATIENCE="0") == (0, "")

@@ -20,20 +20,22 @@ from podferry.agent.arriving import RESTORE_TIMEOUT, Arriving
 from podferry.agent.config import Config
 from podferry.agent.helpers import ended, process_of
 from podferry.agent.journal import Part
-from podferry.agent.offered_pod import PodPart
+from podferry.agent.offered_pod import LAST_WORDS, PodPart
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, TimedOut
 from podferry.memory.store import PageStore
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.checkpoint import POD_CONF, Process
 from podferry.node.containerd import Containerd, NotFound
-from podferry.node.cri import LOG_ROOT, log_of
+from podferry.node.cri import LOG_ROOT, log_of, termination_message
 from podferry.node.incoming import Incoming, pod_key
 from podferry.node.records import Container, Status, upper_dir
 from podferry.node.upper import Receiver, copy, refresh_root
 
 START_TIMEOUT = 10.0
 LOOK_EVERY = 0.005
+MOST_WORDS = 1 << 20
+"""Bytes of a termination message; the kubelet reads no more than 4096."""
 
 
 class ArrivingPart(Arriving):
@@ -138,6 +140,7 @@ class ArrivingPart(Arriving):
     def _write_log(self, record: Container) -> None:
         """The kubelet's log file begins with what the container printed on the source, and its root is told of its files."""
         refresh_root(self._containerd.bundle(record.id) / "rootfs")
+        self._write_last_words(record)
         path = log_of(record)
         if path is None or self._log_end == 0:
             return
@@ -146,6 +149,15 @@ class ArrivingPart(Arriving):
         with path.open("ab", buffering=0) as log, os.fdopen(os.dup(self._log), "rb") as staged:
             staged.seek(0)
             shutil.copyfileobj(staged, log)
+
+    def _write_last_words(self, record: Container) -> None:
+        """What the container has written of its termination message. The job may have the file open: its size must be the same."""
+        words = self._need_incoming().images / LAST_WORDS
+        if words.exists():
+            place = termination_message(record.spec_json(), self._journal.facts["uid"], self.name, self._config.kubelet)
+            if place is not None:
+                place.write_bytes(words.read_bytes()[:MOST_WORDS])
+            words.unlink()
 
     async def resumed(self) -> float:
         """Since when it runs. Raises where it is gone."""

@@ -36,6 +36,7 @@ from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.checkpoint import CRIU_CONF, Hold
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.gate import Gate
+from podferry.node.guests import show_out
 from podferry.node.outside import in_pod
 from podferry.node.records import Task
 from podferry.node.stdio import drained
@@ -59,7 +60,7 @@ class Output:
 
 class Leaving:
     """The running container `offered.record`, whose init is `task`. `upper` is its upper directory, `kind` how it is tracked,
-    `conf` CRIU's settings for it."""
+    `conf` CRIU's settings for it; the small files `enclosed` go with CRIU's images, by these names."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Leaving:
         upper: Path,
         kind: Kind,
         output: Output | None = None,
+        enclosed: Mapping[str, Path] | None = None,
         conf: Path = CRIU_CONF,
     ) -> None:
         self._containerd, self._journal, self._offered, self._task = containerd, journal, offered, task
@@ -79,8 +81,10 @@ class Leaving:
         self._cgroup = Cgroup.of_container(self._runc_root, offered.record.id)
         self._tracker = create(kind, self._cgroup.pids, pause=self._paused)
         self._upper = UpperSource(upper)
+        self._enclosed = dict(enclosed or {})
         self._output, self._conf = output or Output(offered.log), conf
         self._scratch = config.outgoing / journal.directory.name
+        self._door = config.run / "leaving" / offered.record.id
         self._readers: dict[int, Reader] = {}
         self._pids: dict[int, int] = {}
         self._spaces: dict[int, int] = {}
@@ -220,6 +224,16 @@ class Leaving:
             self._cgroup.set_cpu_quota(self._quota)
             self._journal.release("quota")
 
+    async def shut_the_door(self) -> None:
+        """What `exec` started in the container ends, since CRIU could not dump it, and podferry-runc lets nobody in any more."""
+        self._journal.acquire("door", path=str(self._door))
+        await to_thread.run_sync(self._shut_the_door)
+
+    def _shut_the_door(self) -> None:
+        self._door.parent.mkdir(parents=True, exist_ok=True)
+        self._door.touch()
+        show_out(self._task.pid, self._cgroup.pids)
+
     async def stand_by(self) -> None:
         """Begin what the dump needs while the job still runs. An agent in a pod cannot: the gate is not among the node's files."""
         if Gate.usable() and not in_pod():
@@ -253,7 +267,11 @@ class Leaving:
             hold.go_on()
         hold.wait_ready()
         self._journal.acquire("hold", **hold.to_dict())
-        return {(IMAGES, path.name): path.read_bytes() for path in sorted((self._scratch / "images").iterdir())}
+        images = {path.name: path.read_bytes() for path in sorted((self._scratch / "images").iterdir())}
+        for name, path in self._enclosed.items():
+            with suppress(OSError):
+                images[name] = path.read_bytes()
+        return {(IMAGES, name): data for name, data in images.items()}
 
     async def slow_down(self, quota: float) -> None:
         """Leave the job this share of the processor time that it used before it was slowed down."""
@@ -381,7 +399,9 @@ def kill_frozen(journal: Journal | Part) -> None:
         hold = Hold.from_dict(dict(facts))
         hold.commit()
         reap(hold.runc)
-    for kind in ("hold", "freeze", "quota"):
+    if (facts := journal.held("door")) is not None:
+        Path(facts["path"]).unlink(missing_ok=True)
+    for kind in ("hold", "freeze", "quota", "door"):
         journal.release(kind)
 
 
@@ -406,6 +426,7 @@ def handlers() -> dict[str, Handler]:
             Cgroup.from_dict(facts["cgroup"]).set_cpu_quota(CpuQuota.from_dict(facts["quota"]))
 
     return {
+        "door": threaded(lambda facts: Path(facts["path"]).unlink(missing_ok=True)),
         "outgoing": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
         "hold": threaded(roll_back),
         "freeze": threaded(thaw),

@@ -187,6 +187,10 @@ class LeavingPod(HeldPod):
         """Begin what the dumps need while the containers still run."""
         await gathered(*(part.stand_by for part in self._parts))
 
+    async def shut_the_door(self) -> None:
+        """What `exec` started in the containers ends, and nobody comes in any more."""
+        await gathered(*(part.shut_the_door for part in self._parts))
+
     async def freeze(self) -> None:
         """Stop every task of every container. From here on nothing of the pod starts on this node, unless it is undone."""
         self._journal.acquire("departed", path=str(self._departed))

@@ -14,6 +14,9 @@ from podferry.errors import PeerMisbehaved
 from podferry.node.checkpoint import FLAGS
 from podferry.node.cri import CONTAINER_NAME, UID, Volume
 
+LAST_WORDS = "podferry-last-words"
+"""Among CRIU's images: what a container has written of its termination message so far."""
+
 
 @dataclass(frozen=True)
 class PodPart:

@@ -14,7 +14,7 @@ from podferry.agent.leaving import Leaving, Output
 from podferry.agent.leaving_pod import HandOver, LeavingPod
 from podferry.agent.nodefacts import node_facts
 from podferry.agent.offered import Offered
-from podferry.agent.offered_pod import OfferedPod, PodPart
+from podferry.agent.offered_pod import LAST_WORDS, OfferedPod, PodPart
 from podferry.agent.pods import PodName
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import ContainerBound, Question, refusals, warnings
@@ -103,6 +103,7 @@ class PodView:
                 upper=member.upper,
                 kind=kind,
                 output=Output(member.container.log, fifos(member.task)),
+                enclosed=self._last_words(member, config.kubelet),
                 conf=POD_CONF,
             )
             for number, member in enumerate(self.members)
@@ -113,6 +114,10 @@ class PodView:
         ]
         departed = config.departed / self.pod.uid
         return LeavingPod(journal, parts, hand_over, volumes=mounted, departed=departed)
+
+    def _last_words(self, member: Member, kubelet: Path) -> dict[str, Path]:
+        path = cri.termination_message(member.spec, self.pod.uid, member.container.name, kubelet)
+        return {LAST_WORDS: path} if path else {}
 
 
 class PodInspection:

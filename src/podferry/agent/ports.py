@@ -164,6 +164,10 @@ class LeavingJob(HeldJob, Protocol):
         """Begin what the dump needs that can be begun while the job runs: the freeze is near."""
         ...
 
+    async def shut_the_door(self) -> None:
+        """Nothing is in the container but the job itself, until the migration has ended: what came in from outside cannot move."""
+        ...
+
     async def freeze(self) -> None:
         """Stop every task of the container; they stay stopped until `thaw`."""
         ...

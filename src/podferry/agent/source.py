@@ -292,6 +292,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         """Stop the job and bring over what is left, everything at once."""
         self.fire(SourceEvent.POISED)
         await self.at_gate()
+        await self.job.shut_the_door()
         self._frozen_at = time.monotonic()
         self.journal.note(frozen_at=self._frozen_at)
         with self.story.span("freeze"):

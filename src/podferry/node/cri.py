@@ -145,6 +145,13 @@ def sub_paths_of_empty_dirs(spec: dict[str, Any], uid: str, kubelet: Path = KUBE
                 yield volume
 
 
+def termination_message(spec: dict[str, Any], uid: str, name: str, kubelet: Path = KUBELET) -> Path | None:
+    """The file from which the kubelet reads a container's last words."""
+    there = pod_directory(uid, kubelet) / "containers" / name
+    found = (Path(bind.source) for bind in binds(spec))
+    return next((source for source in found if source.is_relative_to(there)), None)
+
+
 def shared_namespaces(spec: dict[str, Any]) -> tuple[str, ...]:
     """Namespaces that a container joins although podferry needs it to have its own: pid (shareProcessNamespace), user."""
     listed = (spec.get("linux") or {}).get("namespaces") or []

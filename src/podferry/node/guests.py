@@ -1,0 +1,55 @@
+"""Processes that came into a container from outside: what `exec` started, a probe or somebody's shell.
+
+They are no descendants of the container's first process, so CRIU cannot dump them, and they could not move: whoever started them
+waits on this node. So they leave before a container does.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+PATIENCE = 0.3
+"""Seconds that they are given to end by themselves: a probe mostly does."""
+LAST = 2.0
+LOOK_EVERY = 0.02
+
+
+def guests(first: int, pids: Iterable[int]) -> tuple[int, ...]:
+    """Those of the processes `pids` of a container that do not descend from its first process."""
+    parents = {pid: parent for pid in pids if (parent := _parent(pid)) is not None}
+    ours = {first}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return tuple(sorted(set(parents) - ours))
+
+
+def show_out(first: int, pids: Callable[[], Iterable[int]]) -> int:
+    """Wait until there are no guests, and kill those that stay; returns how many were killed."""
+    deadline, killed = time.monotonic() + PATIENCE, 0
+    while (there := guests(first, pids())) and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY)
+    with ExitStack() as stack:
+        ends = select.poll()
+        for pid in there:
+            with suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, pidfd)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                ends.register(pidfd, select.POLLIN)
+                killed += 1
+        if killed:
+            ends.poll(LAST * 1000)
+    return killed
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return None

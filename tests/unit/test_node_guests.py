@@ -1,0 +1,67 @@
+"""Who in a container does not descend from its first process, and how they leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from podferry.node.guests import guests, show_out
+from podferry.node.process import Child, spawn
+
+pytestmark = pytest.mark.unit
+
+FAMILY = "sleep 60 & sleep 60 & wait"
+
+
+def children(child: Child) -> list[int]:
+    """The processes that a shell has started, once there are two."""
+    while True:
+        found = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        if len(found) == 2:
+            return list(map(int, found))
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def job() -> Iterator[Child]:
+    child = spawn(["sh", "-c", FAMILY])
+    yield child
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def test_descendants_are_at_home_and_others_are_guests(job: Child) -> None:
+    family = [job.pid, *children(job)]
+    guest = spawn(["sh", "-c", FAMILY])
+    try:
+        party = [guest.pid, *children(guest)]
+        assert guests(job.pid, [*family, *party]) == tuple(sorted(party))
+        assert guests(job.pid, family) == ()
+        assert guests(job.pid, [*family, 1 << 22]) == (), "who has ended is nobody"
+    finally:
+        os.killpg(guest.pid, signal.SIGKILL)
+        guest.wait()
+
+
+def test_guests_that_stay_are_killed_and_the_family_is_not(job: Child) -> None:
+    family, guest = [job.pid, *children(job)], spawn(["sleep", "60"])
+    assert show_out(job.pid, lambda: [*family, guest.pid]) == 1
+    assert guest.wait() == -signal.SIGKILL
+    for pid in family:
+        os.kill(pid, 0)
+
+
+def test_guests_that_leave_by_themselves_are_let_go(job: Child) -> None:
+    guest = spawn(["sleep", "0.1"])
+
+    def there() -> list[int]:
+        guest.poll()
+        return [job.pid, guest.pid]
+
+    assert show_out(job.pid, there) == 0
+    assert guest.wait() == 0
