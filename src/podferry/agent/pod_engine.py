@@ -175,6 +175,7 @@ class PodEngine:
         if (known := self._known(order.id)) is not None:
             return known
         self._refuse_second(order.pod)
+        self._start(partial(to_thread.run_sync, self.sweep))
         journal = Journal(self._config.migrations / order.id)
         story = Story(order.id, str(order.pod), self._config.node, order.target, order.order.mode)
         journal.note(role="source", record=story.to_dict(), pod=to_json(order.pod))
@@ -238,6 +239,7 @@ class PodEngine:
 
     def arriving(self, journal: Journal, offered: OfferedPod) -> ArrivingPod:
         """The pod that is to run here."""
+        self._start(partial(to_thread.run_sync, self.sweep))
         parts = [
             ArrivingPart(self._config, self._containerd, Part(journal, number), part)
             for number, part in enumerate(offered.containers)

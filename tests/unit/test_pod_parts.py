@@ -1,0 +1,264 @@
+"""The small parts of which moves of pods are made: numbers, journals, offers, what containerd's records say."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from podferry.agent.journal import Journal, Part
+from podferry.agent.offered_pod import OfferedPod, PodPart
+from podferry.agent.parts import (
+    container_of_directory,
+    container_of_space,
+    demand_known,
+    directory_of,
+    end_of,
+    joined,
+    space_of,
+    split,
+)
+from podferry.agent.pods import PodName
+from podferry.agent.ports import Change, is_log
+from podferry.agent.relay import PodRelay, Relay
+from podferry.core.undo import Ledger
+from podferry.errors import PeerMisbehaved, UsageError
+from podferry.memory.feeder_source import Frame, Word
+from podferry.memory.ranges import Runs
+from podferry.node import cri
+from podferry.node.cri import Kind, Volume
+from podferry.node.records import Container, Opaque
+from podferry.node.upper import copy
+from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
+
+pytestmark = pytest.mark.unit
+
+PARTS, PIDS = st.integers(0, 63), st.integers(1, (1 << 22) - 1)
+RUNS = st.lists(st.integers(0, 40), max_size=4).map(
+    lambda pages: Runs((n * 4096, (n + 1) * 4096) for n in sorted(set(pages)))
+)
+SPACES = st.dictionaries(PIDS, RUNS, max_size=3)
+UID = "0f8a1c9e-1111-4222-8333-444455556666"
+
+
+@given(PARTS, PIDS)
+def test_spaces_are_told_apart_and_fit_the_wire(part: int, pid: int) -> None:
+    assert container_of_space(space_of(part, pid)) == (part, pid)
+    assert space_of(part, pid) < 1 << 32
+    assert space_of(0, pid) == pid, "the first container is numbered as one alone"
+
+
+@given(PARTS, st.sampled_from([0, 1]))
+def test_directories_are_told_apart(part: int, directory: int) -> None:
+    assert container_of_directory(directory_of(part, directory)) == (part, directory)
+    assert is_log(directory_of(part, directory)) == bool(directory)
+    assert directory_of(part, directory) < 256
+
+
+@given(st.lists(st.builds(Change, SPACES, SPACES), min_size=1, max_size=4))
+def test_changes_are_joined_and_split_again(changes: list[Change]) -> None:
+    assert split(joined(changes), len(changes)) == changes
+
+
+def test_each_container_has_its_share_of_the_end() -> None:
+    end = StateEnd(
+        "m",
+        (FileSum(0, "a", 1, "x"), FileSum(1, "log", 7, ""), FileSum(2, "a", 2, "y"), FileSum(3, "log", 8, "")),
+        (SpaceSum(space_of(0, 1), 3), SpaceSum(space_of(1, 1), 4)),
+        (TreeSum(0, 1, 1, "p"), TreeSum(1, 2, 2, "q"), TreeSum(2, 3, 3, "volume")),
+    )
+    second = StateEnd(
+        "m", (FileSum(0, "a", 2, "y"), FileSum(1, "log", 8, "")), (SpaceSum(1, 4),), (TreeSum(0, 2, 2, "q"),)
+    )
+    assert end_of(1, end) == second
+    demand_known(end, 2, 3)
+    for containers, trees in ((1, 3), (2, 2)):
+        with pytest.raises(PeerMisbehaved):
+            demand_known(end, containers, trees)
+
+
+def test_a_part_of_a_journal_keeps_to_itself(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "m")
+    journal.note(postcopy=True)
+    first, second = Part(journal, 0), Part(journal, 1)
+    first.acquire("freeze", cgroup="a")
+    second.acquire("freeze", cgroup="b")
+    second.note(container="c1")
+    assert (first.held("freeze"), second.held("freeze")) == ({"cgroup": "a"}, {"cgroup": "b"})
+    assert (first.facts.get("container"), second.facts["container"], second.facts["postcopy"]) == (None, "c1", True)
+    first.release("freeze")
+    assert (first.held("freeze"), second.held("freeze")) == (None, {"cgroup": "b"})
+    journal.close()
+    again = Journal(tmp_path / "m")
+    again.close()
+    assert Part(again, 1).held("freeze") == {"cgroup": "b"}
+    assert first.directory.name == "m.0"
+
+
+@pytest.mark.anyio
+async def test_what_the_containers_of_a_pod_hold_is_taken_back_by_one_handler_and_struck_out_by_one_word() -> None:
+    ledger, taken = Ledger(), []
+
+    async def thaw(facts: Any) -> None:
+        taken.append(facts["at"])
+
+    for kind, at in (("freeze.0", 0), ("freeze.1", 1), ("hold.1", 2)):
+        ledger.add(kind, {"at": at})
+    ledger.remove("hold")
+    assert [entry.kind for entry in ledger.entries] == ["freeze.0", "freeze.1"]
+    assert await ledger.unwind({"freeze": thaw}) == []
+    assert taken == [1, 0]
+
+
+OFFERED = OfferedPod(
+    PodName("ns", "job", UID),
+    (PodPart("main", "c0", ("--file-locks",)), PodPart("side", "c1", ())),
+    (Volume("data", Kind.DISK), Volume("data", Kind.MEMORY)),
+)
+
+
+def test_an_offer_of_a_pod_travels() -> None:
+    assert OfferedPod.from_dict(json.loads(json.dumps(OFFERED.to_dict())), "ns/job") == OFFERED
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("pod", {"namespace": "ns", "name": "other", "uid": UID}),
+        ("pod", {"namespace": "ns", "name": "job", "uid": "../../x"}),
+        ("containers", []),
+        ("containers", [{"name": "a/b", "id": "c", "flags": []}]),
+        ("containers", [{"name": "a", "id": "c", "flags": []}] * 2),
+        ("containers", [{"name": "a", "id": "c", "flags": ["--evil"]}]),
+        ("containers", [{"name": f"a{n}", "id": "c", "flags": []} for n in range(65)]),
+        ("volumes", [{"name": "v", "kind": "tape"}]),
+        ("volumes", [{"name": "v", "kind": "disk"}] * 2),
+    ],
+)
+def test_what_is_no_offer_of_a_pod_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(PeerMisbehaved):
+        OfferedPod.from_dict({**OFFERED.to_dict(), field: value}, "ns/job")
+
+
+def bound(*binds: tuple[str, str], **linux: Any) -> dict[str, Any]:
+    mounts = [{"source": source, "destination": at, "type": "bind", "options": ["rbind"]} for source, at in binds]
+    return {"mounts": mounts, "linux": linux}
+
+
+def test_what_is_a_pods_own_and_what_is_its_nodes(tmp_path: Path) -> None:
+    pod = tmp_path / "pods" / UID
+    empty, partly = pod / "volumes/kubernetes.io~empty-dir/data", pod / "volume-subpaths/data/main/0"
+    shm = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/s/shm"
+    for directory in (empty, partly):
+        directory.mkdir(parents=True)
+    spec = bound(
+        (str(empty), "/data"),
+        (str(pod / "etc-hosts"), "/etc/hosts"),
+        (str(partly), "/part"),
+        (str(pod / "containers/main/1a2b"), "/dev/termination-log"),
+        (shm, "/dev/shm"),
+        ("/srv/models", "/models"),
+    )
+    assert [one.source for one in cri.foreign_binds(spec, UID, tmp_path)] == ["/srv/models"]
+    assert list(cri.sub_paths_of_empty_dirs(spec, UID, tmp_path)) == ["data"]
+    assert cri.volumes([spec], UID, tmp_path) == (
+        (Volume("data", Kind.DISK), empty),
+        (Volume("shm", Kind.SHM), Path(shm)),
+    )
+    assert list(cri.mounted_at(spec, empty)) == ["/data"]
+    assert cri.termination_message(spec, UID, "main", tmp_path) == pod / "containers/main/1a2b"
+    assert cri.termination_message(spec, UID, "other", tmp_path) is None
+    assert list(cri.foreign_binds(spec, "another-pods", tmp_path)) != list(cri.foreign_binds(spec, UID, tmp_path))
+    with pytest.raises(UsageError):
+        cri.pod_directory("../..")
+
+
+def test_namespaces_that_are_joined() -> None:
+    own = [{"type": "pid"}, {"type": "network", "path": "/proc/1/ns/net"}]
+    assert cri.shared_namespaces(bound(namespaces=own)) == ()
+    assert cri.shared_namespaces(bound(namespaces=[{"type": "pid", "path": "/proc/1/ns/pid"}])) == ("pid",)
+
+
+class Records:
+    """containerd, as far as it is asked for a pod's containers."""
+
+    def __init__(self, *attempts: tuple[str, str, int]) -> None:
+        self.records = [self.record(id, name, attempt) for id, name, attempt in attempts]
+        self.filters: tuple[str, ...] = ()
+
+    @staticmethod
+    def record(id: str, name: str, attempt: int) -> Container:
+        config = {"metadata": {"name": name, "attempt": attempt}}
+        metadata = {
+            "Version": "v1",
+            "Metadata": {"ID": id, "Config": config, "LogPath": f"/var/log/pods/x/{name}/{attempt}.log"},
+        }
+        extension = Opaque("github.com/containerd/cri/pkg/store/container/Metadata", json.dumps(metadata).encode())
+        extensions = {"io.cri-containerd.container.metadata": extension}
+        return Container(id, "image", "overlayfs", id, Opaque("spec", b"{}"), extensions=extensions)
+
+    def containers(self, *filters: str) -> list[Container]:
+        self.filters = filters
+        return self.records
+
+
+def test_of_each_container_the_latest_attempt() -> None:
+    there = Records(("old", "main", 0), ("new", "main", 1), ("side", "side", 0))
+    found = cri.containers(there, UID)  # type: ignore[arg-type]
+    assert {name: one.record.id for name, one in found.items()} == {"main": "new", "side": "side"}
+    assert found["main"].log == Path("/var/log/pods/x/main/1.log")
+    assert UID in there.filters[0]
+
+
+@pytest.mark.anyio
+async def test_the_feeders_of_a_pod_are_heard_as_one(tmp_path: Path) -> None:
+    listeners, feeders = [], []
+    for number in range(2):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(tmp_path / str(number)))
+        listener.listen(1)
+        listeners.append(listener)
+    relay = PodRelay([Relay(tmp_path / str(number)) for number in range(2)])
+    feeders = [listener.accept()[0] for listener in listeners]
+    try:
+        feeders[1].send(Frame(Word.WANT, 7, 4096, 8192).encode())
+        with anyio.fail_after(5):
+            assert await relay.wanted() == Frame(Word.WANT, space_of(1, 7), 4096, 8192)
+            relay.arrived(space_of(1, 7), 4096, 8192)
+            relay.zero(space_of(0, 3), 0, 4096)
+            await relay.flush()
+            assert Frame.decode(feeders[1].recv(64)) == Frame(Word.ARRIVED, 7, 4096, 8192)
+            assert Frame.decode(feeders[0].recv(64)) == Frame(Word.ZERO, 3, 0, 4096)
+            feeders[0].close()
+            feeders[1].send(Frame(Word.WANT, 8, 0, 4096).encode())
+            assert await relay.wanted() == Frame(Word.WANT, space_of(1, 8), 0, 4096)
+            feeders[1].close()
+            assert await relay.wanted() is None
+    finally:
+        relay.close()
+        for one in (*listeners, *feeders):
+            one.close()
+
+
+def test_what_was_staged_goes_to_its_place(tmp_path: Path) -> None:
+    staged, place = tmp_path / "staged", tmp_path / "place"
+    (staged / "deep").mkdir(parents=True)
+    place.mkdir()
+    (place / "was here").touch()
+    (staged / "deep/file").write_bytes(b"content")
+    os.link(staged / "deep/file", staged / "link")
+    (staged / "deep/file").chmod(0o640)
+    staged.chmod(0o1777)
+    copy(staged, place)
+    assert sorted(str(one.relative_to(place)) for one in place.rglob("*")) == ["deep", "deep/file", "link"]
+    assert (place / "link").read_bytes() == b"content"
+    assert (place / "link").stat().st_ino == (place / "deep/file").stat().st_ino
+    assert (place / "link").stat().st_mode & 0o777 == 0o640
+    assert place.stat().st_mode & 0o7777 == 0o1777
