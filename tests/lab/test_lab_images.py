@@ -16,7 +16,7 @@ from podferry.errors import UsageError
 from podferry.images import open_share
 from podferry.lab import Lab, containers, images, oci, registry
 from podferry.lab.builder import Recipe, build
-from podferry.lab.config import REGISTRY, SNAPSHOTTER
+from podferry.lab.config import METRICS_PORT, REGISTRY, SNAPSHOTTER
 from podferry.lab.debian import architecture
 from podferry.lab.progress import quiet
 from podferry.node.process import run
@@ -31,12 +31,13 @@ def archive(into: Path, text: str, reference: str = TINY) -> Path:
     root = into / f"root-{text}"
     (root / "bin").mkdir(parents=True)
     shell = images.node_root(quiet) / "usr/bin/busybox"
-    (root / "bin/sh").write_bytes(shell.read_bytes())
-    (root / "bin/sh").chmod(0o755)
+    (root / "bin/busybox").write_bytes(shell.read_bytes())
+    (root / "bin/busybox").chmod(0o755)
+    (root / "bin/sh").symlink_to("busybox")
     (root / "says").write_text(f"{text}\n")
     path = into / f"{text}.tar"
     options = {"reference": reference, "architecture": architecture(), "command": ["/bin/sh"], "env": []}
-    oci.write_archive(root, path, **options, lower={"bin", "bin/sh"})  # type: ignore[arg-type]
+    oci.write_archive(root, path, **options, lower={"bin", "bin/busybox", "bin/sh"})  # type: ignore[arg-type]
     return path
 
 
@@ -142,16 +143,41 @@ def test_a_target_that_never_saw_the_image(lab: Lab) -> None:
 
 def test_podferry_images_shows_the_labs_share(lab: Lab, pushed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     containers.pull(lab, A, TINY)
-    share = lab.root(A) / "share/images"
 
-    def users() -> list[list[str]]:
+    def users() -> dict[str, list[str]]:
         capsys.readouterr()
-        show(share, json=True)
+        show(lab=lab.name, json=True)
         report = json.loads(capsys.readouterr().out)
         assert report["state"] == "ok"
-        return [layer["users"] for layer in report["layers"]]
+        return {layer["chain"].replace(":", "-"): layer["users"] for layer in report["layers"]}
 
-    until(lambda: sum(A in one for one in users()) >= 2, "node-a uses the image's layers")
+    until(lambda: all(A in users().get(one, []) for one in chains_of(pushed)), "node-a uses the image's layers")
+
+
+def metrics(lab: Lab, node: str) -> dict[str, float]:
+    """What a node's snapshotter tells Prometheus, by name and labels."""
+    script = f"import urllib.request as u; print(u.urlopen('http://127.0.0.1:{METRICS_PORT}/metrics').read().decode())"
+    text = lab.exec(node, ["python3", "-c", script]).stdout
+    lines = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_metrics_count_what_happens(lab: Lab, pushed: list[str]) -> None:
+    before = metrics(lab, A)
+    containers.pull(lab, A, TINY)
+    name = 'podferry_snapshotter_calls_total{call="Prepare",code="%s"}'
+    seen = ("podferry_layers_published_total", name % "OK", name % "ALREADY_EXISTS")
+
+    def more() -> list[float]:
+        now = metrics(lab, A)
+        return [now.get(one, 0.0) - before.get(one, 0.0) for one in seen]
+
+    # Published before by another test, the layers are found; else they are made here.
+    until(lambda: more()[0] >= 2 or more()[2] >= 2, "the layers are counted")
+    now = metrics(lab, A)
+    assert now["podferry_share_up"] == 1
+    assert now["podferry_share_free_bytes"] > 1 << 20
+    assert now["podferry_share_calls_stuck"] == 0
 
 
 @pytest.mark.slow

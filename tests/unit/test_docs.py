@@ -16,6 +16,9 @@ from podferry.agent.config import Config, load
 from podferry.cli.app import app
 from podferry.core.phases import SourcePhase
 from podferry.core.preflight import OLDEST_CRIU, OLDEST_RUNC, PIPE_BYTES
+from podferry.errors import Failed
+from podferry.images import program
+from podferry.images.metrics import Metrics
 from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
@@ -129,3 +132,21 @@ def test_every_phase_of_the_source_has_its_place_in_the_failures() -> None:
 def test_the_readme_names_every_mode() -> None:
     listed = re.findall(r"^\| `(\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(Mode)
+
+
+def test_images_md_lists_the_snapshotters_metrics_and_options() -> None:
+    page = (ROOT / "docs/images.md").read_text()
+    metrics = Metrics()
+    metrics.called("Prepare", "OK")
+    metrics.failed(Failed("x"))
+    served = {
+        sample.name
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket", "_sum", "_count"))
+    } | {"podferry_layer_publish_seconds"}
+    assert set(re.findall(r"`(podferry_[a-z_]+)(?:\{[^}]*\})?`", page)) == served
+    command = typer.main.get_command(program.app)
+    options = {max(one.opts, key=len) for one in command.params if one.param_type_name == "option"}
+    listed = set(re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE))
+    assert {one.replace("--no-", "--") for one in listed} == options - {"--help"}

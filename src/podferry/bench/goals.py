@@ -12,6 +12,8 @@ from podferry.lab.network import bits_per_second
 Record = dict[str, Any]
 MIB = 1 << 20
 COMPLETED = "completed"
+IMAGE_SCENARIOS = {"images", "crowd"}
+FORMS = ("erofs", "dir")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,14 @@ class Runs:
 
 
 def verdicts(records: Sequence[Record]) -> Iterator[Verdict]:
-    """Every goal, in the order in which they were set."""
+    """Every goal that the records' scenarios have to do with, in the order in which they were set."""
     runs = Runs(records)
+    scenarios = {str(one["scenario"]) for one in records}
+    if scenarios & IMAGE_SCENARIOS:
+        for form in FORMS:
+            yield from _images(runs, form)
+    if scenarios <= IMAGE_SCENARIOS:
+        return
     yield from _downtime(runs)
     yield from _against(runs)
     yield from _costs(runs)
@@ -175,6 +183,44 @@ def _intact(records: Sequence[Record]) -> Verdict:
         "",
         float(damaged) if checked else None,
         len(checked),
+    )
+
+
+def _images(runs: Runs, form: str) -> Iterator[Verdict]:
+    count, crowds = len(runs.of("images", form)), len(runs.of("crowd", form))
+
+    def against(goal: str, limit: float, field: str, *, sooner: bool = False) -> Verdict:
+        ours, plain = (runs.median("images", method, field) for method in (form, "overlayfs"))
+        ratio, detail = (
+            (_ratio(plain, ours), _over("ms", plain, ours))
+            if sooner
+            else (_ratio(ours, plain), _over("ms", ours, plain))
+        )
+        return Verdict(
+            f"{form}: {goal}", limit, sooner, "x", ratio, min(count, len(runs.of("images", "overlayfs"))), detail
+        )
+
+    layers = runs.median("images", form, "second_layer_bytes")
+    received = runs.median("images", form, "second_link_bytes")
+    detail = "" if received is None else f"of {received / MIB:.1f} MiB that it received at all"
+    yield Verdict(f"{form}: layers that the second node downloaded", 0, False, "bytes", layers, count, detail)
+    yield against("second node's start sooner than with overlayfs", 5, "second_start_ms", sooner=True)
+    yield against("first node's pull against overlayfs", 1.3, "first_pull_ms")
+    yield against("import of numpy and scipy against local disk, warm", 1.05, "import_warm_ms")
+    yield against("the same, cold", 1.5, "import_cold_ms")
+    unpacked = runs.values("crowd", form, "unpacked")
+    yield Verdict(
+        f"{form}: ten nodes at once, a layer unpacked", 1, False, "times", max(unpacked, default=None), crowds
+    )
+    many, one = (runs.median(scenario, form, "share_bytes") for scenario in ("crowd", "images"))
+    ratio = _ratio(many, one)
+    yield Verdict(
+        f"{form}: bytes on the share for ten nodes",
+        1.0,
+        False,
+        "of one's",
+        None if ratio is None else round(ratio, 3),
+        min(count, crowds),
     )
 
 

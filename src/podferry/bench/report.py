@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from podferry.bench.goals import COMPLETED, Verdict, verdicts
+from podferry.bench.goals import COMPLETED, IMAGE_SCENARIOS, MIB, Verdict, verdicts
 
 Record = dict[str, Any]
 Table = list[list[str]]
@@ -34,9 +34,11 @@ def markdown(records: Sequence[Record], command: str) -> str:
         "## Goals",
         table(goal_rows(one for one in found if one.measured is not None)),
         *_unmeasured(found),
-        "## Runs",
-        table(run_rows(records)),
     ]
+    if len(rows := run_rows([one for one in records if one["scenario"] not in IMAGE_SCENARIOS])) > 1:
+        parts += ["## Runs", table(rows)]
+    if len(rows := image_rows(records)) > 1:
+        parts += ["## Images", _IMAGES, table(rows)]
     if spans := span_rows(records):
         parts += ["## Where podferry's downtime goes", _WHERE, table(spans)]
     if errors := error_rows(records):
@@ -88,6 +90,31 @@ def run_rows(records: Sequence[Record]) -> Table:
     return rows
 
 
+def image_rows(records: Sequence[Record]) -> Table:
+    """A row for each scenario and method of shared images."""
+    columns = (
+        ("first pull s", "first_pull_ms", 1e3, ".1f"),
+        ("published s later", "published_ms", 1e3, ".1f"),
+        ("second start s", "second_start_ms", 1e3, ".2f"),
+        ("second received MiB", "second_link_bytes", float(MIB), ".1f"),
+        ("import cold ms", "import_cold_ms", 1.0, ".0f"),
+        ("import warm ms", "import_warm_ms", 1.0, ".0f"),
+        ("all have it s", "all_have_it_ms", 1e3, ".1f"),
+        ("on the share MiB", "share_bytes", float(MIB), ".0f"),
+    )
+    rows = [["scenario", "method", "runs", "image MiB", *(title for title, *_ in columns)]]
+    for (scenario, method), group in _grouped(records).items():
+        if scenario in IMAGE_SCENARIOS:
+            done = [one for one in group if one["outcome"] == COMPLETED]
+            sizes = {
+                f"{one['facts']['image_bytes'] / MIB:.0f} ({one['facts']['packed_bytes'] / MIB:.0f} packed)"
+                for one in done
+            }
+            figures = (_range(done, field, scale, digits) for _, field, scale, digits in columns)
+            rows.append([scenario, method, str(len(done)), " / ".join(sorted(sizes)) or "-", *figures])
+    return rows
+
+
 def span_rows(records: Sequence[Record]) -> Table:
     """A row for each of podferry's methods: how long the steps of the downtime took."""
     rows = [["scenario", "method", *SPANS]]
@@ -120,6 +147,10 @@ def table(rows: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+_IMAGES = (
+    "Over the lab's links, from a registry that serves packed layers; the page cache of the whole machine is emptied before a cold "
+    "import, and what was published is on the storage node's disk then."
+)
 _WHERE = "Medians in ms. Dump, images, last pages and the upper layer run side by side; the job is back before `restore` ends."
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from podferry.bench import agents, machine
 from podferry.bench.moves import SOURCE, Method, Moved
+from podferry.bench.pulls import Measurement
 from podferry.bench.runc import floor
 from podferry.bench.scenarios import Scenario
 from podferry.bench.workload import Report, Speed, Workload
@@ -37,12 +38,13 @@ def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, pro
     The lab is brought up where it is not, and again, from nothing, after a run that went wrong.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
+    nodes = max([scenario.nodes for scenario in scenarios] + [len(lab.status().nodes) if lab.exists() else 0])
     for number in range(1, repeat + 1):
         for scenario in scenarios:
             for name, method in scenario.methods.items():
-                lab.up(2, scenario.link, progress=progress)
+                lab.up(nodes, scenario.link, progress=progress)
                 progress(f"run {number} of {repeat}: {scenario.name}, {name}")
-                record = measure(lab, scenario, name, method, number)
+                record = measure(lab, scenario, name, method, number, progress)
                 if record["outcome"] == ERROR:
                     lab.down(progress)
                 with results.open("a") as file:
@@ -50,7 +52,14 @@ def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, pro
                 yield record
 
 
-def measure(lab: Lab, scenario: Scenario, name: str, method: Method | None, number: int) -> Record:
+def measure(
+    lab: Lab,
+    scenario: Scenario,
+    name: str,
+    method: Method | Measurement | None,
+    number: int,
+    progress: Progress = lambda step: None,
+) -> Record:
     """One run. What went wrong in it is in the record, too."""
     record: Record = {
         "scenario": scenario.name,
@@ -59,11 +68,16 @@ def measure(lab: Lab, scenario: Scenario, name: str, method: Method | None, numb
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "load": round(os.getloadavg()[0], 2),
         "link": scenario.link,
-        "workload": scenario.workload.to_dict(),
+        "workload": scenario.workload.to_dict() if scenario.workload else None,
         "machine": machine.describe(lab),
     }
     try:
-        return record | (_floor(lab) if method is None else _move(lab, method, scenario.workload))
+        if method is None:
+            return record | _floor(lab)
+        if isinstance(method, Measurement):
+            return record | method.measure(lab, progress)
+        assert scenario.workload is not None, "a method moves a job"
+        return record | _move(lab, method, scenario.workload)
     except PodferryError as error:
         return record | {"outcome": ERROR, "error": error.to_dict()}
 

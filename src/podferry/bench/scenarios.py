@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from podferry.bench.moves import Method, Podferry
+from podferry.bench.pulls import Crowd, Measurement, Pulls
 from podferry.bench.runc import Runc
 from podferry.bench.workload import Pattern, Work, Workload
 from podferry.errors import UsageError
@@ -19,13 +20,14 @@ CRIU, CRIU_LAZY = Runc(), Runc(lazy=True)
 
 @dataclass(frozen=True)
 class Scenario:
-    """A job, the methods that move it (`None` for the floor), and the rate of the link."""
+    """A job, the methods that move it (`None` for the floor), and the rate of the link; or what is measured without a job."""
 
     name: str
     about: str
-    workload: Workload
-    methods: Mapping[str, Method | None]
+    workload: Workload | None
+    methods: Mapping[str, Method | Measurement | None]
     link: str = "1gbit"
+    nodes: int = 2
 
 
 SCENARIOS = {
@@ -85,6 +87,19 @@ SCENARIOS = {
             "256 MiB, 50 threads and 20 open files that grow",
             Workload(256, 20, threads=50, files=20),
             {"live": LIVE},
+        ),
+        Scenario(
+            "images",
+            "an image of 500 MB: the first node's pull, the second node's start, and imports from it",
+            None,
+            {"overlayfs": Pulls(), "erofs": Pulls("erofs"), "dir": Pulls("dir")},
+        ),
+        Scenario(
+            "crowd",
+            "the same image, asked for by ten nodes at once",
+            None,
+            {"erofs": Crowd("erofs"), "dir": Crowd("dir")},
+            nodes=10,
         ),
         Scenario(
             "smoke",

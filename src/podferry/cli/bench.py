@@ -17,6 +17,12 @@ from podferry.errors import UsageError
 from podferry.lab import Lab
 from podferry.lab.state import require_root
 
+FIGURES = {
+    "stopped": "downtime_ms",
+    "first pull": "first_pull_ms",
+    "second start": "second_start_ms",
+    "until all have it": "all_have_it_ms",
+}
 RESULTS = Path("bench-results.jsonl")
 
 app = typer.Typer(
@@ -109,9 +115,12 @@ def make_report(
 
 def _line(record: dict[str, object]) -> str:
     """One run as a line."""
-    downtime = record.get("downtime_ms")
-    stopped = f"{downtime:.0f} ms stopped" if isinstance(downtime, float) else ""
-    return f"{record['scenario']}, {record['method']}, run {record['run']}: {record['outcome']} {stopped}".rstrip()
+    found = (
+        f"{float(value):.0f} ms {what}"  # type: ignore[arg-type]
+        for what, field in FIGURES.items()
+        if (value := record.get(field)) is not None
+    )
+    return f"{record['scenario']}, {record['method']}, run {record['run']}: {record['outcome']} {', '.join(found)}".rstrip()
 
 
 def _print_goals(records: list[dict[str, object]]) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from podferry.cli import units
 from podferry.cli.terminal import print_json, stderr, stdout, words
+from podferry.errors import Refused, UsageError
 
 app = typer.Typer(
     name="images",
@@ -23,14 +24,24 @@ SHOWN = 12
 
 
 @app.command()
-def show(share: Share, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def show(
+    share: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The share, as `podferry-snapshotter --share` has it.")
+    ] = None,
+    lab: Annotated[str | None, typer.Option(metavar="NAME", help="The share of a lab on this machine.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Show the layers, how large they are, and which nodes use them. Nothing is changed.
 
-    Example: [bold]podferry images show --share /share/images[/]
+    Examples:
+
+    [bold]podferry images show --share /share/images[/]
+
+    [bold]podferry images show --lab default[/]
     """
     from podferry.images import images_report
 
-    report = images_report(share)
+    report = images_report(_where(share, lab))
     if json:
         print_json(report.to_dict())
         return
@@ -51,6 +62,21 @@ def show(share: Share, json: Annotated[bool, typer.Option("--json", help="Print 
     )
     for one in report.damaged:
         stderr().print(words(f"damaged: {one}", "yellow"))
+
+
+def _where(share: Path | None, lab: str | None) -> Path:
+    if share is not None and lab is None:
+        return share
+    if lab is None or share is not None:
+        raise UsageError("which share?", remedy="give either --share DIR or --lab NAME")
+    from podferry.lab import Lab
+    from podferry.lab.config import IMAGES_SHARE
+
+    there = Lab(lab)
+    alive = [node.name for node in there.status().nodes if node.alive]
+    if not alive:
+        raise Refused(f"no node of lab {lab} is up", remedy=f"podferry lab up --lab {lab}")
+    return there.root(alive[0]) / IMAGES_SHARE.lstrip("/")
 
 
 @app.command()

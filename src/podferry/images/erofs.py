@@ -22,6 +22,8 @@ from podferry.node.process import run
 IMAGE = "layer.erofs"
 MAGIC = struct.pack("<I", 0xE0F5E1E2)  # linux/magic.h, EROFS_SUPER_MAGIC_V1
 MAGIC_AT = 1024  # bytes into the image, fs/erofs: EROFS_SUPER_OFFSET
+PACKED = ("-zlz4", f"-C{1 << 16}")
+"""Half the bytes cross the network when a program starts cold, and lz4 unpacks faster than any link brings them."""
 MAKE_DEADLINE = 1800.0  # seconds for mkfs.erofs on the local disk
 NAMESPACE = uuid.UUID("5d1ff3c3-66f8-4a3c-9fd5-2a6f3f4b62f0")
 
@@ -41,7 +43,7 @@ class ErofsForm:
         image = self.scratch / f"{layout.new_token()}.erofs"
         try:
             run(
-                ["mkfs.erofs", "--quiet", "-U", str(uuid.uuid5(NAMESPACE, into)), image, source],
+                ["mkfs.erofs", "--quiet", *PACKED, "-U", str(uuid.uuid5(NAMESPACE, into)), image, source],
                 timeout=MAKE_DEADLINE,
                 remedy="install erofs-utils, or use --form dir",
             )

@@ -7,7 +7,9 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +41,7 @@ from podferry.protos import snapshots_pb2_grpc
 
 SOCKET = Path("/run/podferry/snapshotter.sock")
 ROOT = Path("/var/lib/podferry/snapshotter")
+NICE = 10
 CALLS = 64  # at once: pulls that wait for another node hold one each
 
 log = structlog.get_logger()
@@ -94,7 +97,7 @@ def serve(
         from prometheus_client import start_http_server
 
         start_http_server(metrics_port, "127.0.0.1", metrics.registry)
-    for part in (publisher.run, housekeeping.run):
+    for part in (_in_the_background(publisher.run), housekeeping.run):
         threading.Thread(target=part, name=part.__qualname__, daemon=True).start()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -106,6 +109,17 @@ def serve(
     housekeeping.stop()
     server.stop(5.0).wait()
     metadata.close()
+
+
+def _in_the_background(work: Callable[[], None]) -> Callable[[], None]:
+    """Work that leaves the processors to others, such as the pull whose layers it publishes."""
+
+    @wraps(work)
+    def nicely() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of this thread, and of what it starts
+        work()
+
+    return nicely
 
 
 def _open(root: Path, guard: Guard, metadata: Metadata, *, read_only: bool) -> PosixShare:

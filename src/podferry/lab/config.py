@@ -20,6 +20,12 @@ REGISTRY = "podferry.local"
 SHARE = "/share"
 """Where every node has the remote file system."""
 
+IMAGES_SHARE = f"{SHARE}/images"
+"""Where image layers are on it."""
+
+METRICS_PORT = 7461
+"""Where a node's snapshotter serves its metrics, on 127.0.0.1."""
+
 SNAPSHOTTER = "podferry"
 """containerd's name for podferry-snapshotter, which keeps image layers on the share."""
 

@@ -14,13 +14,13 @@ def quiet(_: str) -> None:
 
 def phases(write: Progress) -> Progress:
     """A progress for logs: of the many steps `WHAT: [1/5] ...` of one phase only the first is written."""
-    last = ""
+    written: set[str] = set()
 
     def tell(step: str) -> None:
-        nonlocal last
         phase = step.partition("] ")[0] if ": [" in step else ""
-        if not phase or phase != last:
+        if phase not in written:
             write(step)
-        last = phase
+        if phase:
+            written.add(phase)
 
     return tell

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from podferry.errors import UsageError
 from podferry.lab.config import REGISTRY
@@ -98,6 +98,19 @@ def downloads(lab: Lab) -> list[Download]:
         if said["http.request.method"] == "GET":
             address = said["http.request.remoteaddr"].rpartition(":")[0]
             found.append(Download(names.get(address, address), match[1], int(said["http.response.written"])))
+    return found
+
+
+def has(lab: Lab, reference: str) -> bool:
+    """Whether the registry has an image."""
+    return lab.exec(STORAGE, ["skopeo", "inspect", "--raw", _url(reference)], check=False).returncode == 0
+
+
+def inspect(lab: Lab, reference: str, *options: str) -> dict[str, Any]:
+    """An image's manifest; with the option `--config` its configuration."""
+    found: dict[str, Any] = json.loads(
+        lab.exec(STORAGE, ["skopeo", "inspect", "--raw", *options, _url(reference)]).stdout
+    )
     return found
 
 
