@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from installing import NODES, footprint, uninstall
+from installing import NODES, footprint, is_installed, uninstall
 
 from podferry.lab import Lab
 from podferry.lab.kubernetes import daemons
@@ -33,16 +33,24 @@ def cluster() -> Iterator[Lab]:
         lab.down()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def before(cluster: Lab) -> dict[str, str]:
     """What an installation changes on the nodes, as it was before."""
     return {node: footprint(cluster, node) for node in NODES}
 
 
-@pytest.fixture(scope="module")
-def installed(cluster: Lab, before: dict[str, str]) -> Iterator[Lab]:
-    """The cluster with podferry on it, by deploy/, for the tests of one module."""
+@pytest.fixture
+def installed(cluster: Lab, before: dict[str, str]) -> Lab:
+    """The cluster with podferry on it, by deploy/; it stays until a test wants the cluster bare."""
     assert len(before) == len(NODES)
-    cluster.deploy(phases(print))
-    yield cluster
-    uninstall(cluster)
+    if not is_installed(cluster):
+        cluster.deploy(phases(print))
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def bare(cluster: Lab) -> Lab:
+    """The cluster without podferry, for tests that bring agents of their own."""
+    if is_installed(cluster):
+        uninstall(cluster)
+    return cluster

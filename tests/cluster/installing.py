@@ -18,6 +18,17 @@ def footprint(lab: Lab, node: str) -> str:
     return lab.exec(node, ["sh", "-c", _FOOTPRINT, "sh", CONFIG]).stdout
 
 
+def is_installed(lab: Lab) -> bool:
+    """Whether deploy/ was applied."""
+    return bool(lab.kubectl().run("get", "namespace", deploy.NAMESPACE, "--ignore-not-found", "-o", "name").stdout)
+
+
+def agent_on(lab: Lab, node: str) -> str:
+    """The name of a node's agent's pod."""
+    words = ["get", "pods", "-l", "app.kubernetes.io/name=podferry-agent", f"--field-selector=spec.nodeName={node}"]
+    return lab.kubectl().run("-n", deploy.NAMESPACE, *words, "-o", "name").stdout.split()[0]
+
+
 def uninstall(lab: Lab) -> None:
     """Take podferry off the cluster and off its nodes, wherever it still is."""
     kubectl, what = lab.kubectl(), deploy.directory()

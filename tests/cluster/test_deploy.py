@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from installing import CONFIG, NODES, footprint, uninstall
+from installing import CONFIG, NODES, agent_on
 
 from podferry.install import criu
 from podferry.install.node import WRAPPER
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
 
 pytestmark = pytest.mark.cluster
@@ -26,12 +23,6 @@ print(run(outside.on_node(["hostname"])).stdout.strip())
 
 def containerd_pid(lab: Lab, node: str) -> str:
     return lab.exec(node, ["pgrep", "-x", "containerd"]).stdout
-
-
-def agent_on(lab: Lab, node: str) -> str:
-    """The name of a node's agent's pod."""
-    words = ["get", "pods", "-l", "app.kubernetes.io/name=podferry-agent", f"--field-selector=spec.nodeName={node}"]
-    return lab.kubectl().run("-n", SYSTEM, *words, "-o", "name").stdout.split()[0]
 
 
 def test_nodes_know_the_runtime_and_have_a_criu_that_will_do(installed: Lab) -> None:
@@ -86,31 +77,3 @@ def test_what_an_agent_starts_on_its_node_outlives_it(installed: Lab) -> None:
     finally:
         installed.exec("node-a", ["kill", pid])
     deploy.wait(kubectl)
-
-
-def test_the_nodes_are_restored_byte_for_byte_but_not_under_a_running_pod(
-    installed: Lab, before: dict[str, str]
-) -> None:
-    kubectl = installed.kubectl()
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "opted-in"},
-        "spec": {
-            "runtimeClassName": "podferry",
-            "nodeName": "node-a",
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{"name": "c", "image": JOB_IMAGE, "command": ["sleep", "inf"]}],
-        },
-    }
-    kubectl.run("apply", "-f", "-", input=json.dumps(pod))
-    kubectl.run("wait", "--for=condition=Ready", "pod/opted-in", "--timeout=60s")
-    refused = kubectl.run(
-        "-n", SYSTEM, "exec", agent_on(installed, "node-a"), "--", "podferry", "uninstall", check=False
-    )
-    assert refused.returncode != 0
-    assert "podferry is in use on this node" in refused.stderr
-
-    kubectl.run("delete", "pod", "opted-in", "--wait")
-    uninstall(installed)
-    assert {node: footprint(installed, node) for node in NODES} == before

@@ -59,8 +59,8 @@ MOUNTS = [{"name": "data", "mountPath": "/data"}, {"name": "mem", "mountPath": "
 
 
 @pytest.fixture(scope="module")
-def movers(cluster: Lab) -> Iterator[Movers]:
-    movers = Movers(cluster)
+def movers(bare: Lab) -> Iterator[Movers]:
+    movers = Movers(bare)
     yield movers
     movers.stop()
 
