@@ -32,8 +32,9 @@ def agent_on(lab: Lab, node: str) -> str:
 def uninstall(lab: Lab) -> None:
     """Take podferry off the cluster and off its nodes, wherever it still is."""
     kubectl, what = lab.kubectl(), deploy.directory()
+    reference = deploy.image(kubectl) or f"{image.NAME}:{image.tag()}"
     kubectl.run("delete", "-k", what, "--ignore-not-found", "--wait", "--timeout=60s")
-    deploy.apply(kubectl, f"{image.NAME}:{image.tag()}", what / "uninstall")
+    deploy.apply(kubectl, reference, what / "uninstall")
     words = ["rollout", "status", "daemonset/podferry-uninstall", "--timeout=60s"]
     kubectl.run("-n", "podferry-uninstall", *words)
     kubectl.run("delete", "-k", what / "uninstall", "--wait", "--timeout=60s")

@@ -70,12 +70,13 @@ class Node:
     root: Path
     bundle: Path
     containerd: Containerd
+    said: list[str] = field(default_factory=list)
 
     def install(self) -> node.Installed:
         return node.install(lambda _: None, bundle=self.bundle, find=lambda: self.containerd)  # type: ignore[arg-type,return-value]
 
-    def uninstall(self, *, force: bool = False) -> node.Installed:
-        return node.uninstall(lambda _: None, force=force, find=lambda: self.containerd)  # type: ignore[arg-type,return-value]
+    def uninstall(self, *, force: bool = False, wait: bool = False) -> node.Installed:
+        return node.uninstall(self.said.append, force=force, wait=wait, find=lambda: self.containerd)  # type: ignore[arg-type,return-value]
 
     def put(self, path: str, text: str, mode: int = 0o644) -> None:
         place = self.root / path[1:]
@@ -265,6 +266,17 @@ def test_a_node_whose_containers_need_the_runtime_keeps_it(on: Node) -> None:
     assert "k8s.io/abc" in refused.value.why
     assert on.tree() == before
     assert on.uninstall(force=True).restarted
+
+
+def test_a_node_can_wait_for_the_end_of_its_containers(on: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    on.install()
+    options = [f"{node.TASKS}/k8s.io/{name}/options.json" for name in ("abc", "def")]
+    for path in options:
+        on.put(path, f'{{"binary_name":"{node.WRAPPER}"}}')
+    monkeypatch.setattr(node.time, "sleep", lambda _: (on.root / options.pop()[1:]).unlink())
+    assert on.uninstall(wait=True).restarted
+    waited = [line for line in on.said if "waiting" in line]
+    assert [("2 containers" in line, "1 containers" in line) for line in waited] == [(True, False), (False, True)]
 
 
 @pytest.mark.parametrize("major", [2])

@@ -30,15 +30,16 @@ def uninstall(
     force: Annotated[
         bool, typer.Option("--force", help="Although containers run that could not be stopped afterwards.")
     ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until no container needs it any more.")] = False,
     json: Json = False,
 ) -> None:
     """Take podferry off this node again: every file is as it was before `podferry install`.
 
-    `kubectl apply -k deploy/uninstall` has every node do this. It is refused while containers run that podferry's runtime
-    started. A file that somebody else has changed since is left alone, and said so.
+    `kubectl apply -k deploy/uninstall` has every node do this. While containers run that podferry's runtime started, it
+    is refused, or waits. A file that somebody else has changed since is left alone, and said so.
     """
     _require_root("uninstall")
-    _done(installer.uninstall(_tell, force=force), json=json)
+    _done(installer.uninstall(_tell, force=force, wait=wait), json=json)
 
 
 def _done(done: Installed, *, json: bool) -> None:

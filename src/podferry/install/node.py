@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from podferry.node import outside
 WRAPPER = "/opt/podferry/bin/podferry-runc"
 SOURCE = Path(outside.__file__).with_name("podferry-runc")
 TASKS = "/run/containerd/io.containerd.runtime.v2.task"
+
+LOOK_EVERY = 1.0  # seconds; a container's end is no event that others could wait for
 
 Tell = Callable[[str], None]
 
@@ -61,19 +64,29 @@ def install(tell: Tell, *, bundle: Path = Path(criu.DIRECTORY), find: Callable[[
     return Installed(tuple(changed), restarted)
 
 
-def uninstall(tell: Tell, *, force: bool = False, find: Callable[[], Daemon] = daemon.find) -> Installed:
-    """Restore the node as it was before `install`. Raises `Refused` while containers need what would go."""
+def uninstall(
+    tell: Tell, *, force: bool = False, wait: bool = False, find: Callable[[], Daemon] = daemon.find
+) -> Installed:
+    """Restore the node as it was before `install`.
+
+    While containers need what would go, it waits for their end with `wait`, raises `Refused` without, or goes on with `force`.
+    """
     root = Root(outside.root())
     ledger = Ledger(root)
     if not ledger.entries and not ledger.restart_due:
         tell("nothing is installed here")
         return Installed((), False)
     users = _users(root)
+    while users and wait and not force:
+        tell(f"waiting for the end of {len(users)} containers that podferry's runtime started, among them {users[0]}")
+        before = users
+        while (users := _users(root)) == before:
+            time.sleep(LOOK_EVERY)
     if users and not force:
         raise Refused(
             "podferry is in use on this node",
             why=f"{len(users)} containers were started by its runtime, among them {users[0]}: they could not be stopped",
-            remedy="drain the node first, or give --force",
+            remedy="drain the node first, or give --wait or --force",
         )
     containerd = find()
     before = containerd.dump()

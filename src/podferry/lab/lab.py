@@ -220,9 +220,10 @@ class Lab:
         """
         kubectl, tag = self.kubectl(), image.tag()
         reference = f"{image.NAME}:{tag}"
-        archive = image.archive(progress, tag)
-        progress("kubernetes: installing podferry")
-        registry.push(self, archive, compress=False)
+        if deploy.image(kubectl) != reference:
+            archive = image.archive(progress, tag)
+            progress("kubernetes: installing podferry")
+            registry.push(self, archive, compress=False)
         deploy.apply(kubectl, reference)
         deploy.wait(kubectl)
 

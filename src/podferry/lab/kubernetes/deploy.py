@@ -30,6 +30,13 @@ def apply(kubectl: Kubectl, image: str, what: Path | None = None) -> None:
     kubectl.run("apply", "-f", "-", input=rendered.replace(f"{NAME}:{__version__}", image))
 
 
+def image(kubectl: Kubectl) -> str:
+    """The image of the agents that are installed; nothing where none are."""
+    path = "jsonpath={.spec.template.spec.containers[0].image}"
+    asked = kubectl.run("-n", NAMESPACE, "get", ROLLOUTS[0], "--ignore-not-found", "-o", path, check=False)
+    return asked.stdout
+
+
 def wait(kubectl: Kubectl) -> None:
     """Until every agent and controller of the present image is ready. Raises `Failed` with what stands in the way."""
     for rollout in ROLLOUTS:
