@@ -79,8 +79,8 @@ def uninstall(
     users = _users(root)
     while users and wait and not force:
         tell(f"waiting for the end of {len(users)} containers that podferry's runtime started, among them {users[0]}")
-        before = users
-        while (users := _users(root)) == before:
+        told = users
+        while (users := _users(root)) == told:
             time.sleep(LOOK_EVERY)
     if users and not force:
         raise Refused(
