@@ -4,6 +4,7 @@ test session.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -60,7 +61,9 @@ def control_plane() -> Iterator[Path]:
 def _start(home: Path, processes: list[subprocess.Popen[bytes]]) -> Path:
     def start(name: str, program: Path, *argv: str) -> None:
         log = (home / f"{name}.log").open("wb")
-        processes.append(subprocess.Popen([program, *argv], stdout=log, stderr=log, cwd=home))
+        processes.append(
+            subprocess.Popen([program, *argv], stdout=log, stderr=log, cwd=home, preexec_fn=_die_with_parent)  # noqa: PLW1509 - before any thread
+        )
 
     store, peers, api, *rest = _ports(5)
     program = etcd()
@@ -134,6 +137,11 @@ def _start(home: Path, processes: list[subprocess.Popen[bytes]]) -> Path:
     )
     start("scheduler", BINARIES / "kube-scheduler", *common, f"--secure-port={rest[1]}")
     return kubeconfig
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed leaves no control plane behind (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _until(holds: object, log: Path, processes: list[subprocess.Popen[bytes]], seconds: float = 120.0) -> None:

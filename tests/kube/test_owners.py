@@ -13,7 +13,7 @@ import pytest
 from podferry.controller import handover
 from podferry.controller.handover import HandOver
 from podferry.kube.client import DEPLOYMENTS, JOBS, MIGRATIONS, NAMESPACES, PODS, REPLICASETS, Json, Kind
-from podferry.kube.migration import Migration
+from podferry.kube.migration import ROLE_LABEL, EnginePhases, Migration
 from podferry.kube.watch import follow
 
 from .world import World
@@ -21,6 +21,12 @@ from .world import World
 pytestmark = [pytest.mark.cluster, pytest.mark.anyio]
 
 QUOTAS = Kind("v1", "ResourceQuota", "resourcequotas")
+WEBHOOKS = Kind(
+    "admissionregistration.k8s.io/v1",
+    "ValidatingWebhookConfiguration",
+    "validatingwebhookconfigurations",
+    namespaced=False,
+)
 BATCH = 1.5
 """Seconds after which the Job controller has looked at every change: it gathers them for one second."""
 
@@ -371,3 +377,49 @@ async def test_a_namespace_that_goes_takes_the_migration_with_it(world: World) -
         )
 
     await world.until(gone)
+
+
+async def test_a_webhook_that_refuses_the_target_pod(world: World) -> None:
+    """It fails closed: nothing answers at its address."""
+    source = await world.pod()
+    body = {
+        "metadata": {"name": world.namespace},
+        "webhooks": [
+            {
+                "name": "nobody.example.com",
+                "clientConfig": {"url": "https://127.0.0.1:9/"},
+                "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
+                "objectSelector": {"matchLabels": {ROLE_LABEL: "target"}},
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}},
+                "failurePolicy": "Fail",
+                "sideEffects": "None",
+                "admissionReviewVersions": ["v1"],
+                "timeoutSeconds": 1,
+            }
+        ],
+    }
+    await world.api.create(WEBHOOKS, body)
+    try:
+        world.controller()
+        await world.migrate()
+        await world.reached(lambda one: one.status.phase == "Running")
+
+        def asked(now: Migration) -> bool:
+            now.status.engine = EnginePhases(source="poise", target="receive")
+            now.status.say("TargetRequested", True, "Converged")
+            return True
+
+        await anyio.sleep(BATCH)  # the API server has taken up the webhook by then
+        await world.set(asked)
+        await world.reached(lambda one: one.status.abort is not None)
+        await world.agents_end("cancelled")
+        migration = await world.ended()
+    finally:
+        await world.api.delete(WEBHOOKS, world.namespace)
+    failed, created = (migration.status.condition(type) for type in ("Failed", "TargetCreated"))
+    assert failed is not None
+    assert created is not None
+    assert (migration.status.phase, failed.reason, created.reason) == ("RolledBack", "WebhookDenied", "WebhookDenied")
+    assert "nobody.example.com" in failed.message
+    (left,) = (await world.api.list(PODS, world.namespace))[0]
+    assert left["metadata"]["uid"] == source["metadata"]["uid"]
