@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
+import yaml
 from anyio import to_thread
 
 from podferry.kube.client import MIGRATIONS
@@ -119,7 +120,7 @@ async def test_cancel_waits_for_the_end(world: World, run: Run) -> None:
     assert "Cancelled" in out
 
 
-async def test_what_makes_no_sense_is_said(world: World, run: Run, tmp_path: Path) -> None:
+async def test_what_makes_no_sense_is_said(world: World, run: Run, tmp_path: Path, control_plane: Path) -> None:
     code, _, err = await run("check", "nobody", "-n", world.namespace)
     assert code == 2
     assert "there is no pod nobody" in err
@@ -132,6 +133,12 @@ async def test_what_makes_no_sense_is_said(world: World, run: Run, tmp_path: Pat
     code, _, err = await run("list", "--kubeconfig", str(tmp_path / "none"))
     assert code == 3
     assert "no cluster is configured" in err
+    gone = yaml.safe_load(control_plane.read_text())
+    gone["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
+    (tmp_path / "gone").write_text(yaml.safe_dump(gone))
+    code, _, err = await run("list", "--kubeconfig", str(tmp_path / "gone"))
+    assert code == 7
+    assert "https://127.0.0.1:9" in err
 
 
 async def test_the_shell_completes_commands_and_pods(world: World, run: Run) -> None:

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from podferry.cli.client import AgentUnreachable
 from podferry.errors import Cancelled, Failed, PodferryError, Refused, UsageError
+from podferry.kube.errors import ApiUnreachable
 from podferry.model import Outcome
 
 
@@ -34,6 +35,7 @@ OF_OUTCOME = {
 # From the particular to the general: the first kind that fits counts.
 OF_ERROR: list[tuple[type[PodferryError], Exit]] = [
     (AgentUnreachable, Exit.UNREACHABLE),
+    (ApiUnreachable, Exit.UNREACHABLE),
     (UsageError, Exit.USAGE),
     (Refused, Exit.REFUSED),
     (Cancelled, Exit.CANCELLED),

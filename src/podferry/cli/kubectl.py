@@ -26,7 +26,7 @@ from podferry.kube.client import MIGRATIONS, NODES, PODS, Kind
 from podferry.model import Mode
 
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled back, 5 failed, 6 cancelled,
-130 left with Ctrl-C."""
+7 no API server answers, 130 left with Ctrl-C."""
 
 T = TypeVar("T")
 
