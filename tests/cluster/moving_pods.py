@@ -24,7 +24,9 @@ A, B = NODES = ("node-a", "node-b")
 PATIENCE = 120.0
 STANDIN = Path(__file__).with_name("standin.py")
 DIRECTORY = "run/podferry-standin"
-PYTHON = "PYTHONPATH=/opt/podferry/src:/opt/podferry/site PYTHONPYCACHEPREFIX=/var/lib/podferry/pycache python3 -P"
+GATES = "run/podferry-gates"
+PATHS = "PYTHONPATH=/opt/podferry/src:/opt/podferry/site PYTHONPYCACHEPREFIX=/var/lib/podferry/pycache"
+PYTHON = f"PODFERRY_GATES=/{GATES} {PATHS} python3 -P"
 
 RUNTIME_CLASS = {
     "apiVersion": "node.k8s.io/v1",
@@ -119,6 +121,15 @@ class Movers:
         line = f"{PYTHON} /tmp/standin.py /etc/podferry/standin.json /{DIRECTORY} >> /var/log/podferry/standin.log 2>&1"
         self.lab.exec(node, ["sh", "-c", f"setsid sh -c '{line}' < /dev/null > /dev/null 2>&1 &"])
         self.hear(node, "agent", "ready")
+
+    def close_gate(self, gate: str) -> Path:
+        """Close a gate of the agents (`podferry.agent.gate`); removing the file opens it."""
+        for node in NODES:
+            (self.root(node) / GATES).mkdir(exist_ok=True)
+        path = self.root(A) / GATES / gate
+        path.with_name(f"{gate}.reached").unlink(missing_ok=True)
+        path.touch()
+        return path
 
     def kill(self, node: str) -> None:
         """kill -9 the agent of a node."""

@@ -216,6 +216,23 @@ def test_a_cancelled_move_gives_the_target_pod_back(clean: Movers) -> None:
     counts_on(clean, clean.get("cancelled"))
 
 
+def test_a_target_pod_that_is_deleted_while_it_waits_ends_the_move_before_the_freeze(clean: Movers) -> None:
+    busy = COUNT.replace("time.sleep(0.05)", "time.sleep(0.05)\n    block[:] = bytes([n % 256]) * len(block)")
+    here = clean.create(pod("deleted", busy.replace("16 << 20", "64 << 20")))
+    gate = clean.close_gate("source-cut-over-default_deleted")
+    move = clean.order(here, B, policy={"max_downtime": 10.0})
+    clean.make_target(move)
+    until(gate.with_name(f"{gate.name}.reached").exists, "the source is about to cut over")
+    assert move.target_pod is not None
+    clean.kubectl.run("delete", "pod", move.target_pod["metadata"]["name"], "--wait=false", "--grace-period=1")
+    assert clean.ended(B, move, "target")["outcome"] == "rolled-back"
+    gate.unlink()
+    record = clean.ended(A, move)
+    assert record["outcome"] == "rolled-back"
+    assert record["downtime_ms"] is None
+    counts_on(clean, clean.get("deleted"))
+
+
 def test_a_pod_made_for_a_migration_never_starts_cold(clean: Movers) -> None:
     manifest = pod("cold", COUNT)
     manifest["metadata"]["annotations"] = {"podferry.dev/migration": "nobody-knows"}

@@ -17,7 +17,7 @@ import xxhash
 
 from podferry.agent.journal import Journal
 from podferry.agent.ports import IMAGES, LOG, UPPER, Change
-from podferry.errors import Bug, Failed
+from podferry.errors import Bug, Failed, PodferryError
 from podferry.memory.feeder_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.wire.batch import PageBatch
@@ -315,6 +315,7 @@ class TargetNode:
         self.log = b""
         self.images: dict[str, bytes] = {}
         self.memory: Memory = {}
+        self.lost = anyio.Event()
         self.absent: set[tuple[int, int]] = set()
         self.wants: list[tuple[int, int]] = []
         self.news = anyio.Event()
@@ -409,6 +410,10 @@ class FakeArriving:
         self.node.postcopy = postcopy
         await anyio.sleep(0.05)
         self.node.task = True
+
+    async def lost(self) -> PodferryError:
+        await self.node.lost.wait()
+        return Failed("nobody waits for the state any more")
 
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
         for offset in range(0, len(data), PAGE):

@@ -48,6 +48,19 @@ def test_a_job_that_ends_by_itself_leaves_nothing(phase: str, tmp_path: Path, mo
     assert not rig.passed_the_right
 
 
+def lose(rig: Rig) -> None:
+    rig.target.lost.set()
+
+
+def test_a_target_whose_wrapper_dies_while_it_waits_gives_up_before_the_freeze(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, [Fault("target", "gate poised", lose)]).move(Mode.LIVE, monkeypatch)
+    assert rig.phase("a") == SourcePhase.ROLLED_BACK
+    assert "nobody waits for the state" in rig.records["b"]["reason"]
+    assert not rig.passed_the_right
+
+
 def test_what_the_target_refuses_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path, refusals=[Refused("no room", remedy="make some")]).move(Mode.LIVE, monkeypatch)
     assert (rig.phases("a"), rig.phases("b")) == (["check", "refused"], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -220,8 +221,10 @@ def test_the_wrappers_death_is_noticed(bench: Bench) -> None:
     with Incoming.prepare("job", run=bench.run) as incoming:
         child = bench.start(*GLOBALS, *CREATE, "job")
         incoming.wait_poised(20)
+        assert select.select([incoming], [], [], 0)[0] == []
         child.send_signal(signal.SIGKILL)
         child.wait()
+        assert select.select([incoming], [], [], 20)[0] == [incoming]
         assert not incoming.alive()
         with pytest.raises(WrapperGone):
             incoming.restore()

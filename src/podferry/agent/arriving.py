@@ -117,6 +117,12 @@ class Arriving:
             if self._starter is None:
                 await self._start_task()
 
+    async def lost(self) -> PodferryError:
+        """Return, with the reason, once podferry-runc waits no more."""
+        incoming = self._need_incoming()
+        await anyio.wait_readable(incoming)
+        return incoming.gone("it was killed, or the call that made the container was given up")
+
     def _start_feeder(self, *, postcopy: bool) -> None:
         incoming, store = self._need_incoming(), self.scratch / "store"
         argv = [*python("podferry.memory.feeder"), "--work", incoming.work, "--images", incoming.images]

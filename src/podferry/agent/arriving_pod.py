@@ -101,6 +101,10 @@ class ArrivingPod:
             await to_thread.run_sync(self._move_volumes_in, first)
             self._in_place = True
 
+    async def lost(self) -> PodferryError:
+        """Return, with the reason, once the first container waits no more: its pod was deleted, or the kubelet lost patience."""
+        return await self._parts[0].lost()
+
     def _move_volumes_in(self, first: Container) -> None:
         uid = self._journal.facts["target_pod"]
         places = dict(cri.volumes([first.spec_json()], uid, self._config.kubelet))

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from podferry.errors import PodferryError
 from podferry.memory.feeder_source import Frame
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.wire.frames import Drop, Pages
@@ -196,6 +197,10 @@ class ArrivingJob(Protocol):
     async def poise(self, *, postcopy: bool) -> None:
         """Have its task created up to the point where only the state is missing; in `postcopy`, pages come afterwards.
         May be called a second time, for post-copy."""
+        ...
+
+    async def lost(self) -> PodferryError:
+        """Before GO: return, with the reason, once what was poised waits no more. It was killed, or somebody lost patience."""
         ...
 
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:

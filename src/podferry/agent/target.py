@@ -248,6 +248,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             self.fire(TargetEvent.POISED)
         await channel.send(Poised(self.story.id))
         await self.at_gate()
+        raise await self.job.lost()
 
     async def _verify(self, end: StateEnd) -> None:
         with self.story.span("check what arrived", "target"):

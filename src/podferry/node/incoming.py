@@ -124,7 +124,7 @@ class Incoming:
             )
         said = os.read(self._poised, 4096).decode(errors="replace").split()
         if len(said) < 3 or said[0] != "poised" or not said[2].isdecimal():
-            raise self._gone("it ended at once")
+            raise self.gone("it ended at once")
         self.container, self.wrapper = said[1], int(said[2])
         # From here on only the wrapper reads the verdict, so that writing it to a dead one fails.
         writer = os.open(self.path / "verdict", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -136,6 +136,10 @@ class Incoming:
         self._reason = reason or Cancelled(f"nobody waits for {self.key} any more")
         with contextlib.suppress(ValueError):  # closed meanwhile
             os.eventfd_write(self._abandoned, 1)
+
+    def fileno(self) -> int:
+        """What can be read, once a wrapper that was poised is gone: its end of file."""
+        return self._poised
 
     def alive(self) -> bool:
         """Whether a wrapper that was poised still waits."""
@@ -189,14 +193,15 @@ class Incoming:
         try:
             os.write(self._verdict, verdict.encode("ascii") + b"\n")
         except BrokenPipeError as error:
-            raise self._gone("it ended before the verdict") from error
+            raise self.gone("it ended before the verdict") from error
         self._given = True
         poll = select.poll()
         poll.register(self._poised, 0)
         if not poll.poll(TAKEN_TIMEOUT * 1000):
             raise TimedOut(f"podferry-runc does not take its verdict for {self.key}")
 
-    def _gone(self, why: str) -> WrapperGone:
+    def gone(self, why: str) -> WrapperGone:
+        """The error that says so."""
         return WrapperGone(
             f"podferry-runc is not there to restore {self.key}", why=why, remedy="see containerd's log on this node"
         )
