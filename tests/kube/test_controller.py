@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anyio
 import pytest
 
@@ -9,7 +11,7 @@ from podferry.controller.pods import PLACEHOLDER
 from podferry.kube.client import EVENTS, MIGRATIONS, NODES, PODS, Json
 from podferry.kube.migration import NAME_ANNOTATION, ROLE_LABEL, UID_LABEL, Migration
 
-from .world import World
+from .world import QUICK, World
 
 pytestmark = pytest.mark.anyio
 
@@ -356,3 +358,12 @@ async def test_events_tell_the_story_on_pod_and_migration(world: World) -> None:
         return wanted | {("Pod", "MigrationStarted"), ("Pod", "MigrationTarget"), ("Pod", "MigrationCompleted")} <= seen
 
     await world.until(told)
+
+
+async def test_an_agent_that_never_takes_it_up_is_said(world: World) -> None:
+    source = await world.pod()
+    world.controller(replace(QUICK, silence=2.0))
+    await world.migrate()
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("RolledBack", ("True", "SourceAgentSilent"))
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]

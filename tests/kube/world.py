@@ -40,7 +40,7 @@ from .fake import FakeApiServer
 
 ACCOUNTS = Kind("v1", "ServiceAccount", "serviceaccounts")
 PATIENCE = 60.0
-QUICK = Settings(image="pause", scheduling=3.0, readiness=10.0, farewell=4.0, removal=3.0)
+QUICK = Settings(image="pause", scheduling=3.0, silence=20.0, readiness=10.0, farewell=4.0, removal=3.0)
 
 
 @dataclass

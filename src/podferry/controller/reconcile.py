@@ -55,11 +55,13 @@ DEADLINE_SLACK = 30.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How patient the controller is, in seconds: for the scheduler, for a resumed pod to be called ready, for the source's agent
-    after the hand-over, for pods to be gone. `image` is what placeholders run."""
+    """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a resumed
+    pod to be called ready, for the source's agent after the hand-over, for pods to be gone. `image` is what
+    placeholders run."""
 
     image: str = "podferry"
     scheduling: float = 120.0
+    silence: float = 60.0
     readiness: float = 30.0
     farewell: float = 60.0
     removal: float = 30.0
@@ -185,6 +187,7 @@ class Reconciler:
         if (again := await self._arbitrate(migration)) is not None:
             return again
         trouble = status.abort or await self._beforehand(migration, source)
+        trouble = trouble or troubles.of_silence(migration, self._settings.silence, _now())
         trouble = trouble or troubles.of_target(target, migration, self._settings.scheduling, _now())
         if trouble is None and status.target_node:
             node = await self._api.find(NODES, status.target_node)

@@ -8,7 +8,7 @@ from typing import Any
 from podferry.core.migration import MIGRATION_ENDS
 from podferry.errors import PodferryError
 from podferry.kube.errors import ApiFailed, Forbidden, NotFound
-from podferry.kube.migration import UID_LABEL, Ending, Migration, seconds
+from podferry.kube.migration import SCHEDULED, UID_LABEL, Ending, Migration, seconds
 from podferry.model import Outcome
 
 Json = dict[str, Any]
@@ -22,7 +22,7 @@ UNSCHEDULABLE, QUOTA_EXCEEDED, WEBHOOK_DENIED, POD_INVALID = (
     "PodInvalid",
 )
 VOLUME_MISSING, TARGET_POD_FAILED, TARGET_POD_GONE = "VolumeMissing", "TargetPodFailed", "TargetPodGone"
-TARGET_NODE_LOST, SOURCE_NODE_LOST, TARGET_SILENT = "TargetNodeLost", "SourceNodeLost", "TargetAgentSilent"
+TARGET_NODE_LOST, SOURCE_NODE_LOST, SOURCE_SILENT = "TargetNodeLost", "SourceNodeLost", "SourceAgentSilent"
 
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 
@@ -133,6 +133,20 @@ def of_time(migration: Migration, now: datetime.datetime, *, slack: float = 0.0)
         TIMED_OUT,
         f"it was not done within {migration.spec.timeout}",
         remedy="a longer spec.timeout, or another mode",
+    )
+
+
+def of_silence(migration: Migration, patience: float, now: datetime.datetime) -> Ending | None:
+    """Nobody on the source has taken the order up for `patience` seconds."""
+    placed, engine = migration.status.condition(SCHEDULED), migration.status.engine
+    if (engine is not None and engine.source) or placed is None or age(placed.last_transition_time, now) < patience:
+        return None
+    node = migration.status.source_node
+    return ending(
+        Outcome.ROLLED_BACK,
+        SOURCE_SILENT,
+        f"no agent on {node} took it up within {patience:.0f} s",
+        remedy=f"see podferry-agent on {node}: kubectl -n podferry-system get pods -o wide",
     )
 
 
