@@ -234,7 +234,7 @@ def total_over_allowance(record: Record) -> float | None:
 
 def wire_over_need(record: Record) -> float | None:
     """Bytes on the wire against non-zero memory and what was written until the freeze."""
-    if record.get("wire_bytes") is None or not record.get("nonzero_bytes"):
+    if None in (record.get("wire_bytes"), record.get("written_bytes")) or not record.get("nonzero_bytes"):
         return None
     return float(record["wire_bytes"] / (record["nonzero_bytes"] + record["written_bytes"]))
 

@@ -29,7 +29,8 @@ RUNC = ("runc", "--root", HOME / "runc")
 IMAGES_PORT, PAGES_PORT = 7200, 7201
 ROOTFS, IMAGES, WORK = HOME / "rootfs", HOME / "images", HOME / "work"
 ENVIRONMENT = {"CRIU_CONFIG_FILE": str(CRIU_CONF)}
-TIMEOUT = 600.0
+TIMEOUT = 150.0
+"""Seconds; ten times what the slowest step takes. CRIU's lazy migration was seen to hang for ever on a busy machine."""
 READY = b"ready\n"
 
 

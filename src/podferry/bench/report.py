@@ -66,7 +66,8 @@ def run_rows(records: Sequence[Record]) -> Table:
             "runs",
             "downtime ms",
             "agents' ms",
-            "stall ms",
+            "longest stall ms",
+            "all stalls ms",
             "home s",
             "total s",
             "wire MiB",
@@ -187,7 +188,7 @@ def _machines(records: Sequence[Record]) -> str:
     lines = {
         f"{one['cpu']} x {one['cpus']}, {one['memory_bytes'] / 2**30:.0f} GiB, kernel {one['kernel']}, CRIU {one['criu']}, "
         f"runc {one['runc']}, containerd {one['containerd']}, podferry {one['podferry']} {one['commit']}".strip()
-        for one in (record["machine"] for record in records)
+        for one in (record["machine"] for record in records if "machine" in record)
     }
     loads = [record["load"] for record in records]
     busy = (

@@ -17,7 +17,7 @@ from podferry.bench.pulls import Measurement
 from podferry.bench.runc import floor
 from podferry.bench.scenarios import Scenario
 from podferry.bench.workload import Report, Speed, Workload
-from podferry.errors import Failed, PodferryError
+from podferry.errors import Bug, Failed, PodferryError
 from podferry.lab import Lab
 
 BEFORE, AFTER = 2.0, 2.2
@@ -28,6 +28,7 @@ STALLS = 20
 """How many of the stalls after the resume a record keeps."""
 
 ERROR = "error"
+ENOUGH_ERRORS = 4
 Record = dict[str, Any]
 Progress = Callable[[str], None]
 
@@ -35,21 +36,27 @@ Progress = Callable[[str], None]
 def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, progress: Progress) -> Iterator[Record]:
     """Run every method of every scenario in turn, `repeat` times over; append each record to `results` and yield it.
 
-    The lab is brought up where it is not, and again, from nothing, after a run that went wrong.
+    The lab is brought up where it is not, and again, from nothing, after a run that went wrong. Raises the error of the last of
+    `ENOUGH_ERRORS` such runs in a row.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     nodes = max([scenario.nodes for scenario in scenarios] + [len(lab.status().nodes) if lab.exists() else 0])
+    in_a_row = 0
     for number in range(1, repeat + 1):
-        for scenario in scenarios:
+        for scenario in (one for one in scenarios if number <= one.most):
             for name, method in scenario.methods.items():
-                lab.up(nodes, scenario.link, progress=progress)
-                progress(f"run {number} of {repeat}: {scenario.name}, {name}")
-                record = measure(lab, scenario, name, method, number, progress)
-                if record["outcome"] == ERROR:
-                    lab.down(progress)
+                progress(f"run {number} of {min(repeat, scenario.most)}: {scenario.name}, {name}")
+                began = time.monotonic()
+                record = measure(lab, scenario, name, method, number, progress, nodes)
+                record["seconds"] = round(time.monotonic() - began, 1)
                 with results.open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 yield record
+                in_a_row = in_a_row + 1 if record["outcome"] == ERROR else 0
+                if in_a_row == ENOUGH_ERRORS:
+                    raise PodferryError.from_dict(record["error"])
+                if in_a_row:
+                    lab.down(progress)
 
 
 def measure(
@@ -59,8 +66,9 @@ def measure(
     method: Method | Measurement | None,
     number: int,
     progress: Progress = lambda step: None,
+    nodes: int = 2,
 ) -> Record:
-    """One run. What went wrong in it is in the record, too."""
+    """One run, in the lab, which is brought up with `nodes` nodes where it is not. What went wrong in it is in the record, too."""
     record: Record = {
         "scenario": scenario.name,
         "method": name,
@@ -69,9 +77,10 @@ def measure(
         "load": round(os.getloadavg()[0], 2),
         "link": scenario.link,
         "workload": scenario.workload.to_dict() if scenario.workload else None,
-        "machine": machine.describe(lab),
     }
     try:
+        lab.up(nodes, scenario.link, progress=progress)
+        record["machine"] = machine.describe(lab)
         if method is None:
             return record | _floor(lab)
         if isinstance(method, Measurement):
@@ -80,6 +89,8 @@ def measure(
         return record | _move(lab, method, scenario.workload)
     except PodferryError as error:
         return record | {"outcome": ERROR, "error": error.to_dict()}
+    except Exception as error:  # noqa: BLE001 - hours of other runs are not to be lost to one
+        return record | {"outcome": ERROR, "error": Bug.because("the benchmark broke", error).to_dict()}
 
 
 def read(files: Sequence[Path]) -> list[Record]:
