@@ -10,7 +10,7 @@ import pytest
 import vm
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
-TIMEOUT = 1800
+TIMEOUT = 3600
 
 
 @pytest.fixture(scope="module")
