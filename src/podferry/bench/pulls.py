@@ -23,7 +23,7 @@ from podferry.node.process import run
 
 IMAGE = builder.Recipe(
     f"{REGISTRY}/bench:1",
-    ("python3-numpy", "python3-scipy", "python3-pandas", "python3-sklearn"),
+    ("python3-numpy", "python3-scipy", "python3-pandas", "python3-sklearn", "python3-sympy", "python3-networkx"),
     ("python3",),
 )
 """About 500 MB of files, of which the job imports numpy and scipy."""
