@@ -31,10 +31,10 @@ lint: $(STAMP)  ## formatting, lints, types, import contracts
 	$(VENV)/bin/lint-imports
 
 unit: $(STAMP)  ## the unit tests alone
-	$(VENV)/bin/pytest -m unit
+	$(VENV)/bin/pytest -m "unit and not slow" -n auto --dist worksteal
 
-test: lint      ## every test that this machine can run
-	$(VENV)/bin/pytest -m "not slow"
+test: lint unit ## every test that this machine can run
+	$(VENV)/bin/pytest -m "not unit and not slow"
 
 format: $(STAMP) ## let ruff rewrite the sources
 	$(VENV)/bin/ruff format src tests

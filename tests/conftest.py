@@ -100,8 +100,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def sweep() -> None:
-    """Take down the labs of test runs that were aborted."""
-    if not ROOT or inside():
+    """Take down the labs of test runs that were aborted; of pytest-xdist's processes the first one does it."""
+    if not ROOT or inside() or "PYTEST_XDIST_WORKER" in os.environ:
         return
     for name in list_labs():
         if (match := re.fullmatch(r"test-(\d+)(-.*)?", name)) and not Path("/proc", match[1]).exists():

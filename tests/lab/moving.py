@@ -255,6 +255,14 @@ class Cluster:
                         found.add(f"frozen {group.name}")
         return found
 
+    def said(self, lines: int = 40) -> str:
+        """The last lines of what both agents logged."""
+        logs = {node: self.root(node) / "var/log/podferry/agent.log" for node in NODES}
+        return "\n".join(
+            f"-- agent of {node}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+            for node, path in logs.items()
+        )
+
     def descriptors(self, node: str) -> int:
         """How many descriptors the agent of `node` has open."""
         agent = next(one.pid for one in self.processes(node) if one.name == "agent")

@@ -136,6 +136,7 @@ class Aftermath:
             try:
                 step(door)
             except Exception as failure:  # noqa: BLE001 - raised by the test whose it is
+                failure.add_note(self.cluster.said())
                 self.failures[door.name] = failure
 
         with ThreadPoolExecutor(4) as four:

@@ -41,8 +41,8 @@ from podferry.wire.transport import dial, listen, parse_address, serve
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
-QUICK = Timing(beat=0.05, silence=0.4)
-LIVELY = Timing(beat=0.05, silence=1.5)
+QUICK = Timing(beat=0.05, silence=0.4, hung=0.4)
+LIVELY = Timing(beat=0.05, silence=1.5, hung=1.5)
 OFFER = Offer("m-1", "job", Mode.LIVE, {}, {}, 1, 1)
 NOTHING = 30.0
 
@@ -465,6 +465,17 @@ async def test_a_server_that_falls_silent_is_lost(pki: Path) -> None:
         with pytest.raises(PeerLost, match="nothing from node-b"):
             async with dial("node-b", address, Credentials.load(pki / "a"), timing=QUICK) as channel:
                 await channel.receive()
+
+
+async def test_a_slow_server_is_not_lost_while_its_kernel_answers(pki: Path) -> None:
+    patient = Timing(beat=0.05, silence=0.1, hung=60.0)
+    async with (
+        raw_server(pki, hold) as address,
+        dial("node-b", address, Credentials.load(pki / "a"), timing=patient) as channel,
+    ):
+        with anyio.move_on_after(10 * patient.silence) as waiting:
+            await channel.receive()
+        assert waiting.cancelled_caught
 
 
 async def test_a_server_that_takes_nothing_is_lost_while_we_send(pki: Path) -> None:

@@ -25,12 +25,14 @@ SMALL = 1 << 14
 
 @dataclass(frozen=True)
 class Timing:
-    """In seconds: how often to beat when there is nothing else to say, after how long a silence the peer is lost, and
+    """In seconds: how often to beat when there is nothing else to say; after how long a silence the peer is lost if its kernel,
+    too, no longer acknowledges what is sent, and if that does, since a node that is short of processors may be that slow; and
     how long a connection may take from the first packet to the end of the greeting."""
 
     beat: float = 1.0
     silence: float = 5.0
-    greeting: float = 10.0
+    hung: float = 30.0
+    greeting: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Channel:
         while True:
             await anyio.sleep(timing.beat)
             silence = self._link.silence()
-            if silence > timing.silence:
+            if silence > (timing.silence if self._link.unacknowledged() > timing.silence else timing.hung):
                 self._link.fail(PeerLost(f"nothing from {self.peer} for {silence:.1f} s", remedy="look at the network"))
                 return
             if time.monotonic() - self._link.last_sent < timing.beat / 2:

@@ -37,7 +37,8 @@ CLOSED_WINDOW = 1 << 14
 within the silence that is allowed; a receive buffer begins at 128 KiB by Linux's default (net.ipv4.tcp_rmem), and a kernel
 so short of memory that it closes the window below this is the case that is not told from a dead peer."""
 
-_LAST_DATA_RECEIVED = 52  # offset of tcpi_last_data_recv, u32 milliseconds, in struct tcp_info (linux/tcp.h)
+# Offsets in struct tcp_info (linux/tcp.h), u32: packets; milliseconds.
+_UNACKED, _LAST_DATA_RECEIVED, _LAST_ACK_RECEIVED = 24, 52, 56
 PARTING = 1.0
 """Seconds to wait, at the end, for the peer to close too, so that unread bytes do not reset what we said last."""
 
@@ -104,9 +105,16 @@ class Link:
         (unread,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, b"\0" * 4))
         if unread >= CLOSED_WINDOW:
             return 0.0
-        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_RECEIVED + 4)
-        milliseconds: int = struct.unpack_from("=I", info, _LAST_DATA_RECEIVED)[0]
-        return min(milliseconds / 1000, time.monotonic() - self._last_received)
+        return min(self._tcp_info(_LAST_DATA_RECEIVED) / 1000, time.monotonic() - self._last_received)
+
+    def unacknowledged(self) -> float:
+        """For how many seconds the peer's kernel has acknowledged nothing although something was sent; 0 while nothing was."""
+        return self._tcp_info(_LAST_ACK_RECEIVED) / 1000 if self._tcp_info(_UNACKED) else 0.0
+
+    def _tcp_info(self, offset: int) -> int:
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, offset + 4)
+        value: int = struct.unpack_from("=I", info, offset)[0]
+        return value
 
     def fail(self, error: PodferryError) -> PodferryError:
         """Break the link: `error`, unless one came before, is what every call raises, those under way too. Returns it."""
