@@ -10,6 +10,7 @@ from moving import A, B, Cluster, Witness, other, until
 
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.lab import Lab
+from podferry.model import Mode
 
 pytestmark = pytest.mark.lab
 
@@ -145,3 +146,20 @@ def test_the_name_can_be_used_again(cluster: Cluster, name: str) -> None:
     cluster.stop(name)
     cluster.start(name, "simple", "8", node=B)
     cluster.only_on(B, name)
+
+
+def test_there_and_back_with_cgroup_v2_alone(own_lab: Lab) -> None:
+    """As on a machine without v1, and here without a single controller: the freezer is part of v2 itself."""
+    own_lab.up(2, "1gbit", cgroup="v2")
+    cluster = Cluster(own_lab)
+    kind = own_lab.exec(A, ["stat", "-f", "-c", "%T", "/sys/fs/cgroup"]).stdout.strip()
+    assert kind == "cgroup2fs"
+    cluster.start("job", "family")
+    here = A
+    with Witness(cluster, "job") as witness:
+        for mode in (Mode.STOP, Mode.LIVE, Mode.POSTCOPY):
+            record = cluster.migrate("job", source=here, mode=mode, max_downtime_ms=60_000.0)  # however busy it is here
+            assert record["outcome"] == "completed", str(record)
+            here = other(here)
+            cluster.only_on(here, "job")
+        witness.testify("job")

@@ -84,6 +84,17 @@ def test_a_job_that_writes_too_fast_is_slowed_down_and_given_back_its_time(
     assert rig.source.quota == 1.0
 
 
+def test_a_job_that_cannot_be_slowed_down_goes_by_postcopy_where_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container without a cpu controller, say: that is no reason to go back."""
+    policy = order(max_downtime=1e-6, max_rounds=3, postcopy=True)
+    rig = Rig(tmp_path, [Fault("source", "slow_down", fail)], order=policy).move(Mode.LIVE, monkeypatch)
+    assert [one.name for one in rig.fired] == ["slow_down"]
+    assert rig.phase("a") == SourcePhase.COMPLETED
+    assert SourcePhase.SERVE in rig.phases("a")
+
+
 def test_a_job_that_writes_too_fast_goes_by_postcopy_where_that_is_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

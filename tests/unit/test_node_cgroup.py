@@ -148,3 +148,16 @@ def test_the_journal_keeps_a_cgroup(tmp_path: Path) -> None:
     for wrong in ({}, {"freezer": 1}, {"freezer": "/f", "cpu": 3}):
         with pytest.raises(PeerMisbehaved):
             Cgroup.from_dict(wrong)
+
+
+def test_a_group_is_removed_once_it_is_empty(tmp_path: Path) -> None:
+    group = tmp_path / "group"
+    (group / "dying").mkdir(parents=True)
+    with pytest.raises(CgroupFailed):
+        Cgroup(group).remove(timeout=0.0)
+    end = threading.Timer(0.1, (group / "dying").rmdir)
+    end.start()
+    Cgroup(group).remove()
+    end.join()
+    assert not group.exists()
+    Cgroup(group).remove()

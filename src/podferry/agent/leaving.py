@@ -382,9 +382,11 @@ def pid_inside(pid: int) -> int:
 
 def commit(journal: Journal | Part, containerd: Containerd, offered: Offered) -> None:
     """Kill the frozen original and remove its task, record, snapshot and log. May be called again after a failure."""
-    record = offered.record
+    record, frozen = offered.record, journal.held("freeze")
     kill_frozen(journal)
     remove_task(containerd, record.id)
+    if frozen is not None:
+        Cgroup.from_dict(frozen["cgroup"]).remove()
     with suppress(NotFound):
         containerd.delete_container(record.id)
     with suppress(NotFound):

@@ -223,8 +223,13 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             case Step.CUT_OVER:
                 return True
             case Step.THROTTLE:
-                self._quota, self._judged_from = decision.quota, len(self.story.rounds)
-                await self.job.slow_down(decision.quota)
+                self._judged_from = len(self.story.rounds)
+                try:
+                    await self.job.slow_down(decision.quota)
+                    self._quota = decision.quota
+                except Failed as cannot:  # a container without a cpu controller, say
+                    self.log.warning("the job cannot be slowed down", why=str(cannot))
+                    self.order = replace(self.order, policy=replace(self.order.policy, throttle=False))
             case Step.POSTCOPY:
                 self._postcopy = True
                 return True

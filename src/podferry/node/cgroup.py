@@ -248,6 +248,21 @@ class Cgroup:
                 found += [int(line) for line in procs if line != "0\n"]  # 0: not in the caller's pid namespace
         return tuple(found)
 
+    def remove(self, timeout: float = FREEZE_TIMEOUT) -> None:
+        """Remove the directories, where runc has left them: it waits a tenth of a second for the dying to be gone, which a busy
+        machine may need longer for. Raises `CgroupFailed` where processes are still there after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for path in {one for one in (self.freezer, self.cpu, self.memory) if one is not None}:
+            while path.exists():
+                try:
+                    path.rmdir()
+                except FileNotFoundError:
+                    break
+                except OSError as error:
+                    if time.monotonic() > deadline:
+                        raise _gone(path, error) from error
+                    time.sleep(V1_LAST_LOOK)
+
     def kill(self, timeout: float = FREEZE_TIMEOUT, *, once_sent: Callable[[], object] = lambda: None) -> None:
         """Kill everything in the group so that nothing in it runs another instruction; return when all have ended.
 
