@@ -14,6 +14,7 @@ from installing import A, B
 from podferry.cli import job
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
+from podferry.lab.kubernetes import deploy
 from podferry.lab.kubernetes.cluster import Kubectl
 
 pytestmark = pytest.mark.cluster
@@ -86,8 +87,8 @@ def lines(kubectl: Kubectl, name: str) -> list[str]:
     return kubectl.run("logs", pod["metadata"]["name"], check=False).stdout.splitlines()
 
 
-def move(kubectl: Kubectl, pod: str, to: str) -> Json:
-    """Move a pod by a Migration object, to its end; returns its status."""
+def move(kubectl: Kubectl, pod: str, to: str, watch: Callable[[Json], None] = lambda _: None) -> Json:
+    """Move a pod by a Migration object, to its end; returns its status. `watch` is shown every status on the way."""
     name = f"{pod}-to-{to}"
     migration = {
         "apiVersion": "podferry.dev/v1alpha1",
@@ -99,6 +100,7 @@ def move(kubectl: Kubectl, pod: str, to: str) -> Json:
 
     def ended() -> Json | None:
         status: Json = json.loads(kubectl.run("get", "migration", name, "-o", "json").stdout).get("status", {})
+        watch(status)
         return status if status.get("completionTime") else None
 
     status: Json = until(ended, f"{name} ends")
@@ -139,3 +141,39 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab)
         kubectl.run("delete", "migrations", "--all", "--wait")
     for node in (A, B):
         until(lambda node=node: not installed.exec(node, ["sh", "-c", LEFT]).stdout, f"nothing is left on {node}")  # type: ignore[misc]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("role", "phase", "ends"), [("source", "pre-copy", "RolledBack"), ("target", "fill", "Completed")]
+)
+def test_an_agents_container_is_killed_and_takes_nothing_with_it(
+    installed: Lab, role: str, phase: str, ends: str
+) -> None:
+    kubectl, killed = installed.kubectl(), []
+    try:
+        kubectl.run("apply", "-f", "-", input=json.dumps(manifest("killed", A)))
+        until(lambda: pods(kubectl, "killed") and len(lines(kubectl, "killed")) > 2, "it computes")
+        (pod,) = pods(kubectl, "killed")
+        source = pod["spec"]["nodeName"]
+        target = B if source == A else A
+
+        def kill_agent(status: Json) -> None:
+            if not killed and status.get("engine", {}).get(role) == phase:
+                killed.append(source if role == "source" else target)
+                installed.exec(killed[0], ["pkill", "-KILL", "-f", "bin/podferry-agent --kubernetes"])
+
+        status = move(kubectl, pod["metadata"]["name"], target, kill_agent)
+        assert killed, "it was over before anybody was killed"
+        assert status["phase"] == ends, status
+        until(lambda: len(pods(kubectl, "killed")) == 1, "one pod is left")
+        (pod,) = pods(kubectl, "killed")
+        assert pod["spec"]["nodeName"] == (target if ends == "Completed" else source)
+        kubectl.run("exec", pod["metadata"]["name"], "--", "touch", FINISH)
+        kubectl.run("wait", "--for=condition=Complete", "job/killed", f"--timeout={PATIENCE:.0f}s")
+        counted = json.loads(kubectl.run("get", "job", "killed", "-o", "json").stdout)["status"]
+        assert (counted["succeeded"], counted.get("failed", 0)) == (1, 0)
+    finally:
+        kubectl.run("delete", "job", "killed", "--ignore-not-found", "--wait")
+        kubectl.run("delete", "migrations", "--all", "--wait")
+    deploy.wait(kubectl)
