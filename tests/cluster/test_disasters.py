@@ -1,0 +1,245 @@
+"""Programs are killed while a pod moves through deploy/'s own agents and controllers: one copy runs, the Migration ends with a true
+reason, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from installing import A, B
+
+from podferry.lab import Lab
+from podferry.lab.images import JOB_IMAGE
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+PATIENCE = 240.0
+CONTROL = "control"
+# It counts, four times a second, and touches memory, so that there is something to copy; the last line says that it ended well.
+COUNT = """
+import os, time
+data = bytearray(os.urandom(1 << 20) * 48)
+n = 0
+while not os.path.exists("/var/tmp/finish"):
+    n += 1
+    data[n * 4096 % len(data)] = n % 256
+    print(n, flush=True)
+    time.sleep(0.25)
+print("end", flush=True)
+"""
+# All that could be left of a move on a node, but for the marks that go with the agent's next look.
+LEFT = """
+for kind in run/podferry/incoming run/podferry/outgoing run/podferry/arriving run/podferry/staging var/lib/podferry/staging
+do find "/$kind" -mindepth 1 2>/dev/null; done
+true
+"""
+FIND = """
+for process in /proc/[0-9]*; do
+  if tr '\\0' ' ' < "$process/cmdline" 2>/dev/null | grep -q -- "$1"; then
+    [ "${process#/proc/}" = $$ ] || kill -9 "${process#/proc/}" 2>/dev/null && echo "${process#/proc/}"
+  fi
+done
+true
+"""
+
+Json = dict[str, Any]
+ORDER = [
+    "",
+    "Pending",
+    "Scheduling",
+    "Running",
+    "check",
+    "pre-copy",
+    "poise",
+    "cut-over",
+    "resume",
+    "HandingOver",
+    "commit",
+]
+ORDER += ["drain", "completed", "Undoing", "RolledBack", "Cancelled", "Failed", "Completed"]
+
+
+def until(holds: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.1)
+    return found
+
+
+def manifest() -> Json:
+    wish = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [A]}]}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "count"},
+        "spec": {
+            "backoffLimit": 0,
+            "template": {
+                "spec": {
+                    "runtimeClassName": "podferry",
+                    "restartPolicy": "Never",
+                    "terminationGracePeriodSeconds": 1,
+                    "affinity": {
+                        "nodeAffinity": {
+                            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": wish}]
+                        }
+                    },
+                    "containers": [{"name": "main", "image": JOB_IMAGE, "command": ["python3", "-uc", COUNT]}],
+                }
+            },
+        },
+    }
+
+
+class Move:
+    """A Job's pod on its way, slowly enough to meet it in any phase."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.kubectl = lab, lab.kubectl()
+        self.kubectl.run("apply", "-f", "-", input=json.dumps(manifest()))
+        until(lambda: len(self.pods()) == 1 and len(self.numbers()) > 3, "it counts")
+        (pod,) = self.pods()
+        self.pod, self.source = pod["metadata"]["name"], pod["spec"]["nodeName"]
+        self.target = B if self.source == A else A
+
+    def begin(self, bandwidth: str = "8M") -> None:
+        spec = {"podName": self.pod, "targetNode": self.target, "bandwidth": bandwidth, "timeout": "3m"}
+        body = {"apiVersion": "podferry.dev/v1alpha1", "kind": "Migration", "metadata": {"name": "move"}, "spec": spec}
+        self.kubectl.run("create", "-f", "-", input=json.dumps(body))
+
+    def status(self) -> Json:
+        done = self.kubectl.run("get", "migration", "move", "-o", "json", check=False)
+        return dict(json.loads(done.stdout).get("status", {})) if done.returncode == 0 else {}
+
+    def reach(self, phase: str) -> None:
+        """Until the Migration, or the engine inside it, is in `phase` or past it."""
+
+        def there() -> bool:
+            status = self.status()
+            seen = {status.get("phase", ""), status.get("engine", {}).get("source", "")}
+            return max((ORDER.index(one) for one in seen if one in ORDER), default=0) >= ORDER.index(phase)
+
+        until(there, f"phase {phase}")
+
+    def ended(self) -> Json:
+        def end() -> Json | None:
+            status = self.status()
+            return status if status.get("completionTime") else None
+
+        status: Json = until(end, "it ends")
+        return status
+
+    def pods(self) -> list[Json]:
+        listed = self.kubectl.run("get", "pods", "-l", "batch.kubernetes.io/job-name=count", "-o", "json", check=False)
+        return list(json.loads(listed.stdout)["items"]) if listed.returncode == 0 else []
+
+    def numbers(self) -> list[str]:
+        pods = self.pods()
+        return self.kubectl.run("logs", pods[0]["metadata"]["name"], check=False).stdout.split() if pods else []
+
+    def kill(self, machine: str, program: str) -> None:
+        """Kill -9 what runs `program` on a machine of the lab."""
+        killed = self.lab.exec(machine, ["sh", "-c", FIND, "sh", program]).stdout.split()
+        assert killed, f"nothing on {machine} runs {program}"
+
+    def check(self) -> None:
+        """One copy runs, and is the one that always ran; the Job ends well; nothing of the move is left."""
+        (pod,) = until(lambda: len(self.pods()) == 1 and self.pods(), "one pod is the Job's")
+        before = len(self.numbers())
+        until(lambda: len(self.numbers()) > before + 3, "it goes on counting")
+        self.kubectl.run("exec", pod["metadata"]["name"], "--", "touch", "/var/tmp/finish")
+        self.kubectl.run("wait", "--for=condition=Complete", "job/count", f"--timeout={PATIENCE:.0f}s")
+        numbers = self.numbers()
+        assert numbers == [*map(str, range(1, len(numbers))), "end"], "a number twice or not at all: another copy ran"
+        status = json.loads(self.kubectl.run("get", "job", "count", "-o", "json").stdout)["status"]
+        assert (status["succeeded"], status.get("failed", 0)) == (1, 0)
+        (pod,) = self.pods()
+        assert [one["restartCount"] for one in pod["status"]["containerStatuses"]] == [0]
+        ours = "podferry.dev/migration-uid"
+        until(
+            lambda: not json.loads(self.kubectl.run("get", "pods", "-l", ours, "-o", "json").stdout)["items"],
+            "no pod of ours",
+        )
+        for node in (A, B):
+            until(
+                lambda node=node: not self.lab.exec(node, ["sh", "-c", LEFT]).stdout.split(),
+                f"nothing is left on {node}",
+            )
+
+    def clean(self) -> None:
+        """Nothing of this test is left, and no pod of podferry's is one that the kubelet makes wait for its next start."""
+        self.kubectl.run("delete", "job", "count", "--ignore-not-found", "--wait", "--timeout=60s", check=False)
+        self.kubectl.run("delete", "migrations", "--all", "--wait", "--timeout=60s", check=False)
+        listed = self.kubectl.run("-n", "podferry-system", "get", "pods", "-o", "json").stdout
+        for pod in json.loads(listed)["items"]:
+            if any(one["restartCount"] for one in pod["status"].get("containerStatuses", [])):
+                self.kubectl.run("-n", "podferry-system", "delete", "pod", pod["metadata"]["name"], "--wait")
+        for what in ("daemonset/podferry-agent", "deployment/podferry-controller"):
+            self.kubectl.run("-n", "podferry-system", "rollout", "status", what, "--timeout=120s")
+
+
+@pytest.fixture
+def move(installed: Lab) -> Iterator[Move]:
+    made = Move(installed)
+    yield made
+    made.clean()
+
+
+ENDS_WELL = ("Completed", "RolledBack")
+
+
+@pytest.mark.parametrize("phase", ["", "pre-copy", "poise", "HandingOver"])
+def test_both_controllers_are_killed(move: Move, phase: str) -> None:
+    move.begin()
+    move.reach(phase)
+    for node in (A, B):
+        move.lab.exec(node, ["sh", "-c", FIND, "sh", "bin/podferry-controlle[r]"])
+    status = move.ended()
+    assert status["phase"] == "Completed", status
+    move.check()
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("phase", ["check", "pre-copy", "poise", "resume", "HandingOver"])
+def test_an_agent_is_killed(move: Move, phase: str, side: str) -> None:
+    move.begin()
+    move.reach(phase)
+    move.kill(getattr(move, side), "bin/podferry-agen[t]")
+    status = move.ended()
+    assert status["phase"] in ENDS_WELL, status
+    if status["phase"] == "RolledBack":
+        assert status["ending"]["message"]
+    move.check()
+
+
+@pytest.mark.parametrize("phase", ["pre-copy", "poise", "HandingOver"])
+def test_the_api_server_is_killed(move: Move, phase: str) -> None:
+    move.begin()
+    move.reach(phase)
+    move.kill(CONTROL, "kube-apiserve[r]")
+    status = move.ended()
+    assert status["phase"] in ENDS_WELL, status
+    move.check()
+
+
+@pytest.mark.parametrize("phase", ["pre-copy", "poise"])
+def test_it_is_cancelled(move: Move, phase: str) -> None:
+    move.begin()
+    move.reach(phase)
+    move.kubectl.run("podferry", "cancel", "move", check=False)
+    status = move.ended()
+    assert status["phase"] in ("Cancelled", "Completed"), status
+    move.check()
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_kubelet_is_killed(move: Move, side: str) -> None:
+    move.begin()
+    move.reach("pre-copy")
+    move.kill(getattr(move, side), "kubele[t] ")
+    status = move.ended()
+    assert status["phase"] in ENDS_WELL, status
+    move.check()
