@@ -12,6 +12,7 @@ from pathlib import Path
 
 processes, threads = int(sys.argv[1]), int(sys.argv[2])
 PAGE = 4096
+TURN = 50  # counts until it is everybody's turn again: an interpreter that wakes up writes 200 KB
 
 
 def need(truth, what):
@@ -67,17 +68,17 @@ signal.signal(signal.SIGTERM, lambda number, frame: os._exit(7))
 ledger = Path("/ledger").open("ab", buffering=0)
 count = 0
 while True:
-    for number in range(count % 10, processes, 10):
+    for number in range(count % TURN, processes, TURN):
         os.write(children[number], b"?")
-    for _ in range(count % 10, processes, 10):
+    for _ in range(count % TURN, processes, TURN):
         word = os.read(results[0], 12)
         number, times = int(word[:4]), int(word[4:])
-        need(number % 10 == count % 10 and times == count // 10 + 1, f"child {number}")
-    for number in range(count % 10, threads, 10):
+        need(number % TURN == count % TURN and times == count // TURN + 1, f"child {number}")
+    for number in range(count % TURN, threads, TURN):
         turns[number].set()
-    for _ in range(count % 10, threads, 10):
+    for _ in range(count % TURN, threads, TURN):
         told.acquire()
-    need(all(said[number] == count // 10 + 1 for number in range(count % 10, threads, 10)), "a thread")
+    need(all(said[number] == count // TURN + 1 for number in range(count % TURN, threads, TURN)), "a thread")
     ledger.write(b"%d\n" % count)
     print(count, time.monotonic_ns(), flush=True)
     count += 1

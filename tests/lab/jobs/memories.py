@@ -144,8 +144,6 @@ def digging():
         time.sleep(0.005)
 
 
-threading.Thread(target=digging, daemon=True).start()
-
 # A child shares pages with its parent until one of them writes; it looks at its own when it is asked.
 ask, answer = os.pipe(), os.pipe()
 if os.fork() == 0:
@@ -160,6 +158,7 @@ if os.fork() == 0:
         os.write(answer[1], b"y")
     os._exit(0)
 os.close(ask[0])
+threading.Thread(target=digging, daemon=True).start()
 
 signal.signal(signal.SIGTERM, lambda number, frame: os._exit(7))
 ledger = Path("/ledger").open("ab", buffering=0)
