@@ -246,8 +246,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             await self.job.poise(postcopy=postcopy)
         if self.phase is TargetPhase.RECEIVE:
             self.fire(TargetEvent.POISED)
-        await channel.send(Poised(self.story.id))
         await self.at_gate()
+        await channel.send(Poised(self.story.id))
         raise await self.job.lost()
 
     async def _verify(self, end: StateEnd) -> None:
