@@ -131,9 +131,11 @@ class Attempt(Generic[Phase, Event]):
     async def _unwind(self) -> list[Leftover]:
         held = [entry.kind for entry in self.journal.ledger.entries]
         leftovers = await self.journal.ledger.unwind(self._handlers)
+        left = {leftover.kind for leftover in leftovers}
         with suppress(OSError):
-            for kind in set(held) - {leftover.kind for leftover in leftovers}:
-                self.journal.release(kind)
+            for kind in dict.fromkeys(held):
+                if kind not in left:
+                    self.journal.release(kind)
         return leftovers
 
     async def sweep(self) -> None:
