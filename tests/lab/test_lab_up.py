@@ -152,9 +152,18 @@ def test_the_slower_of_two_rates_is_slower(own_lab: Lab) -> None:
         assert slow > 3 * fast
 
 
-def test_a_link_without_a_rate(own_lab: Lab) -> None:
-    assert own_lab.up(1, "none", agent=False).link == "none"
+def test_a_link_without_a_rate_in_a_lab_brought_up_by_who_ignores_interrupts(own_lab: Lab) -> None:
+    """As a shell's background job does; the lab's containers must not inherit it."""
+    heard = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGQUIT)}
+    try:
+        status = own_lab.up(1, "none", agent=False)
+    finally:
+        for one, handler in heard.items():
+            signal.signal(one, handler)
+    assert status.link == "none"
     assert shaper(switch_of(own_lab), "node-a")["kind"] == "noqueue"
+    first = own_lab.exec("node-a", ["cat", "/proc/1/status"]).stdout
+    assert not int(first.partition("SigIgn:")[2].split()[0], 16) & 0b110
 
 
 def test_a_cut_link_lets_nothing_pass_until_it_is_mended(lab: Lab) -> None:

@@ -18,8 +18,9 @@ START_SECONDS = 60.0
 # Join the cgroups before `--`, then become what follows it.
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
 # In the new cgroup namespace: step into the v2 leaf, then leave a child as the first of the new process namespace.
-# setsid forks it: a shell's background child would ignore SIGINT, and with it every process of the machine.
-_LEAVE = '[ -z "$1" ] || echo 0 > "$1/cgroup.procs"; shift; exec setsid --fork "$@"'
+# setsid forks it: a shell's background child would ignore SIGINT, and with it every process of the machine. Where we are
+# such a child ourselves, env gives the signals back.
+_LEAVE = '[ -z "$1" ] || echo 0 > "$1/cgroup.procs"; shift; exec env --default-signal=INT,QUIT setsid --fork "$@"'
 _NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup")
 
 
