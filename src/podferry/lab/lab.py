@@ -28,6 +28,8 @@ SNAPSHOTTER_SOCKET = "run/podferry/snapshotter.sock"
 READY_SECONDS = 60.0
 
 # A mount is an event (poll on /proc/self/mountinfo); ctr itself waits for containerd's socket.
+# containerd that once found no snapshotter comes back to it only after a while, and pulls fail until then.
+_IMAGES_READY = f"until ctr snapshots --snapshotter {config.SNAPSHOTTER} list >/dev/null 2>&1; do sleep 0.1; done"
 _SHARE_READY = "until mountpoint -q /share; do findmnt --poll=mount --first-only --timeout 500 >/dev/null || :; done"
 _IMAGES = "/opt/podferry/images"
 _KUBERNETES = "/opt/podferry/kube"
@@ -313,6 +315,7 @@ class Lab:
         logs = self.home / "machines" / name / "log" / "podferry"
         _wait_for_socket(self.root(name) / SNAPSHOTTER_SOCKET, f"{name}'s snapshotter", logs / "snapshotter.log")
         self.exec(name, ["ctr", "--connect-timeout", f"{READY_SECONDS:.0f}s", "version"], timeout=READY_SECONDS)
+        self.exec(name, ["sh", "-ec", _IMAGES_READY], timeout=READY_SECONDS)
         if "agent" in _services(name, settings):
             _wait_for_socket(self.agent_socket(name), f"{name}'s agent", logs / "agent.log")
         progress(f"{name}: ready")
