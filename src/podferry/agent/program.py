@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import anyio
-import structlog
 
 from podferry import __version__
 from podferry.agent import metrics
 from podferry.agent.config import Config, load, of_kubernetes
 from podferry.agent.service import Agent
 from podferry.errors import PodferryError, UsageError
+from podferry.node.logs import log_json_lines
 
 DESCRIPTION = """Move running containers off this node and onto it.
 
@@ -37,16 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
+    log_json_lines()
     try:
         if os.geteuid() != 0:
             raise UsageError("podferry-agent needs root", why="it reads other processes' memory and freezes cgroups")

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import anyio
-import structlog
 
 from podferry import __version__
 from podferry.controller.reconcile import Reconciler, Settings
@@ -21,6 +20,7 @@ from podferry.kube.client import MIGRATIONS, PODS, SIGNING_REQUESTS, Api
 from podferry.kube.lease import Leader
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.watch import Queues, follow
+from podferry.node.logs import log_json_lines
 
 DESCRIPTION = """Decide about Migration objects: which pods may move, where to, who owns them afterwards.
 
@@ -97,16 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
+    log_json_lines()
     settings = Settings(image=arguments.image, scheduling=arguments.scheduling_patience)
     try:
         if anyio.run(_work, arguments.kubeconfig, arguments.namespace, settings):
