@@ -114,6 +114,30 @@ def test_a_container_that_another_runtime_started(cluster: Cluster) -> None:
         cluster.stop("plain")
 
 
+def test_a_container_with_a_device(cluster: Cluster) -> None:
+    containers.pull(cluster.lab, A, JOB_IMAGE)
+    command = [
+        "ctr",
+        "run",
+        "--detach",
+        "--cpu-shares=0",
+        "--snapshotter",
+        SNAPSHOTTER,
+        "--device=/dev/fuse",
+        "--log-uri=file:///var/log/podferry/containers/device.log",
+    ]
+    command += ["--runc-binary", containers.RUNTIME, JOB_IMAGE, "device"]
+    cluster.lab.exec(A, [*command, "python3", "-c", "import time; kept = open('/dev/fuse'); time.sleep(600)"])
+    try:
+        record = cluster.migrate("device", source=A)
+        assert record["outcome"] == "refused"
+        assert "devices" in record["reason"]
+        assert "/dev/fuse" in record["reason"]
+        assert record["error"]["remedy"]
+    finally:
+        cluster.stop("device")
+
+
 def test_a_second_migration_of_one_container(cluster: Cluster, job: str) -> None:
     cluster.install_gates()
     gate = f"source-cut-over-{job}"
