@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import signal
@@ -44,6 +45,8 @@ FIRST_LOOK, LAST_LOOK = 0.001, 0.05  # seconds
 NO_COMMAND = b"\xff" * 32
 CRIU_CONF = Path(__file__).with_name("criu.conf")
 POD_CONF = Path(__file__).with_name("criu-pod.conf")
+_OF_THE_CLEANING = re.compile("container paused|container still running")
+"""What runc says of what it does after a dump failed; why it failed, it said before."""
 FLAGS = frozenset({"--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
 
 
@@ -303,7 +306,7 @@ class Hold:
             self._child.wait()
 
     def _failed(self) -> CheckpointFailed:
-        said = [line for line in last_lines(self.work / "runc.log") if "container paused" not in line]
+        said = [line for line in last_lines(self.work / "runc.log") if not _OF_THE_CLEANING.search(line)]
         if self._child is not None:
             self._child.wait()
             said.append(f"runc: {ending(self._child.returncode)}")
