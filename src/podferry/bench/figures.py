@@ -59,7 +59,7 @@ def _sizes(axes: Any, runs: Runs) -> bool:
         axes.axhline(median(floors), color="#b0b0b0", label="floor")
     axes.set(xscale="log", ylim=(0, None), xlabel="memory, MiB", ylabel="downtime, ms")
     axes.set_xticks(list(found), [str(size) for size in found], minor=False)
-    axes.set_title("Memory size does not matter")
+    axes.set_title("Downtime by memory size")
     axes.legend(frameon=False)
     return len(found) > 1
 
