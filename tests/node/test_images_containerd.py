@@ -279,6 +279,8 @@ def test_a_second_snapshotter_is_not_needed_to_use_an_image_offline(
     reference = registry.add(image)
     first.pull(reference)
     published(first, image)
+    for writer in nodes:  # they keep house on the share at any time
+        writer.kill("snapshotter")
     before = sorted(str(one) for one in Path(first.share).rglob("*"))
     reader = ContainerdNode(first.home.parent / "n3", first.share, "n3", options=["--read-only"])
     reader.start()
