@@ -33,8 +33,8 @@ lint: $(STAMP)  ## formatting, lints, types, import contracts
 unit: $(STAMP)  ## the unit tests alone
 	$(VENV)/bin/pytest -m "unit and not slow" -n auto --dist worksteal
 
-test: lint unit ## every test that this machine can run
-	$(VENV)/bin/pytest -m "not unit and not slow"
+test: lint unit ## every test that this machine can run; what fails is tried once more, alone, and both times are shown
+	scripts/test $(VENV)
 
 format: $(STAMP) ## let ruff rewrite the sources
 	$(VENV)/bin/ruff format src tests
