@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any
 
@@ -18,8 +19,11 @@ from podferry.lab.kubernetes import deploy
 from podferry.lab.kubernetes.cluster import Kubectl
 
 pytestmark = pytest.mark.cluster
-PATIENCE = 180.0
-MEBIBYTES, STEPS, CANDIDATES, EVERY = 64, 600, 2000, 10
+PATIENCE = 300.0
+SMALL, LARGE = 64, 1024  # MiB
+STEPS = {SMALL: 600, LARGE: 6000}  # the large one computes for some minutes
+CANDIDATES, EVERY = 2000, 10
+INDEXES = 4
 FINISH = "/var/tmp/finish"
 # It computes; then it waits until it may end, so that moves take as long as they take; what it wrote must come along.
 COMMAND = (
@@ -43,8 +47,8 @@ def until(holds: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def manifest(name: str, node: str) -> Json:
-    """A Job that would rather begin on `node`."""
+def manifest(name: str, node: str, mebibytes: int = SMALL, **spec: Any) -> Json:
+    """A Job that would rather begin on `node`. `spec` goes into the Job's own."""
     source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
     wish = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]}
     return {
@@ -53,6 +57,7 @@ def manifest(name: str, node: str) -> Json:
         "metadata": {"name": name},
         "spec": {
             "backoffLimit": 0,
+            **spec,
             "template": {
                 "spec": {
                     "runtimeClassName": "podferry",
@@ -66,7 +71,13 @@ def manifest(name: str, node: str) -> Json:
                         {
                             "name": "main",
                             "image": JOB_IMAGE,
-                            "command": ["sh", "-c", COMMAND, source, *map(str, (MEBIBYTES, STEPS, CANDIDATES, EVERY))],
+                            "command": [
+                                "sh",
+                                "-c",
+                                COMMAND,
+                                source,
+                                *map(str, (mebibytes, STEPS[mebibytes], CANDIDATES, EVERY)),
+                            ],
                         }
                     ],
                 }
@@ -84,6 +95,10 @@ def pods(kubectl: Kubectl, name: str) -> list[Json]:
 
 def lines(kubectl: Kubectl, name: str) -> list[str]:
     (pod,) = pods(kubectl, name)
+    return logs(kubectl, pod)
+
+
+def logs(kubectl: Kubectl, pod: Json) -> list[str]:
     return kubectl.run("logs", pod["metadata"]["name"], check=False).stdout.splitlines()
 
 
@@ -107,11 +122,12 @@ def move(kubectl: Kubectl, pod: str, to: str, watch: Callable[[Json], None] = la
     return status
 
 
-def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab) -> None:
+@pytest.mark.parametrize("mebibytes", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
+def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab, mebibytes: int) -> None:
     kubectl = installed.kubectl()
     try:
         for name in ("moved", "stayed"):
-            kubectl.run("apply", "-f", "-", input=json.dumps(manifest(name, A)))
+            kubectl.run("apply", "-f", "-", input=json.dumps(manifest(name, A, mebibytes)))
         until(lambda: pods(kubectl, "moved") and len(lines(kubectl, "moved")) > 2, "it computes")
         (pod,) = pods(kubectl, "moved")
         begun, here = pod["metadata"]["name"], pod["spec"]["nodeName"]
@@ -141,6 +157,52 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab)
         kubectl.run("delete", "migrations", "--all", "--wait")
     for node in (A, B):
         until(lambda node=node: not installed.exec(node, ["sh", "-c", LEFT]).stdout, f"nothing is left on {node}")  # type: ignore[misc]
+
+
+@pytest.mark.slow
+def test_the_pods_of_an_indexed_job_move_at_once_and_it_completes_with_one_success_for_each(installed: Lab) -> None:
+    kubectl = installed.kubectl()
+    indexed = {"completions": INDEXES, "parallelism": INDEXES, "completionMode": "Indexed"}
+
+    def by_index(name: str) -> dict[str, Json]:
+        return {
+            one["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]: one for one in pods(kubectl, name)
+        }
+
+    def computes() -> bool:
+        return len(by_index("moved")) == INDEXES and all(len(logs(kubectl, one)) > 2 for one in pods(kubectl, "moved"))
+
+    def there_and_back(index: str) -> None:
+        for _ in range(2):
+            pod = by_index("moved")[index]
+            status = move(kubectl, pod["metadata"]["name"], B if pod["spec"]["nodeName"] == A else A)
+            assert status["phase"] == "Completed", (index, status)
+            until(lambda: index in by_index("moved"), f"index {index} has a pod")
+            assert by_index("moved")[index]["metadata"]["name"] == status["targetPod"]["name"]
+
+    try:
+        kubectl.run("apply", "-f", "-", input=json.dumps(manifest("moved", A, **indexed)))
+        kubectl.run("apply", "-f", "-", input=json.dumps(manifest("stayed", A)))
+        until(computes, "all of it computes")
+        with ThreadPoolExecutor(INDEXES) as pool:
+            list(pool.map(there_and_back, map(str, range(INDEXES))))
+        moved = by_index("moved")
+        for one in (*moved.values(), *pods(kubectl, "stayed")):
+            kubectl.run("exec", one["metadata"]["name"], "--", "touch", FINISH)
+        for name in ("moved", "stayed"):
+            kubectl.run("wait", "--for=condition=Complete", f"job/{name}", f"--timeout={PATIENCE:.0f}s")
+
+        assert by_index("moved").keys() == {str(index) for index in range(INDEXES)}
+        undisturbed = lines(kubectl, "stayed")
+        for index, one in by_index("moved").items():
+            assert logs(kubectl, one) == undisturbed, index
+            assert [state["restartCount"] for state in one["status"]["containerStatuses"]] == [0]
+        status = json.loads(kubectl.run("get", "job", "moved", "-o", "json").stdout)["status"]
+        assert (status["succeeded"], status.get("failed", 0)) == (INDEXES, 0)
+        assert status["completedIndexes"] == f"0-{INDEXES - 1}"
+    finally:
+        kubectl.run("delete", "job", "moved", "stayed", "--ignore-not-found", "--wait")
+        kubectl.run("delete", "migrations", "--all", "--wait")
 
 
 @pytest.mark.slow
