@@ -208,6 +208,7 @@ def _images(runs: Runs, form: str) -> Iterator[Verdict]:
     yield against("first node's pull against overlayfs", 1.3, "first_pull_ms")
     yield against("import of numpy and scipy against local disk, warm", 1.05, "import_warm_ms")
     yield against("the same, cold", 1.5, "import_cold_ms")
+    yield against("the same, cold, as the first that imports them anywhere", 1.5, "import_first_ms")
     unpacked = runs.values("crowd", form, "unpacked")
     yield Verdict(
         f"{form}: ten nodes at once, a layer unpacked", 1, False, "times", max(unpacked, default=None), crowds

@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from podferry.bench.moves import SOURCE, TARGET
 from podferry.errors import TimedOut
+from podferry.images import layout
+from podferry.images.layout import FormName
 from podferry.lab import Lab, builder, containers, registry
 from podferry.lab.config import REGISTRY, SNAPSHOTTER
 from podferry.lab.progress import Progress
@@ -75,8 +77,12 @@ class Pulls:
         received = _received(lab, TARGET) - received
         layers = image.layers_among(registry.downloads(lab)[downloaded:])
         _drop_caches()
-        cold = image.importing(TARGET)
+        first_cold = image.importing(TARGET)
         warm = [image.importing(TARGET) for _ in range(WARM)]
+        if self.form == FormName.EROFS:
+            image.wait_noted()
+        _drop_caches()
+        cold = image.importing(TARGET)
         return {
             "outcome": "completed",
             "first_pull_ms": first,
@@ -84,6 +90,7 @@ class Pulls:
             "second_start_ms": second,
             "second_layer_bytes": sum(one.bytes for one in layers),
             "second_link_bytes": received,
+            "import_first_ms": first_cold,
             "import_cold_ms": cold,
             "import_warm_ms": median(warm),
             "share_bytes": image.share_bytes() if self.form else None,
@@ -146,7 +153,8 @@ class _Image:
             restarted = list(pool.map(self._forget, nodes))
         if any(restarted):
             lab.up(progress=progress)  # waits for them
-        doomed = " ".join(f"/share/images/layers/{chain.replace(':', '-')}" for chain in self._chains)
+        kinds = (layout.LAYERS, layout.READ)
+        doomed = " ".join(f"/share/images/{kind}/{layout.name_of(chain)}" for chain in self._chains for kind in kinds)
         lab.exec(SOURCE, ["sh", "-ec", f"rm -rf {doomed}; sync"])
 
     def _forget(self, node: str) -> bool:
@@ -178,16 +186,25 @@ class _Image:
 
     def wait_published(self) -> None:
         """Wait until every layer is on the share. Raises `TimedOut`."""
-        wanted = {chain.replace(":", "-") for chain in self._chains}
+        wanted = set(map(layout.name_of, self._chains))
         deadline = time.monotonic() + PUBLISHED_SECONDS
         while wanted - {one.name for one in (self._lab.root(STORAGE) / BRICK).iterdir()}:
             if time.monotonic() > deadline:
                 raise TimedOut("the image's layers were not published", remedy="see snapshotter.log on the nodes")
             time.sleep(0.05)  # on the storage node it is no event
 
+    def wait_noted(self) -> None:
+        """Wait until it stands on the share what the job has read of a layer. Raises `TimedOut`."""
+        noted = self._lab.root(STORAGE) / BRICK.replace(layout.LAYERS, layout.READ)
+        deadline = time.monotonic() + PUBLISHED_SECONDS
+        while not any((noted / layout.name_of(chain)).exists() for chain in self._chains):
+            if time.monotonic() > deadline:
+                raise TimedOut("nobody noted what the job read", remedy="see snapshotter.log on the nodes")
+            time.sleep(0.05)
+
     def share_bytes(self) -> int:
         """Bytes that the image's layers take on the storage node's disk."""
-        layers = [f"/{BRICK}/{chain.replace(':', '-')}" for chain in self._chains]
+        layers = [f"/{BRICK}/{layout.name_of(chain)}" for chain in self._chains]
         usage = self._lab.exec(STORAGE, ["du", "--summarize", "--total", "--block-size=1", *layers]).stdout
         return int(usage.splitlines()[-1].split()[0])
 

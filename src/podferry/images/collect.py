@@ -108,12 +108,15 @@ class Collector:
                     done.removed.append(entry)
 
     def _sweep(self, done: Collected) -> None:
-        """Delete what is doomed, and what crashed publishers left."""
+        """Delete what is doomed, what crashed publishers left, and lists of layers that are gone."""
         for entry in self.share.names(layout.STAGING):
             stage = f"{layout.STAGING}/{entry}"
             if self._watched(stage) >= self.abandoned:
                 with suppress(FileNotFoundError, FileExistsError):
                     self.share.rename(stage, f"{layout.DOOMED}/{entry}")
+        kept = {*self.share.names(layout.LAYERS), *(one.partition(".")[0] for one in self.share.names(layout.TRASH))}
+        for name in set(self.share.names(layout.READ)) - kept:
+            self.share.remove(f"{layout.READ}/{name}")
         for entry in self.share.names(layout.DOOMED):
             with suppress(PodferryError, FileExistsError):  # another collector is at it as well
                 self.share.remove_tree(f"{layout.DOOMED}/{entry}")

@@ -13,6 +13,7 @@ from podferry.images.collect import Collector
 from podferry.images.metadata import Home
 from podferry.images.metrics import Metrics
 from podferry.images.posix import PosixShare
+from podferry.images.prefetch import Prefetcher
 from podferry.images.publisher import Publisher
 
 log = structlog.get_logger()
@@ -35,9 +36,11 @@ class Housekeeping:
     share: PosixShare
     publisher: Publisher
     collector: Collector | None
+    prefetcher: Prefetcher
     metrics: Metrics
     heartbeat: float = 60.0  # seconds
     collect_every: float = 600.0
+    note_every: float = 20.0
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
@@ -47,6 +50,7 @@ class Housekeeping:
         chores.append(Chore("look at the share", 15.0, self._observe))
         if not store.read_only:
             chores.append(Chore("write references", self.heartbeat, store.references.heartbeat))
+            chores.append(Chore("note what was read", self.note_every, self.prefetcher.note))
             if self.collector is not None:
                 chores.append(Chore("collect", self.collect_every, self._collect))
         clock = store.clock

@@ -9,6 +9,7 @@
     trash/NAME.TOKEN/         condemned; whoever wants it moves it back
     doomed/NAME.TOKEN/        being deleted; nobody may want it any more
     damaged/NAME.TOKEN/       failed its check, set aside for a person to look at
+    read/NAME                 which parts of the layer containers have read; a hint
 
 NAME is the chain id with `-` for `:`. All of it was written by some node, which may have crashed or be wrong, so what is
 read is checked before use.
@@ -29,8 +30,8 @@ from podferry.images.faults import LayerDamaged, ShareRefused
 MARKER = "podferry.json"
 FORMAT = 1
 LAYERS, STAGING, LEASES, NODES = "layers", "staging", "leases", "nodes"
-UNUSED, TRASH, DOOMED, DAMAGED = "unused", "trash", "doomed", "damaged"
-FOLDERS = (LAYERS, STAGING, LEASES, NODES, UNUSED, TRASH, DOOMED, DAMAGED)
+UNUSED, TRASH, DOOMED, DAMAGED, READ = "unused", "trash", "doomed", "damaged", "read"
+FOLDERS = (LAYERS, STAGING, LEASES, NODES, UNUSED, TRASH, DOOMED, DAMAGED, READ)
 RECORD = "layer.json"
 
 _CHAIN = re.compile(r"(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
@@ -165,6 +166,15 @@ def decode_node(name: str, data: bytes) -> NodeRecord:
             remedy=f"start podferry-snapshotter on that node, or: podferry images forget {name}",
         ) from why
     return NodeRecord(**{**got, "layers": frozenset(got["layers"])})
+
+
+def decode_read(data: bytes) -> list[tuple[int, int]]:
+    """Which bytes of a layer's image were read, as half-open runs. ValueError for anything else."""
+    runs = _fields(data, read=list)["read"]
+    for run in runs:
+        if not (isinstance(run, list) and [type(one) for one in run] == [int, int] and 0 <= run[0] < run[1] < 1 << 63):
+            raise ValueError(f"not a run: {run!r}")
+    return [(start, end) for start, end in runs]
 
 
 def decode_marker(data: bytes) -> str:

@@ -31,6 +31,9 @@ class Metrics:
         self.collected = Counter(
             "podferry_layers_collected_total", "Unused layers this node removed", registry=self.registry
         )
+        self.prefetched = Counter(
+            "podferry_layers_prefetched_bytes_total", "Bytes of layers read ahead", registry=self.registry
+        )
         self.waiting = Gauge("podferry_layers_waiting", "Layers not yet on the share", registry=self.registry)
         self.referred = Gauge("podferry_layers_referred", "Layers of the share in use here", registry=self.registry)
         self.up = Gauge("podferry_share_up", "Whether the share answers", registry=self.registry)

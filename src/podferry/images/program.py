@@ -31,6 +31,7 @@ from podferry.images.metrics import Metrics
 from podferry.images.opening import open_share
 from podferry.images.ports import SystemClock
 from podferry.images.posix import PosixShare
+from podferry.images.prefetch import Prefetcher
 from podferry.images.publisher import Publisher
 from podferry.images.references import References
 from podferry.images.service import Service
@@ -72,11 +73,10 @@ def serve(
     opened = _open(Path(share).absolute(), Guard(deadline), metadata, read_only=read_only)
     name = layout.check_node(node or os.environ.get("NODE_NAME", "") or socket.gethostname())
     instance = metadata.fact("instance", layout.new_token)
-    used = [layer.chain for layer in metadata.layers(Home.SHARE) if layer.chain]
     store = LayerStore(
         opened,
         clock,
-        References(opened, clock, name, instance, used),
+        References(opened, clock, name, instance, _on_share(metadata)),
         Leases(opened, clock, name, lease),
         forms={FormName.DIR: TreeForm(opened), FormName.EROFS: ErofsForm(opened, root / "scratch")},
         form=form,
@@ -85,7 +85,9 @@ def serve(
     publisher = Publisher(root, metadata, store, published=metrics.layer_published, failed=metrics.failed)
     snapshotter = Snapshotter(root, metadata, store, publisher, wait=wait)
     collector = Collector(opened, clock, grace=grace) if collect else None
-    housekeeping = Housekeeping(opened, publisher, collector, metrics)
+    prefetcher = Prefetcher(opened, lambda: _on_share(metadata), read_only, metrics.prefetched.inc)
+    snapshotter.starting = prefetcher.starting
+    housekeeping = Housekeeping(opened, publisher, collector, prefetcher, metrics)
     snapshotter.cleanup()
     server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), maximum_concurrent_rpcs=4 * CALLS)
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshotter, metrics.called), server)  # type: ignore[no-untyped-call]
@@ -97,7 +99,7 @@ def serve(
         from prometheus_client import start_http_server
 
         start_http_server(metrics_port, "127.0.0.1", metrics.registry)
-    for part in (_in_the_background(publisher.run), housekeeping.run):
+    for part in (_in_the_background(publisher.run), housekeeping.run, prefetcher.run):
         threading.Thread(target=part, name=part.__qualname__, daemon=True).start()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -107,6 +109,7 @@ def serve(
     stop.wait()
     publisher.stop()
     housekeeping.stop()
+    prefetcher.stop()
     server.stop(5.0).wait()
     metadata.close()
 
@@ -120,6 +123,11 @@ def _in_the_background(work: Callable[[], None]) -> Callable[[], None]:
         work()
 
     return nicely
+
+
+def _on_share(metadata: Metadata) -> list[str]:
+    """The layers that this node has from the share, by chain id."""
+    return [layer.chain for layer in metadata.layers(Home.SHARE) if layer.chain]
 
 
 def _open(root: Path, guard: Guard, metadata: Metadata, *, read_only: bool) -> PosixShare:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,8 @@ class Snapshotter:
         self.store = store
         self.publisher = publisher
         self.wait = wait
+        self.starting: Callable[[Sequence[str]], None] = lambda chains: None
+        """Told of the layers on the share, by chain id, that a new container runs from."""
         self._mounting = threading.Lock()
         for folder in ("snapshots", "images", "l"):
             (root / folder).mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,10 @@ class Snapshotter:
         chain = labels.get(REF, "")
         if layout.is_chain(chain) and self._found(chain, parent, labels, stop or threading.Event()):
             raise SnapshotExists(f"layer {chain} is there already")
-        return self._create(Kind.ACTIVE, key, parent, labels)
+        mounts = self._create(Kind.ACTIVE, key, parent, labels)
+        if not chain:
+            self.starting([one.chain for one in self.metadata.lineage(parent) if one.home is Home.SHARE and one.chain])
+        return mounts
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A new read-only snapshot."""
