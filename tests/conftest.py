@@ -7,13 +7,14 @@ the node's own Python, and its reports come back one by one, as pytest-xdist bri
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import inside_node
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -28,10 +29,10 @@ settings.load_profile("podferry")  # a busy machine is no failure
 CHECKOUT = Path(__file__).parents[1]
 IN_NODE = "/opt/podferry/checkout"
 DEVELOPMENT = "/opt/podferry/dev"
-REPORTS = "PODFERRY_NODE_REPORTS"
 ROOT = os.geteuid() == 0
 TESTS_NODE = "node-a"
 NODE_SECONDS = 1800.0
+"""For a module; inside_node.py has the limit of one test."""
 
 LAB = pytest.StashKey["SessionLab"]()
 OUTCOMES = pytest.StashKey[dict[str, list[pytest.TestReport]]]()
@@ -86,8 +87,8 @@ def own_lab() -> Iterator[Lab]:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LAB] = SessionLab()
     config.stash[OUTCOMES] = {}
-    if path := os.environ.get(REPORTS):
-        config.pluginmanager.register(Reporter(config, Path(path)))
+    if inside_node.REPORTS in os.environ:
+        config.pluginmanager.register(inside_node)
 
 
 def pytest_sessionstart() -> None:
@@ -136,53 +137,36 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 
 def run_in_node(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
     """Run the node tests of the item's module, as far as they were selected, and return the reports of each."""
-    module = [one for one in item.session.items if one.path == item.path and one.get_closest_marker("node")]
-    outcomes: dict[str, list[pytest.TestReport]] = {one.nodeid: [] for one in module}
-    file = f"/tmp/reports-{item.path.stem}.jsonl"
+    module = {one.nodeid: one for one in item.session.items if one.path == item.path and one.get_closest_marker("node")}
+    reports, output = (Path(f"/tmp/{item.path.stem}.{kind}") for kind in ("jsonl", "out"))
     environment = {
         INSIDE: "1",
-        REPORTS: file,
+        inside_node.REPORTS: str(reports),
         "PYTHONPATH": f"/opt/podferry/src:/opt/podferry/site:{DEVELOPMENT}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
     }
-    argv = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *outcomes]
-    try:
-        lab = item.config.stash[LAB].get()
-        (lab.root(TESTS_NODE) / file.lstrip("/")).unlink(missing_ok=True)
-        done = lab.exec(TESTS_NODE, argv, check=False, env=environment, cwd=IN_NODE, timeout=NODE_SECONDS)
-        said = f"{done.stdout}\n{done.stderr}"
-        lines = (lab.root(TESTS_NODE) / file.lstrip("/")).read_text().splitlines()
-    except (PodferryError, OSError) as error:
-        said, lines = error.report() if isinstance(error, PodferryError) else str(error), []
-    for line in lines:
-        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=json.loads(line))
-        if isinstance(report.longrepr, list):
-            report.longrepr = tuple(report.longrepr)  # of a skip; JSON has no tuples
-        outcomes.setdefault(report.nodeid, []).append(report)
-    for one in module:
-        if not any(report.when == "teardown" for report in outcomes[one.nodeid]):
-            outcomes[one.nodeid].append(unfinished(one, said))
-    return outcomes
+    # Into a file: what a run that was killed leaves behind would hold a pipe open.
+    pytest_inside = f'exec python3 -m pytest -p no:cacheprovider --no-header "$@" > {output} 2>&1'
+    deadline = time.monotonic() + NODE_SECONDS
 
+    def attempt(tests: Sequence[str]) -> tuple[str, str]:
+        seconds = deadline - time.monotonic()
+        if seconds < 1:
+            return f"{item.path.name} as a whole took more than {NODE_SECONDS:g} s", ""
+        argv = ["timeout", "--signal=KILL", f"{seconds:.0f}", "sh", "-c", pytest_inside, "sh", *tests]
+        try:
+            lab = item.config.stash[LAB].get()
+            files = [lab.root(TESTS_NODE) / path.relative_to("/") for path in (output, reports)]
+            for path in files:
+                path.unlink(missing_ok=True)
+            done = lab.exec(TESTS_NODE, argv, check=False, env=environment, cwd=IN_NODE, timeout=seconds + 60)
+            said, written = (path.read_text(errors="replace") if path.exists() else "" for path in files)
+            return f"{said}\n{done.stderr}", written
+        except (PodferryError, OSError) as error:
+            return error.report() if isinstance(error, PodferryError) else str(error), ""
 
-def unfinished(item: pytest.Item, said: str) -> pytest.TestReport:
-    """The report of a test that began in a node and never came back, or never began."""
-    why = f"the test did not end inside {TESTS_NODE}; what was said there:\n{said}"
-    return pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "call")
-
-
-class Reporter:
-    """Inside the node: writes every report to a file, a line each."""
-
-    def __init__(self, config: pytest.Config, path: Path) -> None:
-        self._config = config
-        self._path = path
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
-        with self._path.open("a") as file:
-            file.write(json.dumps(data) + "\n")
+    return inside_node.from_node(item.config, module, attempt)
 
 
 # -- what this machine can do -------------------------------------------------------------------------------------
