@@ -59,7 +59,8 @@ class Feeder:
         environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
         self.process = spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=(place / "stderr").open("wb"))
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == b"ready\n"
+        assert select.select([self.process.stdout], [], [], 60)[0], (place / "stderr").read_text()
+        assert self.process.stdout.readline() == b"ready\n", (place / "stderr").read_text()
 
     @property
     def status(self) -> Status:
@@ -121,6 +122,7 @@ class Job:
 
     def __init__(self, place: Path, setup: Callable[[], None] = lambda: None) -> None:
         self._mine, theirs = socket.socketpair()
+        self._mine.settimeout(60)
         self.pid = os.fork()
         if self.pid:
             theirs.close()

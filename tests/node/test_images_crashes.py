@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
@@ -58,6 +59,7 @@ class Mortal:
             daemon=True,
         )
         self.process.start()
+        until = time.monotonic() + 60
         while True:
             with socket.socket(socket.AF_UNIX) as client:
                 if client.connect_ex(str(self.socket)) == 0:
@@ -65,6 +67,7 @@ class Mortal:
             if not self.process.is_alive():
                 self._again()
                 return
+            assert time.monotonic() < until, (self.home / "log").read_text()
             threading.Event().wait(0.02)
         self.channel = grpc.insecure_channel(f"unix://{self.socket}")
         self.stub = snapshots_pb2_grpc.SnapshotsStub(self.channel)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_trackers import KIND, Copy, needs_tracker
-from trackers_zoo import Job, Zoo
+from trackers_zoo import Job, Zoo, wait_gone
 
 from podferry.memory import uffd
 from podferry.memory.injector import Injector
@@ -379,8 +379,7 @@ def test_200_processes_come_and_go(zoo: Zoo, follow: Callable[[], Tracker]) -> N
         zoo.exit(job)
     for number, job in enumerate(zoo.jobs.values()):
         job.ask(f"step {number} 5")
-    while any(Path(f"/proc/{job.pid}").exists() for job in leaving):
-        os.sched_yield()
+    wait_gone(job.pid for job in leaving)
     seen = tracker.collect()
     assert seen.gone == {job.pid for job in leaving}
     copy.apply(seen)
@@ -455,8 +454,7 @@ def test_reading_a_process_that_ends_is_no_error(zoo: Zoo) -> None:
     areas = Runs((area.start, area.end) for area in private_anonymous(read_areas(job.pid)))
     with Reader(job.pid) as reader:
         zoo.exit(job)
-        while Path(f"/proc/{job.pid}").exists():
-            os.sched_yield()
+        wait_gone([job.pid])
         assert Runs((piece.start, piece.end) for piece in reader.read(areas) if isinstance(piece, Gone)) == areas
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from trackers_zoo import state_of, wait_for_state
+from trackers_zoo import PATIENCE, eventually, state_of, wait_for_state
 
 from podferry.memory.inject import Outcome
 from podferry.memory.injector import Injector, NotInjected
@@ -50,11 +50,13 @@ class Program:
             [sys.executable, "-S", "-I", "-c", PRELUDE + textwrap.dedent(code)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,  # so that select knows
         )
         self.pid = self.process.pid
 
     def line(self) -> str:
         assert self.process.stdout
+        assert not self.silent(PATIENCE), f"it says nothing; it is {state_of(self.pid)}"
         return self.process.stdout.readline().decode().strip()
 
     def tell(self) -> None:
@@ -63,8 +65,8 @@ class Program:
             self.process.stdin.write(b"\n")
             self.process.stdin.flush()
 
-    def silent(self) -> bool:
-        return not select.select([self.process.stdout], [], [], 0)[0]
+    def silent(self, seconds: float = 0) -> bool:
+        return not select.select([self.process.stdout], [], [], seconds)[0]
 
     def close(self) -> None:
         self.process.kill()
@@ -142,7 +144,7 @@ def test_a_waiting_system_call_goes_on(injector: Injector, program: Callable[[st
             inject(injector, waiting.pid)
     waiting.tell()
     assert waiting.line() == "result 1"
-    assert waiting.process.wait() == 0
+    assert waiting.process.wait(PATIENCE) == 0
 
 
 def test_a_computing_thread_computes_on(injector: Injector, program: Callable[[str], Program]) -> None:
@@ -281,7 +283,7 @@ def test_a_debugger_is_not_disturbed(injector: Injector, program: Callable[[str]
     assert debugger.line() == "seized"
     assert outcome(injector, job.pid) is Outcome.TRACED
     debugger.tell()
-    assert debugger.process.wait() == 0
+    assert debugger.process.wait(PATIENCE) == 0
     inject(injector, job.pid)
     job.tell()
     assert job.line() == "alive"
@@ -348,6 +350,7 @@ def agent(pids: list[int]) -> int:
         finally:
             os._exit(1)
     os.close(writing)
+    assert select.select([reading], [], [], PATIENCE)[0], "it never began"
     assert os.read(reading, 2) == b"go"
     os.close(reading)
     return child
@@ -388,6 +391,6 @@ def test_an_agent_killed_at_any_moment_leaves_the_job_unharmed(program: Callable
 
 def until_untraced(pid: int) -> str:
     """The process's status once the orphaned injector has finished; it must do so by itself."""
-    while "TracerPid:\t0\n" not in (status := Path(f"/proc/{pid}/status").read_text()):
-        os.sched_yield()
-    return status
+    status = Path(f"/proc/{pid}/status")
+    eventually(lambda: "TracerPid:\t0\n" in status.read_text(), status.read_text)
+    return status.read_text()

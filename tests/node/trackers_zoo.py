@@ -8,10 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 DRIVER = Path(__file__).with_name("trackers_driver.py")
+PATIENCE = 60.0
+"""Seconds: more than anything takes that is asked of a process here."""
 
 
 class Job:
@@ -49,13 +52,14 @@ class Zoo:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(512)
-        self._listener.settimeout(60)  # a driver that died never arrives
+        self._listener.settimeout(PATIENCE)  # a driver that died never arrives
         self._program = subprocess.Popen([sys.executable, "-S", "-I", str(DRIVER), str(path)])
         self.mother = self.arrival()
         self.jobs: dict[int, Job] = {}
 
     def arrival(self) -> Job:
         sock, _ = self._listener.accept()
+        sock.settimeout(PATIENCE)
         return Job(sock)
 
     def fork(self, parent: Job | None = None) -> Job:
@@ -93,8 +97,7 @@ class Zoo:
         for pid in self.jobs:
             os.kill(pid, signal.SIGSTOP)
         for pid in self.jobs:
-            while state_of(pid) not in "TZX":
-                os.sched_yield()
+            wait_for_state(pid, "TZX")
         yield
         for pid in self.jobs:
             os.kill(pid, signal.SIGCONT)
@@ -115,6 +118,19 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def wait_for_state(pid: int, state: str) -> None:
-    while state_of(pid) != state:
+def wait_for_state(pid: int, states: str) -> None:
+    eventually(lambda: state_of(pid) in states, lambda: f"process {pid} is {state_of(pid)}, not {states}")
+
+
+def wait_gone(pids: Iterable[int]) -> None:
+    """Until these processes are gone, and reaped."""
+    for pid in pids:
+        eventually(lambda: not Path(f"/proc/{pid}").exists(), lambda: f"process {pid} is {state_of(pid)}")  # noqa: B023
+
+
+def eventually(true: Callable[[], bool], trouble: Callable[[], str]) -> None:
+    """Until it is true, looking without a pause: what follows is to meet the process as early as can be."""
+    until = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < until, trouble()
         os.sched_yield()
