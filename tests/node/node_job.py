@@ -9,10 +9,13 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+from node_look import ended, family, inside, portrait, said
 
 from podferry.errors import Failed
 from podferry.memory.criu_images import lazy_runs
@@ -29,6 +32,8 @@ IMAGE = "podferry.local/job:1"
 RUNTIME = "/usr/local/sbin/podferry-runc"
 COUNT = "import time\nn = 0\nwhile True:\n    print(n, flush=True)\n    n += 1\n    time.sleep(0.01)\n"
 PIECE = 1 << 20
+QUIET = 60.0
+"""Seconds in which a process that has been saying something says nothing: it will say nothing more."""
 
 
 class Job:
@@ -70,6 +75,32 @@ class Job:
                 return
             threading.Event().wait(0.01)
         raise AssertionError(f"{self.id} prints no more: {self.lines()[-5:]}")
+
+    def family(self) -> dict[int, int]:
+        """Its processes, by their pids inside, zombies too."""
+        return family(self.task.pid)
+
+    def wait_said(self, word: str, speakers: dict[str, int]) -> None:
+        """Wait until every speaker has said a line `NAME WORD ...`. `speakers` are the names, and their pids here.
+
+        Each has to go on saying lines that begin with its name. One that ends, or says `NAME BAD ...`, ends the wait at once.
+        """
+        heard = dict.fromkeys(speakers, (0, time.monotonic()))
+        while True:
+            ends = {name: how for name, pid in speakers.items() if (how := ended(pid))}
+            lines = self.lines()
+            for name in heard:
+                own = [line for line in lines if line.startswith(f"{name} ")]
+                assert not any(line.startswith(f"{name} BAD") for line in own), own[-3:]
+                if len(own) > heard[name][0]:
+                    heard[name] = (len(own), time.monotonic())
+            assert not ends, f"processes of {self.id} ended: {ends}"
+            waiting = [name for name in speakers if not any(line.startswith(f"{name} {word}") for line in lines)]
+            if not waiting:
+                return
+            silent = [name for name in waiting if time.monotonic() > heard[name][1] + QUIET]
+            assert not silent, f"{silent} of {self.id} said nothing for {QUIET:g} s"
+            threading.Event().wait(0.05)
 
     def hold(self, **options: object) -> Hold:
         """Freeze it and have CRIU hold it."""
@@ -117,6 +148,7 @@ class Arrival:
         self.incoming = Incoming.prepare(id)
         self._pool = ThreadPoolExecutor(2)
         self.created: Future[int] | None = None
+        self._told = False
         record = source.record
         self.layers = source.client.lineage(record.snapshotter, record.snapshot_key)
         spec = record.spec_json()
@@ -159,25 +191,51 @@ class Arrival:
             store.sync()
         argv = ["python3", "-m", "podferry.memory.feeder", "--work", self.incoming.work, "--store", directory]
         argv += ["--images", self.incoming.images, "--status", self.source.place / "feeder.json"]
-        feeder = spawn(argv, env={"PYTHONPATH": os.environ["PYTHONPATH"]}, stdout=subprocess.PIPE)
+        with (self.source.place / "feeder.log").open("wb") as log:
+            environment = {"PYTHONPATH": os.environ["PYTHONPATH"]}
+            feeder = spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=log)
         assert feeder.stdout is not None
         try:
-            assert feeder.stdout.readline() == b"ready\n"
-            yield
-            assert feeder.wait(60) == 0, (self.source.place / "feeder.json").read_text()
+            with self.telling():
+                assert feeder.stdout.readline() == b"ready\n"
+                yield
+                assert feeder.wait(60) == 0
         finally:
             feeder.kill()
             feeder.wait()
             feeder.stdout.close()
             shutil.rmtree(directory)
 
-    def _source_pid(self, inside: int) -> int:
-        """The pid here of the source's process that is `inside` in the container."""
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """A failure inside tells all that there is to know: while the processes are still there, and once."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._told:
+                self._told = True
+                error.add_note(self.story())
+            raise
+
+    def story(self) -> str:
+        """How the feeder, CRIU and the processes here and there are, and what they said last."""
+        threading.Event().wait(0.5)  # what a process said as it ended is still on its way into the log
+        place = self.source.place
+        files = {name: said(place / name) for name in ("feeder.json", "feeder.log")}
+        files |= {"restore.log": said(self.incoming.work / "restore.log")}
+        for job in (self.source, self.job):
+            last = {line.split(" ", 1)[0]: line for line in job.lines()}
+            files[f"{job.id}, the last line of each"] = "\n".join(last.values())
+            with contextlib.suppress(Failed, NotFound, OSError):
+                files |= {f"{job.id}, process {number}": portrait(pid) for number, pid in job.family().items()}
+        return "\n".join(f"--- {name}\n{text}" for name, text in files.items())
+
+    def _source_pid(self, number: int) -> int:
+        """The pid here of the source's process that has this pid inside."""
         for pid in self.source.cgroup.pids():
-            status = Path(f"/proc/{pid}/status").read_text()
-            if int(status.partition("NSpid:")[2].split("\n", 1)[0].split()[-1]) == inside:
+            if inside(pid) == number:
                 return pid
-        raise AssertionError(f"no process {inside} in {self.source.id}")
+        raise AssertionError(f"no process {number} in {self.source.id}")
 
     def close(self) -> None:
         self.incoming.close()
