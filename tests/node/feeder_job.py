@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import struct
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,11 +141,12 @@ class Job:
                     self.renew,
                     self.remove,
                     self.move,
+                    self.move_areas,
                     self.grow,
                     self.protect,
                     self.fork,
                 ],
-                [40, 30, 3, 2, 8, 6, 3, 3, 2],
+                [40, 30, 3, 2, 8, 6, 4, 3, 3, 2],
             )[0]
             operation()
         self.look_at(sorted(self.mapped))
@@ -175,7 +177,9 @@ class Job:
 
     def renew(self) -> None:
         """Map fresh memory over a range: what was there is unmapped by that."""
-        first, count = self.range()
+        self.renew_range(*self.range())
+
+    def renew_range(self, first: int, count: int) -> None:
         for base in (MOVED, TWIN):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | FIXED
             assert libc.mmap(base + first * PAGE, count * PAGE, READ_WRITE, flags, -1, 0) == base + first * PAGE
@@ -205,6 +209,39 @@ class Job:
         if not flags & DONTUNMAP:
             self.mapped -= set(pages)
         self.mapped |= set(range(to, to + len(pages)))
+
+    def move_areas(self) -> None:
+        """mremap of several areas at once. The kernel may fail half-way: where one has a userfaultfd, it has moved those before it
+        (Linux 6.17) or has unmapped the destination (before that). The twin, which has none, is made to follow."""
+        pages = self.some()
+        to = self.chance.randrange(self.pages - len(pages)) if pages else 0
+        if not pages or (to < pages[0] + len(pages) and pages[0] < to + len(pages)):
+            return
+        start, length = pages[0], len(pages) * PAGE
+        if len(pages) > 1 and self.chance.random() < 0.5:
+            self.renew_range(start, self.chance.randrange(1, len(pages)))
+        at = libc.mremap(MOVED + start * PAGE, length, length, MAYMOVE | MREMAP_FIXED, MOVED + to * PAGE)
+        now = self.mapped_now()
+        moved = sum(page not in now for page in pages)
+        assert moved == len(pages) or at == ctypes.c_void_p(-1).value
+        done = 0
+        while done < moved:
+            source = TWIN + (start + done) * PAGE
+            count = min(moved - done, (limit(source) - source) // PAGE)
+            there = TWIN + (to + done) * PAGE
+            assert libc.mremap(source, count * PAGE, count * PAGE, MAYMOVE | MREMAP_FIXED, there) == there
+            done += count
+        for page in range(to + moved, to + len(pages)):
+            if page not in now:
+                check(libc.munmap(TWIN + page * PAGE, PAGE))
+        self.mapped = now
+
+    def mapped_now(self) -> set[int]:
+        found: set[int] = set()
+        for start, end in areas():
+            first, last = max(0, (start - MOVED) // PAGE), min(self.pages, (end - MOVED) // PAGE)
+            found.update(range(first, last))
+        return found
 
     def grow(self) -> None:
         """mremap in place, over a hole behind the range: the new pages are fed too, with nothing."""
@@ -262,12 +299,18 @@ class Job:
 
 def limit(address: int) -> int:
     """Where the area around an address ends."""
+    for start, end in areas():
+        if start <= address < end:
+            return end
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
+def areas() -> Iterator[tuple[int, int]]:
+    """The areas of this process, as start and end."""
     with Path("/proc/self/maps").open() as maps:
         for line in maps:
             start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
-            if start <= address < end:
-                return end
-    raise AssertionError(f"{address:#x} is not mapped")
+            yield start, end
 
 
 def check(result: int) -> None:

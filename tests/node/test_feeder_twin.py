@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def in_child(body: object, *arguments: object) -> int:
     if pid:
         return pid
     ended = 1
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler does not run in a process that waits for a page
     signal.alarm(DEADLINE)
     try:
         ended = body(*arguments) or 0  # type: ignore[operator]
@@ -56,6 +58,15 @@ def feed_slowly(place: Path, seed: int, ready: int) -> int:
     chance = random.Random(seed)
     feeder_task.AROUND = chance.choice([1, 4, 16])
     feeder_task.SMALLEST_STEP = feeder_task.LARGEST_STEP = chance.choice([1, 1, 2, 8, 64])
+    if chance.random() < 0.5:
+        fill, pause = feeder_task.Task.fill, chance.choice([0.0002, 0.001])
+
+        def fill_slowly(task: feeder_task.Task) -> feeder_task.Answer:
+            if not task.forked:  # of these there may be dozens
+                time.sleep(pause)
+            return fill(task)
+
+        feeder_task.Task.fill = fill_slowly  # type: ignore[method-assign]
     sys.stdout = os.fdopen(ready, "w")
     return feeder.main(
         [
