@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Refused
+from podferry.lab import images
 from podferry.lab.debian import mirror
 
 pytestmark = pytest.mark.unit
@@ -25,6 +26,30 @@ Suites: bookworm bookworm-updates
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 """
+
+
+STATUS = """\
+Package: container-tools
+Version: 9.0-1
+
+Package: containerd
+Architecture: amd64
+Version: {containerd}
+Depends: runc
+
+Package: python3
+Version: 3.14.4-1
+"""
+
+
+@pytest.mark.parametrize(("version", "major"), [("1.7.24~ds1-6", 1), ("2.1.9~ds1-2+b1", 2)])
+def test_a_root_tells_its_programs_versions(tmp_path: Path, version: str, major: int) -> None:
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / "usr/bin/python3").symlink_to("python3.14")
+    (tmp_path / "var/lib/dpkg").mkdir(parents=True)
+    (tmp_path / "var/lib/dpkg/status").write_text(STATUS.format(containerd=version))
+    assert images.containerd_of(tmp_path) == major
+    assert images.python_of(tmp_path) == "3.14"
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 import threading
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def test_the_agent_can_read_the_configuration_that_it_is_given(tmp_path: Path) -
     assert set(read.peers) == {"node-a", "node-c"}
     assert not config.write(files, tmp_path), "written again though nothing changed"
     assert config.write({"agent.json": json.dumps({})}, tmp_path)
+
+
+def test_containerd_2_is_configured_in_its_own_format() -> None:
+    addresses = state.addresses("default", ["node-a"])
+    one, two = (config.for_machine("default", "node-a", addresses, major)["containerd.toml"] for major in (1, 2))
+    assert (tomllib.loads(one)["version"], tomllib.loads(two)["version"]) == (2, 3)
 
 
 def test_the_storage_node_gets_no_agent() -> None:

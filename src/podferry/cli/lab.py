@@ -17,6 +17,7 @@ from podferry.cli.lab_images import app as image_commands
 from podferry.cli.terminal import print_json, stderr, stdout, words
 from podferry.errors import UsageError
 from podferry.lab import Lab, LabStatus, Node, containers, list_labs
+from podferry.lab.debian import OF_NODES, SUITES
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.lab import DEFAULT_LINK, DEFAULT_NODES
 from podferry.lab.progress import Progress, phases
@@ -68,6 +69,10 @@ def up(
             "$PODFERRY_KUBE_BIN.",
         ),
     ] = None,
+    debian: Annotated[
+        str | None,
+        typer.Option(metavar="RELEASE", help=f"What nodes are made of: {' or '.join(SUITES)} (new labs: {OF_NODES})."),
+    ] = None,
     lab: LabName = DEFAULT,
 ) -> None:
     """Bring the lab up, or complete what is missing. The first time builds its images: a few minutes.
@@ -81,7 +86,9 @@ def up(
     [bold]podferry lab up --kubernetes && podferry lab kubectl get nodes[/]
     """
     with _progress() as progress:
-        status = Lab(lab).up(nodes, link, cgroup=cgroups, agent=agent, kubernetes=kubernetes, progress=progress)
+        status = Lab(lab).up(
+            nodes, link, cgroup=cgroups, agent=agent, kubernetes=kubernetes, debian=debian, progress=progress
+        )
     _print_status(status)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from podferry.lab import cgroups
 from podferry.lab.state import CACHE, locked
 
-_BUILT = re.compile(r"[a-z]+-[0-9a-f]{16}(\.tar)?")
+_BUILT = re.compile(r"[a-z.]+-[0-9a-f]{16}(\.tar)?")
 
 
 def key(recipe: object) -> str:

@@ -32,8 +32,8 @@ SNAPSHOTTER = "podferry"
 Files = Mapping[str, str]
 
 
-def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, str]:
-    """File names and contents for the machine `name` of a lab whose machines have `addresses`.
+def for_machine(lab: str, name: str, addresses: Mapping[str, str], major: int = 1) -> dict[str, str]:
+    """File names and contents for the machine `name` of a lab whose machines have `addresses`, and containerd `major`.
 
     Kubernetes is there where one of them is its control plane.
     """
@@ -51,8 +51,8 @@ def for_machine(lab: str, name: str, addresses: Mapping[str, str]) -> dict[str, 
     files |= {"share.vol": _client(addresses[STORAGE]), "registry-hosts.toml": _registry_hosts()}
     if CONTROL in addresses:
         own = kubernetes_files.for_node(name, addresses)
-        return {**files, **own, "containerd.toml": containerd(1, kubernetes=True)}
-    return {**files, "containerd.toml": containerd(1), "agent.json": agent(name, addresses)}
+        return {**files, **own, "containerd.toml": containerd(major, kubernetes=True)}
+    return {**files, "containerd.toml": containerd(major), "agent.json": agent(name, addresses)}
 
 
 def write(files: Files, directory: Path, *, keep: Collection[str] = ()) -> bool:

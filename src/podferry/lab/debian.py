@@ -12,12 +12,18 @@ from podferry.errors import Refused
 from podferry.lab.progress import Progress
 from podferry.node.process import CLEAN_ENVIRONMENT, Completed, raise_for, run, spawn
 
-SUITE = "trixie"
+SUITE, NEXT_SUITE = SUITES = ("trixie", "forky")
+"""What roots are made of: Debian 13, and where that is asked for the release after it, with newer containerd, runc and CRIU."""
+
+OF_NODES = os.environ.get("PODFERRY_DEBIAN", SUITE)
+"""What nodes are made of where nothing is said."""
+
 APT = Path("/etc/apt")
 _SUITES = re.compile(r"(bookworm|trixie|forky|sid|stable|testing|unstable)")
 _PHASES = ("Retrieving", "Validating", "Extracting", "Unpacking", "Configuring")
 # What debootstrap mounts and starts must not outlive us, least of all /proc inside a tree that is built anew.
 _ALONE = ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+_SCRIPT = "/usr/share/debootstrap/scripts/sid"  # every later release's; an older debootstrap does not know their names
 _UNUSED = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian")
 
 
@@ -43,15 +49,15 @@ def architecture() -> str:
     return run(["dpkg", "--print-architecture"]).stdout.strip()
 
 
-def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress) -> None:
-    """Make a root of `SUITE` with `packages` in the new directory `into`, without manuals and locales.
+def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress, suite: str = SUITE) -> None:
+    """Make a root of `suite` with `packages` in the new directory `into`, without manuals and locales.
 
     `debs` keeps downloaded packages for the next time. Raises `Refused` and `CommandFailed`.
     """
     _require_debootstrap(progress)
     debs.mkdir(parents=True, exist_ok=True)
     argv = [*_ALONE, "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", f"--cache-dir={debs}"]
-    _watch([*argv, SUITE, str(into), mirror()], into / "debootstrap" / "debootstrap.log", progress)
+    _watch([*argv, suite, str(into), mirror(), _SCRIPT], into / "debootstrap" / "debootstrap.log", progress)
     for unused in (*_UNUSED, "var/cache/apt", "var/lib/apt/lists"):
         shutil.rmtree(into / unused, ignore_errors=True)
     for name in ("etc/machine-id", "etc/resolv.conf", "etc/hostname"):

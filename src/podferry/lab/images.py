@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from podferry.lab import oci
 from podferry.lab.cache import cached, remove
-from podferry.lab.debian import SUITE, architecture, bootstrap
+from podferry.lab.debian import OF_NODES, SUITE, architecture, bootstrap
 from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE
 
@@ -60,10 +61,27 @@ JOB_UNUSED = [
 EDITION = 1
 
 
-def node_root(progress: Progress) -> Path:
+def node_root(progress: Progress, suite: str = OF_NODES) -> Path:
     """The directory of the nodes' root. The first time takes a minute or two."""
-    recipe = {"suite": SUITE, "packages": NODE_PACKAGES, "arch": architecture(), "edition": EDITION}
-    return cached("node", recipe, lambda into: _build("node image", NODE_PACKAGES, into, progress))
+    recipe = {"suite": suite, "packages": NODE_PACKAGES, "arch": architecture(), "edition": EDITION}
+    kind = "node" if suite == SUITE else f"node.{suite}"
+    return cached(kind, recipe, lambda into: _build("node image", NODE_PACKAGES, into, progress, suite))
+
+
+def python_of(root: Path) -> str:
+    """The version of a root's python3, such as 3.13."""
+    return (root / "usr/bin/python3").readlink().name.removeprefix("python")
+
+
+def containerd_of(root: Path) -> int:
+    """The major version of a root's containerd."""
+    said = re.search(r"^Package: containerd\n(?:.+\n)*?Version: (\d+)\.", _dpkg_status(root), re.MULTILINE)
+    assert said is not None, f"no containerd in {root}"
+    return int(said[1])
+
+
+def _dpkg_status(root: Path) -> str:
+    return (root / "var/lib/dpkg/status").read_text()
 
 
 def job_archive(progress: Progress) -> Path:
@@ -123,5 +141,5 @@ def pause_archive(progress: Progress) -> Path:
     return cached("pause", recipe, build, suffix=".tar")
 
 
-def _build(what: str, packages: list[str], into: Path, progress: Progress) -> None:
-    bootstrap(packages, into, CACHE / "debs", lambda step: progress(f"{what}: {step}"))
+def _build(what: str, packages: list[str], into: Path, progress: Progress, suite: str = SUITE) -> None:
+    bootstrap(packages, into, CACHE / "debs", lambda step: progress(f"{what}: {step}"), suite)

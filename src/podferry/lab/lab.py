@@ -13,6 +13,7 @@ from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
 from podferry.lab import cache, cgroups, config, images, kernel, machine, network, registry, site, state
+from podferry.lab.debian import OF_NODES, SUITES
 from podferry.lab.kubernetes import daemons, deploy, image, pki
 from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.kubernetes.network import connect
@@ -24,6 +25,7 @@ from podferry.wire.pki import Authority
 DEFAULT_NODES = 2
 DEFAULT_LINK = "1gbit"
 AGENT_SOCKET = "run/podferry/agent.sock"
+CONTAINERD_SOCKET = "run/containerd/containerd.sock"
 SNAPSHOTTER_SOCKET = "run/podferry/snapshotter.sock"
 READY_SECONDS = 60.0
 
@@ -47,6 +49,7 @@ class Settings:
     cgroups: str = "auto"
     agent: bool = True
     kubernetes: bool = False
+    debian: str = OF_NODES
     binds: dict[str, str] = field(default_factory=dict)
 
 
@@ -99,14 +102,16 @@ class Lab:
         cgroup: str | None = None,
         agent: bool | None = None,
         kubernetes: bool | None = None,
+        debian: str | None = None,
         binds: Mapping[str, Path] | None = None,
         progress: Progress = quiet,
     ) -> LabStatus:
         """Bring the lab up, or complete what is missing of it; what is not given stays as it was.
 
         `link` is a rate such as 1gbit, or none. Nodes that run are not restarted, except for their agents where their
-        configuration changed. Raises `UsageError` for fewer nodes than there are, and for other cgroups, binds,
-        agents or Kubernetes than those they were made with; `Refused` where Kubernetes' programs are missing.
+        configuration changed. `debian` is the release that they are made of, of `SUITES`. Raises `UsageError` for fewer nodes
+        than there are, and for other cgroups, binds, agents, Kubernetes or Debian than those they were made with; `Refused` where
+        Kubernetes' programs are missing.
         """
         state.require_root()
         state.require_plain_disk()
@@ -117,11 +122,12 @@ class Lab:
                 "cgroups": cgroup,
                 "agent": agent,
                 "kubernetes": kubernetes,
+                "debian": debian,
             }
             if binds is not None:
                 given["binds"] = {inside: str(source) for inside, source in binds.items()}
             settings = self._settle({key: value for key, value in given.items() if value is not None})
-            image = images.node_root(progress)
+            image = images.node_root(progress, settings.debian)
             binds_of_nodes = self._binds(settings, image, progress)
             kernel.raise_pipe_size(progress)
             self.home.mkdir(parents=True, exist_ok=True)
@@ -259,6 +265,10 @@ class Lab:
         before = self._read_settings() if self.exists() else None
         settings = replace(before or Settings(), **given)
         network.bits_per_second(settings.link)
+        if settings.debian not in SUITES:
+            raise UsageError(
+                f"nodes cannot be made of Debian {settings.debian!r}", remedy=f"take {' or '.join(SUITES)}"
+            )
         state.node_names(settings.nodes)
         if before and settings.nodes < before.nodes:
             raise UsageError(f"lab {self.name} has {before.nodes} nodes already", remedy="take it down first")
@@ -280,11 +290,13 @@ class Lab:
         if settings.kubernetes:
             pki.issue(self.home, addresses)
 
+        major = images.containerd_of(image)
+
         def bring(name: str) -> None:
             home = self.home / "machines" / name
             # What is installed in a cluster adds to containerd's configuration; it is the node's own from then on.
             kept = {"containerd.toml"} if settings.kubernetes else set()
-            changed = config.write(config.for_machine(self.name, name, addresses), home / "etc", keep=kept)
+            changed = config.write(config.for_machine(self.name, name, addresses, major), home / "etc", keep=kept)
             pid = machine.first_process(self.name, name)
             if pid is None:
                 progress(f"{name}: starting")
@@ -314,6 +326,7 @@ class Lab:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
         logs = self.home / "machines" / name / "log" / "podferry"
         _wait_for_socket(self.root(name) / SNAPSHOTTER_SOCKET, f"{name}'s snapshotter", logs / "snapshotter.log")
+        _wait_for_socket(self.root(name) / CONTAINERD_SOCKET, f"{name}'s containerd", logs / "containerd.log")
         self.exec(name, ["ctr", "--connect-timeout", f"{READY_SECONDS:.0f}s", "version"], timeout=READY_SECONDS)
         self.exec(name, ["sh", "-ec", _IMAGES_READY], timeout=READY_SECONDS)
         if "agent" in _services(name, settings):

@@ -11,15 +11,13 @@ import podferry
 from podferry.errors import UsageError
 from podferry.lab.cache import cached
 from podferry.lab.debian import downloads
+from podferry.lab.images import python_of
 from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE
 from podferry.node.process import CLEAN_ENVIRONMENT, run
 
 PACKAGE = Path(podferry.__file__).parent
 CHECKOUT = PACKAGE.parents[1]
-PYTHON = "3.13"
-"""The version of Debian trixie's python3."""
-
 DEVELOPMENT = ["pytest", "hypothesis"]
 """What tests need that run inside a node."""
 
@@ -39,16 +37,18 @@ def development(root: Path, progress: Progress) -> Path:
 
 def _install(kind: str, root: Path, lock: Path, options: list[str], progress: Progress) -> Path:
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()
-    recipe = {"lock": digest, "python": PYTHON, "options": [one for one in options if one != str(lock)]}
+    python = python_of(root)
+    recipe = {"lock": digest, "python": python, "options": [one for one in options if one != str(lock)]}
 
     def build(into: Path) -> None:
         progress(f"installing Python packages from {lock.name}")
-        target = ["--target", str(into), "--python-version", PYTHON, "--only-binary", ":all:"]
+        target = ["--target", str(into), "--python-version", python, "--only-binary", ":all:"]
         argv = [_uv(progress), "pip", "install", "--quiet", "--no-config", *target, *options]
         run(argv, env=downloads(), remedy="is the package index reachable?")
         _compile(root, into, f"/opt/podferry/{kind}")
 
-    return cached(kind, recipe, build)
+    release = root.name.partition("-")[0].removeprefix("node")  # empty, or a dot and its name
+    return cached(f"{kind}{release}", recipe, build)
 
 
 def _compile(root: Path, packages: Path, seen_as: str) -> None:
