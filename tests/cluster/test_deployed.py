@@ -8,6 +8,7 @@ from installing import CONFIG, NODES, agent_on
 from podferry.install import criu
 from podferry.install.node import WRAPPER
 from podferry.lab import Lab
+from podferry.lab.images import PAUSE_IMAGE
 from podferry.lab.kubernetes import deploy
 
 pytestmark = pytest.mark.cluster
@@ -28,9 +29,12 @@ def containerd_pid(lab: Lab, node: str) -> str:
 def test_nodes_know_the_runtime_and_have_a_criu_that_will_do(installed: Lab) -> None:
     for node in NODES:
         dump = installed.exec(node, ["containerd", "--config", CONFIG, "config", "dump"]).stdout
-        assert f'BinaryName = "{WRAPPER}"' in dump
-        assert 'sandbox_image = "podferry.local/pause:1"' in dump, "the rest of the section is as it was"
-        version = installed.exec(node, [f"{criu.DIRECTORY}/bin/criu", "--version"]).stdout
+        quoted = dump.replace("'", '"')  # containerd 2 quotes otherwise
+        assert f'BinaryName = "{WRAPPER}"' in quoted
+        assert 'snapshotter = "podferry"' in quoted, "the rest of the section is as it was"
+        assert f'"{PAUSE_IMAGE}"' in quoted, "and so is the image of sandboxes"
+        where = installed.exec(node, ["sh", "-c", f"ls {criu.DIRECTORY}/bin/criu 2>/dev/null || command -v criu"])
+        version = installed.exec(node, [where.stdout.strip(), "--version"]).stdout
         assert tuple(map(int, version.split()[1].split(".")))[:2] >= criu.OLDEST
 
 

@@ -121,7 +121,7 @@ def job_archive(progress: Progress) -> Path:
 
 def pause_archive(progress: Progress) -> Path:
     """The OCI archive of `PAUSE_IMAGE`: two static programs of the nodes' root."""
-    root = node_root(progress)
+    root = node_root(progress, SUITE)
     programs = [root / "usr/bin/tini-static", root / "usr/bin/busybox"]
     recipe = {"root": root.name, "programs": [one.name for one in programs], "name": PAUSE_IMAGE, "edition": EDITION}
 

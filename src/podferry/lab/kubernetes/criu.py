@@ -10,12 +10,11 @@ from pathlib import Path
 from podferry.errors import Failed
 from podferry.install.criu import DIRECTORY
 from podferry.lab.cache import cached
-from podferry.lab.debian import architecture, downloads, mirror
+from podferry.lab.debian import NEXT_SUITE, SUITE, architecture, downloads, mirror
 from podferry.lab.images import node_root
 from podferry.lab.progress import Progress
 from podferry.node.process import run
 
-SUITE = "forky"
 PACKAGES = ["criu", "libcompel1", "libnet9", "libnl-3-200"]
 """CRIU, and the libraries that the lab's own Debian has only in older versions."""
 EDITION = 1
@@ -30,11 +29,11 @@ _LDD = 'mount --bind "$1" "$2/mnt"; exec chroot "$2" env LD_LIBRARY_PATH="/mnt$3
 
 def bundle(progress: Progress) -> Path:
     """The directory that becomes `install.criu.DIRECTORY` on a node. The first time takes some seconds."""
-    root = node_root(progress)
-    recipe = {"suite": SUITE, "packages": PACKAGES, "root": root.name, "start": _START, "edition": EDITION}
+    root = node_root(progress, SUITE)
+    recipe = {"suite": NEXT_SUITE, "packages": PACKAGES, "root": root.name, "start": _START, "edition": EDITION}
 
     def build(into: Path) -> None:
-        progress(f"CRIU: from Debian {SUITE}")
+        progress(f"CRIU: from Debian {NEXT_SUITE}")
         with tempfile.TemporaryDirectory() as work:
             tree = _unpack(Path(work))
             _assemble(tree, root, into)
@@ -47,7 +46,7 @@ def _unpack(work: Path) -> Path:
     (work / "lists" / "partial").mkdir(parents=True)
     (work / "archives" / "partial").mkdir(parents=True)
     (work / "status").touch()
-    (work / "sources.list").write_text(f"deb {mirror()} {SUITE} main\n")
+    (work / "sources.list").write_text(f"deb {mirror()} {NEXT_SUITE} main\n")
     options = {
         "Dir::State::Lists": work / "lists",
         "Dir::State::status": work / "status",
@@ -74,7 +73,7 @@ def _assemble(tree: Path, root: Path, into: Path) -> None:
     script: list[str | Path] = ["unshare", "--mount", "sh", "-ec", _LDD, "sh", tree, root, f"/usr/lib/{multiarch.name}"]
     said = run(script).stdout
     if missing := re.findall(r"(\S+) => not found", said):
-        raise Failed(f"CRIU of Debian {SUITE} needs libraries that are not at hand: {', '.join(missing)}")
+        raise Failed(f"CRIU of Debian {NEXT_SUITE} needs libraries that are not at hand: {', '.join(missing)}")
     for name in ("bin", "lib", "loader"):
         (into / name).mkdir(parents=True)
     for name, path in re.findall(r"(\S+) => (/\S+)", said):

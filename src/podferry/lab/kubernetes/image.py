@@ -11,6 +11,7 @@ from podferry import __version__
 from podferry.install.criu import DIRECTORY
 from podferry.lab import images, oci, site
 from podferry.lab.cache import cached, remove
+from podferry.lab.debian import SUITE
 from podferry.lab.kubernetes import criu
 from podferry.lab.progress import Progress
 from podferry.node.process import run
@@ -42,7 +43,7 @@ def tag() -> str:
 
 def archive(progress: Progress, tag: str = __version__) -> Path:
     """The image's OCI archive, called `NAME`:`tag`. Only what changed since the last time is made anew."""
-    root, base = images.node_root(progress), images.job_archive(progress)
+    root, base = images.node_root(progress, SUITE), images.job_archive(progress)
     packages, own_criu = site.site(root, progress), criu.bundle(progress)
     recipe = {
         "base": base.name,
