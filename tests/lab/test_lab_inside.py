@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from podferry.lab import inside
-from podferry.lab.site import PYTHON
+from podferry.lab.images import python_of
 from podferry.node.process import run
 
 pytestmark = pytest.mark.node
@@ -23,7 +23,7 @@ def test_this_runs_inside_a_node() -> None:
 
 
 def test_the_python_is_the_nodes_own_and_finds_its_packages() -> None:
-    assert ".".join(map(str, sys.version_info[:2])) == PYTHON
+    assert ".".join(map(str, sys.version_info[:2])) == python_of(Path("/"))
     import cryptography
     import grpc
     import xxhash
