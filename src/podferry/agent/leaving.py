@@ -27,7 +27,7 @@ from podferry.agent.offered import Offered
 from podferry.agent.owed import Owed
 from podferry.agent.ports import IMAGES, LOG, UPPER, Change
 from podferry.core.undo import Handler
-from podferry.errors import Bug, Failed, PodferryError
+from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.reader import Data, Reader
 from podferry.memory.tracker import Kind, Round, create
@@ -109,11 +109,13 @@ class Leaving:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
+        self._journal.acquire("freeze", cgroup=self._cgroup.to_dict())
         self._cgroup.freeze()
         try:
             yield
         finally:
             self._cgroup.thaw()
+        self._journal.release("freeze")
 
     def _taken(self, seen: Round) -> Change:
         """What the tracker saw of processes, by their pids inside the container."""
@@ -374,6 +376,17 @@ def executes(cgroup: Cgroup) -> bool:
     return False
 
 
+@contextmanager
+def unless_gone(cgroup: Cgroup) -> Iterator[None]:
+    """A cgroup that went with its container needs nothing done to it. One that is there and fails is still owed what was tried:
+    the error goes on to whoever tries again and tells."""
+    try:
+        yield
+    except (CgroupFailed, Refused):
+        if cgroup.freezer.exists():
+            raise
+
+
 def pid_inside(pid: int) -> int:
     """The pid that a process has in its own pid namespace, by which CRIU's images name it."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -415,17 +428,19 @@ def handlers() -> dict[str, Handler]:
 
     def roll_back(facts: Mapping[str, Any]) -> None:
         hold = Hold.from_dict(dict(facts))
-        with suppress(CgroupFailed):
+        with unless_gone(hold.cgroup):
             hold.rollback()
         reap(hold.runc)
 
     def thaw(facts: Mapping[str, Any]) -> None:
-        with suppress(CgroupFailed):
-            Cgroup.from_dict(facts["cgroup"]).thaw()
+        cgroup = Cgroup.from_dict(facts["cgroup"])
+        with unless_gone(cgroup):
+            cgroup.thaw()
 
     def give_back(facts: Mapping[str, Any]) -> None:
-        with suppress(CgroupFailed):
-            Cgroup.from_dict(facts["cgroup"]).set_cpu_quota(CpuQuota.from_dict(facts["quota"]))
+        cgroup = Cgroup.from_dict(facts["cgroup"])
+        with unless_gone(cgroup):
+            cgroup.set_cpu_quota(CpuQuota.from_dict(facts["quota"]))
 
     return {
         "door": threaded(lambda facts: Path(facts["path"]).unlink(missing_ok=True)),
