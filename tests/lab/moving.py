@@ -268,13 +268,15 @@ class Cluster:
         agent = next(one.pid for one in self.processes(node) if one.name == "agent")
         return sum(1 for _ in Path(f"/proc/{agent}/fd").iterdir())
 
-    def surplus(self, node: str, *jobs: str) -> set[str]:
-        """What there is on `node` beyond its rest and the running `jobs`, and what these lack."""
+    def surplus(self, node: str, *jobs: str, dead: Sequence[str] = ()) -> set[str]:
+        """What there is on `node` beyond its rest, the running `jobs` and what is kept of the `dead`; and what these lack."""
         wanted = set(self.at_rest[node])
+        for job in dead:
+            wanted |= {f"{kind} {job}" for kind in ("container", "snapshot", "log")}
         for job in jobs:
             wanted |= {f"{kind} {job}" for kind in ("container", "snapshot", "task", "log", "running", "cgroup")}
             wanted |= {f"process shim {job}", f"mount /{job}/rootfs"}
-        found = self.traces(node) - {f"restored {job}" for job in jobs}
+        found = self.traces(node) - {f"restored {job}" for job in (*jobs, *dead)}
         return {f"+ {one}" for one in found - wanted} | {f"- {one}" for one in wanted - found}
 
     def only_on(self, node: str, name: str) -> None:
@@ -282,11 +284,14 @@ class Cluster:
         self.goes_on(node, name)
         self.nothing_but({node: [name]})
 
-    def nothing_but(self, jobs: dict[str, list[str]], besides: Sequence[str] = ()) -> None:
-        """Nothing is on either node beyond these jobs, by node, and of them nothing is missing; `besides` are not looked at."""
+    def nothing_but(
+        self, jobs: dict[str, list[str]], *, dead: dict[str, list[str]] | None = None, besides: Sequence[str] = ()
+    ) -> None:
+        """Nothing is on either node beyond these jobs, by node, and what is kept of the `dead`, and of that nothing is missing;
+        `besides` are not looked at."""
 
         def surplus(node: str) -> set[str]:
-            found = self.surplus(node, *jobs.get(node, []))
+            found = self.surplus(node, *jobs.get(node, []), dead=(dead or {}).get(node, []))
             return {one for one in found if not any(job in one for job in besides)}
 
         deadline = time.monotonic() + PATIENCE / 2

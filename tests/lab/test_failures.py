@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from moving import A, B, Cluster, Record, Witness, other, until
@@ -79,9 +80,11 @@ class Disaster:
 
 
 def kill_shims(cluster: Cluster) -> None:
-    for one in cluster.processes(B):
-        if one.name.startswith("shim "):
-            cluster.kill(B, one.name)
+    """Kill them, and see them gone: who looks for a job then finds none."""
+    doomed = [one for one in cluster.processes(B) if one.name.startswith("shim ")]
+    for one in doomed:
+        cluster.kill(B, one.name)
+    until(lambda: not any(Path(f"/proc/{one.pid}").exists() for one in doomed), "the shims are gone")
 
 
 DISASTERS = [
@@ -183,11 +186,13 @@ class Aftermath:
             cluster.agent(A).call("resolve", id=record["id"], run_on=A)
 
     def _look_around(self, doors: list[Door]) -> None:
-        """What is left behind where, that no living job accounts for."""
-        alive = [door for door in doors if door.name in self.records and self._survives(door)]
+        """What is left behind where, that no job accounts for. One that died where its move had ended left what any job does."""
+        known = [door for door in doors if door.name in self.records]
+        alive = [door for door in known if self._survives(door)]
         homes = {node: [door.name for door in alive if self._home(door) == node] for node in (A, B)}
+        dead = [door.name for door in known if door not in alive and self._home(door) == B]
         try:
-            self.cluster.nothing_but(homes, besides=list(self.failures))
+            self.cluster.nothing_but(homes, dead={B: dead}, besides=list(self.failures))
         except AssertionError as left:
             self.failures["surplus"] = left
 

@@ -27,6 +27,8 @@ from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
 Memory = dict[int, dict[int, bytes]]
 BASE = 0x7000_0000_0000
 FIRST, SECOND, LATE = 1, 7, 12
+UNTOUCHED = BASE + 9 * PAGE
+"""A page of the first space that CRIU lists and nobody owes: it was never written."""
 ZERO = bytes(PAGE)
 
 
@@ -259,6 +261,7 @@ class FakeLeaving(FakeRemains):
             raise Bug("the dump of a job that executes")
         self.node.held = True
         lazy = {space: sorted(pages) for space, pages in self.node.memory.items()}
+        lazy[FIRST].append(UNTOUCHED)
         return {(IMAGES, "pagemap.img"): json.dumps(lazy).encode(), (IMAGES, "empty.img"): b""}
 
     async def slow_down(self, quota: float) -> None:
@@ -345,6 +348,13 @@ class TargetNode:
         self.wants = [want for want in self.wants if want in self.absent]
         self.tell()
 
+    def crash(self) -> None:
+        """The job's shim is killed, and the job with it: who is gone lacks no page, so the page feeder is done."""
+        self.running = self.task = False
+        self.absent.clear()
+        self.wants.clear()
+        self.tell()
+
     def handlers(self) -> dict[str, Any]:
         async def container(facts: Mapping[str, Any]) -> None:
             self.container = False
@@ -396,6 +406,7 @@ class FakeArriving:
 
     def __init__(self, node: TargetNode, journal: Journal) -> None:
         self.node, self.journal = node, journal
+        self._closed = False
 
     async def prepare(self) -> None:
         self.journal.acquire("container", node=self.node.number)
@@ -416,6 +427,8 @@ class FakeArriving:
         return Failed("nobody waits for the state any more")
 
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
+        if self._closed:
+            raise Bug("pages came after the store was closed")
         for offset in range(0, len(data), PAGE):
             self.node.store.setdefault(space, {})[address + offset] = bytes(data[offset : offset + PAGE])
 
@@ -477,7 +490,7 @@ class FakeArriving:
             relay.zero(space, at, at + PAGE)
 
     async def close(self) -> None:
-        pass
+        self._closed = True
 
     async def resumed(self) -> float:
         if not self.node.running:
@@ -490,6 +503,8 @@ class FakeArriving:
     async def filled(self) -> dict[str, Any]:
         while self.node.absent:
             await self.node.news.wait()
+        if self.node.postcopy and not await self.is_here():
+            raise Failed("the job is gone, and had not all its memory yet")
         for kind in ("task", "container"):
             self.journal.release(kind)
         return {"pages": 1}

@@ -231,6 +231,10 @@ def end_by_itself(rig: Rig) -> None:
     rig.source.end_by_itself()
 
 
+def crash(rig: Rig) -> None:
+    rig.target.crash()
+
+
 async def stall(rig: Rig) -> None:
     life = LIFE.get()
     rig.stalled = True

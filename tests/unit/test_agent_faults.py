@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from agent_rig import Act, Cut, Fault, Rig, cancel, die, fail, methods, oserror, stall, stop, unique
+from agent_rig import Act, Cut, Fault, Rig, cancel, crash, die, fail, methods, oserror, stall, stop, unique
 
 from podferry.agent import attempt
 from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
+from podferry.errors import PeerLost
 from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
@@ -100,6 +101,22 @@ def test_an_effect_fails(run: str, side: str, name: str, tmp_path: Path, monkeyp
     rig = move(run, tmp_path, monkeypatch, Fault(side, name, act_for(name)))
     cannot_write = name.startswith(("line", "record")) and rig.passed_the_right
     assert not rig.helped or cannot_write or rig.phase("b") == TargetPhase.DIED
+
+
+HALF_FILLED = [("source", "gate serve"), ("target", "gate fill"), ("target", "filled")]
+
+
+@pytest.mark.parametrize(("side", "name"), HALF_FILLED)
+def test_a_job_dies_on_the_target_before_it_has_all_its_memory(
+    side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the feeder owes it nothing more does not mean that it runs. Only a person can take it back to where it was frozen."""
+    rig = move("postcopy", tmp_path, monkeypatch, Fault(side, name, crash))
+    assert (rig.phase("b"), rig.records["b"]["outcome"]) == (TargetPhase.DIED, "failed")
+    assert "had not all its memory" in rig.records["b"]["reason"]
+    assert SourcePhase.LOST in rig.phases("a")
+    assert (rig.phase("a"), rig.helped) == (SourcePhase.ROLLED_BACK, True)
+    assert not [error for error in rig.agents["b"].errors if not isinstance(error, PeerLost)]
 
 
 @pytest.mark.parametrize("kind", ["freeze", "hold"])

@@ -310,6 +310,8 @@ class Arriving:
             if self._feeder is None:
                 self._feeder = process_of(self._journal.held("feeder"))
             status = await self._status_of_feeder("done")
+            if self._journal.facts.get("postcopy") and not await self.is_here():  # whoever is gone lacks no page either
+                raise Failed("the job is gone, and had not all its memory yet")
             figures = {name: value for name, value in status.items() if name != "state"}
             self._journal.note(filled=figures)
             if self._feeder is not None:

@@ -77,6 +77,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._word_known = anyio.Event()
         self._one_gives_up = anyio.Lock()
         self._still_here = False
+        self._fetches: set[anyio.CancelScope] = set()
         if self.machine.ended:
             self._error = story.error
             self._word_known.set()
@@ -166,30 +167,38 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         return await channel.send(self._filled or Filled(self.story.id, 0))
 
     async def _fetch(self, channel: Channel) -> None:
-        """Post-copy: hand what the source sends to the page feeder, and what the feeder wants to the source."""
+        """Post-copy: hand what the source sends to the page feeder, and what the feeder wants to the source, until all is sent or
+        nothing is wanted any more: then `_clear` closes the store."""
         relay = self.job.relay()
-        try:
-            async with anyio.create_task_group() as ways:
-                ways.start_soon(self._pass_on_wants, relay, channel)
-                while True:
-                    item = await channel.receive()
-                    match item:
-                        case Pages():
-                            self._take(item)
-                            for start, count in item.runs:
-                                relay.arrived(item.space, start, start + count * PAGE)
-                        case Drop():
-                            for start, end in item.runs:
-                                relay.zero(item.space, start, end)
-                        case PagesEnd():
-                            self.job.all_owed_came(relay)
-                            await relay.flush()
-                            break
-                        case _:
-                            raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
-                    await relay.flush()
-        finally:
-            relay.close()
+        with anyio.CancelScope() as scope:
+            self._fetches.add(scope)
+            try:
+                async with anyio.create_task_group() as ways:
+                    ways.start_soon(self._pass_on_wants, relay, channel)
+                    await self._pass_on_pages(channel, relay, scope)
+            finally:
+                self._fetches.discard(scope)
+                relay.close()
+
+    async def _pass_on_pages(self, channel: Channel, relay: Line, scope: anyio.CancelScope) -> None:
+        while True:
+            item = await channel.receive()
+            if scope.cancel_called:  # what was there already comes without a wait, in which a cancel could strike
+                return None
+            match item:
+                case Pages():
+                    self._take(item)
+                    for start, count in item.runs:
+                        relay.arrived(item.space, start, start + count * PAGE)
+                case Drop():
+                    for start, end in item.runs:
+                        relay.zero(item.space, start, end)
+                case PagesEnd():
+                    self.job.all_owed_came(relay)
+                    return await relay.flush()
+                case _:
+                    raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
+            await relay.flush()
 
     async def _pass_on_wants(self, relay: Line, channel: Channel) -> None:
         while (want := await relay.wanted()) is not None:
@@ -329,6 +338,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
     async def _clear(self) -> None:
         """Take back what the ledger still holds, and let go of descriptors."""
+        for scope in self._fetches:
+            scope.cancel()
         try:
             await self.job.close()
         except Exception as error:  # noqa: BLE001 - the way back goes on through its own errors
