@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from podferry.controller.pods import PLACEHOLDER
-from podferry.kube.client import EVENTS, MIGRATIONS, NODES, PODS, Json
+from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
 from podferry.kube.migration import NAME_ANNOTATION, ROLE_LABEL, UID_LABEL, Migration
 
 from .world import QUICK, World
@@ -55,6 +55,20 @@ async def test_a_pod_moves(world: World) -> None:
     await world.reached(lambda one: not one.metadata.get("finalizers"))
 
 
+async def test_a_wait_that_runs_out_of_time_shows_how_everything_looks(world: World) -> None:
+    await world.pod(labels={"app": "train"})
+    await world.migrate()
+
+    async def pigs_fly() -> bool:
+        return False
+
+    with pytest.raises(AssertionError) as waited:
+        await world.until(pigs_fly, 0.1)
+    shown = str(waited.value)
+    for words in ("pigs_fly", "return False", "Pod {'name': 'train'", "'app': 'train'", "is Running", "Migration {"):
+        assert words in shown
+
+
 async def test_it_moves_back_under_a_name_of_the_same_family(world: World) -> None:
     await world.pod()
     world.controller()
@@ -68,6 +82,23 @@ async def test_it_moves_back_under_a_name_of_the_same_family(world: World) -> No
     assert pod["metadata"]["name"].count("-") == 1
     assert pod["metadata"]["name"].startswith("train-")
     assert pod["spec"]["nodeName"] == world.nodes[0]
+
+
+async def test_a_source_that_its_owner_does_not_let_go_is_taken_from_it(world: World) -> None:
+    if world.fake is None:
+        pytest.skip("on the real one owners have controllers, which let it go: test_owners")
+    await world.pod(labels={"app": "train"})
+    owner = await world.api.create(JOBS, {"metadata": {"name": "train"}, "spec": {}}, world.namespace)
+    reference = {"apiVersion": JOBS.api, "kind": JOBS.kind, "name": "train", "uid": owner["metadata"]["uid"]}
+    about = {"ownerReferences": [{**reference, "controller": True}], "finalizers": ["batch.kubernetes.io/job-tracking"]}
+    source = await world.api.patch(PODS, "train", {"metadata": about}, world.namespace)
+    world.controller(replace(QUICK, release=0.5))
+    await world.migrate()
+    await world.agents_move()
+    assert (await world.ended()).status.phase == "Completed"
+    left = await only_pod(world)
+    assert left["metadata"]["uid"] != source["metadata"]["uid"]
+    assert {name: left["metadata"][name] for name in about} == about
 
 
 async def test_nothing_but_the_source_is_seen_of_a_pod_before_the_hand_over(world: World) -> None:

@@ -10,10 +10,15 @@ from typing import Any
 import anyio
 import pytest
 
-from podferry.controller import handover
 from podferry.controller.handover import HandOver
 from podferry.kube.client import DEPLOYMENTS, JOBS, MIGRATIONS, NAMESPACES, PODS, REPLICASETS, Json, Kind
-from podferry.kube.migration import ROLE_LABEL, EnginePhases, Migration
+from podferry.kube.migration import (
+    HANDED_OVER_ANNOTATION,
+    LEAVING_ANNOTATION,
+    ROLE_LABEL,
+    EnginePhases,
+    Migration,
+)
 from podferry.kube.watch import follow
 
 from .world import World
@@ -268,7 +273,8 @@ async def test_a_rollout_after_the_move_replaces_the_moved_pod(world: World) -> 
     await world.until(replaced)
 
 
-STEPS = ("take_place", "leave_place", "dismiss")
+STEPS = ("take_place", "step_aside", "dismiss")
+MARKS = {"take_place": HANDED_OVER_ANNOTATION, "step_aside": LEAVING_ANNOTATION}
 
 
 @pytest.mark.parametrize("kind", ["job", "indexed", "deployment"])
@@ -326,9 +332,7 @@ def dies_at(monkeypatch: pytest.MonkeyPatch, step: str, die: Any) -> None:
     patch, dismiss = HandOver._patch, HandOver.dismiss
 
     async def patched(self: HandOver, pod: Json, change: Json) -> Json:
-        about = change["metadata"]
-        takes, leaves = handover.pods.HANDED_OVER_ANNOTATION in about.get("annotations", {}), "finalizers" in about
-        if (step == "take_place" and takes) or (step == "leave_place" and leaves and not takes):
+        if (marks := MARKS.get(step)) and marks in change["metadata"].get("annotations", {}):
             await die()
         return await patch(self, pod, change)
 

@@ -37,6 +37,7 @@ from podferry.kube.migration import (
 from podferry.kube.watch import follow
 
 from .fake import FakeApiServer
+from .portrait import name_of, portrait
 
 ACCOUNTS = Kind("v1", "ServiceAccount", "serviceaccounts")
 PATIENCE = 60.0
@@ -172,10 +173,13 @@ class World:
         return await store.change(self.api, await self.get(name), change)
 
     async def until(self, holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE) -> None:
-        """Wait until it holds."""
-        with anyio.fail_after(seconds):
+        """Wait until it holds; where it does not, say how everything looks."""
+        with anyio.move_on_after(seconds):
             while not await holds():
                 await anyio.sleep(0.03)
+            return
+        looks = await portrait(self.api, self.namespace)
+        raise AssertionError(f"it did not come to be within {seconds:.0f} s: {name_of(holds)}\n{looks}")
 
     async def reached(self, what: Callable[[Migration], bool], name: str = "move") -> Migration:
         """The Migration once `what` is so."""

@@ -176,6 +176,15 @@ def test_the_target_takes_the_place_in_one_patch_and_the_source_leaves_it_in_one
     assert (leave["uid"], leave["resourceVersion"]) == ("s1", "7")
 
 
+def test_the_source_steps_aside_from_its_owner_with_its_labels_alone() -> None:
+    aside = pods.step_aside(source(), "2026-11-27T19:00:00Z")["metadata"]
+    assert aside["labels"] == {"app": None, "batch.kubernetes.io/job-completion-index": None}
+    assert (aside["uid"], aside["resourceVersion"]) == ("s1", "7")
+    assert not {"ownerReferences", "finalizers"} & set(aside), "they are its owner's to take off"
+    assert pods.stepped_aside(source()) is None
+    assert pods.stepped_aside({"metadata": aside}) == "2026-11-27T19:00:00Z"
+
+
 def test_a_pod_of_its_own_hands_over_labels_alone() -> None:
     bare = source()
     for name in ("ownerReferences", "finalizers"):

@@ -2,10 +2,16 @@
 
 The job runs on the target by now, and its original is frozen. (1) The source is marked as the one to go, should
 anybody find one pod too many, and leaves its Services. (2) One patch gives the target the source's labels, owners and
-finalizers. (3) One patch takes them off the source. (4) The source is deleted. Between (2) and (3) the owner sees two
-pods, for some milliseconds. It never sees none, so it starts no replacement; and should it act just then, it removes
-the pod that is not ready (kube-controller-manager, `controller.ActivePods`), which is the source, and a Job takes its
-tracking finalizer off before it deletes (`deleteJobPods`), so that nothing is counted as failed.
+finalizers. (3) One patch takes the labels off the source, and its owner lets it go. (4) The source is deleted. Between
+(2) and (3) the owner sees two pods, for some milliseconds. It never sees none, so it starts no replacement; and should
+it act just then, it removes the pod that is not ready (kube-controller-manager, `controller.ActivePods`), which is the
+source, and a Job takes its tracking finalizer off before it deletes (`deleteJobPods`), so that nothing is counted as
+failed.
+
+That the owner lets the source go, and nobody takes it away from it, is for that case: it waits to see the deletion that
+it has asked for, and sees it only of a pod that it owns (`DeletionObserved`). Were the source nobody's when the request
+arrives, the owner would neither make nor remove a pod until it lost patience, after five minutes
+(`ExpectationsTimeout`). It does not ask and let go at once: one worker does both, one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 
-from podferry.controller import pods, troubles
+from podferry.controller import eligibility, pods, troubles
 from podferry.kube.client import PODS, Api, Json
 from podferry.kube.errors import Conflict, NotFound
 from podferry.kube.migration import RESUMED, Ending, Migration, timestamp
@@ -27,8 +33,9 @@ GRACE = 5
 class HandOver:
     """Does what is next of the hand-over of one migration."""
 
-    def __init__(self, api: Api, readiness: float) -> None:
-        self._api, self._readiness = api, readiness
+    def __init__(self, api: Api, readiness: float, release: float) -> None:
+        """`readiness`: seconds for the target to be called ready; `release`: for an owner to let the source go."""
+        self._api, self._readiness, self._release = api, readiness, release
 
     def trouble(self, source: Json | None, target: Json | None) -> Ending | None:
         """Somebody wanted the pod gone, or the target is gone, before the owner had it."""
@@ -56,12 +63,8 @@ class HandOver:
             source = await self._mark(source)
             target = await self._patch(target, pods.take_place(source, target))
         if source is not None and not pods.left_place(source):
-            try:
-                await self._patch(source, pods.leave_place(source))
-            except NotFound:
-                pass
-            except Conflict:
-                return 0.0
+            with contextlib.suppress(NotFound):
+                return await self._leave(source)
         return None
 
     async def dismiss(self, source: Json) -> None:
@@ -69,6 +72,19 @@ class HandOver:
         about = source["metadata"]
         with contextlib.suppress(Conflict):  # another pod has the name by now
             await self._api.delete(PODS, about["name"], about["namespace"], uid=about["uid"], grace=GRACE)
+
+    async def _leave(self, source: Json) -> float:
+        """The source leaves its owner. What it belongs to besides is taken off it."""
+        asked = pods.stepped_aside(source)
+        if eligibility.controller_of(source) is None or "deletionTimestamp" in source["metadata"]:
+            await self._patch(source, pods.leave_place(source))
+        elif asked is None:
+            await self._patch(source, pods.step_aside(source, timestamp()))
+        elif troubles.age(asked, datetime.datetime.now(datetime.UTC)) > self._release:
+            await self._patch(source, pods.leave_place(source))
+        else:
+            return SOON
+        return 0.0
 
     def _wait(self, migration: Migration, target: Json) -> bool:
         """An owner ranks a pod that is not ready behind one that is; so the target may take a while to be called ready."""

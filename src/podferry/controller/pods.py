@@ -14,6 +14,7 @@ from podferry.kube.client import MIGRATIONS, PODS
 from podferry.kube.migration import (
     API_VERSION,
     HANDED_OVER_ANNOTATION,
+    LEAVING_ANNOTATION,
     NAME_ANNOTATION,
     ORIGIN_ANNOTATION,
     ROLE_LABEL,
@@ -37,7 +38,7 @@ NOBODYS_SECURITY: Json = {
     "capabilities": {"drop": ["ALL"]},
     "seccompProfile": {"type": "RuntimeDefault"},
 }
-MY_ANNOTATIONS = (NAME_ANNOTATION, ORIGIN_ANNOTATION, HANDED_OVER_ANNOTATION, DELETION_COST)
+MY_ANNOTATIONS = (NAME_ANNOTATION, ORIGIN_ANNOTATION, HANDED_OVER_ANNOTATION, LEAVING_ANNOTATION, DELETION_COST)
 
 
 def target_pod(source: Json, migration: Migration, node: str) -> Json:
@@ -202,6 +203,18 @@ def take_place(source: Json, target: Json) -> Json:
     patch["metadata"]["ownerReferences"] = about.get("ownerReferences") or None
     patch["metadata"]["finalizers"] = about.get("finalizers") or None
     return patch
+
+
+def step_aside(source: Json, now: str) -> Json:
+    """The source is none that its owner selects; so the owner lets it go (ReplicaSets and Jobs do: `ClaimPods`)."""
+    labels = {name: None for name in (source["metadata"].get("labels") or {}) if name != UID_LABEL}
+    return _patch(source, labels=labels, annotations={LEAVING_ANNOTATION: now})
+
+
+def stepped_aside(source: Json) -> str | None:
+    """Since when the source's owner has been asked to let it go."""
+    since: str | None = (source["metadata"].get("annotations") or {}).get(LEAVING_ANNOTATION)
+    return since
 
 
 def leave_place(source: Json) -> Json:

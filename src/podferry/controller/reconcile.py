@@ -56,13 +56,14 @@ DEADLINE_SLACK = 30.0
 @dataclass(frozen=True)
 class Settings:
     """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a resumed
-    pod to be called ready, for the source's agent after the hand-over, for pods to be gone. `image` is what
-    placeholders run."""
+    pod to be called ready, for an owner to let the source go, for the source's agent after the hand-over, for pods to
+    be gone. `image` is what placeholders run."""
 
     image: str = "podferry"
     scheduling: float = 120.0
     silence: float = 60.0
     readiness: float = 30.0
+    release: float = 30.0
     farewell: float = 60.0
     removal: float = 30.0
 
@@ -74,7 +75,7 @@ class Reconciler:
         self._api, self._settings = api, settings
         self._events = Events(api, "podferry-controller")
         self._survey = Surveyor(api)
-        self._hand_over = HandOver(api, settings.readiness)
+        self._hand_over = HandOver(api, settings.readiness, settings.release)
         self._log = structlog.get_logger()
         self._steps: dict[MigrationPhase, Callable[[Migration], Awaitable[float | None]]] = {
             P.PENDING: self._pending,

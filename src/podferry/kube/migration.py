@@ -25,6 +25,7 @@ ROLE_LABEL = f"{GROUP}/role"
 NAME_ANNOTATION = f"{GROUP}/migration"
 ORIGIN_ANNOTATION = f"{GROUP}/origin"
 HANDED_OVER_ANNOTATION = f"{GROUP}/handed-over"
+LEAVING_ANNOTATION = f"{GROUP}/leaving"
 FINALIZER = f"{GROUP}/migration"
 
 DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
