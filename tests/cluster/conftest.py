@@ -1,4 +1,4 @@
-"""A real Kubernetes for the tests of this tier: one cluster in a lab for the whole session."""
+"""A real Kubernetes for the tests of this tier: one cluster in a lab for all of them, and none for those that come after."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from installing import NODES, footprint, is_installed, uninstall
 
 from podferry.lab import Lab
 from podferry.lab.kubernetes import daemons
 from podferry.lab.progress import phases
+
+from .installing import NODES, footprint, is_installed, uninstall
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[Lab]:
     """A lab with Kubernetes on two nodes and nothing of podferry, up for the first test that needs it."""
     lab = Lab(f"test-{os.getpid()}-cluster")
@@ -33,7 +34,7 @@ def cluster() -> Iterator[Lab]:
         lab.down()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def before(cluster: Lab) -> dict[str, str]:
     """What an installation changes on the nodes, as it was before."""
     return {node: footprint(cluster, node) for node in NODES}

@@ -82,6 +82,8 @@ class Movers:
     def __init__(self, lab: Lab) -> None:
         self.lab, self.kubectl = lab, lab.kubectl()
         self._pool = ThreadPoolExecutor(16)
+        self.under_way: list[Move] = []
+        """Moves that outlive the test that began them: what there is of them is not left over."""
         self.kubectl.run("apply", "-f", "-", input=json.dumps(RUNTIME_CLASS))
         criu = bundle(print)
         for node in NODES:
@@ -236,13 +238,14 @@ class Movers:
 
     def leftovers(self, node: str) -> list[str]:
         """What migrations may have left on a node, but for the marks of pods, which go with the agent's next look."""
+        names = [name for move in self.under_way for name in (move.id, uid(move.pod), uid(move.target_pod)) if name]
         root = self.root(node)
         kinds = ("run/podferry/incoming", "run/podferry/outgoing", "run/podferry/arriving", "run/podferry/staging")
         found = [f"{kind}/{one.name}" for kind in (*kinds, "var/lib/podferry/staging") for one in listed(root / kind)]
         ours = [
             one for one in self.lab.exec(node, ["ps", "-eo", "args"]).stdout.splitlines() if "podferry.memory" in one
         ]
-        return found + ours
+        return [one for one in found + ours if not any(name in one for name in names)]
 
     def evidence(self, move: Move) -> str:
         """What may explain a migration that failed."""
@@ -252,6 +255,10 @@ class Movers:
                 log = self.root(node) / "var/log/podferry/standin.log"
                 said.append("\n".join(log.read_text().splitlines()[-15:]))
         return "\n".join(said)
+
+
+def uid(pod: Json | None) -> str:
+    return str(pod["metadata"]["uid"]) if pod else ""
 
 
 def name_of(pod: Json) -> Json:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from installing import CONFIG, NODES, agent_on
 
 from podferry.install import criu
 from podferry.install.node import WRAPPER
 from podferry.lab import Lab
 from podferry.lab.images import PAUSE_IMAGE
 from podferry.lab.kubernetes import deploy
+
+from .installing import CONFIG, NODES, agent_on
 
 pytestmark = pytest.mark.cluster
 SYSTEM = deploy.NAMESPACE

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from installing import A, B
 
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
+
+from .installing import A, B
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 PATIENCE = 240.0

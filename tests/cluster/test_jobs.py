@@ -10,13 +10,14 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from installing import A, B
 
 from podferry.cli import job
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
 from podferry.lab.kubernetes.cluster import Kubectl
+
+from .installing import A, B
 
 pytestmark = pytest.mark.cluster
 PATIENCE = 300.0

@@ -1,15 +1,16 @@
-"""Taking podferry off a cluster again. After the last of these tests the cluster of the session is bare."""
+"""Taking podferry off a cluster again. After the last of these tests the cluster is bare."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from installing import NODES, A, agent_on, footprint, uninstall
 
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
+
+from .installing import NODES, A, agent_on, footprint, uninstall
 
 pytestmark = pytest.mark.cluster
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from moving_pods import A, B, Json, Movers, also, pod, until
 
 from podferry.lab import Lab
+
+from .moving_pods import A, B, Json, Move, Movers, also, pod, until
 
 pytestmark = pytest.mark.cluster
 
@@ -58,20 +60,69 @@ VOLUMES = [{"name": "data", "emptyDir": {}}, {"name": "mem", "emptyDir": {"mediu
 MOUNTS = [{"name": "data", "mountPath": "/data"}, {"name": "mem", "mountPath": "/mem"}]
 
 
+STAYS = "stays"
+"""The label of a pod that outlives the test that began it."""
+
+
 @pytest.fixture(scope="module")
 def movers(bare: Lab) -> Iterator[Movers]:
+    """The agents. In the end no pod is left in the namespace, and of no pod anything on the nodes."""
     movers = Movers(bare)
     yield movers
+    movers.kubectl.run("delete", "pod", "--all", "--wait", "--grace-period=1")
+    nothing_is_left(movers)
     movers.stop()
 
 
 @pytest.fixture
 def clean(movers: Movers) -> Iterator[Movers]:
-    """The agents; afterwards no pod is left in the namespace, and of no pod anything on the nodes."""
+    """The agents; afterwards nothing of the test's moves is left on the nodes. Its pods end while the next test begins."""
     yield movers
-    movers.kubectl.run("delete", "pod", "--all", "--wait", "--grace-period=1")
+    movers.kubectl.run("delete", "pod", "-l", f"!{STAYS}", "--wait=false", "--grace-period=1")
+    nothing_is_left(movers)
+
+
+def nothing_is_left(movers: Movers) -> None:
     for node in (A, B):
         until(lambda node=node: not movers.leftovers(node), f"nothing is left on {node}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cold(request: pytest.FixtureRequest, movers: Movers) -> None:
+    """A pod that nobody will ever move in. Its runtime waits for a minute, so it is made before the other tests."""
+    if not is_wanted(request, test_a_pod_made_for_a_migration_never_starts_cold):
+        return
+    manifest = pod("cold", COUNT)
+    manifest["metadata"] |= {"labels": {STAYS: "yes"}, "annotations": {"podferry.dev/migration": "nobody-knows"}}
+    manifest["spec"]["nodeName"] = B
+    movers.kubectl.run("create", "-f", "-", input=json.dumps(manifest))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deleted(request: pytest.FixtureRequest, movers: Movers) -> tuple[Move, Path] | None:
+    """A move whose target pod is deleted while it waits, before the source may freeze; and the gate that keeps it from that.
+
+    The kubelet is busy starting the container until it loses patience, after two minutes: all the other tests.
+    """
+    if not is_wanted(request, test_a_target_pod_that_is_deleted_while_it_waits_ends_the_move_before_the_freeze):
+        return None
+    write = "if n % 10 == 0: block[:] = bytes([n % 256]) * len(block)"
+    busy = COUNT.replace("time.sleep(0.05)", f"time.sleep(0.05)\n    {write}")
+    manifest = pod("deleted", busy.replace("16 << 20", "64 << 20"))
+    manifest["metadata"]["labels"] = {STAYS: "yes"}
+    here = movers.create(manifest)
+    gate = movers.close_gate("source-cut-over-default_deleted")
+    move = movers.order(here, B, policy={"max_downtime": 10.0})
+    movers.make_target(move)
+    until(gate.with_name(f"{gate.name}.reached").exists, "the source is about to cut over")
+    assert move.target_pod is not None
+    movers.under_way.append(move)
+    movers.kubectl.run("delete", "pod", move.target_pod["metadata"]["name"], "--wait=false", "--grace-period=1")
+    return move, gate
+
+
+def is_wanted(request: pytest.FixtureRequest, test: Callable[..., None]) -> bool:
+    return any(getattr(item, "function", None) is test for item in request.session.items)
 
 
 def counts_on(movers: Movers, target: Json, container: str = "main") -> list[str]:
@@ -216,44 +267,18 @@ def test_a_cancelled_move_gives_the_target_pod_back(clean: Movers) -> None:
     counts_on(clean, clean.get("cancelled"))
 
 
-def test_a_target_pod_that_is_deleted_while_it_waits_ends_the_move_before_the_freeze(clean: Movers) -> None:
-    busy = COUNT.replace("time.sleep(0.05)", "time.sleep(0.05)\n    block[:] = bytes([n % 256]) * len(block)")
-    here = clean.create(pod("deleted", busy.replace("16 << 20", "64 << 20")))
-    gate = clean.close_gate("source-cut-over-default_deleted")
-    move = clean.order(here, B, policy={"max_downtime": 10.0})
-    clean.make_target(move)
-    until(gate.with_name(f"{gate.name}.reached").exists, "the source is about to cut over")
-    assert move.target_pod is not None
-    clean.kubectl.run("delete", "pod", move.target_pod["metadata"]["name"], "--wait=false", "--grace-period=1")
-    assert clean.ended(B, move, "target")["outcome"] == "rolled-back"
-    gate.unlink()
-    record = clean.ended(A, move)
-    assert record["outcome"] == "rolled-back"
-    assert record["downtime_ms"] is None
-    counts_on(clean, clean.get("deleted"))
-
-
-def test_a_pod_made_for_a_migration_never_starts_cold(clean: Movers) -> None:
-    manifest = pod("cold", COUNT)
-    manifest["metadata"]["annotations"] = {"podferry.dev/migration": "nobody-knows"}
-    manifest["spec"]["nodeName"] = B
-    clean.kubectl.run("create", "-f", "-", input=json.dumps(manifest))
-    time.sleep(5)
-    status = clean.get("cold")["status"]
-    assert status["phase"] == "Pending"
-    assert not running(clean.get("cold"))
-
-
 @pytest.mark.parametrize(
-    ("spec", "reason"),
+    ("name", "spec", "reason"),
     [
-        ({"hostNetwork": True}, "shares namespaces with its node"),
-        ({"shareProcessNamespace": True}, "shares namespaces with others"),
-        ({"volumes": [{"name": "data", "hostPath": {"path": "/tmp"}}]}, "directories of its node mounted"),
+        ("network", {"hostNetwork": True}, "shares namespaces with its node"),
+        ("processes", {"shareProcessNamespace": True}, "shares namespaces with others"),
+        ("path", {"volumes": [{"name": "data", "hostPath": {"path": "/tmp"}}]}, "directories of its node mounted"),
     ],
 )
-def test_what_cannot_move_is_refused_with_the_reason(clean: Movers, spec: dict[str, Any], reason: str) -> None:
-    manifest = pod("refused", COUNT, **spec)
+def test_what_cannot_move_is_refused_with_the_reason(
+    clean: Movers, name: str, spec: dict[str, Any], reason: str
+) -> None:
+    manifest = pod(name, COUNT, **spec)
     if "volumes" in spec:
         manifest["spec"]["containers"][0]["volumeMounts"] = MOUNTS[:1]
     here = clean.create(manifest)
@@ -268,7 +293,28 @@ def test_what_cannot_move_is_refused_with_the_reason(clean: Movers, spec: dict[s
     assert any(reason in one for one in found), found
     record = clean.ended(A, clean.order(here, B))
     assert record["outcome"] == "refused"
-    counts_on(clean, clean.get("refused"))
+    counts_on(clean, clean.get(name))
+
+
+def test_a_pod_made_for_a_migration_never_starts_cold(clean: Movers) -> None:
+    """It was made before everything else here; by now its node's runtime has waited as long as it does."""
+    refusal = "the container was to be restored, but its state does not come: it does not start anew"
+    until(lambda: refusal in json.dumps(clean.get("cold")["status"]), "it is refused")
+    assert clean.get("cold")["status"]["phase"] in ("Pending", "Failed")
+    assert clean.kubectl.run("logs", "cold", check=False).stdout == ""
+
+
+def test_a_target_pod_that_is_deleted_while_it_waits_ends_the_move_before_the_freeze(
+    clean: Movers, deleted: tuple[Move, Path]
+) -> None:
+    move, gate = deleted
+    assert clean.ended(B, move, "target")["outcome"] == "rolled-back"
+    gate.unlink()
+    record = clean.ended(A, move)
+    assert record["outcome"] == "rolled-back"
+    assert record["downtime_ms"] is None
+    clean.under_way.remove(move)
+    counts_on(clean, clean.get("deleted"))
 
 
 def restarts(pod: Json) -> int:

@@ -16,7 +16,7 @@ from .fake import FakeApiServer
 from .world import World
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def control_plane() -> Iterator[Path]:
     """A real control plane's kubeconfig."""
     if why := real.missing():

@@ -1,5 +1,5 @@
-"""The real thing: etcd, kube-apiserver, kube-controller-manager and kube-scheduler, with no node; started once for a
-test session.
+"""The real thing: etcd, kube-apiserver, kube-controller-manager and kube-scheduler, with no node; started once for
+all tests here.
 """
 
 from __future__ import annotations
