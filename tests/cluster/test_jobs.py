@@ -103,14 +103,15 @@ def logs(kubectl: Kubectl, pod: Json) -> list[str]:
     return kubectl.run("logs", pod["metadata"]["name"], check=False).stdout.splitlines()
 
 
-def move(kubectl: Kubectl, pod: str, to: str, watch: Callable[[Json], None] = lambda _: None) -> Json:
-    """Move a pod by a Migration object, to its end; returns its status. `watch` is shown every status on the way."""
+def move(kubectl: Kubectl, pod: str, to: str, watch: Callable[[Json], None] = lambda _: None, **spec: Any) -> Json:
+    """Move a pod by a Migration object, to its end; returns its status. `watch` is shown every status on the way; `spec`
+    is what else is asked for."""
     name = f"{pod}-to-{to}"
     migration = {
         "apiVersion": "podferry.dev/v1alpha1",
         "kind": "Migration",
         "metadata": {"name": name},
-        "spec": {"podName": pod, "targetNode": to},
+        "spec": {"podName": pod, "targetNode": to, **spec},
     }
     kubectl.run("create", "-f", "-", input=json.dumps(migration))
 
@@ -176,8 +177,10 @@ def test_the_pods_of_an_indexed_job_move_at_once_and_it_completes_with_one_succe
     def there_and_back(index: str) -> None:
         for _ in range(2):
             pod = by_index("moved")[index]
-            status = move(kubectl, pod["metadata"]["name"], B if pod["spec"]["nodeName"] == A else A)
-            assert status["phase"] == "Completed", (index, status)
+            there = B if pod["spec"]["nodeName"] == A else A
+            # Eight busy jobs on one machine may write faster than what is left of it carries.
+            status = move(kubectl, pod["metadata"]["name"], there, allowAutoConverge=True)
+            assert status["phase"] == "Completed", (index, json.dumps(status["ending"]))
             until(lambda: index in by_index("moved"), f"index {index} has a pod")
             assert by_index("moved")[index]["metadata"]["name"] == status["targetPod"]["name"]
 
