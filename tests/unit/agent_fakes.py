@@ -16,7 +16,7 @@ import anyio
 import xxhash
 
 from podferry.agent.journal import Journal
-from podferry.agent.ports import IMAGES, LOG, UPPER, Change
+from podferry.agent.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError
 from podferry.memory.feeder_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
@@ -106,6 +106,12 @@ class SourceNode:
         self.ended.set()
         return True
 
+    def crash(self) -> None:
+        """The frozen original ends, though nobody asked for it: its node was switched off, say."""
+        self.alive = self.held = self.frozen = self.door_shut = False
+        self.memory.clear()
+        self.ended.set()
+
     def handlers(self) -> dict[str, Any]:
         async def outgoing(facts: Mapping[str, Any]) -> None:
             self.scratch = False
@@ -132,6 +138,8 @@ class FakeRemains:
         self.node, self.journal = node, journal
 
     def owed(self) -> FakeOwed:
+        if not self.node.alive:
+            raise OriginalGone("the frozen original has ended")
         return FakeOwed(
             self.node, {space: Runs((at, at + PAGE) for at in pages) for space, pages in self.node.memory.items()}
         )
@@ -298,6 +306,8 @@ class FakeOwed:
                         yield self._take(space, at)
 
     def _take(self, space: int, at: int) -> Pages | Drop:
+        if not self._node.alive:
+            raise OriginalGone("the frozen original has ended")
         data = self._node.memory.get(space, {}).get(at, ZERO)
         self._left[space] = self._left.get(space, EMPTY) - Runs.of(at, at + PAGE)
         return Drop(space, ((at, at + PAGE),)) if data == ZERO else Pages(space, 0, ((at, 1),), data)

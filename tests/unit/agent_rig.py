@@ -235,6 +235,10 @@ def crash(rig: Rig) -> None:
     rig.target.crash()
 
 
+def lose(rig: Rig) -> None:
+    rig.source.crash()
+
+
 async def stall(rig: Rig) -> None:
     life = LIFE.get()
     rig.stalled = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 from typing import Any
 
 import anyio
@@ -13,6 +14,7 @@ import structlog
 
 from podferry.agent.contact import Contact
 from podferry.agent.owed import PUSH, Owed
+from podferry.agent.ports import OriginalGone
 from podferry.agent.story import Story
 from podferry.memory.ranges import Runs
 from podferry.memory.uffd import PAGE
@@ -33,8 +35,8 @@ class Memory:
         self.pages[:] = b"x" * SIZE
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.pages))
 
-    def owed(self) -> Owed:
-        return Owed({SPACE: os.getpid()}, {SPACE: Runs.of(self.start, self.start + SIZE)})
+    def owed(self, pid: int = 0) -> Owed:
+        return Owed({SPACE: pid or os.getpid()}, {SPACE: Runs.of(self.start, self.start + SIZE)})
 
 
 class SlowLetters:
@@ -67,11 +69,17 @@ def pages(frames: list[Pages | Drop]) -> list[int]:
     )
 
 
+async def runs() -> bool:
+    return True
+
+
 @pytest.mark.anyio
 async def test_an_answer_that_is_cut_short_by_the_targets_word_still_goes_out() -> None:
     memory = Memory()
     owed, letters = memory.owed(), SlowLetters(memory.start)
-    contact = Contact(Story("m", "job", "a", "b", Mode.POSTCOPY), structlog.get_logger(), lambda: None, lambda: owed)  # type: ignore[arg-type,return-value]
+    contact = Contact(
+        Story("m", "job", "a", "b", Mode.POSTCOPY), structlog.get_logger(), lambda: None, lambda: owed, runs
+    )  # type: ignore[arg-type,return-value]
     async with contact._answering(letters):  # type: ignore[arg-type]
         await letters.asked.wait()
     rest = [Pages(one.space, one.round, one.runs, b"") if isinstance(one, Pages) else one for one in owed.rest()]
@@ -97,6 +105,33 @@ def test_what_nobody_saw_arrive_is_owed_again() -> None:
     owed.start_over()
     assert owed.bytes == SIZE
     owed.close()
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_memory_that_ended_with_its_process_is_not_taken_for_zeros(reaped: bool) -> None:
+    memory = Memory()
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+        os._exit(0)
+    owed, later = memory.owed(pid), memory.owed(pid)
+    pushed = owed.rest()
+    assert isinstance(next(pushed), Pages)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
+    with pytest.raises(OriginalGone):
+        assert not [frame for frame in pushed if isinstance(frame, Drop)]
+    with pytest.raises(OriginalGone):
+        assert not [frame for frame in later.wanted(SPACE, memory.start) if isinstance(frame, Drop)]
+    for one in (owed, later):
+        one.close()
+    if not reaped:
+        os.waitpid(pid, 0)
+
+
+def test_an_original_without_processes_owes_nothing_that_could_be_sent() -> None:
+    with pytest.raises(OriginalGone):
+        Owed({}, {})
 
 
 def test_a_page_that_is_not_owed_is_zero() -> None:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from agent_rig import Act, Cut, Fault, Rig, cancel, crash, die, fail, methods, oserror, stall, stop, unique
+from agent_rig import Act, Cut, Fault, Rig, cancel, crash, die, fail, lose, methods, oserror, stall, stop, unique
 
 from podferry.agent import attempt
 from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
@@ -117,6 +117,34 @@ def test_a_job_dies_on_the_target_before_it_has_all_its_memory(
     assert SourcePhase.LOST in rig.phases("a")
     assert (rig.phase("a"), rig.helped) == (SourcePhase.ROLLED_BACK, True)
     assert not [error for error in rig.agents["b"].errors if not isinstance(error, PeerLost)]
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault("source", "gate serve", lose)],
+        [Fault("target", "gate fill", lose)],
+        [Fault("source", "gate serve", lose), Fault("source", "gate serve", die)],
+        [Fault("source", "gate serve", die), Fault("source", "gate lost-contact", lose)],
+        [Fault("source", "gate serve", lose), Fault("target", "filled", die)],
+        [
+            Fault("source", "gate serve", die),
+            Fault("source", "gate lost-contact", lose),
+            Fault("target", "filled", crash),
+        ],
+    ],
+    ids=["serve", "fill", "with its agent", "before its agent is back", "both agents", "both jobs"],
+)
+def test_the_frozen_original_ends_before_the_target_has_all_memory(
+    faults: list[Fault], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node was switched off and is back, say. The job dies of it, on both nodes and without a person: what it lacks must not
+    be taken for zeros."""
+    rig = move("postcopy", tmp_path, monkeypatch, *faults)
+    assert (rig.phase("a"), rig.phase("b"), rig.helped) == (SourcePhase.FAILED, TargetPhase.DIED, False)
+    assert [rig.records[node]["outcome"] for node in ("a", "b")] == ["failed", "failed"]
+    assert "died on the target" in rig.records["a"]["reason"]
+    assert not rig.target.executing
 
 
 @pytest.mark.parametrize("kind", ["freeze", "hold"])

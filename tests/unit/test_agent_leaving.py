@@ -11,13 +11,15 @@ import pytest
 
 from podferry.agent.config import Config
 from podferry.agent.journal import Journal
-from podferry.agent.leaving import Leaving, handlers
+from podferry.agent.leaving import Leaving, Remains, handlers
 from podferry.agent.offered import Offered
+from podferry.agent.ports import OriginalGone
 from podferry.core.undo import Ledger
 from podferry.errors import PodferryError
 from podferry.memory.tracker import Kind
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
 from podferry.node.checkpoint import Hold
+from podferry.node.containerd import ContainerdFailed, NotFound
 from podferry.node.records import Container, Opaque, Status, Task
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -76,6 +78,31 @@ async def test_what_went_with_its_container_needs_nothing(kind: str, tmp_path: P
     ledger = Ledger()
     ledger.add(kind, facts(kind, cgroup, tmp_path))
     assert await ledger.unwind(handlers()) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (NotFound("no task"), OriginalGone),
+        (Status.STOPPED, OriginalGone),
+        (Status.RUNNING, CgroupFailed),
+        (ContainerdFailed("it is not there yet"), CgroupFailed),
+    ],
+)
+def test_an_original_that_its_node_forgot_owes_no_memory(
+    said: Status | ContainerdFailed, error: type[PodferryError], tmp_path: Path
+) -> None:
+    """The node was switched off, say: runc has no state of it, and containerd, once it is there, no task."""
+
+    def task(id: str) -> Task:
+        if isinstance(said, ContainerdFailed):
+            raise said
+        return Task(id, 1, said)
+
+    containerd = SimpleNamespace(runc_root=lambda record: tmp_path, task=task)
+    with pytest.raises(error) as caught:
+        Remains(Journal(tmp_path / "journal"), containerd, Offered(JOB, ())).owed()  # type: ignore[arg-type]
+    assert type(caught.value) is error
 
 
 def test_a_job_that_is_paused_for_a_look_is_in_the_ledger_until_it_runs_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from podferry.errors import Bug, Failed, PeerMisbehaved
 from podferry.model import Mode
-from podferry.wire.document import render
+from podferry.wire.document import render, shape
 from podferry.wire.frames import PAGE, Drop, File, Pages, Tree
 from podferry.wire.messages import (
+    PROTOCOL,
     SOURCE_MESSAGES,
     TARGET_MESSAGES,
     Abort,
@@ -26,6 +28,7 @@ from podferry.wire.messages import (
     Go,
     Offer,
     PagesEnd,
+    PagesLost,
     PageWanted,
     Poise,
     Poised,
@@ -57,6 +60,7 @@ SAMPLES: dict[EventType, Event] = {
         RoundEnd(1, 1, 1),
         StateEnd(M, (), (), ()),
         PagesEnd(M, ()),
+        PagesLost(M),
         Abort(M, "no"),
         Refuse(M, (REPORT,)),
         Accept(M, {}),
@@ -216,3 +220,13 @@ def test_rounds_end_and_are_acknowledged_in_order() -> None:
 def test_the_document_is_that_of_the_code() -> None:
     document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
     assert render(document) == document, "run: python -m podferry.wire.document docs/protocol.md"
+
+
+def test_the_protocols_number_is_raised_with_what_may_travel() -> None:
+    """Either end refuses a message with a field more or less: ends of different shapes must know it from their first word."""
+    digest = hashlib.sha256(shape().encode()).hexdigest()[:16]
+    assert (PROTOCOL, digest) == (2, "c85c71b52fcaeb7e"), (
+        "raise PROTOCOL where the shape differs from main's, and write both here"
+    )
+    document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    assert f"The `protocol` number, now {PROTOCOL}," in document

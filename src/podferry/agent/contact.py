@@ -6,7 +6,7 @@ wanted pages are answered.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -15,21 +15,37 @@ from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import leaves
 from podferry.agent.letters import Letters
-from podferry.agent.ports import Debt
+from podferry.agent.ports import Debt, OriginalGone
 from podferry.agent.sending import Sender
 from podferry.agent.story import Story
-from podferry.errors import PodferryError
+from podferry.errors import Failed, PodferryError
 from podferry.wire.channel import Channel
-from podferry.wire.messages import Crashed, Filled, GaveUp, Go, PagesEnd, PageWanted, Query, Restoring, Running, Unknown
+from podferry.wire.messages import (
+    Crashed,
+    ErrorReport,
+    Filled,
+    GaveUp,
+    Go,
+    PagesEnd,
+    PagesLost,
+    PageWanted,
+    Query,
+    Restoring,
+    Running,
+    Unknown,
+)
 
 Kind = TypeVar("Kind")
 
 LAST_WORD = 1.0
 """Seconds to look for what the target said before a connection broke."""
+LAST_RITES = 60.0
+"""Seconds for the target to end a job that can never have all its memory."""
 
 
 class Contact:
-    """`letters` is the open conversation, None while there is none; `debt` gives what is owed in post-copy, else it is None."""
+    """`letters` is the open conversation, None while there is none; `debt` gives what is owed in post-copy, else it is None; `runs`
+    says whether the frozen original is still there."""
 
     def __init__(
         self,
@@ -37,9 +53,10 @@ class Contact:
         log: Any,
         dial: Callable[[], AbstractAsyncContextManager[Channel]],
         debt: Callable[[], Debt] | None,
+        runs: Callable[[], Awaitable[bool]],
     ) -> None:
         self.letters: Letters | None = None
-        self._story, self._log, self._dial, self._debt = story, log, dial, debt
+        self._story, self._log, self._dial, self._debt, self._runs = story, log, dial, debt, runs
         self._owed: Debt | None = None
 
     async def say_go(self, letters: Letters) -> Running | GaveUp | None:
@@ -54,8 +71,9 @@ class Contact:
         finally:
             self._story.add_span("restore", "target", start, self._story.now())
 
-    async def ask(self, helpers: TaskGroup) -> Running | GaveUp | None:
-        """Try once to reach the target and hear what became of the job; None where it does not say."""
+    async def ask(self, helpers: TaskGroup) -> Running | GaveUp | Crashed | None:
+        """Try once to reach the target and hear what became of the job; None where it does not say, or where the original may
+        still go on although the job is not there. `Crashed`: it is nowhere any more."""
         try:
             letters = self.letters = await Letters.open(helpers, self._dial())
             if self._owed is not None:
@@ -65,11 +83,12 @@ class Contact:
                 match await self._hear(letters, Running, GaveUp, Restoring, Unknown, Crashed):
                     case (Running() | GaveUp()) as word:
                         return word
-                    case Unknown():
-                        self._leave_to_a_person("the target has no record of this migration")
-                        break
-                    case Crashed() as crashed:
-                        self._leave_to_a_person(f"the job died on the target: {crashed.error.error()}")
+                    case (Unknown() | Crashed()) as word:
+                        died = self._died(word)
+                        if not await self._runs():
+                            await self.hang_up()
+                            return died
+                        self._leave_to_a_person(str(died.error.error()))
                         break
                     case Restoring():
                         continue
@@ -94,7 +113,10 @@ class Contact:
             self._log.error("the job died on the target before it had all its memory")
             await self.hang_up()
         except Exception as error:  # noqa: BLE001 - whatever it is, the target needs this node
-            with suppress(PodferryError), anyio.move_on_after(LAST_WORD):
+            lost = any(isinstance(one, OriginalGone) for one in leaves(error))
+            with suppress(PodferryError), anyio.move_on_after(LAST_RITES if lost else LAST_WORD):
+                if lost:
+                    await letters.channel.send(PagesLost(self._story.id))
                 if isinstance(word := await letters.expect(Filled, Crashed), Filled):
                     return word  # it had all its memory, and hung up while it was given more
             await self._broken(error)
@@ -105,6 +127,14 @@ class Contact:
         letters, self.letters = self.letters, None
         if letters is not None:
             await letters.close()
+
+    def _died(self, word: Unknown | Crashed) -> Crashed:
+        """The job is not on the target, and why."""
+        if isinstance(word, Crashed):
+            error = Failed.because("the job died on the target", word.error.error())
+        else:
+            error = Failed("the target has no record of this migration")
+        return Crashed(self._story.id, ErrorReport.of(error))
 
     def _leave_to_a_person(self, what: str) -> None:
         """It will not be different when it is asked again: say so where people look."""
@@ -120,6 +150,10 @@ class Contact:
 
     async def _hear(self, letters: Letters, *kinds: type[Kind]) -> Kind:
         if self._debt is None:
+            return await letters.expect(*kinds)
+        try:
+            self._owed = self._owed or self._debt()
+        except OriginalGone:  # `serve` says so: before the job runs there, it may be that none of it is wanted
             return await letters.expect(*kinds)
         async with self._answering(letters):
             return await letters.expect(*kinds)

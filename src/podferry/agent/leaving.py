@@ -25,7 +25,7 @@ from podferry.agent.helpers import reap, remove_task, runs
 from podferry.agent.journal import Journal, Part
 from podferry.agent.offered import Offered
 from podferry.agent.owed import Owed
-from podferry.agent.ports import IMAGES, LOG, UPPER, Change
+from podferry.agent.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
@@ -149,7 +149,8 @@ class Leaving:
         """Post-copy: leave what `change` lists for later. The frames make the target forget what it has of it."""
         for space in {**change.dropped, **change.written}:
             yield from self._forget(space, change.dropped.get(space, EMPTY) | change.written.get(space, EMPTY))
-        self._owed = Owed(self._pids, change.written)
+        living = set(self._spaces.values())  # nobody will ask for what a process wrote that has exited since
+        self._owed = Owed(self._pids, {space: runs for space, runs in change.written.items() if space in living})
 
     def owed(self) -> Owed:
         """Post-copy: the memory that the target has not got."""
@@ -342,8 +343,14 @@ class Remains:
         await to_thread.run_sync(kill_frozen, self._journal)
 
     def owed(self) -> Owed:
-        """All memory: what the earlier agent sent died with it."""
-        cgroup = Cgroup.of_container(self._containerd.runc_root(self._offered.record), self._offered.record.id)
+        """All memory: what the earlier agent sent died with it. Raises `OriginalGone`."""
+        record = self._offered.record
+        try:
+            cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
+        except CgroupFailed as error:
+            if runs(self._containerd, record.id):
+                raise
+            raise OriginalGone.because("the frozen original has ended", error) from error
         seen = create(Kind.NONE, cgroup.pids).final()
         pids = {pid_inside(pid): pid for pid in seen.spaces}
         return Owed(pids, {space: seen.spaces[pid].written for space, pid in pids.items()})

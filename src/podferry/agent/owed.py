@@ -7,9 +7,11 @@ most: the target takes the first and ignores the other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from podferry.agent.ports import OriginalGone
 from podferry.memory.ranges import EMPTY, Runs
-from podferry.memory.reader import Data, Reader
+from podferry.memory.reader import Data, Gone, Reader
 from podferry.memory.uffd import PAGE
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, Drop, Pages
@@ -22,9 +24,11 @@ ROUND = 0
 
 
 class Owed:
-    """`runs` of memory, by space, of the frozen processes `pids`, by space too."""
+    """`runs` of memory, by space, of the frozen processes `pids`, by space too. Raises `OriginalGone` where there are none."""
 
     def __init__(self, pids: Mapping[int, int], runs: Mapping[int, Runs]) -> None:
+        if not pids:
+            raise OriginalGone("the frozen original has ended")
         self._pids, self._runs = pids, dict(runs)
         self._given: dict[int, Runs] = {}
         self._asking: dict[int, Reader] = {}
@@ -45,13 +49,13 @@ class Owed:
         near = owed.clip(start, start + WINDOW) - self._given.get(space, EMPTY)
         if not near & page:
             return  # it is on its way already, and may be overtaken by nothing that says otherwise
-        reader = self._asking[space] = self._asking.get(space) or Reader(self._pids[space])
+        reader = self._asking[space] = self._asking.get(space) or self._reader(space)
         yield from self._read(reader, space, near)
 
     def rest(self) -> Iterator[Pages | Drop]:
         """All that is still owed, in frames that are short enough for a wanted page to get between them."""
         for space, runs in self._runs.items():
-            with Reader(self._pids[space], piece=PUSH) as reader:
+            with self._reader(space) as reader:
                 for start, end in runs.pieces(PUSH):
                     if left := Runs.of(start, end) - self._given.get(space, EMPTY):
                         yield from self._read(reader, space, left)
@@ -66,14 +70,35 @@ class Owed:
             reader.close()
         self._asking.clear()
 
+    def _reader(self, space: int) -> Reader:
+        try:
+            return Reader(self._pids[space], piece=PUSH)
+        except OSError as error:
+            raise OriginalGone.because("the frozen original has ended", error) from error
+
     def _read(self, reader: Reader, space: int, runs: Runs) -> Iterator[Pages | Drop]:
+        """What cannot be read was unmapped before the freeze, and reads as zeros, unless the process has ended."""
         batch, void = PageBatch(space, ROUND), []
         self._given[space] = self._given.get(space, EMPTY) | runs
+        gone = False
         for piece in reader.read(runs):
             if isinstance(piece, Data):
                 yield from batch.add(piece.address, piece.memory)
             else:
+                gone = gone or isinstance(piece, Gone)
                 void.append((piece.start, piece.end))
         yield from batch.flush()
+        if gone and _has_no_memory(self._pids[space]):
+            raise OriginalGone(
+                "the frozen original has ended", why=f"process {self._pids[space]} has no memory any more"
+            )
         for first in range(0, len(void), MAX_DROPS):
             yield Drop(space, tuple(void[first : first + MAX_DROPS]))
+
+
+def _has_no_memory(pid: int) -> bool:
+    """Whether a process has ended, be it reaped or not."""
+    try:
+        return not Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError:
+        return True

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from podferry.errors import PodferryError
+from podferry.errors import Failed, PodferryError
 from podferry.memory.feeder_source import Frame
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.wire.frames import Drop, Pages
@@ -53,8 +53,17 @@ class Change:
         return sum(runs.size for runs in self.written.values())
 
 
+class OriginalGone(Failed):
+    """Post-copy: the frozen original has ended, and with it the memory that the target has not got."""
+
+    code = "PF243"
+
+
 class Debt(Protocol):
-    """Post-copy on the source: the memory that the target has not got (`podferry.agent.owed`)."""
+    """Post-copy on the source: the memory that the target has not got (`podferry.agent.owed`).
+
+    Frames are only made of what was read: where the original has ended, `OriginalGone` is raised, since zeros would be lies.
+    """
 
     @property
     def bytes(self) -> int:
@@ -106,7 +115,8 @@ class HeldJob(Protocol):
     """The frozen original on the source, once the right to run has passed."""
 
     def owed(self) -> Debt:
-        """Post-copy: the memory that the target has not got. Where nobody remembers what it got, that is all memory."""
+        """Post-copy: the memory that the target has not got. Where nobody remembers what it got, that is all memory.
+        Raises `OriginalGone`."""
         ...
 
     async def commit(self) -> None:

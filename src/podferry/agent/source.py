@@ -326,8 +326,9 @@ class Source(Attempt[SourcePhase, SourceEvent]):
     async def _after_go(self, helpers: TaskGroup, letters: Letters | None) -> None:
         """Find out whether the job runs there, however long it takes, and act on it."""
         await self.at_gate()
-        contact = Contact(self.story, self.log, self._dial, self._original().owed if self._postcopy else None)
-        word: Running | GaveUp | Filled | None = await contact.say_go(letters) if letters else None
+        debt = self._original().owed if self._postcopy else None
+        contact = Contact(self.story, self.log, self._dial, debt, self._runs)
+        word: Running | GaveUp | Crashed | Filled | None = await contact.say_go(letters) if letters else None
         while word is None or (self._postcopy and isinstance(word, Running)):
             if isinstance(word, Running):
                 word = await self._serve(contact, word)
@@ -347,8 +348,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             await self._undo(
                 Failed("contact was lost, and a person decided that the job runs on here"), contact.letters
             )
-        elif isinstance(word, GaveUp):
-            self.fire(SourceEvent.GAVE_UP)
+        elif isinstance(word, GaveUp | Crashed):
+            self.fire(SourceEvent.GAVE_UP, note=word.error.what)
             await self._undo(word.error.error(), contact.letters)
         else:
             if isinstance(word, Running):
@@ -358,9 +359,9 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 self.fire(SourceEvent.RESOLVED_THERE)
             await self._commit(contact.letters)
 
-    async def _ask(self, contact: Contact, helpers: TaskGroup) -> Running | GaveUp | None:
+    async def _ask(self, contact: Contact, helpers: TaskGroup) -> Running | GaveUp | Crashed | None:
         """Ask the target once. It may think about its answer for long: a person's verdict ends the wait."""
-        word: Running | GaveUp | None = None
+        word: Running | GaveUp | Crashed | None = None
         async with anyio.create_task_group() as both:
 
             async def verdict() -> None:

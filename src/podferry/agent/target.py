@@ -34,6 +34,7 @@ from podferry.wire.messages import (
     Go,
     Message,
     PagesEnd,
+    PagesLost,
     PageWanted,
     Poise,
     Poised,
@@ -78,6 +79,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._one_gives_up = anyio.Lock()
         self._still_here = False
         self._fetches: set[anyio.CancelScope] = set()
+        self._pages_lost = anyio.Event()
         if self.machine.ended:
             self._error = story.error
             self._word_known.set()
@@ -196,6 +198,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 case PagesEnd():
                     self.job.all_owed_came(relay)
                     return await relay.flush()
+                case PagesLost():
+                    return self._pages_lost.set()
                 case _:
                     raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
             await relay.flush()
@@ -289,12 +293,22 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
     async def _all_filled(self) -> Json:
         """Every page is in its place. That this cannot be written down, on a full disk, is no reason to end the job."""
-        while True:
-            try:
-                return await self.job.filled()
-            except OSError as error:
-                self.log.error("the journal cannot be written", error=str(error))
-                await anyio.sleep(ASK_AGAIN)
+
+        async def lost() -> None:
+            await self._pages_lost.wait()
+            raise Failed("the job cannot have all its memory", why="its frozen original on the source has ended")
+
+        async with anyio.create_task_group() as waits:
+            waits.start_soon(lost)
+            while True:
+                try:
+                    figures = await self.job.filled()
+                    break
+                except OSError as error:
+                    self.log.error("the journal cannot be written", error=str(error))
+                    await anyio.sleep(ASK_AGAIN)
+            waits.cancel_scope.cancel()
+        return figures
 
     # The way back.
 

@@ -19,6 +19,7 @@ from podferry.wire import frames
 from podferry.wire.messages import MESSAGES, SOURCE_MESSAGES, TARGET_MESSAGES, ErrorReport, FileSum, SpaceSum, TreeSum
 from podferry.wire.session import MEANING, State, transitions
 
+PARTS = (ErrorReport, FileSum, SpaceSum, TreeSum)
 _SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -26,6 +27,13 @@ def render(document: str) -> str:
     """The document with its generated sections made anew."""
     makers = {"messages": _messages, "parts": _parts, "states": _states, "diagram": _diagram, "frames": _frames}
     return _SECTION.sub(lambda found: found[1] + "\n".join(makers[found[2]]()) + "\n" + found[3], document)
+
+
+def shape() -> str:
+    """What both ends must agree on, whatever it means: frames, the fields of messages and their limits, who may say what when."""
+    kinds = (f"{kind.__name__}: {_fields(kind)}" for kind in (*MESSAGES.values(), *PARTS))
+    steps = (f"{state}, {role}: {name}, {after}" for state, role, name, after in transitions())
+    return "\n".join((*_frames(), *kinds, *sorted(steps)))
 
 
 def _messages() -> Iterator[str]:
@@ -39,7 +47,7 @@ def _messages() -> Iterator[str]:
 def _parts() -> Iterator[str]:
     yield "| part | fields | meaning |"
     yield "|---|---|---|"
-    for kind in (ErrorReport, FileSum, SpaceSum, TreeSum):
+    for kind in PARTS:
         yield f"| `{kind.__name__}` | {_fields(kind)} | {_summary(kind)} |"
 
 

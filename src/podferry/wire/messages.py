@@ -15,8 +15,9 @@ from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
 
-PROTOCOL = 1
-"""The number both ends must share. It changes whenever an older end could misunderstand a newer one."""
+PROTOCOL = 2
+"""The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
+of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`."""
 
 Id = Annotated[str, Limit(1, 128)]
 Name = Annotated[str, Limit(1, 317)]
@@ -249,6 +250,14 @@ class GaveUp:
 
 
 @dataclass(frozen=True)
+class PagesLost:
+    """Post-copy: the frozen original has ended, and with it what the target has not got. The container can never have all its
+    memory: the target ends it, and answers with `Crashed`."""
+
+    migration: Id
+
+
+@dataclass(frozen=True)
 class Abort:
     """The source takes its offer back; only before `Go`. The target answers with `GaveUp`."""
 
@@ -278,7 +287,7 @@ class Unknown:
 
 
 # fmt: off
-SOURCE_MESSAGES = (Offer, RoundEnd, Poise, StateEnd, Go, PagesEnd, Abort, Done, Query)
+SOURCE_MESSAGES = (Offer, RoundEnd, Poise, StateEnd, Go, PagesEnd, PagesLost, Abort, Done, Query)
 TARGET_MESSAGES = (Accept, Refuse, RoundAck, Poised, Ready, Restoring, Running, PageWanted, Progress, Filled, Crashed,
                    GaveUp, Unknown)
 # fmt: on
@@ -291,6 +300,7 @@ Message = (
     | StateEnd
     | Go
     | PagesEnd
+    | PagesLost
     | Abort
     | Done
     | Query

@@ -27,6 +27,7 @@ from podferry.wire.messages import (
     Message,
     Offer,
     PagesEnd,
+    PagesLost,
     PageWanted,
     Poise,
     Poised,
@@ -143,19 +144,19 @@ TABLE: dict[State, dict[Role, Row]] = {
         Role.TARGET: _stay(State.READY, Progress) | {GaveUp: State.GIVEN_UP},
     },
     State.GONE: {
-        Role.SOURCE: _stay(State.GONE, Pages, Drop, PagesEnd),
+        Role.SOURCE: _stay(State.GONE, Pages, Drop, PagesEnd, PagesLost),
         Role.TARGET: _stay(State.GONE, Progress, PageWanted) | {Running: State.RUNNING, GaveUp: State.GIVEN_UP},
     },
     State.RUNNING: {
-        Role.SOURCE: _stay(State.RUNNING, Pages, Drop, PagesEnd),
+        Role.SOURCE: _stay(State.RUNNING, Pages, Drop, PagesEnd, PagesLost),
         Role.TARGET: _stay(State.RUNNING, Progress, PageWanted) | {Filled: State.FILLED, Crashed: State.CRASHED},
     },
     State.FILLED: {
-        Role.SOURCE: _stay(State.FILLED, Pages, Drop, PagesEnd) | {Done: State.ENDED},
+        Role.SOURCE: _stay(State.FILLED, Pages, Drop, PagesEnd, PagesLost) | {Done: State.ENDED},
         Role.TARGET: {},
     },
     State.CRASHED: {
-        Role.SOURCE: _stay(State.CRASHED, Pages, Drop, PagesEnd) | {Done: State.ENDED},
+        Role.SOURCE: _stay(State.CRASHED, Pages, Drop, PagesEnd, PagesLost) | {Done: State.ENDED},
         Role.TARGET: {},
     },
     State.ABORTING: {
@@ -164,7 +165,8 @@ TABLE: dict[State, dict[Role, Row]] = {
         | {Refuse: State.ENDED, GaveUp: State.ENDED},
     },
     State.GIVEN_UP: {
-        Role.SOURCE: _stay(State.GIVEN_UP, *_BEFORE_GO, Go, PagesEnd) | {Abort: State.ENDED, Done: State.ENDED},
+        Role.SOURCE: _stay(State.GIVEN_UP, *_BEFORE_GO, Go, PagesEnd, PagesLost)
+        | {Abort: State.ENDED, Done: State.ENDED},
         Role.TARGET: {},
     },
     State.ENDED: {Role.SOURCE: {}, Role.TARGET: {}},
