@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 import pytest
 
-from podferry.agent.arriving import FEEDER_STATUS, Arriving
+from podferry.agent.arriving import FEEDER_STATUS, LOOK_AT_JOB_EVERY, Arriving
 from podferry.agent.config import Config
 from podferry.agent.journal import Journal
 from podferry.agent.offered import Offered
 from podferry.errors import Failed
+from podferry.node.checkpoint import Process
 from podferry.node.containerd import NotFound
 from podferry.node.records import Container, Opaque, Status, Task
 
@@ -64,6 +67,27 @@ async def test_a_job_that_is_gone_before_it_has_all_its_memory_has_died(tmp_path
         await job.filled()
     assert len(journal.ledger.entries) == 6
     assert "filled" not in journal.facts
+
+
+@pytest.mark.parametrize("status", [None, Status.STOPPED])
+async def test_a_job_that_ends_while_nobody_sends_its_pages_is_not_waited_for(
+    status: Status | None, tmp_path: Path
+) -> None:
+    """The page feeder only notices that when it has a page to give."""
+    job, journal = arriving(tmp_path, Status.RUNNING, postcopy=True)
+    (job.scratch / FEEDER_STATUS).write_text(json.dumps({"state": "filling"}))
+    this = Process.of(os.getpid())
+    assert this is not None
+    journal.acquire("feeder", pid=this.pid, started=this.started)
+    with pytest.raises(TimeoutError), anyio.fail_after(2 * LOOK_AT_JOB_EVERY):
+        await job.filled()
+    job._containerd.status = status  # type: ignore[attr-defined]
+    if status is None:
+        with pytest.raises(Failed, match="had not all its memory"):
+            await job.filled()
+    else:
+        assert await job.filled() == {}
+        assert [entry.kind for entry in journal.ledger.entries] == ["feeder"]
 
 
 async def test_where_all_memory_came_before_the_resume_a_job_that_is_gone_died_as_any_job_does(tmp_path: Path) -> None:

@@ -118,6 +118,18 @@ def test_an_unknown_cause_is_quoted(tmp_path: Path) -> None:
     assert "something new" in error.why
 
 
+def test_a_criu_that_died_left_no_error_but_its_last_lines(tmp_path: Path) -> None:
+    """As one does that reads a mapped file of a share that has gone."""
+    log = tmp_path / "dump.log"
+    log.write_text(
+        "(00.002645) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE\n(00.010) Dumping path for 3\n"
+    )
+    error = explained(CheckpointFailed, "cannot dump", log, said=['level=error msg="read unixpacket @->@: EOF"'])
+    assert "CRIU died" in error.why
+    assert "share" in error.remedy
+    assert any("Dumping path" in line for line in error.evidence)
+
+
 def test_no_log_at_all(tmp_path: Path) -> None:
     error = explained(CheckpointFailed, "cannot dump", tmp_path / "none", said=["runc: exit status 1"])
     assert error.why == "runc: exit status 1"

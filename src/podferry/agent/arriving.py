@@ -21,7 +21,16 @@ import xxhash
 from anyio import to_thread
 
 from podferry.agent.config import Config
-from podferry.agent.helpers import END_TIMEOUT, ended, helper_environment, kill_helper, process_of, python, remove_task
+from podferry.agent.helpers import (
+    END_TIMEOUT,
+    ended,
+    helper_environment,
+    kill_helper,
+    process_of,
+    python,
+    remove_task,
+    runs,
+)
 from podferry.agent.journal import Journal, Part
 from podferry.agent.offered import Offered
 from podferry.agent.ports import IMAGES, LOG, UPPER, Json, Line
@@ -46,6 +55,7 @@ STATE_TIMEOUT = 7200.0
 RESTORE_TIMEOUT = 60.0
 LARGEST_IMAGE = 1 << 34
 LOOK_EVERY = 0.02
+LOOK_AT_JOB_EVERY = 0.5
 FEEDER_SOCKET, FEEDER_STATUS = "feeder.sock", "feeder.json"
 
 
@@ -309,17 +319,32 @@ class Arriving:
         if (figures := self._journal.facts.get("filled")) is None:
             if self._feeder is None:
                 self._feeder = process_of(self._journal.held("feeder"))
-            status = await self._status_of_feeder("done")
+            status = await self._fed()
             if self._journal.facts.get("postcopy") and not await self.is_here():  # whoever is gone lacks no page either
                 raise Failed("the job is gone, and had not all its memory yet")
             figures = {name: value for name, value in status.items() if name != "state"}
             self._journal.note(filled=figures)
-            if self._feeder is not None:
+            if self._feeder is not None and status:
                 with anyio.move_on_after(END_TIMEOUT):
                     await ended(self._feeder)
         for kind in self.lasting:
             self._journal.release(kind)
         return dict(figures)
+
+    async def _fed(self) -> Json:
+        """Wait until the page feeder is done, or until the job has ended, which the feeder does not notice while it has no page to
+        give: then there are no figures."""
+        if not self._journal.facts.get("postcopy"):
+            return await self._status_of_feeder("done")
+        while True:
+            with anyio.move_on_after(LOOK_AT_JOB_EVERY):
+                return await self._status_of_feeder("done")
+            if await self.has_ended():
+                return {}
+
+    async def has_ended(self) -> bool:
+        """Whether no task of it runs."""
+        return not await to_thread.run_sync(runs, self._containerd, self._offer.record.id)
 
     async def close(self) -> None:
         """Let go of descriptors; a wrapper that still waits fails."""

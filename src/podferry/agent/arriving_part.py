@@ -182,6 +182,10 @@ class ArrivingPart(Arriving):
         except NotFound:
             return False
 
+    async def has_ended(self) -> bool:
+        """Whether it has run here to its end."""
+        return not await self.executes()
+
     def entrust(self) -> None:
         """It is the kubelet's from now on: nothing takes it back."""
         for kind in ("kubelet-task", "restored", "arrived"):

@@ -132,13 +132,20 @@ CAUSES = (
         "the kernel lacks what CRIU needs for lazy pages: userfaultfd",
         "use a kernel with CONFIG_USERFAULTFD, and set vm.unprivileged_userfaultfd or run as root",
     ),
+    _cause(
+        r"read unixpacket \S*: EOF",  # what runc hears of a CRIU that is no more
+        "CRIU died in the middle of it",
+        "see the last lines of its log, and whether the image's files can be read: their share may not answer",
+    ),
 )
 
 
 def error_lines(log: Path) -> list[str]:
-    """The lines of a CRIU log that report errors and warnings, the last 20; the log's last lines where it has none."""
+    """The lines of a CRIU log that report errors and warnings, the last 20; the log's last lines where none tells anything."""
     lines = last_lines(log, _LOG_TAIL // 200)
-    return [line for line in lines if _ERROR_LINE.search(line)][-EVIDENCE_LINES:] or lines[-EVIDENCE_LINES:]
+    errors = [line for line in lines if _ERROR_LINE.search(line)]
+    telling = [line for line in errors if not _HARMLESS.search(line)]
+    return (errors if telling else lines)[-EVIDENCE_LINES:]
 
 
 def explained(kind: type[E], what: str, log: Path, *, said: list[str] | None = None) -> E:
