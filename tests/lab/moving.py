@@ -70,7 +70,7 @@ class Cluster:
         self._pool = ThreadPoolExecutor(64)
         self._roots: dict[str, Path] = {}
         self._containerds: dict[tuple[str, int], Containerd] = {}
-        self.at_rest = {node: self.traces(node) for node in NODES}
+        self.at_rest = {node: self._at_rest(node) for node in NODES}
 
     def root(self, node: str) -> Path:
         """A node's root directory. Asked all the time, so the first process is looked for only once in its life."""
@@ -267,6 +267,12 @@ class Cluster:
         """How many descriptors the agent of `node` has open."""
         agent = next(one.pid for one in self.processes(node) if one.name == "agent")
         return sum(1 for _ in Path(f"/proc/{agent}/fd").iterdir())
+
+    def _at_rest(self, node: str) -> set[str]:
+        """What is on a node before anything moves, once the layers of an image that was just pulled are packed."""
+        found = until(lambda: "process mkfs.erofs" not in (now := self.traces(node)) and now, f"{node} is at rest")
+        assert isinstance(found, set)
+        return found
 
     def surplus(self, node: str, *jobs: str, dead: Sequence[str] = ()) -> set[str]:
         """What there is on `node` beyond its rest, the running `jobs` and what is kept of the `dead`; and what these lack."""
