@@ -13,6 +13,7 @@ import pytest
 from podferry.controller.handover import HandOver
 from podferry.kube.client import DEPLOYMENTS, JOBS, MIGRATIONS, NAMESPACES, PODS, REPLICASETS, Json, Kind
 from podferry.kube.migration import (
+    HANDED_OVER,
     HANDED_OVER_ANNOTATION,
     LEAVING_ANNOTATION,
     ROLE_LABEL,
@@ -21,17 +22,12 @@ from podferry.kube.migration import (
 )
 from podferry.kube.watch import follow
 
+from .webhooks import TAKEN_UP, WEBHOOKS, slow_deletes
 from .world import World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.anyio]
 
 QUOTAS = Kind("v1", "ResourceQuota", "resourcequotas")
-WEBHOOKS = Kind(
-    "admissionregistration.k8s.io/v1",
-    "ValidatingWebhookConfiguration",
-    "validatingwebhookconfigurations",
-    namespaced=False,
-)
 BATCH = 1.5
 """Seconds after which the Job controller has looked at every change: it gathers them for one second."""
 
@@ -92,6 +88,19 @@ async def move(world: World, pod: Json, name: str) -> Migration:
     return migration
 
 
+async def move_all(world: World, pods: list[Json]) -> list[Migration]:
+    """All of them at once."""
+    migrations: dict[int, Migration] = {}
+
+    async def one(number: int, pod: Json) -> None:
+        migrations[number] = await move(world, pod, f"move-{number}")
+
+    async with anyio.create_task_group() as tasks:
+        for number, pod in enumerate(pods):
+            tasks.start_soon(one, number, pod)
+    return [migrations[number] for number in range(len(pods))]
+
+
 async def owned_pod(world: World, migration: Migration) -> Json:
     assert migration.status.target_pod is not None
     return await world.api.get(PODS, migration.status.target_pod.name, world.namespace)
@@ -137,8 +146,9 @@ async def test_an_indexed_job_of_four(world: World) -> None:
     pods = await running(world, 4)
     census = Census(world)
     index = "batch.kubernetes.io/job-completion-index"
-    for number, pod in enumerate(sorted(pods, key=lambda one: one["metadata"]["annotations"][index])):
-        moved = await owned_pod(world, await move(world, pod, f"move-{number}"))
+    pods = sorted(pods, key=lambda one: one["metadata"]["annotations"][index])
+    for number, migration in enumerate(await move_all(world, pods)):
+        moved = await owned_pod(world, migration)
         assert moved["metadata"]["annotations"][index] == str(number)
         assert moved["metadata"]["labels"][index] == str(number)
         assert moved["spec"]["hostname"] == f"train-{number}"
@@ -161,8 +171,7 @@ async def test_a_parallel_job_without_indexes(world: World) -> None:
     world.controller()
     pods = await running(world, 2)
     census = Census(world)
-    for number, pod in enumerate(pods):
-        await move(world, pod, f"move-{number}")
+    await move_all(world, pods)
     await anyio.sleep(BATCH)
     for pod in await running(world, 2):
         await world.finish(pod["metadata"]["name"])
@@ -345,6 +354,49 @@ def dies_at(monkeypatch: pytest.MonkeyPatch, step: str, die: Any) -> None:
     monkeypatch.setattr(HandOver, "dismiss", dismissed)
 
 
+@pytest.mark.parametrize("kind", ["job", "deployment"])
+async def test_an_owner_that_removes_the_source_just_when_it_leaves(
+    world: World, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has seen two pods and has decided; its request arrives after the source has left. It must see that its wish was
+    done: until then it neither removes a pod nor makes one.
+    """
+    await (deployment(world, 1) if kind == "deployment" else job(world, completions=2, parallelism=1))
+    world.controller()
+    (pod,) = await running(world, 1)
+    async with slow_deletes(world, pod["metadata"]["name"]) as asked:
+        patch = HandOver._patch
+
+        async def patched(self: HandOver, pod: Json, change: Json) -> Json:
+            if LEAVING_ANNOTATION in change["metadata"].get("annotations", {}):
+                await asked.wait()
+            return await patch(self, pod, change)
+
+        monkeypatch.setattr(HandOver, "_patch", patched)
+        await world.migrate(pod["metadata"]["name"])
+        await world.agents_poise()
+        await world.agents_resume(source="serve")  # nobody else removes the source while its memory is being fetched
+        await world.reached(lambda one: one.status.holds(HANDED_OVER))
+
+        async def removed() -> bool:
+            return await world.api.find(PODS, pod["metadata"]["name"], world.namespace) is None
+
+        await world.until(removed)
+    await world.agents_part()
+    moved = await owned_pod(world, await world.ended())
+    if kind == "job":
+        await world.api.patch(JOBS, "train", {"spec": {"parallelism": 2}}, world.namespace)
+    else:
+        await world.api.delete(PODS, moved["metadata"]["name"], world.namespace)
+
+    async def another() -> bool:
+        pods = (await world.api.list(PODS, world.namespace, labels="app=train"))[0]
+        known = {pod["metadata"]["uid"], moved["metadata"]["uid"]}
+        return any(one["metadata"]["uid"] not in known and one["status"]["phase"] == "Running" for one in pods)
+
+    await world.until(another)
+
+
 async def test_a_quota_that_has_no_room_for_two(world: World) -> None:
     pod = await world.pod()
     await world.api.create(QUOTAS, {"metadata": {"name": "one"}, "spec": {"hard": {"pods": "1"}}}, world.namespace)
@@ -365,7 +417,7 @@ async def test_a_quota_that_has_no_room_for_two(world: World) -> None:
 
 
 async def test_a_namespace_that_goes_takes_the_migration_with_it(world: World) -> None:
-    await world.pod()
+    await world.pod(terminationGracePeriodSeconds=1)  # the namespace controller looks again after half of it
     world.controller()
     await world.migrate()
     await world.agents_poise()
@@ -413,7 +465,7 @@ async def test_a_webhook_that_refuses_the_target_pod(world: World) -> None:
             now.status.say("TargetRequested", True, "Converged")
             return True
 
-        await anyio.sleep(BATCH)  # the API server has taken up the webhook by then
+        await anyio.sleep(TAKEN_UP)
         await world.set(asked)
         await world.reached(lambda one: one.status.abort is not None)
         await world.agents_end("cancelled")

@@ -210,15 +210,15 @@ class World:
 
         return await self.set(poised, name)
 
-    async def agents_resume(self, name: str = "move") -> Migration:
-        """GO: the job runs on the target, and its kubelet says so."""
+    async def agents_resume(self, name: str = "move", source: str = "commit") -> Migration:
+        """GO: the job runs on the target, and its kubelet says so. The source goes on in phase `source`."""
         migration = await self.get(name)
         assert migration.status.target_pod is not None
         self.resumed.add(migration.status.target_pod.uid)
         await self._play(await self.api.get(PODS, migration.status.target_pod.name, self.namespace))
 
         def resumed(now: Migration) -> bool:
-            now.status.engine = EnginePhases(source="commit", target="fill")
+            now.status.engine = EnginePhases(source=source, target="fill")
             now.status.downtime = "42ms"
             now.status.say(RESUMED, True, "Running")
             return True
