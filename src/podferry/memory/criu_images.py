@@ -1,4 +1,4 @@
-"""What the target reads of CRIU's images: which pages it will ask for, and which processes there are.
+"""What is read of CRIU's images: which pages the target will ask for, and which processes there are.
 
 The format is CRIU's (`criu/image.c`, `criu/protobuf.c`, `criu/include/{magic,pagemap}.h`): two magic numbers, then
 protobuf messages, each behind its size. The images come from a peer: whatever does not hold together is refused with
@@ -13,7 +13,7 @@ import struct
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -34,6 +34,7 @@ _PSTREE_MAGIC = 0x50273030
 _MM_MAGIC = 0x57492820
 _LARGEST_IMAGE = 1 << 30
 _MOST_TASKS = 1 << 22
+_UINT32 = (1 << 32) - 1
 
 _MAP_KIND, _MAP_LAZY = 0x42022, 0x22  # of MAP_HUGETLB, MAP_LOCKED, MAP_ANONYMOUS, MAP_PRIVATE only the latter two
 _SPECIAL = 1 << 2 | 1 << 3 | 1 << 12 | 1 << 16  # VMA_AREA_VSYSCALL, _VDSO, _VVAR, _GUARD of criu/include/image.h
@@ -58,21 +59,64 @@ def lazy_runs(images: Path) -> dict[int, Runs]:
 
 def lazy_pages(images: Path, pid: int) -> Runs:
     """The pages of one process that CRIU leaves to the lazy-pages daemon."""
+    starts, ends = array("Q"), array("Q")
+    for entry in _page_map(images, pid)[1]:
+        if entry.flags & PE_LAZY:
+            starts.append(entry.start)
+            ends.append(entry.end)
+    return Runs(zip(starts, ends, strict=True))
+
+
+class Mapped(NamedTuple):
+    """Pages [start, end) of a process, and by PE_ flags where they are."""
+
+    start: int
+    end: int
+    flags: int
+
+
+class PageMap(NamedTuple):
+    """The page map of a process, in order, and the number of its pages image."""
+
+    pages_id: int
+    entries: list[Mapped]
+
+    def encode(self) -> bytes:
+        """The page map as an image, for either generation of CRIU: since 4.2 the size of an entry is another field."""
+        messages: list[Message] = [pagemap_pb2.PagemapHead(pages_id=self.pages_id)]
+        for start, end, flags in self.entries:
+            count = (end - start) // PAGE
+            messages.append(
+                pagemap_pb2.PagemapEntry(vaddr=start, compat_nr_pages=min(count, _UINT32), flags=flags, nr_pages=count)
+            )
+        encoded = [message.SerializeToString() for message in messages]
+        body = b"".join(struct.pack("<I", len(data)) + data for data in encoded)
+        return struct.pack("<II", _COMMON_MAGIC, _PAGEMAP_MAGIC) + body
+
+
+def page_map(images: Path, pid: int) -> PageMap:
+    """What CRIU says of a process' pages."""
+    pages_id, entries = _page_map(images, pid)
+    return PageMap(pages_id, list(entries))
+
+
+def _page_map(images: Path, pid: int) -> tuple[int, Iterator[Mapped]]:
     path = images / f"pagemap-{pid}.img"
     messages = _messages(path, _PAGEMAP_MAGIC)
-    _parse(pagemap_pb2.PagemapHead(), next(messages, b""))
-    starts, ends, last = array("Q"), array("Q"), 0
-    for message in messages:
-        entry = _parse(pagemap_pb2.PagemapEntry(), message)
-        start = entry.vaddr
-        end = start + PAGE * (entry.nr_pages if entry.HasField("nr_pages") else entry.compat_nr_pages)
-        if start % PAGE or not last <= start < end <= ADDRESS_LIMIT:
-            raise PeerMisbehaved(f"{path} maps {start:#x}-{end:#x}", why="empty, out of order or no address")
-        if entry.flags & PE_LAZY:
-            starts.append(start)
-            ends.append(end)
-        last = end
-    return Runs(zip(starts, ends, strict=True))
+    head = _parse(pagemap_pb2.PagemapHead(), next(messages, b""))
+
+    def entries() -> Iterator[Mapped]:
+        last = 0
+        for message in messages:
+            entry = _parse(pagemap_pb2.PagemapEntry(), message)
+            start = entry.vaddr
+            end = start + PAGE * (entry.nr_pages if entry.HasField("nr_pages") else entry.compat_nr_pages)
+            if start % PAGE or not last <= start < end <= ADDRESS_LIMIT:
+                raise PeerMisbehaved(f"{path} maps {start:#x}-{end:#x}", why="empty, out of order or no address")
+            yield Mapped(start, end, entry.flags)
+            last = end
+
+    return head.pages_id, entries()
 
 
 def anonymous_areas(images: Path, pid: int) -> RunMap:
