@@ -109,9 +109,9 @@ class Job:
         hold.wait_ready()
         return hold
 
-    def hold_early(self) -> Hold:
+    def hold_early(self, **options: object) -> Hold:
         """Have runc wait with the dump. The job runs on."""
-        return self._start_hold(wait=True)
+        return self._start_hold(wait=True, **options)
 
     def _start_hold(self, **options: object) -> Hold:
         work = self.place / f"{self.id}-hold"

@@ -16,6 +16,11 @@ from podferry.node.gate import DUMP, SHIM, Gate
 pytestmark = pytest.mark.unit
 FEATURE_CHECK = b"\x08\x09"
 REST = b"\x12\x04opts"
+THIN: dict[str, dict[str, str]] = {
+    "": {},
+    "thin": {"PODFERRY_THIN": "thin"},
+    "cannot": {"PODFERRY_THIN": "thin", "PODFERRY_SHOWN": "/nonexistent", "PODFERRY_INSTEAD_OF": "/nonexistent/file"},
+}
 
 
 @dataclass
@@ -38,13 +43,14 @@ def held(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Held]:
     """The shim, asked for what the parameter says."""
     programs, called = tmp_path / "bin", tmp_path / "called"
     programs.mkdir()
-    (programs / "criu").write_text(f'#!/bin/sh\necho "$@ $PATH" >{called}\n')
+    (programs / "criu").write_text(f'#!/bin/sh\necho "$@ $PATH" >{called}\necho "$CRIU_CONFIG_FILE" >{called}.conf\n')
     (programs / "criu").chmod(0o755)
     gate = Gate(tmp_path / "gate")
     runc, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = gate.environment(f"{programs}:/usr/bin:/bin")
+    kind, _, how = request.param.partition(b" ")
+    environment = gate.environment(f"{programs}:/usr/bin:/bin") | {"CRIU_CONFIG_FILE": "ordinary", **THIN[how.decode()]}
     with runc, theirs:
-        runc.send(request.param + REST)
+        runc.send(kind + REST)
         # As Go does it: the socket is the child's descriptor 3.
         argv = ["/bin/bash", "-c", f'exec 3<&{theirs.fileno()}; exec criu "$@"', "sh", "swrk", "3"]
         shim = subprocess.Popen(argv, env=environment, pass_fds=[theirs.fileno()])
@@ -67,6 +73,22 @@ def test_a_dump_waits_until_the_gate_opens(held: Held) -> None:
     arguments, path = held.called.read_text().split(" /", 1)
     assert arguments == "swrk 3"
     assert str(SHIM.parent) not in path
+
+
+@pytest.mark.parametrize(
+    ("held", "settings"),
+    [
+        (DUMP, "ordinary"),
+        (DUMP + b" thin", "thin"),
+        (DUMP + b" cannot", "ordinary"),
+        (FEATURE_CHECK + b" thin", "ordinary"),
+    ],
+    indirect=["held"],
+)
+def test_a_dump_is_thin_where_that_can_be_had(held: Held, settings: str) -> None:
+    held.gate.open()
+    assert held.shim.wait(10) == 0
+    assert held.called.with_name("called.conf").read_text().strip() == settings
 
 
 @pytest.mark.parametrize("held", [DUMP], indirect=True)

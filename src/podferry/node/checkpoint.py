@@ -24,7 +24,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from podferry.node.criulog import explained
 from podferry.node.gate import Gate
 from podferry.node.netns import in_network_of, in_new_network
 from podferry.node.process import PATH, Child, ending, last_lines, spawn
+from podferry.node.thin import ThinDump, View
 
 PORT = 7117
 READY_TIMEOUT = 120.0  # seconds
@@ -117,6 +118,7 @@ class Hold:
         self._child: Child | None = None
         self._status: int | None = None
         self._gate: Gate | None = None
+        self._thin: ThinDump | None = None
 
     @staticmethod
     def start(
@@ -130,11 +132,13 @@ class Hold:
         conf: Path = CRIU_CONF,
         runc: str | Path = "runc",
         wait: bool = False,
+        thin: View | None = None,
     ) -> Hold:
         """Begin to dump container `id`, which should be frozen already: CRIU looks only every 100 ms else.
 
-        With `wait` only what can be done while it runs is begun; `go_on` does the rest. `images` and `work` are made. `flags` are
-        those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings.
+        With `wait` only what can be done while it runs is begun; `go_on` does the rest. With `thin` as well the dump leaves
+        private memory where it is, and its images must be completed (`podferry.memory.thin_images`). `images` and `work` are
+        made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings.
         """
         unknown = set(flags) - FLAGS
         if unknown:
@@ -142,11 +146,15 @@ class Hold:
         for directory in (images, work):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         hold = Hold(id, cgroup, work)
-        settings = shutil.copy(conf, work)  # CRIU may not see the files of this program (`outside`)
+        settings = Path(shutil.copy(conf, work))  # CRIU may not see the files of this program (`outside`)
         environment = {"CRIU_CONFIG_FILE": str(settings)}
         if wait:
             hold.waits, hold._gate = True, Gate(work / "gate")
             environment |= hold._gate.environment(PATH)
+            if thin is not None:
+                with contextlib.suppress(OSError):  # no room, say: then the dump is an ordinary one
+                    hold._thin = ThinDump(work / "thin", thin)
+                    environment |= hold._thin.environment(settings, images)
         status, theirs = os.pipe()
         argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
@@ -163,10 +171,15 @@ class Hold:
         hold.runc = Process.of(hold._child.pid)
         return hold
 
-    def go_on(self) -> None:
-        """Let a dump that waits begin. Journal that it does before: afterwards `to_dict` says so."""
+    def go_on(self, spared: Collection[int] | None = None) -> None:
+        """Let a dump that waits begin, of a container that is frozen. Journal that it does before: afterwards `to_dict` says so.
+
+        A thin dump leaves the memory of these processes where it is; else that of all.
+        """
         if self._gate is not None:
             self.waits = False
+            if self._thin is not None:
+                self._thin.claim(self.cgroup.pids() if spared is None else spared)
             self._gate.open()
 
     def let_go(self) -> None:

@@ -8,11 +8,14 @@ the gate.
 The gate is a FIFO of which the agent holds the writing end: one byte opens it, and its end without one (the agent is dead)
 ends the attempt, as does the end of runc. Nothing has happened to the job then.
 
+A thin dump (`thin.py`) needs CRIU to see one file otherwise than everybody else does: that, too, is done here.
+
 Run as a program this file is that `criu`, with nothing but the standard library, `python -SI`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -24,6 +27,7 @@ SHIM = Path(__file__).with_name("gated") / "criu"
 DUMP = (
     b"\x08\x01"  # CriuReq.type = DUMP, in CRIU's images/rpc.proto; libraries write fields in the order of their numbers
 )
+CLONE_NEWNS, MS_BIND, MS_PRIVATE = 0x20000, 0x1000, 0x40000  # linux/sched.h, linux/mount.h
 
 
 class Gate:
@@ -59,6 +63,38 @@ class Gate:
         self._fd = -1
 
 
+def viewing(shown: Path, file: Path) -> list[str]:
+    """The words to put before a command that shall find `shown` where `file` is. Its name stays what it is."""
+    return [sys.executable, "-SI", __file__, "view", str(shown), str(file)]
+
+
+def view(shown: str, file: str) -> None:
+    """Show this process, and what it becomes, `shown` in place of `file`. Nobody else sees it. Raises `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(result: int) -> None:
+        if result < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    check(libc.unshare(CLONE_NEWNS))
+    # Only the one mount leaves its peers: of all others CRIU may ask with whom they share what is mounted.
+    check(libc.mount(None, os.fsencode(_mount_point(file)), None, MS_PRIVATE, None))
+    check(libc.mount(os.fsencode(shown), os.fsencode(file), None, MS_BIND, None))
+
+
+def _mount_point(file: str) -> str:
+    """Where the mount is that `file` is reached through, as the kernel says."""
+    found = os.open(file, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with Path(f"/proc/self/fdinfo/{found}").open() as info, Path("/proc/self/mountinfo").open() as mounts:
+            id = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+            return next(words[4] for words in map(str.split, mounts) if words[0] == id)
+    except StopIteration:
+        raise OSError(f"{file} lies on no mount") from None
+    finally:
+        os.close(found)
+
+
 def _opened(gate: str, link: int) -> bool:
     """Wait at the gate. False where the agent or runc, at the other end of `link`, is gone."""
     try:
@@ -74,13 +110,32 @@ def _opened(gate: str, link: int) -> bool:
     return link not in events and os.read(reader, 1) == b"1"
 
 
+def _be_thin() -> None:
+    """Have the dump be thin, where that is wanted and can be had; else it is an ordinary one.
+
+    Done at the last moment, in 1 ms: while it exists, a mount namespace keeps what is unmounted elsewhere.
+    """
+    if settings := os.environ.get("PODFERRY_THIN"):
+        try:
+            if shown := os.environ.get("PODFERRY_SHOWN"):
+                view(shown, os.environ["PODFERRY_INSTEAD_OF"])
+        except OSError:
+            return
+        os.environ["CRIU_CONFIG_FILE"] = settings
+
+
 def main() -> None:
-    """Be `criu swrk 3`."""
+    """Be `criu swrk 3`, or `view SHOWN FILE COMMAND...`."""
+    if sys.argv[1] == "view":
+        view(*sys.argv[2:4])
+        os.execvp(sys.argv[4], sys.argv[4:])
     link = int(sys.argv[2])
     with socket.socket(fileno=os.dup(link)) as runc:
         request = runc.recv(len(DUMP), socket.MSG_PEEK)
-    if request == DUMP and not _opened(os.environ["PODFERRY_GATE"], link):
-        sys.exit("the dump was called off")
+    if request == DUMP:
+        if not _opened(os.environ["PODFERRY_GATE"], link):
+            sys.exit("the dump was called off")
+        _be_thin()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ["PATH"] = os.environ["PODFERRY_PATH"]
     os.execvp("criu", ["criu", *sys.argv[1:]])

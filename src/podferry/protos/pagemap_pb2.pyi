@@ -34,6 +34,14 @@ class PstreeEntry(_message.Message):
     ppid: int
     def __init__(self, pid: _Optional[int] = ..., ppid: _Optional[int] = ...) -> None: ...
 
+class InventoryEntry(_message.Message):
+    __slots__ = ("img_version", "dump_uptime")
+    IMG_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DUMP_UPTIME_FIELD_NUMBER: _ClassVar[int]
+    img_version: int
+    dump_uptime: int
+    def __init__(self, img_version: _Optional[int] = ..., dump_uptime: _Optional[int] = ...) -> None: ...
+
 class VmaEntry(_message.Message):
     __slots__ = ("start", "end", "flags", "status", "madv")
     START_FIELD_NUMBER: _ClassVar[int]
