@@ -15,7 +15,7 @@ from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import SOURCE_MAY_RUN, TARGET_MAY_RUN, SourcePhase, TargetPhase
 from podferry.core.precopy import PAGE, Policy, Round, Step, decide, link_rate, rest
-from podferry.core.preflight import Question, refusals
+from podferry.core.preflight import Question, refusals, warnings
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed
 from podferry.model import Mode
@@ -115,6 +115,7 @@ NODE = NodeFacts(
     pagemap_scan=True,
     wp_async=True,
     soft_dirty=False,
+    thin_dump=True,
     pipe_max_size=4 << 20,
     clock=1000.0,
 )
@@ -189,6 +190,12 @@ def test_guard_pages_move_where_criu_saves_them() -> None:
 def test_every_reason_is_said_at_once() -> None:
     job = replace(JOB, devices=("/dev/x",), connections=("a -> b",), anonymous=1 << 40)
     assert [one.code for one in refusals(Question(job, NODE, NODE, Mode.LIVE))] == ["PF112", "PF113", "PF113"]
+
+
+def test_much_memory_in_pipes_is_worth_knowing() -> None:
+    for size, thin, told in ((1 << 30, False, 0), (3 << 30, True, 0), (3 << 30, False, 1)):
+        question = Question(replace(JOB, anonymous=size), replace(NODE, thin_dump=thin), NODE, Mode.LIVE)
+        assert len(warnings(question)) == told
 
 
 def test_stop_needs_no_tracker() -> None:

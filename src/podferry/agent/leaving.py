@@ -30,6 +30,7 @@ from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.reader import Data, Reader
+from podferry.memory.thin_images import complete, worth_sparing
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
@@ -40,6 +41,7 @@ from podferry.node.guests import show_out
 from podferry.node.outside import in_pod
 from podferry.node.records import Task
 from podferry.node.stdio import drained
+from podferry.node.thin import View
 from podferry.node.upper import Source as UpperSource
 from podferry.node.upper import shared_files
 from podferry.wire.batch import PageBatch
@@ -89,6 +91,7 @@ class Leaving:
         self._pids: dict[int, int] = {}
         self._spaces: dict[int, int] = {}
         self._sent: dict[int, Runs] = {}
+        self._spared: dict[int, bool] = {}
         self._log_sent = 0
         self._quota: CpuQuota | None = None
         self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
@@ -130,6 +133,7 @@ class Leaving:
             self._pids[space] = pid
             if found.fresh:
                 self._close_reader(space)
+                self._spared[pid] = worth_sparing(found.written)
             written[space] = found.written
             dropped[space] = dropped.get(space, EMPTY) | found.dropped
         return Change(written, dropped)
@@ -240,13 +244,16 @@ class Leaving:
     async def stand_by(self) -> None:
         """Begin what the dump needs while the job still runs. An agent in a pod cannot: the gate is not among the node's files."""
         if Gate.usable() and not in_pod():
-            await to_thread.run_sync(partial(self._start_dump, wait=True))
+            await to_thread.run_sync(self._stand_by)
+
+    def _stand_by(self) -> None:
+        self._start_dump(wait=True, thin=View.here())
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
         return await to_thread.run_sync(self._dump)
 
-    def _start_dump(self, *, wait: bool) -> Hold:
+    def _start_dump(self, *, wait: bool, thin: View | None = None) -> Hold:
         work = self._scratch / "work"
         self._journal.acquire("outgoing", directory=str(self._scratch))
         self._journal.acquire("hold", work=str(work), cgroup=self._cgroup.to_dict(), waits=wait)
@@ -259,6 +266,7 @@ class Leaving:
             flags=self._offered.flags,
             conf=self._conf,
             wait=wait,
+            thin=thin,
         )
         self._journal.acquire("hold", **hold.to_dict())
         return hold
@@ -267,10 +275,12 @@ class Leaving:
         hold = self._hold or self._start_dump(wait=False)
         if hold.waits:
             self._journal.acquire("hold", **hold.to_dict() | {"waits": False})
-            hold.go_on()
+            hold.go_on([pid for pid in self._cgroup.pids() if self._spared.get(pid, True)])
         hold.wait_ready()
         self._journal.acquire("hold", **hold.to_dict())
-        images = {path.name: path.read_bytes() for path in sorted((self._scratch / "images").iterdir())}
+        directory = self._scratch / "images"
+        complete(directory, {pid_inside(pid): pid for pid in self._cgroup.pids()})
+        images = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
         for name, path in self._enclosed.items():
             with suppress(OSError):
                 images[name] = path.read_bytes()

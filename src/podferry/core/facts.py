@@ -27,7 +27,7 @@ class NodeFacts:
 
     `cpu_flags` are the processor's features as /proc/cpuinfo names them; `clock` is the node's wall clock, in seconds
     since 1970; `lazy_pages` says whether restored tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and
-    `soft_dirty` are what memory trackers need.
+    `soft_dirty` are what memory trackers need; `thin_dump` says whether CRIU's dump can leave private memory where it is.
     """
 
     kernel: str
@@ -47,6 +47,7 @@ class NodeFacts:
     pagemap_scan: bool
     wp_async: bool
     soft_dirty: bool
+    thin_dump: bool
     pipe_max_size: int
     clock: float
 

@@ -22,6 +22,7 @@ PIPE_BYTES = 4 << 20
 MEMORY_RESERVE = 64 << 20
 DISK_RESERVE = 256 << 20
 CLOCKS_APART = 60.0
+MUCH_IN_PIPES = 1 << 30
 MUCH_IN_IMAGES = 64 << 20
 
 # Bind mounts that containerd and the kubelet make for every container, each node for itself.
@@ -76,6 +77,8 @@ def warnings(question: Question) -> list[str]:
         found.append(
             f"{in_images >> 20} MiB are shared memory or in memory file systems: they move while the job stands still"
         )
+    if container.anonymous > MUCH_IN_PIPES and not question.source.thin_dump:
+        found.append(f"CRIU hands {container.anonymous >> 20} MiB of memory to pipes while the job stands still")
     if target is not None and question.source.kernel != target.kernel:
         found.append(f"the kernels differ: {question.source.kernel} and {target.kernel}")
     return found
