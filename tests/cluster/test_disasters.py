@@ -192,6 +192,15 @@ def move(installed: Lab) -> Iterator[Move]:
 ENDS_WELL = ("Completed", "RolledBack")
 
 
+def end_well(move: Move) -> None:
+    """Whatever was killed, the Migration ends, says why if it did not succeed, and one copy of the job computes on."""
+    status = move.ended()
+    assert status["phase"] in ENDS_WELL, status
+    if status["phase"] == "RolledBack":
+        assert status["ending"]["message"]
+    move.check()
+
+
 @pytest.mark.parametrize("phase", ["", "pre-copy", "poise", "HandingOver"])
 def test_both_controllers_are_killed(move: Move, phase: str) -> None:
     move.begin()
@@ -209,11 +218,7 @@ def test_an_agent_is_killed(move: Move, phase: str, side: str) -> None:
     move.begin()
     move.reach(phase)
     move.kill(getattr(move, side), "bin/podferry-agen[t]")
-    status = move.ended()
-    assert status["phase"] in ENDS_WELL, status
-    if status["phase"] == "RolledBack":
-        assert status["ending"]["message"]
-    move.check()
+    end_well(move)
 
 
 @pytest.mark.parametrize("phase", ["pre-copy", "poise", "HandingOver"])
@@ -221,9 +226,7 @@ def test_the_api_server_is_killed(move: Move, phase: str) -> None:
     move.begin()
     move.reach(phase)
     move.kill(CONTROL, "kube-apiserve[r]")
-    status = move.ended()
-    assert status["phase"] in ENDS_WELL, status
-    move.check()
+    end_well(move)
 
 
 @pytest.mark.parametrize("phase", ["pre-copy", "poise"])
@@ -237,10 +240,44 @@ def test_it_is_cancelled(move: Move, phase: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_a_kubelet_is_killed(move: Move, side: str) -> None:
+@pytest.mark.parametrize("phase", ["pre-copy", "poise", "HandingOver"])
+def test_a_kubelet_is_killed(move: Move, phase: str, side: str) -> None:
+    move.begin()
+    move.reach(phase)
+    move.kill(getattr(move, side), "kubele[t] ")
+    end_well(move)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("phase", ["pre-copy", "poise", "HandingOver"])
+def test_a_containerd_is_killed(move: Move, phase: str, side: str) -> None:
+    move.begin()
+    move.reach(phase)
+    move.kill(getattr(move, side), "containerd --confi[g]")
+    end_well(move)
+
+
+def test_the_targets_node_dies_while_memory_is_copied(move: Move) -> None:
     move.begin()
     move.reach("pre-copy")
-    move.kill(getattr(move, side), "kubele[t] ")
-    status = move.ended()
-    assert status["phase"] in ENDS_WELL, status
+    move.lab.kill_node(move.target)
+    try:
+        status = move.ended()
+        assert status["phase"] == "RolledBack", status
+        assert status["ending"]["message"]
+        assert move.pods()[0]["spec"]["nodeName"] == move.source
+    finally:
+        move.lab.start_node(move.target)
+    move.check()
+
+
+def test_the_sources_node_dies_once_the_job_runs_on_the_target(move: Move) -> None:
+    move.begin()
+    move.reach("HandingOver")
+    move.lab.kill_node(move.source)
+    try:
+        status = move.ended()
+        assert status["phase"] == "Completed", status
+    finally:
+        move.lab.start_node(move.source)
     move.check()
