@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from podferry.agent.config import load
-from podferry.agent.pods import PodName, PodOrder
+from podferry.agent.pod.ports import PodName, PodOrder
 from podferry.agent.service import Agent
 from podferry.agent.source import Order
 from podferry.core.precopy import Policy
@@ -27,7 +27,7 @@ LOOK_EVERY = 0.01
 
 
 class Directory:
-    """`podferry.agent.pods.Cluster`."""
+    """`podferry.agent.pod.ports.Cluster`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

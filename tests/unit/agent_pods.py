@@ -14,13 +14,14 @@ import pytest
 from agent_fakes import FakeArriving, FakeLeaving, FakeRelay, FakeRemains, Memory, SourceNode, TargetNode
 from agent_rig import RECORD, Guarded, Rig, guarded
 
-from podferry.agent import arriving_pod, leaving_pod
-from podferry.agent.arriving_pod import ArrivingPod
 from podferry.agent.journal import Part
-from podferry.agent.leaving_pod import HeldPod, LeavingPod
-from podferry.agent.offered_pod import OfferedPod, PodPart
-from podferry.agent.parts import container_of_space, space_of
-from podferry.agent.pods import PodName
+from podferry.agent.pod import arriving as arriving_pod
+from podferry.agent.pod import leaving as leaving_pod
+from podferry.agent.pod.arriving import ArrivingPod
+from podferry.agent.pod.leaving import HeldPod, LeavingPod
+from podferry.agent.pod.offered import OfferedPod, PodPart
+from podferry.agent.pod.parts import container_of_space, space_of
+from podferry.agent.pod.ports import PodName
 from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.memory.feeder_source import Frame
@@ -85,7 +86,7 @@ class SourcePod(Several):
 
 
 class FakePart(FakeArriving):
-    """`podferry.agent.arriving_part.ArrivingPart` on a `TargetNode`."""
+    """`podferry.agent.pod.arriving_part.ArrivingPart` on a `TargetNode`."""
 
     def expect(self, uid: str) -> None:
         self.uid = uid
@@ -171,7 +172,7 @@ class PodRig(Rig):
         for node in self.target.nodes:  # type: ignore[attr-defined]
             node.crashed = node.marked = False
 
-    # `podferry.agent.pods.Cluster`.
+    # `podferry.agent.pod.ports.Cluster`.
 
     async def target_pod(self, id: str) -> PodName:
         await self.apoint("target", "target_pod", "before")

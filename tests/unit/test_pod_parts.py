@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry.agent.journal import Journal, Part
-from podferry.agent.offered_pod import OfferedPod, PodPart
-from podferry.agent.parts import (
+from podferry.agent.pod.offered import OfferedPod, PodPart
+from podferry.agent.pod.parts import (
     container_of_directory,
     container_of_space,
     demand_known,
@@ -25,7 +25,7 @@ from podferry.agent.parts import (
     space_of,
     split,
 )
-from podferry.agent.pods import PodName
+from podferry.agent.pod.ports import PodName
 from podferry.agent.ports import Change, is_log
 from podferry.agent.relay import PodRelay, Relay
 from podferry.core.undo import Ledger

@@ -16,7 +16,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from podferry.agent.config import PORT
-from podferry.agent.pods import PodMigration, PodName, PodOrder, Pods
+from podferry.agent.pod.ports import PodMigration, PodName, PodOrder, Pods
 from podferry.agent.source import Order
 from podferry.agent.telling import Reporter, say_resumed
 from podferry.core.migration import MigrationPhase
@@ -48,7 +48,7 @@ UNSEEN = 60.0
 
 
 class Kubernetes:
-    """`podferry.agent.pods.Cluster`, and what gives the engine its orders."""
+    """`podferry.agent.pod.ports.Cluster`, and what gives the engine its orders."""
 
     def __init__(self, api: Api, node: str) -> None:
         self._api, self._node = api, node
@@ -164,7 +164,7 @@ class Kubernetes:
         if inside:
             self._addresses[node] = f"[{inside}]:{PORT}" if ":" in inside else f"{inside}:{PORT}"
 
-    # What the engine asks (`podferry.agent.pods.Cluster`).
+    # What the engine asks (`podferry.agent.pod.ports.Cluster`).
 
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`."""

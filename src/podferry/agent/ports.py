@@ -5,7 +5,7 @@ CRIU, kernel and disk, and a unit test with fakes that fail, stall or die at wil
 
 Memory is spoken of in *spaces*: one per process, named by its pid inside the container, as CRIU's images name it. Files come as
 *trees* and in flat *directories*, by number. One container has one tree, its upper layer, and two directories; a pod has several,
-and `podferry.agent.parts` says how they are numbered.
+and `podferry.agent.pod.parts` says how they are numbered.
 """
 
 from __future__ import annotations

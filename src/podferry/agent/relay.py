@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio
 
-from podferry.agent.parts import container_of_space, space_of
+from podferry.agent.pod.parts import container_of_space, space_of
 from podferry.errors import Failed
 from podferry.memory.feeder_source import Frame, Word
 

@@ -28,9 +28,9 @@ from podferry.agent.journal import Journal, forget_old, journals
 from podferry.agent.leaving import Leaving
 from podferry.agent.letters import Letters
 from podferry.agent.offered import Offered
-from podferry.agent.offered_pod import OfferedPod
-from podferry.agent.pod_engine import PodEngine, is_of_a_pod
-from podferry.agent.pods import Cluster
+from podferry.agent.pod.engine import PodEngine, is_of_a_pod
+from podferry.agent.pod.offered import OfferedPod
+from podferry.agent.pod.ports import Cluster
 from podferry.agent.source import Order, Source
 from podferry.agent.story import Story
 from podferry.agent.target import Target

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import structlog
 
-from podferry.agent.pods import PodMigration
+from podferry.agent.pod.ports import PodMigration
 from podferry.core.phases import SOURCE_ENDS, SourcePhase, TargetPhase
 from podferry.errors import PodferryError
 from podferry.kube import status as store

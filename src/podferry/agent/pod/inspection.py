@@ -11,11 +11,11 @@ from podferry.agent.config import Config
 from podferry.agent.inspection import DUMP_FLAGS, why_not, with_guards
 from podferry.agent.journal import Journal, Part
 from podferry.agent.leaving import Leaving, Output
-from podferry.agent.leaving_pod import HandOver, LeavingPod
 from podferry.agent.nodefacts import node_facts
 from podferry.agent.offered import Offered
-from podferry.agent.offered_pod import LAST_WORDS, OfferedPod, PodPart
-from podferry.agent.pods import PodName
+from podferry.agent.pod.leaving import HandOver, LeavingPod
+from podferry.agent.pod.offered import LAST_WORDS, OfferedPod, PodPart
+from podferry.agent.pod.ports import PodName
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import ContainerBound, Question, refusals, warnings
 from podferry.errors import Refused, UsageError

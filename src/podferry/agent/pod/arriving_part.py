@@ -20,7 +20,7 @@ from podferry.agent.arriving import RESTORE_TIMEOUT, Arriving
 from podferry.agent.config import Config
 from podferry.agent.helpers import ended, process_of
 from podferry.agent.journal import Part
-from podferry.agent.offered_pod import LAST_WORDS, PodPart
+from podferry.agent.pod.offered import LAST_WORDS, PodPart
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, TimedOut
 from podferry.memory.store import PageStore

@@ -18,7 +18,7 @@ from anyio import to_thread
 from podferry.agent.helpers import gathered
 from podferry.agent.journal import Journal
 from podferry.agent.leaving import Leaving, Remains, tree_total
-from podferry.agent.parts import container_of_space, directory_of, joined, numbered, space_of, split
+from podferry.agent.pod.parts import container_of_space, directory_of, joined, numbered, space_of, split
 from podferry.agent.ports import Change, Debt
 from podferry.core.undo import Handler
 from podferry.node.upper import Source as TreeSource

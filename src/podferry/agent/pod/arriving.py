@@ -17,14 +17,14 @@ from typing import Any
 
 from anyio import to_thread
 
-from podferry.agent import arriving_part
-from podferry.agent.arriving_part import ArrivingPart
 from podferry.agent.config import Config
 from podferry.agent.helpers import gathered
 from podferry.agent.journal import Journal
-from podferry.agent.offered_pod import OfferedPod
-from podferry.agent.parts import container_of_directory, container_of_space, demand_known, end_of
-from podferry.agent.pods import Cluster
+from podferry.agent.pod import arriving_part
+from podferry.agent.pod.arriving_part import ArrivingPart
+from podferry.agent.pod.offered import OfferedPod
+from podferry.agent.pod.parts import container_of_directory, container_of_space, demand_known, end_of
+from podferry.agent.pod.ports import Cluster
 from podferry.agent.ports import Json, Line
 from podferry.agent.relay import PodRelay
 from podferry.core.undo import Handler

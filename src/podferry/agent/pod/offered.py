@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from podferry.agent.parts import MOST_CONTAINERS
-from podferry.agent.pods import PodName
+from podferry.agent.pod.parts import MOST_CONTAINERS
+from podferry.agent.pod.ports import PodName
 from podferry.core.strict import Limit, NotStrict, from_json, to_json
 from podferry.errors import PeerMisbehaved
 from podferry.node.checkpoint import FLAGS

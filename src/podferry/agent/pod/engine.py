@@ -1,4 +1,4 @@
-"""Migrations of pods, as the agent's Kubernetes side begins and follows them: `podferry.agent.pods.Pods`, fulfilled."""
+"""Migrations of pods, as the agent's Kubernetes side begins and follows them: `podferry.agent.pod.ports.Pods`, fulfilled."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from typing import Any
 
 from anyio import to_thread
 
-from podferry.agent import arriving, arriving_pod, leaving, leaving_pod
-from podferry.agent.arriving_part import ArrivingPart
-from podferry.agent.arriving_pod import ArrivingPod
+from podferry.agent import arriving, leaving
 from podferry.agent.config import Config
 from podferry.agent.journal import Journal, Part
 from podferry.agent.leaving import Remains
-from podferry.agent.leaving_pod import HeldPod, LeavingPod
 from podferry.agent.offered import Offered
-from podferry.agent.offered_pod import OfferedPod
-from podferry.agent.pod_inspection import PodInspection
-from podferry.agent.pods import Cluster, PodCheck, PodMigration, PodName, PodOrder
+from podferry.agent.pod import arriving as arriving_pod
+from podferry.agent.pod import leaving as leaving_pod
+from podferry.agent.pod.arriving import ArrivingPod
+from podferry.agent.pod.arriving_part import ArrivingPart
+from podferry.agent.pod.inspection import PodInspection
+from podferry.agent.pod.leaving import HeldPod, LeavingPod
+from podferry.agent.pod.offered import OfferedPod
+from podferry.agent.pod.ports import Cluster, PodCheck, PodMigration, PodName, PodOrder
 from podferry.agent.source import Order, Source
 from podferry.agent.story import Story
 from podferry.agent.target import Target
