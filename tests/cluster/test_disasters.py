@@ -241,19 +241,11 @@ def test_it_is_cancelled(move: Move, phase: str) -> None:
 
 @pytest.mark.parametrize("side", ["source", "target"])
 @pytest.mark.parametrize("phase", ["pre-copy", "poise", "HandingOver"])
-def test_a_kubelet_is_killed(move: Move, phase: str, side: str) -> None:
+@pytest.mark.parametrize("program", ["kubele[t] ", "containerd --confi[g]"], ids=["kubelet", "containerd"])
+def test_a_daemon_of_a_node_is_killed(move: Move, program: str, phase: str, side: str) -> None:
     move.begin()
     move.reach(phase)
-    move.kill(getattr(move, side), "kubele[t] ")
-    end_well(move)
-
-
-@pytest.mark.parametrize("side", ["source", "target"])
-@pytest.mark.parametrize("phase", ["pre-copy", "poise", "HandingOver"])
-def test_a_containerd_is_killed(move: Move, phase: str, side: str) -> None:
-    move.begin()
-    move.reach(phase)
-    move.kill(getattr(move, side), "containerd --confi[g]")
+    move.kill(getattr(move, side), program)
     end_well(move)
 
 

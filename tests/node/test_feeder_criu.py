@@ -104,12 +104,6 @@ while True:
 
 
 @pytest.fixture
-def client() -> Iterator[Containerd]:
-    with Containerd() as client:
-        yield client
-
-
-@pytest.fixture
 def job(client: Containerd) -> Iterator[Job]:
     place = Path("/run/feeder-tests")
     shutil.rmtree(place, ignore_errors=True)

@@ -42,12 +42,6 @@ while True:
 
 
 @pytest.fixture
-def client() -> Iterator[Containerd]:
-    with Containerd() as client:
-        yield client
-
-
-@pytest.fixture
 def place() -> Iterator[Path]:
     path = Path("/var/log/podferry/node-tests")
     shutil.rmtree(path, ignore_errors=True)

@@ -105,12 +105,6 @@ STILL = STILL.replace('say("child", look)', 'say("child", look)\n    time.sleep(
 
 
 @pytest.fixture
-def client() -> Iterator[Containerd]:
-    with Containerd() as client:
-        yield client
-
-
-@pytest.fixture
 def place() -> Iterator[Path]:
     path = Path("/var/log/podferry/node-tests-thin")
     shutil.rmtree(path, ignore_errors=True)

@@ -35,7 +35,7 @@ from podferry.agent.source import Order, Source
 from podferry.agent.story import Story
 from podferry.agent.target import Target
 from podferry.core.facts import NodeFacts
-from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent, SourcePhase, TargetPhase
+from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent
 from podferry.core.precopy import Policy
 from podferry.core.preflight import warnings
 from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
@@ -139,15 +139,7 @@ class Agent:
         held = None
         if "offered" in journal.facts:
             held = leaving.Remains(journal, self.containerd, Offered.from_dict(journal.facts["offered"], story.name))
-        return Source(
-            Order(story.mode),
-            partial(self._dial, story.target),
-            journal,
-            story,
-            leaving.handlers(),
-            SourcePhase(journal.phase or SourcePhase.CHECK),
-            held=held,
-        )
+        return Source(Order(story.mode), partial(self._dial, story.target), journal, story, leaving.handlers(), held)
 
     def _target_again(self, journal: Journal, story: Story) -> Target:
         if is_of_a_pod(journal):
@@ -155,7 +147,7 @@ class Agent:
         offered = Offered.from_dict(journal.facts["offered"], story.name)
         job = Arriving(self.config, self.containerd, journal, offered)
         handlers = arriving.handlers(self.config, self.containerd)
-        return Target(job, journal, story, handlers, TargetPhase(journal.phase or TargetPhase.RECEIVE))
+        return Target(job, journal, story, handlers)
 
     # What people ask.
 

@@ -81,10 +81,10 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         journal: Journal,
         story: Story,
         handlers: dict[str, Handler],
-        phase: SourcePhase = SourcePhase.CHECK,
         held: HeldJob | None = None,
     ) -> None:
-        super().__init__(source_machine(phase), journal, story, handlers)
+        """`held` is what an earlier agent left, which died in the phase that the journal names."""
+        super().__init__(source_machine(SourcePhase(journal.phase or SourcePhase.CHECK)), journal, story, handlers)
         self.order, self._dial, self._held = order, dial, held
         self._scope = anyio.CancelScope()
         self._cause: PodferryError | None = None

@@ -67,9 +67,9 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         journal: Journal,
         story: Story,
         handlers: dict[str, Handler],
-        phase: TargetPhase = TargetPhase.RECEIVE,
     ) -> None:
-        super().__init__(target_machine(phase), journal, story, handlers)
+        """In the phase that the journal names, where an earlier agent has begun."""
+        super().__init__(target_machine(TargetPhase(journal.phase or TargetPhase.RECEIVE)), journal, story, handlers)
         self.job = job
         self._poised = anyio.Event()
         self._runs_since = time.monotonic()

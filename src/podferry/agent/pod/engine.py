@@ -29,7 +29,7 @@ from podferry.agent.source import Order, Source
 from podferry.agent.story import Story
 from podferry.agent.target import Target
 from podferry.core.facts import ContainerFacts, NodeFacts
-from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
+from podferry.core.phases import SourceEvent
 from podferry.core.preflight import Question, refusals
 from podferry.core.strict import from_json, to_json
 from podferry.core.undo import Handler
@@ -259,19 +259,13 @@ class PodEngine:
             ]
             held = HeldPod(journal, parts, partial(self._cluster.hand_over, story.id))
         return Source(
-            Order(story.mode),
-            partial(self._dial, story.target),
-            journal,
-            story,
-            self.source_handlers(),
-            SourcePhase(journal.phase or SourcePhase.CHECK),
-            held=held,
+            Order(story.mode), partial(self._dial, story.target), journal, story, self.source_handlers(), held
         )
 
     def target_again(self, journal: Journal, story: Story) -> Target:
         """The target's half that an earlier agent left."""
         job = self.arriving(journal, OfferedPod.from_dict(journal.facts["offered"], story.name))
-        return Target(job, journal, story, self.target_handlers(), TargetPhase(journal.phase or TargetPhase.RECEIVE))
+        return Target(job, journal, story, self.target_handlers())
 
     def source_handlers(self) -> dict[str, Handler]:
         """How what the source's half holds is taken back."""
