@@ -191,7 +191,7 @@ def test_help_teaches(podferry: Podferry) -> None:
         ran = podferry(command, "--help")
         assert ran.code == 0
         assert f"podferry {command}" in ran.out.split("Usage:")[1].split("\n", 1)[1], f"{command} has no example"
-    assert podferry("version").out == f"podferry {__version__}\n"
+    assert podferry("version").out == podferry("--version").out == f"podferry {__version__}\n"
 
 
 def test_the_shell_completes_what_there_is(

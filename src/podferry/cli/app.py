@@ -61,8 +61,19 @@ Agent = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+]
+
+
 @app.callback(invoke_without_command=True)
-def podferry(context: typer.Context, lab: Lab = None, agent: Agent = None) -> None:
+def podferry(context: typer.Context, lab: Lab = None, agent: Agent = None, _: Version = False) -> None:
     """Move running jobs between nodes, with their memory and files, stopped for a fraction of a second."""
     context.obj = Where(lab, agent)
     if lab and context.invoked_subcommand == "lab":
