@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Refused
-from podferry.lab import images
+from podferry.lab import debian, images
 from podferry.lab.debian import mirror
 
 pytestmark = pytest.mark.unit
@@ -108,3 +108,16 @@ def test_what_is_disabled_or_not_debian_does_not_count(apt: Path, name: str, tex
 def test_the_environment_goes_first(apt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PODFERRY_DEBIAN_MIRROR", "http://chosen.example/debian")
     assert mirror(apt) == "http://chosen.example/debian"
+
+
+def test_what_a_bare_debian_lacks_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ip").touch(mode=0o755)
+    monkeypatch.setitem(debian.CLEAN_ENVIRONMENT, "PATH", str(tmp_path))
+    called: list[list[str]] = []
+    monkeypatch.setattr(debian, "run", lambda argv, **options: called.append(argv))
+    said: list[str] = []
+    debian.require({"ip": "iproute2"}, said.append)
+    assert (called, said) == ([], [])
+    debian.require({"ip": "iproute2", "tc": "iproute2", "debootstrap": "debootstrap"}, said.append)
+    assert said == ["installing debootstrap, iproute2 with apt-get"]
+    assert called[-1][-2:] == ["debootstrap", "iproute2"]

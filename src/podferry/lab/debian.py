@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from podferry.errors import Refused
@@ -54,7 +54,7 @@ def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress, s
 
     `debs` keeps downloaded packages for the next time. Raises `Refused` and `CommandFailed`.
     """
-    _require_debootstrap(progress)
+    require({"debootstrap": "debootstrap"}, progress)
     debs.mkdir(parents=True, exist_ok=True)
     argv = [*_ALONE, "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", f"--cache-dir={debs}"]
     _watch([*argv, suite, str(into), mirror(), _SCRIPT], into / "debootstrap" / "debootstrap.log", progress)
@@ -84,14 +84,17 @@ def downloads() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if wanted.fullmatch(key)}
 
 
-def _require_debootstrap(progress: Progress) -> None:
-    if shutil.which("debootstrap", path=CLEAN_ENVIRONMENT["PATH"]):
+def require(programs: Mapping[str, str], progress: Progress) -> None:
+    """Have this machine's apt install the packages of those programs that are missing. Raises `CommandFailed`."""
+    path = CLEAN_ENVIRONMENT["PATH"]
+    missing = sorted({package for program, package in programs.items() if not shutil.which(program, path=path)})
+    if not missing:
         return
-    progress("installing debootstrap with apt-get")
+    progress(f"installing {', '.join(missing)} with apt-get")
     environment = {**downloads(), "DEBIAN_FRONTEND": "noninteractive"}
-    remedy = "install debootstrap and run it again"
+    remedy = f"install {', '.join(missing)} and run it again"
     run(["apt-get", "update", "-qq"], env=environment, remedy=remedy)
-    run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "debootstrap"], env=environment, remedy=remedy)
+    run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], env=environment, remedy=remedy)
 
 
 def _watch(argv: list[str], log: Path, progress: Progress) -> None:

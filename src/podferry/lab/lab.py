@@ -13,7 +13,7 @@ from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
 from podferry.lab import cache, cgroups, config, images, kernel, machine, network, registry, site, state
-from podferry.lab.debian import OF_NODES, SUITES
+from podferry.lab.debian import OF_NODES, SUITES, require
 from podferry.lab.kubernetes import daemons, deploy, image, pki
 from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.kubernetes.network import connect
@@ -127,6 +127,7 @@ class Lab:
             if binds is not None:
                 given["binds"] = {inside: str(source) for inside, source in binds.items()}
             settings = self._settle({key: value for key, value in given.items() if value is not None})
+            require(network.PROGRAMS, progress)
             image = images.node_root(progress, settings.debian)
             binds_of_nodes = self._binds(settings, image, progress)
             kernel.raise_pipe_size(progress)

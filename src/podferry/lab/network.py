@@ -123,4 +123,7 @@ def _in_network_of(pid: int) -> list[str]:
     return ["nsenter", f"--target={pid}", "--net", "--"]
 
 
+PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "bridge": "iproute2"}
+"""What this machine needs for links, and the packages that have it."""
+
 _REMEDY = "the lab needs iproute2, and a kernel with veth, bridge and sch_tbf"
