@@ -25,7 +25,7 @@ from types import FrameType
 
 from podferry.errors import Bug, PodferryError
 from podferry.memory.feeder_criu import CriuSocket
-from podferry.memory.feeder_keeper import fork_keeper
+from podferry.memory.feeder_keeper import TO_END, fork_keeper
 from podferry.memory.feeder_pump import Pump
 from podferry.memory.feeder_source import AgentSource, NoSource
 from podferry.memory.feeder_status import State, Status, StatusFile
@@ -48,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if report.status.state is State.FAILED or not pump.holds_memory:
             raise SystemExit(1)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in TO_END:
         signal.signal(number, told)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_END)
     report.enter(State.LISTENING)
     gc.freeze()
     print("ready", flush=True)

@@ -22,6 +22,8 @@ from podferry.node.process import ending
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _KEY = struct.Struct("=i")
 
+TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class Keeper:
     """The feeding process's end: whatever is `hold` stays open until it is `release`d."""
@@ -41,8 +43,10 @@ class Keeper:
 def fork_keeper(report: StatusFile) -> Keeper:
     """Go on in a child process; the parent becomes its keeper, and ends as the child ends.
 
-    The parent's death takes the child along. A signal to end that the parent gets goes to the child while there is one.
+    The parent's death takes the child along. A signal to end that the parent gets goes to the child while there is one. The
+    child takes none of `TO_END` until it unblocks them, when it knows what to do.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, TO_END)  # in both, or one that comes now ends the parent without a word
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent, child = os.getpid(), os.fork()
     if child:
@@ -60,8 +64,9 @@ def _keep(child: int, connection: socket.socket, report: StatusFile) -> NoReturn
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in TO_END:
         signal.signal(number, told)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_END)
     held = _collect(connection)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
@@ -71,7 +76,7 @@ def _keep(child: int, connection: socket.socket, report: StatusFile) -> NoReturn
         )
         report.status.error = error.to_dict()
         report.enter(State.FAILED)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in TO_END:
             signal.signal(number, signal.SIG_DFL)
         while held:
             signal.pause()
