@@ -78,9 +78,10 @@ class Pulls:
         layers = image.layers_among(registry.downloads(lab)[downloaded:])
         _drop_caches()
         first_cold = image.importing(TARGET)
+        read_by = time.time()
         warm = [image.importing(TARGET) for _ in range(WARM)]
         if self.form == FormName.EROFS:
-            image.wait_noted()
+            image.wait_noted(read_by)
         _drop_caches()
         cold = image.importing(TARGET)
         return {
@@ -193,11 +194,12 @@ class _Image:
                 raise TimedOut("the image's layers were not published", remedy="see snapshotter.log on the nodes")
             time.sleep(0.05)  # on the storage node it is no event
 
-    def wait_noted(self) -> None:
-        """Wait until it stands on the share what the job has read of a layer. Raises `TimedOut`."""
+    def wait_noted(self, since: float) -> None:
+        """Wait until it stands on the share what a job has read of a layer that ended at `since`. Raises `TimedOut`."""
         noted = self._lab.root(STORAGE) / BRICK.replace(layout.LAYERS, layout.READ)
         deadline = time.monotonic() + PUBLISHED_SECONDS
-        while not any((noted / layout.name_of(chain)).exists() for chain in self._chains):
+        lists = [noted / layout.name_of(chain) for chain in self._chains]
+        while not any(one.exists() and one.stat().st_mtime > since for one in lists):
             if time.monotonic() > deadline:
                 raise TimedOut("nobody noted what the job read", remedy="see snapshotter.log on the nodes")
             time.sleep(0.05)

@@ -87,6 +87,7 @@ def serve(
     collector = Collector(opened, clock, grace=grace) if collect else None
     prefetcher = Prefetcher(opened, lambda: _on_share(metadata), read_only, metrics.prefetched.inc)
     snapshotter.starting = prefetcher.starting
+    publisher.pulling = snapshotter.unpacking
     housekeeping = Housekeeping(opened, publisher, collector, prefetcher, metrics)
     snapshotter.cleanup()
     server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), maximum_concurrent_rpcs=4 * CALLS)

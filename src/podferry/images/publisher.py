@@ -22,6 +22,8 @@ from podferry.images.metadata import Home, Metadata, Snapshot, this_boot
 from podferry.images.store import LayerStore
 
 RETRY = (5.0, 60.0)  # seconds after a failure: the first, and the longest
+BETWEEN_LAYERS = 0.5  # seconds; containerd takes less from one layer's commit to the next one's Prepare
+YIELDS_TO_PULLS = 15.0  # seconds at most, since other nodes may wait for the layer
 STAYS = "stays on this node: "
 
 log = structlog.get_logger()
@@ -36,12 +38,13 @@ class _Held:
 @dataclass
 class Publisher:
     """Moves layers from the node's disk to the share. `hold_limit` is for how long, in seconds, a lease is kept for a
-    layer that containerd has not committed: it may have died."""
+    layer that containerd has not committed: it may have died. `pulling` tells whether containerd unpacks layers now."""
 
     root: Path
     metadata: Metadata
     store: LayerStore
     hold_limit: float = 900.0
+    pulling: Callable[[], bool] = lambda: False
     published: Callable[[Snapshot, float], None] = lambda layer, seconds: None
     failed: Callable[[PodferryError], None] = lambda error: None
     _held: dict[str, _Held] = field(default_factory=dict)
@@ -77,11 +80,21 @@ class Publisher:
         pause = RETRY[0]
         while not self._stopped:
             self._wake.clear()
+            self._yield_to_pulls()
             if self.publish_all():
                 self._wake.wait()
                 pause = RETRY[0]
             elif not self._wake.wait(pause):
                 pause = min(pause * 2, RETRY[1])
+
+    def _yield_to_pulls(self) -> None:
+        """Wait while layers are unpacked here: to pack and copy one meanwhile would take the processor and the link from them."""
+        clock = self.store.clock
+        until = clock.monotonic() + YIELDS_TO_PULLS
+        while self.metadata.layers(Home.DISK) and not self._stopped and clock.monotonic() < until:
+            clock.pause(BETWEEN_LAYERS)
+            if not self.pulling():
+                return
 
     def publish_all(self) -> bool:
         """Publish every layer that waits; False when some could not be and should be tried again."""

@@ -139,6 +139,10 @@ class Snapshotter:
             self.publisher.abandon(chain)
         self._delete(gone.id)
 
+    def unpacking(self) -> bool:
+        """Whether containerd is unpacking a layer into an active snapshot."""
+        return any(one.kind is Kind.ACTIVE and REF in one.labels for one in self.metadata.all([]))
+
     def cleanup(self) -> None:
         """Delete what crashes and finished moves left on disk."""
         known = self.metadata.ids()
