@@ -80,6 +80,11 @@ def seen() -> Report:
     )
 
 
+def test_each_method_is_first_in_some_run() -> None:
+    orders = [runner.rotated(["a", "b", "c"], number) for number in range(4)]
+    assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
 def test_a_report_tells_gaps_speeds_and_writes(seen: Report) -> None:
     assert seen.gap_at(150 * MS) == (100 * MS, 300 * MS)
     assert seen.gap_at(350 * MS) is None

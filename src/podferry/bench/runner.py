@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from podferry.bench import agents, machine
 from podferry.bench.moves import SOURCE, Method, Moved
@@ -31,6 +31,7 @@ ERROR = "error"
 ENOUGH_ERRORS = 4
 Record = dict[str, Any]
 Progress = Callable[[str], None]
+T = TypeVar("T")
 
 
 def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, progress: Progress) -> Iterator[Record]:
@@ -44,7 +45,7 @@ def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, pro
     in_a_row = 0
     for number in range(1, repeat + 1):
         for scenario in (one for one in scenarios if number <= one.most):
-            for name, method in scenario.methods.items():
+            for name, method in rotated(list(scenario.methods.items()), number - 1):
                 progress(f"run {number} of {min(repeat, scenario.most)}: {scenario.name}, {name}")
                 began = time.monotonic()
                 record = measure(lab, scenario, name, method, number, progress, nodes)
@@ -57,6 +58,12 @@ def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, pro
                     raise PodferryError.from_dict(record["error"])
                 if in_a_row:
                     lab.down(progress)
+
+
+def rotated(methods: Sequence[T], by: int) -> list[T]:
+    """The methods in the order of a later run: what one leaves behind (files to be deleted, say) must not always meet the same."""
+    first = by % len(methods)
+    return [*methods[first:], *methods[:first]]
 
 
 def measure(
