@@ -133,7 +133,17 @@ def test_a_layer_that_is_a_tree_or_gone_is_passed_over(share: PosixShare) -> Non
 
 
 @pytest.mark.parametrize(
-    "bad", [b"", b"{", b"[]", b'{"read": 1}', b'{"read": [[4, 2]]}', b'{"read": [[-1, 2]]}', b'{"read": [[0, 1, 2]]}']
+    "bad",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"read": 1}',
+        b'{"read": [[4, 2]]}',
+        b'{"read": [[-1, 2]]}',
+        b'{"read": [[0, 1, 2]]}',
+        b'{"read": [[0, 4611686018427387904]]}',
+    ],
 )
 def test_a_torn_list_is_none(share: PosixShare, image: Path, bad: bytes) -> None:
     share.create(f"{layout.READ}/{layout.name_of(CHAIN)}", bad)

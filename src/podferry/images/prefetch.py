@@ -112,9 +112,10 @@ class Prefetcher:
     def known(self, chain: str) -> Runs:
         """What containers of this layer have read, as bytes of its image."""
         try:
-            return Runs(layout.decode_read(self.share.read(_list(chain))))
+            known = Runs(layout.decode_read(self.share.read(_list(chain))))
         except (FileNotFoundError, ValueError):
             return Runs()
+        return known if known.size <= MOST else Runs()  # no node writes such a list, and its pieces might fill memory
 
 
 def cached(path: Path) -> Runs:
