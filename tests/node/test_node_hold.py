@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,23 +37,6 @@ while True:
     n += 1
     time.sleep(0.002)
 """
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    path = Path("/var/log/podferry/node-tests")
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def job(client: Containerd, place: Path) -> Iterator[Job]:
-    job = Job(client, "hold-source", place)
-    job.remove()
-    yield job
-    job.remove()
 
 
 def stands_still(job: Job) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,23 +100,6 @@ STILL = (
     ZOO.replace("def say(name, work):\n    while True:", "def say(name, work):\n    if True:") + "\ntime.sleep(10000)\n"
 )
 STILL = STILL.replace('say("child", look)', 'say("child", look)\n    time.sleep(10000)')
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    path = Path("/var/log/podferry/node-tests-thin")
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def job(client: Containerd, place: Path) -> Iterator[Job]:
-    job = Job(client, "thin-source", place)
-    job.remove()
-    yield job
-    job.remove()
 
 
 @pytest.fixture(scope="module")
