@@ -17,6 +17,17 @@ class Mode(StrEnum):
     POSTCOPY = "postcopy"
 
 
+class Dump(StrEnum):
+    """What of CRIU's dump was spared while the job stood still; the values are part of the JSON contract.
+
+    `ordinary`: nothing. `prepared`: runc was started before the freeze. `thin`: that, and private memory was left where it is.
+    """
+
+    ORDINARY = "ordinary"
+    PREPARED = "prepared"
+    THIN = "thin"
+
+
 class Outcome(StrEnum):
     """How a migration ended; the values are part of the JSON contract."""
 

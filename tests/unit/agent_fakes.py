@@ -20,6 +20,7 @@ from podferry.agent.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError
 from podferry.memory.feeder_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
+from podferry.model import Dump
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import PAGE, Drop, Pages
 from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
@@ -271,6 +272,9 @@ class FakeLeaving(FakeRemains):
         lazy = {space: sorted(pages) for space, pages in self.node.memory.items()}
         lazy[FIRST].append(UNTOUCHED)
         return {(IMAGES, "pagemap.img"): json.dumps(lazy).encode(), (IMAGES, "empty.img"): b""}
+
+    def dumped(self) -> Dump:
+        return Dump.THIN
 
     async def slow_down(self, quota: float) -> None:
         if self.journal.ledger.facts("quota") is None:

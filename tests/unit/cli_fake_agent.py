@@ -154,7 +154,7 @@ class FakeAgent:
     def _move(self, story: Story, *, weak: bool) -> None:
         story.enter("pre-copy")
         story.expect(560 * MIB)
-        story.extra["tracker"] = "userfaultfd"
+        story.extra["tracker"], story.extra["dump"] = "userfaultfd", "thin"
         story.memory_bytes, story.upper_bytes = 512 * MIB, 3 * MIB
         pages = 131072
         for number in range(1, 5):

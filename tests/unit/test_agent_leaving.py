@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -13,14 +14,18 @@ from podferry.agent.config import Config
 from podferry.agent.journal import Journal
 from podferry.agent.leaving import Leaving, Remains, handlers
 from podferry.agent.offered import Offered
+from podferry.agent.pod.leaving import LeavingPod
 from podferry.agent.ports import OriginalGone
 from podferry.core.undo import Ledger
 from podferry.errors import PodferryError
 from podferry.memory.tracker import Kind
+from podferry.model import Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
 from podferry.node.checkpoint import Hold
 from podferry.node.containerd import ContainerdFailed, NotFound
+from podferry.node.gate import Gate
 from podferry.node.records import Container, Opaque, Status, Task
+from podferry.node.thin import View
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
@@ -105,14 +110,11 @@ def test_an_original_that_its_node_forgot_owes_no_memory(
     assert type(caught.value) is error
 
 
-def test_a_job_that_is_paused_for_a_look_is_in_the_ledger_until_it_runs_again(tmp_path: Path) -> None:
-    """An agent that is killed at that moment, or a thaw that fails, must not leave it frozen."""
-    cgroup = made(tmp_path / "group")
+def leaving(tmp_path: Path, cgroup: Cgroup, journal: Journal) -> Leaving:
     (tmp_path / "runc/job").mkdir(parents=True)
     (tmp_path / "runc/job/state.json").write_text(json.dumps({"cgroup_paths": {"freezer": str(cgroup.freezer)}}))
     (tmp_path / "upper").mkdir()
-    journal = Journal(tmp_path / "journal")
-    job = Leaving(
+    return Leaving(
         Config("a", "a:1", tmp_path, {}, run=tmp_path, state=tmp_path),
         SimpleNamespace(runc_root=lambda record: tmp_path / "runc"),  # type: ignore[arg-type]
         journal,
@@ -121,6 +123,13 @@ def test_a_job_that_is_paused_for_a_look_is_in_the_ledger_until_it_runs_again(tm
         upper=tmp_path / "upper",
         kind=Kind.SOFT_DIRTY,
     )
+
+
+def test_a_job_that_is_paused_for_a_look_is_in_the_ledger_until_it_runs_again(tmp_path: Path) -> None:
+    """An agent that is killed at that moment, or a thaw that fails, must not leave it frozen."""
+    cgroup = made(tmp_path / "group")
+    journal = Journal(tmp_path / "journal")
+    job = leaving(tmp_path, cgroup, journal)
     with job._paused():
         assert Journal(tmp_path / "journal").held("freeze") == {"cgroup": Cgroup(cgroup.freezer).to_dict()}
         assert files(cgroup)["freeze"].read_text() == "FROZEN"
@@ -131,3 +140,69 @@ def test_a_job_that_is_paused_for_a_look_is_in_the_ledger_until_it_runs_again(tm
         files(cgroup)["freeze"].mkdir()
     assert journal.held("freeze") is not None
     assert issubclass(CgroupFailed, PodferryError)
+
+
+class FakeHold:
+    """A dump whose `criu` never came to the gate where `broken`."""
+
+    def __init__(self, images: Path, said: list[str], *, waits: bool, thin: bool, broken: bool) -> None:
+        self.waits, self._images, self._said, self._thin, self._broken = waits, images, said, thin, broken
+        images.mkdir(parents=True, exist_ok=True)
+        said.append("waits" if waits else "begins")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"waits": self.waits}
+
+    def may_go_on(self) -> bool:
+        return not self._broken
+
+    def call_off(self) -> None:
+        self._said.append("called off")
+
+    def go_on(self, spared: list[int]) -> None:
+        self.waits = False
+        self._said.append("goes on")
+
+    def wait_ready(self) -> None:
+        assert not self.waits
+        if self._thin:
+            (self._images / "parent").symlink_to("../thin")
+
+
+@pytest.mark.parametrize(
+    ("gate", "view", "broken", "dumped", "said"),
+    [
+        (True, True, False, Dump.THIN, ["waits", "goes on"]),
+        (True, False, False, Dump.PREPARED, ["waits", "goes on"]),
+        (True, True, True, Dump.ORDINARY, ["waits", "called off", "begins"]),
+        (False, True, False, Dump.ORDINARY, ["begins"]),
+    ],
+)
+async def test_what_a_dump_cannot_be_spared_does_not_end_the_migration(
+    gate: bool, view: bool, broken: bool, dumped: Dump, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    def start(id: str, cgroup: Cgroup, *, images: Path, wait: bool, thin: View | None, **_: object) -> FakeHold:
+        return FakeHold(images, heard, waits=wait, thin=thin is not None, broken=broken)
+
+    monkeypatch.setattr(Hold, "start", start)
+    monkeypatch.setattr(Gate, "usable", lambda: gate)
+    monkeypatch.setattr(View, "here", lambda: View(b"") if view else None)
+    monkeypatch.setattr(
+        "podferry.agent.leaving.complete", lambda images, _: (images / "parent").unlink(missing_ok=True)
+    )
+    journal = Journal(tmp_path / "journal")
+    job = leaving(tmp_path, made(tmp_path / "group"), journal)
+    await job.stand_by()
+    await job.dump()
+    assert heard == said
+    assert job.dumped() is dumped
+    assert (journal.held("hold") or {})["waits"] is False
+
+
+def test_a_pod_says_what_all_of_its_dumps_were_spared(tmp_path: Path) -> None:
+    for dumps, said in ((Dump, Dump.ORDINARY), ((Dump.THIN, Dump.PREPARED), Dump.PREPARED), ((Dump.THIN,), Dump.THIN)):
+        parts: Any = [SimpleNamespace(dumped=lambda dump=dump: dump) for dump in dumps]
+        pod = LeavingPod(Journal(tmp_path), parts, AsyncMock(), volumes=[], departed=tmp_path / "departed")
+        assert pod.dumped() is said

@@ -72,7 +72,16 @@ def test_it_is_well_formed_and_needs_nothing_else(record: dict[str, Any]) -> Non
 
 def test_it_tells_what_the_record_knows() -> None:
     read = Reader(page(Record.from_dict(completed())))
-    for fact in ("222 ms", "512 MiB", "restore 88 ms", "round", "cut-over", "The downtime, enlarged", "node-b"):
+    for fact in (
+        "222 ms",
+        "512 MiB",
+        "restore 88 ms",
+        "round",
+        "cut-over",
+        "The downtime, enlarged",
+        "node-b",
+        "dump was prepared",
+    ):
         assert fact in read.words
     assert read.tags.count("svg") == 3
     read = Reader(page(Record.from_dict(failed())))
@@ -82,7 +91,7 @@ def test_it_tells_what_the_record_knows() -> None:
 
 def test_what_comes_from_elsewhere_is_text() -> None:
     evil = "</title><script>alert(1)</script><b onclick=x>&amp;\x1b[31m"
-    record = completed(evil) | {"source": evil, "reason": evil, "phases": {evil: 1.0}, "tracker": evil}
+    record = completed(evil) | {"source": evil, "reason": evil, "phases": {evil: 1.0}, "tracker": evil, "dump": evil}
     record["spans"] = [{"name": evil, "where": evil, "start_ms": 0, "end_ms": 9, "detail": evil}]
     read = Reader(page(Record.from_dict(record)))
     assert "script" not in read.tags

@@ -30,9 +30,10 @@ from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.reader import Data, Reader
-from podferry.memory.thin_images import complete, worth_sparing
+from podferry.memory.thin_images import complete, is_thin, worth_sparing
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
+from podferry.model import Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.checkpoint import CRIU_CONF, Hold
 from podferry.node.containerd import Containerd, NotFound
@@ -96,6 +97,7 @@ class Leaving:
         self._quota: CpuQuota | None = None
         self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
         self._hold: Hold | None = None
+        self._dumped = Dump.ORDINARY
         self._owed: Owed | None = None
 
     # Memory.
@@ -243,11 +245,11 @@ class Leaving:
 
     async def stand_by(self) -> None:
         """Begin what the dump needs while the job still runs. An agent in a pod cannot: the gate is not among the node's files."""
-        if Gate.usable() and not in_pod():
-            await to_thread.run_sync(self._stand_by)
+        await to_thread.run_sync(self._stand_by)
 
     def _stand_by(self) -> None:
-        self._start_dump(wait=True, thin=View.here())
+        if Gate.usable() and not in_pod():
+            self._start_dump(wait=True, thin=View.here())
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
@@ -273,18 +275,28 @@ class Leaving:
 
     def _dump(self) -> Mapping[tuple[int, str], bytes]:
         hold = self._hold or self._start_dump(wait=False)
+        if hold.waits and not hold.may_go_on():
+            hold.call_off()
+            hold = self._start_dump(wait=False)
         if hold.waits:
             self._journal.acquire("hold", **hold.to_dict() | {"waits": False})
             hold.go_on([pid for pid in self._cgroup.pids() if self._spared.get(pid, True)])
+            self._dumped = Dump.PREPARED
         hold.wait_ready()
         self._journal.acquire("hold", **hold.to_dict())
         directory = self._scratch / "images"
+        if is_thin(directory):
+            self._dumped = Dump.THIN
         complete(directory, {pid_inside(pid): pid for pid in self._cgroup.pids()})
         images = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
         for name, path in self._enclosed.items():
             with suppress(OSError):
                 images[name] = path.read_bytes()
         return {(IMAGES, name): data for name, data in images.items()}
+
+    def dumped(self) -> Dump:
+        """What `dump` was spared."""
+        return self._dumped
 
     async def slow_down(self, quota: float) -> None:
         """Leave the job this share of the processor time that it used before it was slowed down."""
@@ -330,7 +342,7 @@ class Leaving:
         if self._owed is not None:
             self._owed.close()
         if self._hold is not None:
-            self._hold.let_go()
+            self._hold.close()
         self._tracker.close()
         self._upper.close()
         for reader in self._readers.values():

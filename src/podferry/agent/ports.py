@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from podferry.errors import Failed, PodferryError
 from podferry.memory.feeder_source import Frame
 from podferry.memory.ranges import EMPTY, Runs
+from podferry.model import Dump
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
 
@@ -185,6 +186,10 @@ class LeavingJob(HeldJob, Protocol):
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory and then holds the frozen job. Returns its images by directory and name."""
+        ...
+
+    def dumped(self) -> Dump:
+        """What `dump` was spared."""
         ...
 
     async def slow_down(self, quota: float) -> None:

@@ -52,6 +52,7 @@ class Sender:
         """Have CRIU dump the frozen job, and send its images."""
         with self._story.span("dump", detail="CRIU, all but private memory"):
             images = await job.dump()
+        self._story.extra["dump"] = str(job.dumped())
         with self._story.span("send images", detail=f"{sum(map(len, images.values())) >> 10} KiB"):
             for (directory, name), data in images.items():
                 self._files.append(FileSum(directory, name, len(data), xxhash.xxh3_128_hexdigest(data)))

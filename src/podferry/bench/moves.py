@@ -99,6 +99,7 @@ class Podferry:
             "phases": record["phases"],
             "spans": record["spans"],
             "tracker": record.get("tracker"),
+            "dump": record.get("dump"),
             "postcopy": record.get("postcopy_dependency", False),
             "agent_bytes": {node: agents.peak_bytes(lab, node) for node in (SOURCE, TARGET)},
             "samples": [[one.at, one.store, one.feeder, one.job] for one in samples],

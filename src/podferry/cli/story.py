@@ -6,7 +6,13 @@ from podferry.cli import units
 from podferry.cli.record import Record, Round
 from podferry.cli.timeline import downtime, during, steps
 from podferry.core.phases import SourcePhase
-from podferry.model import Outcome
+from podferry.model import Dump, Outcome
+
+_DUMPS = {
+    Dump.THIN: " CRIU's dump was prepared before, and left private memory where it was.",
+    Dump.PREPARED: " CRIU's dump was prepared before; it handed private memory to pipes.",
+    Dump.ORDINARY: " CRIU's dump was begun after the freeze, and handed private memory to pipes.",
+}
 
 
 def headline(record: Record) -> str:
@@ -73,9 +79,14 @@ def _stop(record: Record) -> str:
     shares = sorted(during(steps(record), still), key=lambda one: -one[1])
     parts = [f"{span.name} on the {span.where} {units.duration(ms)}" for span, ms in shares[:4]]
     text = f"It stopped {units.duration(still.start_ms)} after the start, for {units.duration(record.downtime_ms)}"
-    if not parts:
-        return f"{text}."
-    return f"{text}; {'most of it' if len(shares) > len(parts) else 'that was'}: {', '.join(parts)}."
+    if parts:
+        text += f"; {'most of it' if len(shares) > len(parts) else 'that was'}: {', '.join(parts)}"
+    return f"{text}.{_dump(record)}"
+
+
+def _dump(record: Record) -> str:
+    said = record.raw.get("dump")
+    return _DUMPS[Dump(said)] if said in list(Dump) else ""
 
 
 def _after(record: Record) -> str:

@@ -182,10 +182,29 @@ class Hold:
                 self._thin.claim(self.cgroup.pids() if spared is None else spared)
             self._gate.open()
 
+    def may_go_on(self) -> bool:
+        """Whether a dump that waits can still begin. Where it cannot, runc or our `criu` has failed, and touched nothing."""
+        return self.runc is not None and self.runc.alive()
+
+    def call_off(self) -> None:
+        """End a dump that waits. The cgroup stays as it is."""
+        self.close()
+        self.runc = self.runc or self._find_runc()
+        if self.runc is not None:
+            self.runc.kill()
+        self._end()
+
     def let_go(self) -> None:
-        """Close descriptors. A dump that still waits does not take place."""
+        """Let go of the gate: a dump that still waits does not take place."""
         if self._gate is not None:
             self._gate.close()
+
+    def close(self) -> None:
+        """Close descriptors. A dump that still waits does not take place."""
+        self.let_go()
+        if self._status is not None:
+            os.close(self._status)
+            self._status = None
 
     def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
         """Wait until the images are whole; then freeze the cgroup again under CRIU's hold.
@@ -233,9 +252,7 @@ class Hold:
         """
         # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
         if self.waits:
-            self.runc = self.runc or self._find_runc()
-            if self.runc is not None:
-                self.runc.kill()
+            self.call_off()
         elif self._settled(patience):
             self.cgroup.thaw()
             with contextlib.suppress(OSError, Failed):

@@ -21,6 +21,7 @@ from podferry.agent.leaving import Leaving, Remains, tree_total
 from podferry.agent.pod.parts import container_of_space, directory_of, joined, numbered, space_of, split
 from podferry.agent.ports import Change, Debt
 from podferry.core.undo import Handler
+from podferry.model import Dump
 from podferry.node.upper import Source as TreeSource
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
@@ -206,6 +207,10 @@ class LeavingPod(HeldPod):
             for number, images in enumerate(dumps)
             for (directory, name), data in images.items()
         }
+
+    def dumped(self) -> Dump:
+        """What the dumps were spared, all of them."""
+        return min((part.dumped() for part in self._parts), key=list(Dump).index)
 
     async def slow_down(self, quota: float) -> None:
         """Leave each container this share of the processor time."""
