@@ -9,7 +9,7 @@ NODES = A, B = ("node-a", "node-b")
 CONFIG = "/etc/podferry/containerd.toml"
 _FOOTPRINT = """
 cat "$1"
-find /etc/podferry /opt/podferry/bin /opt/podferry/criu -type f 2>/dev/null | sort | xargs sha256sum
+find /etc/podferry /opt/podferry/bin /opt/podferry/gated /opt/podferry/criu -type f 2>/dev/null | sort | xargs sha256sum
 """
 
 

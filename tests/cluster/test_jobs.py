@@ -16,6 +16,7 @@ from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
 from podferry.lab.kubernetes.cluster import Kubectl
+from podferry.node.gate import ON_NODE
 
 from .installing import A, B
 
@@ -124,6 +125,14 @@ def move(kubectl: Kubectl, pod: str, to: str, watch: Callable[[Json], None] = la
     return status
 
 
+def dump_of(lab: Lab, node: str) -> str:
+    """What was spared of the last dump on a node, as its agent says."""
+    newest = "cd /var/lib/podferry/migrations && cat $(ls -t | head -n 1)/record.json"
+    record = json.loads(lab.exec(node, ["sh", "-c", newest]).stdout)
+    assert record["source"] == node
+    return str(record["dump"])
+
+
 @pytest.mark.parametrize("mebibytes", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
 def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab, mebibytes: int) -> None:
     kubectl = installed.kubectl()
@@ -140,6 +149,7 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
             (pod,) = until(lambda: pods(kubectl, "moved"), "it has a pod")
             assert pod["metadata"]["name"] == status["targetPod"]["name"] != begun
             assert pod["spec"]["nodeName"] == there
+            assert dump_of(installed, here) == "thin"
             begun, here = pod["metadata"]["name"], there
             if number == 0:
                 assert not lines(kubectl, "moved")[-1].startswith(job.FINAL), "it was to compute while it moves"
@@ -159,6 +169,35 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
         kubectl.run("delete", "migrations", "--all", "--wait")
     for node in (A, B):
         until(lambda node=node: not installed.exec(node, ["sh", "-c", LEFT]).stdout, f"nothing is left on {node}")  # type: ignore[misc]
+
+
+WITHOUT = {
+    "our criu": "rm {0}",
+    "a way to the agent's Python": "printf '#!/bin/sh\\nexit 1\\n' > {0}",
+    "a gate that holds": "printf '#!/bin/sh\\n[ \"$*\" = try ]\\n' > {0}",
+}
+
+
+@pytest.mark.parametrize("missing", WITHOUT)
+def test_where_the_gate_cannot_be_had_the_dump_is_an_ordinary_one(installed: Lab, missing: str) -> None:
+    """The last of these is found out only when runc has ended before its time."""
+    kubectl, name = installed.kubectl(), f"without-{list(WITHOUT).index(missing)}"
+    try:
+        kubectl.run("apply", "-f", "-", input=json.dumps(manifest(name, A)))
+        until(lambda: pods(kubectl, name) and len(lines(kubectl, name)) > 2, "it computes")
+        (pod,) = pods(kubectl, name)
+        here = pod["spec"]["nodeName"]
+        installed.exec(here, ["cp", "-p", str(ON_NODE), f"{ON_NODE}.kept"])
+        try:
+            installed.exec(here, ["sh", "-c", WITHOUT[missing].format(ON_NODE)])
+            status = move(kubectl, pod["metadata"]["name"], B if here == A else A)
+            assert status["phase"] == "Completed", status
+            assert dump_of(installed, here) == "ordinary"
+        finally:
+            installed.exec(here, ["mv", f"{ON_NODE}.kept", str(ON_NODE)])
+    finally:
+        kubectl.run("delete", "job", name, "--ignore-not-found", "--wait")
+        kubectl.run("delete", "migrations", "--all", "--wait")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from podferry.node.gate import DUMP, SHIM, Gate
+from podferry.node import outside
+from podferry.node.gate import ON_NODE, SHIM, Gate
+from podferry.node.gatekeeper import DUMP
 
 pytestmark = pytest.mark.unit
 FEATURE_CHECK = b"\x08\x09"
@@ -21,6 +24,80 @@ THIN: dict[str, dict[str, str]] = {
     "thin": {"PODFERRY_THIN": "thin"},
     "cannot": {"PODFERRY_THIN": "thin", "PODFERRY_SHOWN": "/nonexistent", "PODFERRY_INSTEAD_OF": "/nonexistent/file"},
 }
+
+
+NODE = """
+for shared in proc "$2"; do mkdir -p "$1/$shared"; mount --rbind "/$shared" "$1/$shared"; done
+node=$1
+shift 2
+exec chroot "$node" "$@"
+"""
+
+
+class Where:
+    """The files that runc is among. On a host they are the agent's."""
+
+    def words(self, *words: str) -> list[str]:
+        return list(words)
+
+    def close(self) -> None:
+        """Nothing was made."""
+
+
+class Node(Where):
+    """A node without a Python, for an agent in a pod; `shared` is the same directory on it and in the pod."""
+
+    def __init__(self, top: Path, shared: Path) -> None:
+        self.top, self._shared = top, shared
+        (top / "bin").mkdir(parents=True)
+        for name in ("sh", "chroot", "sleep"):
+            program = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
+            assert program
+            shutil.copy(program, top / "bin" / name)
+            libraries = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout.split()
+            for library in map(Path, filter(lambda word: word.startswith("/"), libraries)):
+                self.path(library).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(library, self.path(library))
+        self.path(ON_NODE).parent.mkdir(parents=True)
+        shutil.copy(SHIM, self.path(ON_NODE))
+        self.init = subprocess.Popen(self.words("/bin/sh", "-c", "echo; exec sleep 1000"), stdout=subprocess.PIPE)
+        assert self.init.stdout is not None
+        assert self.init.stdout.readline() == b"\n"
+
+    def path(self, path: Path) -> Path:
+        return self.top / path.relative_to("/")
+
+    def words(self, *words: str) -> list[str]:
+        return ["unshare", "--mount", "sh", "-ec", NODE, "sh", str(self.top), str(self._shared), *words]
+
+    def close(self) -> None:
+        assert self.init.stdout is not None
+        self.init.stdout.close()
+        self.init.kill()
+        self.init.wait()
+
+
+def may_make_nodes() -> bool:
+    return os.geteuid() == 0 and subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
+
+
+@pytest.fixture(params=["host", "pod"])
+def where(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Where]:
+    """An agent's node."""
+    if request.param == "host":
+        monkeypatch.delenv(outside.IN_POD, raising=False)
+        yield Where()
+        return
+    if not may_make_nodes():
+        pytest.skip("no mount namespaces here: root makes them")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    node = Node(tmp_path / "node", shared)
+    monkeypatch.setenv(outside.IN_POD, "1")
+    monkeypatch.setattr(outside, "root", lambda: Path(f"/proc/{node.init.pid}/root"))
+    monkeypatch.setattr(outside, "on_node", lambda argv: node.words(*map(str, argv)))
+    yield node
+    node.close()
 
 
 @dataclass
@@ -39,20 +116,23 @@ class Held:
 
 
 @pytest.fixture
-def held(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Held]:
+def held(tmp_path: Path, where: Where, request: pytest.FixtureRequest) -> Iterator[Held]:
     """The shim, asked for what the parameter says."""
-    programs, called = tmp_path / "bin", tmp_path / "called"
-    programs.mkdir()
+    programs, called = tmp_path / "shared/bin", tmp_path / "shared/called"
+    programs.mkdir(parents=True)
     (programs / "criu").write_text(f'#!/bin/sh\necho "$@ $PATH" >{called}\necho "$CRIU_CONFIG_FILE" >{called}.conf\n')
     (programs / "criu").chmod(0o755)
-    gate = Gate(tmp_path / "gate")
+    gate = Gate(tmp_path / "shared/gate")
     runc, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kind, _, how = request.param.partition(b" ")
-    environment = gate.environment(f"{programs}:/usr/bin:/bin") | {"CRIU_CONFIG_FILE": "ordinary", **THIN[how.decode()]}
+    environment = gate.environment(f"{programs}:/usr/sbin:/usr/bin:/bin") | {
+        "CRIU_CONFIG_FILE": "ordinary",
+        **THIN[how.decode()],
+    }
     with runc, theirs:
         runc.send(kind + REST)
         # As Go does it: the socket is the child's descriptor 3.
-        argv = ["/bin/bash", "-c", f'exec 3<&{theirs.fileno()}; exec criu "$@"', "sh", "swrk", "3"]
+        argv = ["/bin/bash", "-c", f'exec 3<&{theirs.fileno()}; exec "$@"', "sh", *where.words("criu", "swrk", "3")]
         shim = subprocess.Popen(argv, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
         yield Held(gate, runc, shim, called)
@@ -60,9 +140,30 @@ def held(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Held]:
         shim.wait(10)
 
 
-def test_the_shim_is_a_program() -> None:
+def test_the_shim_is_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(outside.IN_POD, raising=False)
     assert Gate.usable()
-    assert SHIM.name == "criu"
+    assert SHIM.name == ON_NODE.name == "criu"
+
+
+@pytest.mark.parametrize("where", ["pod"], indirect=True)
+def test_a_pod_tries_whether_its_node_can_come_to_its_python(where: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("podferry.node.gate.PATH", "/usr/sbin:/bin:/usr/bin")
+    assert not Gate.usable(), "there is no criu"
+    criu = where.top / "bin" / "criu"
+    criu.write_text('#!/bin/sh\n[ "$*" = --version ]\n')
+    criu.chmod(0o755)
+    assert Gate.usable()
+    for lost in (where.top / "bin" / "chroot", where.path(ON_NODE)):
+        lost.rename(where.top / "lost")
+        assert not Gate.usable()
+        (where.top / "lost").rename(lost)
+    where.path(ON_NODE).write_text("#!/bin/sh\nexit 1\n")
+    assert not Gate.usable()
+    shutil.copy(SHIM, where.path(ON_NODE))
+    assert Gate.usable()
+    where.close()
+    assert not Gate.usable(), "there is no way back"
 
 
 @pytest.mark.parametrize("held", [DUMP], indirect=True)
@@ -73,6 +174,7 @@ def test_a_dump_waits_until_the_gate_opens(held: Held) -> None:
     arguments, path = held.called.read_text().split(" /", 1)
     assert arguments == "swrk 3"
     assert str(SHIM.parent) not in path
+    assert str(ON_NODE.parent) not in path
 
 
 @pytest.mark.parametrize(

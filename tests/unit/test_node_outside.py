@@ -31,6 +31,23 @@ def test_in_a_pod_it_joins_the_nodes_cgroup_and_keeps_its_pid(monkeypatch: pytes
         assert (tmp_path / name / "cgroup.procs").read_text() == "0\n"
 
 
+def test_a_program_of_the_node_finds_what_is_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(outside.IN_POD, raising=False)
+    assert outside.from_node(["python3", "x.py"]) == ["python3", "x.py"]
+    with outside.scratch() as directory:
+        assert directory.is_dir()
+    assert not directory.exists()
+    monkeypatch.setenv(outside.IN_POD, "1")
+    assert outside.from_node(["python3", "x.py"]) == ["chroot", f"/proc/{os.getpid()}/root", "python3", "x.py"]
+    monkeypatch.setattr(outside, "SHARED", tmp_path)
+    killed = outside.scratch()
+    (killed.__enter__() / "left").touch()
+    with outside.scratch() as directory:
+        assert directory.parent == tmp_path
+        assert not list(directory.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
 def may_enter_process_1() -> bool:
     try:
         os.close(os.open("/proc/1/ns/mnt", os.O_RDONLY))

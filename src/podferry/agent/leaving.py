@@ -39,7 +39,6 @@ from podferry.node.checkpoint import CRIU_CONF, Hold
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.gate import Gate
 from podferry.node.guests import show_out
-from podferry.node.outside import in_pod
 from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.thin import View
@@ -244,11 +243,11 @@ class Leaving:
         show_out(self._task.pid, self._cgroup.pids)
 
     async def stand_by(self) -> None:
-        """Begin what the dump needs while the job still runs. An agent in a pod cannot: the gate is not among the node's files."""
+        """Begin what the dump needs while the job still runs, where runc can be made to wait."""
         await to_thread.run_sync(self._stand_by)
 
     def _stand_by(self) -> None:
-        if Gate.usable() and not in_pod():
+        if Gate.usable():
             self._start_dump(wait=True, thin=View.here())
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:

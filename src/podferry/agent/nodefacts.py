@@ -54,9 +54,8 @@ def node_facts(root: Path, *, containerd: str = "", runc: str = "runc", criu: st
 
 
 def thin_dump() -> View | None:
-    """How CRIU's dump can be had to leave private memory where it is, if it can. An agent in a pod cannot have it: the gate
-    is not among the node's files."""
-    return View.here() if Gate.usable() and not outside.in_pod() else None
+    """How CRIU's dump can be had to leave private memory where it is, if it can."""
+    return View.here() if Gate.usable() else None
 
 
 def version(program: str) -> str:

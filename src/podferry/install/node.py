@@ -14,7 +14,7 @@ from podferry.install import criu, daemon, settings
 from podferry.install.daemon import Daemon
 from podferry.install.files import Ledger, Root
 from podferry.install.settings import Settings
-from podferry.node import outside
+from podferry.node import gate, outside
 
 WRAPPER = "/opt/podferry/bin/podferry-runc"
 SOURCE = Path(outside.__file__).with_name("podferry-runc")
@@ -49,6 +49,7 @@ def install(tell: Tell, *, bundle: Path = Path(criu.DIRECTORY), find: Callable[[
             changed.append(path)
 
     write(WRAPPER, SOURCE.read_bytes(), 0o755)
+    write(str(gate.ON_NODE), gate.SHIM.read_bytes(), 0o755)
     if criu.wanted(root.top):
         if not bundle.is_dir():
             raise Refused(

@@ -3,12 +3,17 @@
 The DaemonSet gives the agent's container the node's processes, network and devices, but a file system and cgroups of its own.
 The node's programs (runc, CRIU) need the node's file system. And what is to outlive the agent needs another cgroup, since the
 end of a container is the end of everything in its cgroups. On a host without Kubernetes the agent is outside already.
+
+A program of the node may need one of ours, and a Python for it, which is in the container: the way there is `/proc/PID/root`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from podferry.node.process import Arg
@@ -19,6 +24,9 @@ IN_POD = "PODFERRY_IN_POD"
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP = "podferry"
 """The node's cgroup for what outlives an agent."""
+
+SHARED = Path("/run/podferry")
+"""A directory that is at the same place in an agent's container and on its node (deploy/agent.yaml)."""
 
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
 
@@ -45,6 +53,29 @@ def on_node(argv: Sequence[Arg]) -> list[Arg]:
     if not in_pod():
         return list(argv)
     return surviving(["nsenter", "--target=1", "--mount", "--", *argv])
+
+
+def from_node(argv: Sequence[Arg]) -> list[Arg]:
+    """The command by which a program of the node, among the node's files, runs one of ours. That is then among the files of the
+    agent's container, though not in its mount namespace, and finds the node's at `root()`. Once this agent has ended it fails.
+    """
+    return ["chroot", f"/proc/{os.getpid()}/root", *argv] if in_pod() else list(argv)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for a moment, where the node's programs find it too. One at a time; what a killed agent left goes."""
+    if not in_pod():
+        with tempfile.TemporaryDirectory(prefix="podferry-") as directory:
+            yield Path(directory)
+        return
+    place = SHARED / "scratch"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(mode=0o700, parents=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def make_cgroups(top: Path = CGROUPS, name: str = CGROUP) -> list[Path]:

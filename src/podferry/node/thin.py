@@ -8,7 +8,7 @@ of every process, and holds none. What to do with the images then, `podferry.mem
 CRIU believes so of a page that is not soft-dirty, and looks for a parent only where memory is tracked, which it refuses on
 kernels that have no soft-dirty bits. There the bit is never set: every page counts as in the parent, which is what is wanted.
 What stands in the way is CRIU's cache of facts about the kernel: the one dump is shown a copy in which one bool is true,
-in a mount namespace of its own (`podferry.node.gate`). Where that bool is in the file is no promise of CRIU's. So the copy is
+in a mount namespace of its own (`podferry.node.gatekeeper`). Where that bool is in the file is no promise of CRIU's. So the copy is
 tried before it is used: `criu check` must find memory tracking with it, and everything else as before. A kernel that has
 soft-dirty bits needs no such copy: there they are cleared while the job stands still.
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 from podferry.errors import CommandFailed, TimedOut
-from podferry.node import gate
+from podferry.node import gate, outside
 from podferry.node.process import run
 from podferry.protos.pagemap_pb2 import InventoryEntry, PagemapEntry, PagemapHead
 
@@ -53,6 +53,7 @@ _NEVER = 1 << 62  # us after boot
 _IN_PARENT = 1
 _ADDRESSES = 1 << 52  # the largest address space of arm64; of x86 CRIU knows 47 bits
 _LONGEST = 1 << 31  # pages; before CRIU 4.2 an entry counts them in 32 bits
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class View:
         try:
             if _supports(TRACKING):
                 return View(None)
-            return _doctored(KERNDAT.read_bytes())
+            with _one_at_a_time:
+                return _doctored((outside.root() / KERNDAT.relative_to("/")).read_bytes())
         except (OSError, CommandFailed, TimedOut):
             return None
 
@@ -81,8 +83,8 @@ def _doctored(facts: bytes) -> View | None:
         _SOFT_DIRTY
     )  # CRIU trusts that a kernel which tracks memory takes this, and breaks off the dump if not
     view = View(facts[:_HAS_DIRTY_TRACK] + b"\1" + facts[_HAS_DIRTY_TRACK + 1 :])
-    with tempfile.TemporaryDirectory(prefix="podferry-") as directory:
-        shown = Path(directory) / KERNDAT.name
+    with outside.scratch() as directory:
+        shown = directory / KERNDAT.name
         shown.write_bytes(view.kerndat or b"")
         if not _supports(TRACKING, shown):
             return None
@@ -92,7 +94,8 @@ def _doctored(facts: bytes) -> View | None:
 def _supports(feature: str, shown: Path | None = None) -> bool:
     """What `criu check` says; with `shown` in place of CRIU's facts about the kernel."""
     through = [] if shown is None else gate.viewing(shown, KERNDAT)
-    return run([*through, "criu", "check", "--feature", feature], check=False, timeout=_CHECK_TIMEOUT).returncode == 0
+    argv = outside.on_node([*through, "criu", "check", "--feature", feature])
+    return run(argv, check=False, timeout=_CHECK_TIMEOUT).returncode == 0
 
 
 class ThinDump:
@@ -112,7 +115,7 @@ class ThinDump:
         (directory / "pages-1.img").touch()
 
     def environment(self, conf: Path, images: Path) -> dict[str, str]:
-        """What `podferry.node.gate` needs to know: CRIU's settings `conf` are extended for a dump into `images`."""
+        """What `podferry.node.gatekeeper` needs to know: CRIU's settings `conf` are extended for a dump into `images`."""
         thin = self._directory / "criu.conf"
         parent = os.path.relpath(self._directory, images)
         thin.write_text(f"{conf.read_text()}\n\ntrack-mem\nprev-images-dir {parent}\n")
