@@ -52,11 +52,15 @@ def test_a_new_agent_leaves_containerd_alone(installed: Lab) -> None:
 @pytest.mark.parametrize(
     ("who", "verb", "what", "allowed"),
     [
-        ("agent", "patch", "migrations.podferry.dev --subresource=status", "yes"),
+        ("agent", "update", "migrations.podferry.dev --subresource=status", "yes"),
+        ("agent", "list", "pods", "no"),
         ("agent", "get", "secrets", "no"),
         ("agent", "delete", "pods", "no"),
         ("agent", "create", "migrations.podferry.dev", "no"),
         ("controller", "create", "pods", "yes"),
+        ("controller", "delete", "migrations.podferry.dev", "yes"),
+        ("controller", "update", "jobs.batch --subresource=finalizers", "yes"),
+        ("controller", "update", "jobs.batch", "no"),
         ("controller", "list", "secrets", "no"),
         ("controller", "delete", "nodes", "no"),
     ],

@@ -144,7 +144,7 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
         begun, here = pod["metadata"]["name"], pod["spec"]["nodeName"]
         for number in range(4):
             there = B if here == A else A
-            status = move(kubectl, begun, there)
+            status = move(kubectl, begun, there, **({"ttlSecondsAfterFinished": 10} if number == 0 else {}))
             assert status["phase"] == "Completed", status
             (pod,) = until(lambda: pods(kubectl, "moved"), "it has a pod")
             assert pod["metadata"]["name"] == status["targetPod"]["name"] != begun
@@ -153,6 +153,9 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
             begun, here = pod["metadata"]["name"], there
             if number == 0:
                 assert not lines(kubectl, "moved")[-1].startswith(job.FINAL), "it was to compute while it moves"
+        asked = ("get", "migrations", "-o", "jsonpath={.items[*].spec.ttlSecondsAfterFinished}")
+        until(lambda: not kubectl.run(*asked).stdout, "the Migration with a time of its own has gone")
+        assert len(kubectl.run("get", "migrations", "-o", "name").stdout.split()) == 3, "the others stay"
         for name in ("moved", "stayed"):
             (pod,) = pods(kubectl, name)
             kubectl.run("exec", pod["metadata"]["name"], "--", "touch", FINISH)

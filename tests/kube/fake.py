@@ -121,9 +121,9 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
 
     def _delete(self, key: Path, options: Json) -> Json:
         old = self._get(key)
-        uid = (options.get("preconditions") or {}).get("uid")
-        if uid not in (None, old["metadata"]["uid"]):
-            raise _Wrong(409, "Conflict", "the uid is another")
+        for name, value in (options.get("preconditions") or {}).items():
+            if value != old["metadata"][name]:
+                raise _Wrong(409, "Conflict", f"the {name} is another")
         grace = options.get("gracePeriodSeconds", 30 if key[-2] == "pods" else 0)
         waits = key[-2] == "pods" and grace > 0 and old["spec"].get("nodeName")
         if old["metadata"].get("finalizers") or waits:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
+from functools import partial
 
 import anyio
 import pytest
 
+from podferry.controller import troubles
 from podferry.controller.pods import PLACEHOLDER
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
 from podferry.kube.migration import NAME_ANNOTATION, ROLE_LABEL, UID_LABEL, Migration
@@ -143,6 +146,95 @@ async def test_what_makes_no_sense_is_refused(world: World, spec: dict[str, str]
     assert (migration.status.phase, said(migration, "Eligible")) == ("Refused", ("False", reason))
 
 
+async def test_a_pod_that_its_own_rules_tie_to_its_node_is_refused_at_once(world: World) -> None:
+    host = "kubernetes.io/hostname"
+    await world.api.patch(NODES, world.nodes[0], {"metadata": {"labels": {host: "here"}}})
+    await world.pod(nodeSelector={host: "here"})
+    world.controller(replace(QUICK, scheduling=1000.0))
+    await world.migrate()
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Eligible")) == ("Refused", ("False", "PinnedToNode"))
+    assert migration.status.ending is not None
+    assert "nodeSelector kubernetes.io/hostname: here" in migration.status.ending.message
+    await only_pod(world)
+
+
+@pytest.mark.parametrize("whose", ["pod", "migration"])
+async def test_a_named_node_that_the_rules_do_not_allow_is_refused_at_once(world: World, whose: str) -> None:
+    await world.api.patch(NODES, world.nodes[0], {"metadata": {"labels": {"disk": "fast"}}})
+    await world.pod(**({"nodeSelector": {"disk": "fast"}} if whose == "pod" else {}))
+    world.controller(replace(QUICK, scheduling=1000.0))
+    asked = {"nodeSelector": {"disk": "fast"}} if whose == "migration" else {}
+    await world.migrate(targetNode=world.nodes[1], **asked)
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Eligible")) == ("Refused", ("False", "NodeNotAllowed"))
+
+
+async def gone(world: World, name: str = "move") -> bool:
+    return await world.api.find(MIGRATIONS, name, world.namespace) is None
+
+
+async def test_an_ended_migration_goes_in_its_time_and_the_pod_stays(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate(ttlSecondsAfterFinished=2)
+    await world.agents_move()
+    assert (await world.ended()).status.phase == "Completed"
+    left = await only_pod(world)
+    await world.until(partial(gone, world))
+    assert (await only_pod(world))["metadata"]["uid"] == left["metadata"]["uid"]
+
+
+async def test_it_goes_at_once_where_it_is_asked_to_however_it_ended(world: World) -> None:
+    await world.pod(runtimeClassName=None)
+    world.controller()
+    await world.migrate(ttlSecondsAfterFinished=0)
+    await world.until(partial(gone, world))
+    await world.migrate(name="kept")
+    await world.ended("kept")
+    await anyio.sleep(1.0)
+    assert not await gone(world, "kept"), "it stays unless somebody asks for it to go"
+    await world.api.patch(MIGRATIONS, "kept", {"spec": {"ttlSecondsAfterFinished": 0}}, world.namespace)
+    await world.until(partial(gone, world, "kept"))
+
+
+async def test_its_time_may_be_prolonged_as_long_as_it_is_there(world: World) -> None:
+    await world.pod(runtimeClassName=None)
+    world.controller()
+    await world.migrate(ttlSecondsAfterFinished=3)
+    await world.ended()
+    await world.api.patch(MIGRATIONS, "move", {"spec": {"ttlSecondsAfterFinished": 1000}}, world.namespace)
+    await anyio.sleep(4.0)
+    assert not await gone(world)
+
+
+async def test_the_time_counts_from_the_end_for_a_controller_that_was_away(world: World) -> None:
+    await world.pod(runtimeClassName=None)
+    scope = world.controller()
+    await world.migrate(ttlSecondsAfterFinished=2)
+    await world.ended()
+    scope.cancel()
+    await anyio.sleep(3.0)
+    assert not await gone(world)
+    world.controller()
+    await world.until(partial(gone, world), 1.5)
+
+
+async def test_it_stays_for_an_agent_that_has_not_heard_the_verdict(world: World) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate(ttlSecondsAfterFinished=0)
+    await world.agents_poise()
+    await world.agents_resume()
+    ended = await world.ended()
+    assert ended.status.phase == "Completed"
+    now = datetime.datetime.fromisoformat(ended.status.completion_time or "")
+    assert troubles.of_age(ended, now) == troubles.VERDICT_KEPT
+    assert troubles.of_age(ended, now + datetime.timedelta(seconds=troubles.VERDICT_KEPT)) == 0
+    await anyio.sleep(1.0)
+    assert not await gone(world)
+
+
 async def test_a_second_migration_of_one_pod_is_refused_and_the_first_goes_on(world: World) -> None:
     await world.pod()
     world.controller()
@@ -190,11 +282,7 @@ async def test_it_is_cancelled_while_the_engine_works(world: World, how: str) ->
         assert (migration.status.phase, said(migration, "Cancelled")) == ("Cancelled", ("True", "CancelRequested"))
         assert said(migration, "Failed")[0] == "False"
     else:
-
-        async def gone() -> bool:
-            return await world.api.find(MIGRATIONS, "move", world.namespace) is None
-
-        await world.until(gone)
+        await world.until(partial(gone, world))
 
 
 async def test_a_cancel_that_comes_too_late_changes_nothing(world: World) -> None:

@@ -54,6 +54,9 @@ async def test_check_says_what_stands_in_the_way_and_touches_nothing(world: Worl
     )
     code, out, _ = await run("check", "good", "-n", world.namespace)
     assert (code, out.strip()) == (0, "good can move.")
+    await world.pod("tied", nodeSelector={"kubernetes.io/hostname": world.nodes[0]})
+    code, out, err = await run("check", "tied", "-n", world.namespace)
+    assert (code, "preferredDuringScheduling" in err) == (3, True)
     code, out, err = await run("check", "bad", "-n", world.namespace)
     assert code == 3
     assert "bad cannot move." in out
@@ -109,6 +112,20 @@ async def test_a_refusal_is_exit_code_three_and_json_to_the_end(world: World, ru
     assert last["status"]["ending"]["reason"] == "HostNetwork"
 
 
+async def test_a_migration_that_is_gone_as_soon_as_it_has_ended_is_told_to_its_end(world: World, run: Run) -> None:
+    await world.pod(hostNetwork=True)
+    world.controller()
+    code, out, err = await run("migrate", "train", "--ttl", "0s", "--name", "move", "-n", world.namespace)
+    assert (code, "HostNetwork" in out) == (3, True), err
+
+    async def gone() -> bool:
+        return not await there(world)
+
+    await world.until(gone)
+    code, out, _ = await run("migrate", "train", "--ttl", "1.5h", "--detach", "--json", "-n", world.namespace)
+    assert (code, json.loads(out)["spec"]["ttlSecondsAfterFinished"]) == (0, 5400)
+
+
 async def test_cancel_waits_for_the_end(world: World, run: Run) -> None:
     await world.pod()
     world.controller()
@@ -125,6 +142,9 @@ async def test_what_makes_no_sense_is_said(world: World, run: Run, tmp_path: Pat
     assert code == 2
     assert "there is no pod nobody" in err
     code, _, err = await run("migrate", "train", "--timeout", "soon", "-n", world.namespace)
+    assert code == 2
+    assert "'soon' is not a duration" in err
+    code, _, err = await run("migrate", "train", "--ttl", "soon", "-n", world.namespace)
     assert code == 2
     assert "'soon' is not a duration" in err
     code, _, err = await run("status", "nothing", "-n", world.namespace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,19 @@ from podferry.controller.program import Controller
 from podferry.core.migration import MigrationPhase
 from podferry.errors import Failed
 from podferry.kube import status as store
-from podferry.kube.client import NAMESPACES, NODES, PODS, Api, Json, Kind, configuration
+from podferry.kube.client import (
+    CONFIGMAPS,
+    JOBS,
+    MIGRATIONS,
+    NAMESPACES,
+    NODES,
+    PODS,
+    REPLICASETS,
+    Api,
+    Json,
+    Kind,
+    configuration,
+)
 from podferry.kube.errors import AlreadyExists, Forbidden
 from podferry.kube.migration import EnginePhases, Migration, Progress
 from podferry.wire.tls import Credentials
@@ -170,9 +183,100 @@ async def test_an_agent_writes_into_its_own_migrations_and_only_what_is_its_to_s
         assert running.uid
 
 
-async def test_the_whole_hand_over_is_within_the_controllers_rights(world: World, control_plane: Path) -> None:
+def template(restart: str) -> Json:
+    spec = {
+        "runtimeClassName": "podferry",
+        "containers": [{"name": "main", "image": "train"}],
+        "restartPolicy": restart,
+    }
+    return {"metadata": {"labels": {"app": "train"}}, "spec": spec}
+
+
+@pytest.mark.parametrize("kind", [JOBS, REPLICASETS, None], ids=["job", "replicaset", "nobody"])
+async def test_a_whole_migration_is_within_the_controllers_rights(
+    world: World, control_plane: Path, kind: Kind | None
+) -> None:
+    """Under OwnerReferencesPermissionEnforcement: whoever blocks an owner's deletion needs a right on the owner."""
+    if kind is None:
+        await world.pod("train", labels={"app": "train"})
+    else:
+        of_kind: Json = {"selector": {"matchLabels": {"app": "train"}}, "template": template("Always")}
+        spec = {"template": template("Never")} if kind is JOBS else of_kind
+        await world.api.create(kind, {"metadata": {"name": "train"}, "spec": spec}, world.namespace)
+    source = await only_trainer(world)
+    async with the_controller(world, control_plane):
+        await world.migrate(source["metadata"]["name"], ttlSecondsAfterFinished=1)
+        await world.agents_move()
+
+        async def gone() -> bool:
+            return await world.api.find(MIGRATIONS, "move", world.namespace) is None
+
+        await world.until(gone)
+    left = await only_trainer(world)
+    assert left["metadata"]["uid"] != source["metadata"]["uid"]
+    assert left["metadata"].get("ownerReferences") == source["metadata"].get("ownerReferences")
+    if kind is not None:
+        assert left["metadata"]["ownerReferences"][0]["blockOwnerDeletion"]
+        await world.api.delete(kind, "train", world.namespace)
+
+
+async def only_trainer(world: World) -> Json:
+    """The one pod, once it runs."""
+
+    async def runs() -> bool:
+        found, _ = await world.api.list(PODS, world.namespace, labels="app=train")
+        here = [one for one in found if one["spec"].get("nodeName") and one["status"]["phase"] == "Running"]
+        return len(found) == len(here) == 1
+
+    await world.until(runs)
+    (pod,) = (await world.api.list(PODS, world.namespace, labels="app=train"))[0]
+    return pod
+
+
+async def test_an_owner_that_podferry_does_not_know_keeps_the_pod_but_its_deletion_does_not_wait(
+    world: World, control_plane: Path
+) -> None:
+    made = await world.api.create(CONFIGMAPS, {"metadata": {"name": "group"}}, world.namespace)
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "group", "uid": made["metadata"]["uid"]}
     await world.pod(labels={"app": "train"})
+    await world.api.patch(
+        PODS, "train", {"metadata": {"ownerReferences": [{**owner, "blockOwnerDeletion": True}]}}, world.namespace
+    )
     async with the_controller(world, control_plane):
         await world.migrate()
         await world.agents_move()
         assert (await world.ended()).status.phase == "Completed"
+    assert (await only_trainer(world))["metadata"]["ownerReferences"] == [owner]
+
+
+REVIEWS = Kind("authorization.k8s.io/v1", "SubjectAccessReview", "subjectaccessreviews", namespaced=False)
+
+
+@pytest.mark.parametrize(
+    ("role", "verb", "allowed"),
+    [("view", "list", True), ("view", "create", False), ("edit", "create", True), ("admin", "delete", True)],
+)
+async def test_what_people_may_do_with_migrations(world: World, role: str, verb: str, allowed: bool) -> None:
+    user = f"{role}-of-{world.namespace}"
+    binding = {
+        "metadata": {"name": role},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
+    }
+    await world.api.create(KINDS["RoleBinding"], binding, world.namespace)
+
+    async def may(what: str) -> bool:
+        asked = {
+            "namespace": world.namespace,
+            "verb": what,
+            "group": MIGRATIONS.api.split("/")[0],
+            "resource": "migrations",
+        }
+        body = {"metadata": {}, "spec": {"user": user, "resourceAttributes": asked}}
+        return bool((await world.api.create(REVIEWS, body))["status"]["allowed"])
+
+    await world.until(partial(may, "list"))  # the roles are put together by a controller
+    if allowed:
+        await world.until(partial(may, verb))
+    else:
+        assert not await may(verb)

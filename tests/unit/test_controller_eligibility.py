@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from podferry.controller import placement
 from podferry.controller.eligibility import Surroundings, obstacles
 from podferry.kube.migration import UID_LABEL
 
@@ -200,3 +201,86 @@ def test_a_claim_counts_as_long_as_its_migration_is_under_way() -> None:
 def test_every_obstacle_is_said_at_once() -> None:
     made = pod(runtimeClassName=None, hostNetwork=True, volumes=[{"name": "v", "hostPath": {"path": "/"}}])
     assert reasons(made) == ["RuntimeClassMissing", "HostNetwork", "HostPath"]
+
+
+HOST = "kubernetes.io/hostname"
+NODE: Json = {"metadata": {"name": "a", "labels": {HOST: "host-a", "disk": "fast", "cores": "8"}}}
+
+
+def rule(key: str, operator: str, *values: str) -> Json:
+    return {"key": key, "operator": operator, "values": list(values)}
+
+
+def required(*terms: list[Json]) -> Json:
+    """A pod's spec whose node must fit one of the terms."""
+    wanted = {"nodeSelectorTerms": [{"matchExpressions": term} for term in terms]}
+    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": wanted}}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        ({"nodeSelector": {HOST: "host-a"}}, ["PinnedToNode"]),
+        ({"nodeSelector": {"disk": "fast"}}, []),
+        (required([rule(HOST, "In", "host-a")]), ["PinnedToNode"]),
+        (required([rule("disk", "Exists"), rule(HOST, "In", "host-a")]), ["PinnedToNode"]),
+        (required([rule(HOST, "In", "host-a")], [rule(HOST, "In", "host-a")]), ["PinnedToNode"]),
+        (required([rule(HOST, "In", "host-a", "host-b")]), []),
+        (required([rule(HOST, "In", "host-a")], [rule("disk", "Exists")]), []),
+        (required([rule(HOST, "NotIn", "host-b")]), []),
+        ({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}}, []),
+    ],
+)
+def test_a_pod_whose_rules_allow_no_other_node(spec: Json, found: list[str]) -> None:
+    assert reasons(pod(**spec), Surroundings(runtime_class=CLASS, node=NODE)) == found
+
+
+def test_what_ties_a_pod_to_its_node_is_named_with_what_to_do() -> None:
+    (found,) = obstacles(pod(nodeSelector={HOST: "host-a"}), Surroundings(runtime_class=CLASS, node=NODE))
+    assert found.why == f"nodeSelector {HOST}: host-a"
+    assert "preferredDuringScheduling" in found.remedy
+
+
+def test_a_node_that_may_not_be_read_has_its_own_name_for_a_hostname() -> None:
+    assert reasons(pod(**required([rule(HOST, "In", "a")]))) == ["PinnedToNode"]
+    assert reasons(pod(**required([rule(HOST, "In", "b")]))) == []
+
+
+def test_an_earlier_moves_pin_does_not_tie_a_pod() -> None:
+    """The target pod names its node so; the next move names another (`pods.target_pod`)."""
+    fields = [{"matchFields": [rule("metadata.name", "In", "a")]}]
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": fields}}}
+    made = pod(affinity=affinity)
+    assert reasons(made) == []
+    assert placement.allows(made, {})
+
+
+@pytest.mark.parametrize(
+    ("spec", "allowed"),
+    [
+        ({}, True),
+        ({"nodeSelector": {"disk": "fast"}}, True),
+        ({"nodeSelector": {"disk": "slow"}}, False),
+        ({"nodeSelector": {"tape": "any"}}, False),
+        (required([rule("disk", "In", "slow", "fast")]), True),
+        (required([rule("disk", "In", "slow")]), False),
+        (required([rule("disk", "NotIn", "slow")]), True),
+        (required([rule("tape", "NotIn", "any")]), True),
+        (required([rule("disk", "NotIn", "fast")]), False),
+        (required([rule("disk", "Exists")]), True),
+        (required([rule("tape", "Exists")]), False),
+        (required([rule("tape", "DoesNotExist")]), True),
+        (required([rule("disk", "DoesNotExist")]), False),
+        (required([rule("cores", "Gt", "4")]), True),
+        (required([rule("cores", "Gt", "8")]), False),
+        (required([rule("cores", "Lt", "16")]), True),
+        (required([rule("disk", "Gt", "4")]), False),
+        (required([rule("tape", "Lt", "4")]), False),
+        (required([rule("disk", "Exists"), rule("tape", "Exists")]), False),
+        (required([rule("tape", "Exists")], [rule("disk", "Exists")]), True),
+        (required([]), False),
+        ({"nodeSelector": {"disk": "slow"}, **required([rule("disk", "Exists")])}, False),
+    ],
+)
+def test_which_nodes_a_pods_rules_allow(spec: Json, allowed: bool) -> None:
+    assert placement.allows(pod(**spec), NODE["metadata"]["labels"]) is allowed

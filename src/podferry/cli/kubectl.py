@@ -107,6 +107,12 @@ def migrate(
     allow_throttle: Annotated[
         bool, typer.Option("--allow-throttle", help="Slow the job down where it writes faster than the link carries.")
     ] = False,
+    ttl: Annotated[
+        str | None,
+        typer.Option(
+            "--ttl", metavar="TIME", help="Delete the Migration so long after its end, e.g. 1h; default: keep it."
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="The Migration's name; default: made up.")
     ] = None,
@@ -138,6 +144,7 @@ def migrate(
         "bandwidth": None if bandwidth is None else str(int(parse_rate(bandwidth))),
         "allowPostCopy": allow_postcopy,
         "allowAutoConverge": allow_throttle,
+        "ttlSecondsAfterFinished": None if ttl is None else moves.whole_seconds(ttl),
     }
     body = moves.body(pod, name, {key: value for key, value in spec.items() if value is not None})
     where = Where(namespace, context, kubeconfig)

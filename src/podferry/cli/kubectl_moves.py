@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import signal
 from collections.abc import AsyncIterator
@@ -53,6 +54,14 @@ def labels(pairs: list[str]) -> dict[str, str]:
             raise UsageError(f"{pair!r} is no label", why="a label is KEY=VALUE")
         found[key] = value
     return found
+
+
+def whole_seconds(duration: str) -> int:
+    """A duration such as 1h, rounded up to seconds. Raises `UsageError`."""
+    try:
+        return math.ceil(seconds(duration))
+    except ValueError as wrong:
+        raise UsageError(str(wrong)) from wrong
 
 
 def body(pod: str, name: str | None, spec: Json) -> Json:
@@ -147,7 +156,7 @@ async def cancel_and_wait(where: Where, name: str) -> Migration:
         if found.ended:
             raise Refused(f"{name} has ended", why=f"it is {found.status.phase}")
         await _cancel(api, found)
-        async for now in _changes(api, namespace, name):
+        async for now in _changes(api, found):
             if now.ended:
                 return now
     raise UsageError(f"{name} was deleted")
@@ -157,11 +166,15 @@ async def _cancel(api: Api, migration: Migration) -> None:
     await api.patch(MIGRATIONS, migration.name, {"spec": {"cancel": True}}, migration.namespace)
 
 
-async def _changes(api: Api, namespace: str, name: str) -> AsyncIterator[Migration]:
-    async for what, thing in follow(api, MIGRATIONS, namespace, fields=f"metadata.name={name}"):
+async def _changes(api: Api, migration: Migration) -> AsyncIterator[Migration]:
+    """How it changes from now on, to its deletion."""
+    fields = f"metadata.name={migration.name}"
+    async for what, thing in follow(api, MIGRATIONS, migration.namespace, fields=fields, since=migration.to_json()):
+        if thing["metadata"]["uid"] != migration.uid:
+            continue
+        yield Migration.from_json(thing)
         if what == "DELETED":
             return
-        yield Migration.from_json(thing)
 
 
 async def follow_to_the_end(where: Where, body: Json, view: View) -> Migration:
@@ -170,17 +183,19 @@ async def follow_to_the_end(where: Where, body: Json, view: View) -> Migration:
         with view:
             made = await _create(api, namespace, body)
             tasks.start_soon(_cancel_on_interrupt, api, made, view, tasks.cancel_scope)
-            began, said = anyio.current_time(), ""
-            async for now in _changes(api, namespace, made.name):
+            began, said, deleted = anyio.current_time(), "", False
+            async for now in _changes(api, made):
                 event = progress(now, (anyio.current_time() - began) * 1e3)
                 view.event(now.to_json(), replace(event, note="" if event.note == said else event.note))
                 made, said = now, event.note
                 if now.ended:
                     tasks.cancel_scope.cancel()
                     return now
+            deleted = True
+            tasks.cancel_scope.cancel()
     if made.ended:
         return made
-    raise Left(made.name)
+    raise UsageError(f"{made.name} was deleted", why="it had not ended") if deleted else Left(made.name)
 
 
 async def _cancel_on_interrupt(api: Api, migration: Migration, view: View, scope: anyio.CancelScope) -> None:

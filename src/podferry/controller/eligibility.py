@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from podferry.controller import placement
 from podferry.errors import Refused
 from podferry.kube.migration import UID_LABEL
 
@@ -34,11 +35,12 @@ class PodUnfit(Refused):
 @dataclass(frozen=True)
 class Surroundings:
     """What stands around the pod: its controller (None for a pod of its own), its claims by name, its RuntimeClass,
-    and the uids of the other Migrations of its namespace that have not ended."""
+    its node (None where that may not be read), and the uids of the other Migrations of its namespace that have not ended."""
 
     owner: Json | None = None
     claims: Mapping[str, Json] = field(default_factory=dict)
     runtime_class: Json | None = None
+    node: Json | None = None
     under_way: frozenset[str] = frozenset()
 
 
@@ -182,6 +184,18 @@ def _shares(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         )
 
 
+def _placement(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
+    name, labels = pod["spec"].get("nodeName"), ((around.node or {}).get("metadata") or {}).get("labels") or {}
+    if name and (why := placement.pin(pod, name, labels)):
+        yield _unfit(
+            "PinnedToNode",
+            "the pod's own rules allow no node but the one it is on",
+            why=why,
+            remedy="ask in the pod's template for what the node has (a label of its own), or only prefer it: "
+            "preferredDuringSchedulingIgnoredDuringExecution; it counts from the pod's next start",
+        )
+
+
 def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     for volume in pod["spec"].get("volumes") or []:
         name = volume["name"]
@@ -266,4 +280,4 @@ def _busy(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         )
 
 
-CHECKS: tuple[Check, ...] = (_runs, _busy, _runtime, _owner, _shares, _volumes, _devices, _debugged)
+CHECKS: tuple[Check, ...] = (_runs, _busy, _runtime, _owner, _shares, _placement, _volumes, _devices, _debugged)

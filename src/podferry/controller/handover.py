@@ -21,7 +21,7 @@ import datetime
 
 from podferry.controller import eligibility, pods, troubles
 from podferry.kube.client import PODS, Api, Json
-from podferry.kube.errors import Conflict, NotFound
+from podferry.kube.errors import Conflict, Forbidden, NotFound
 from podferry.kube.migration import RESUMED, Ending, Migration, timestamp
 from podferry.model import Outcome
 
@@ -61,11 +61,20 @@ class HandOver:
             if self._wait(migration, target):
                 return SOON
             source = await self._mark(source)
-            target = await self._patch(target, pods.take_place(source, target))
+            await self._take_place(source, target)
         if source is not None and not pods.left_place(source):
             with contextlib.suppress(NotFound):
                 return await self._leave(source)
         return None
+
+    async def _take_place(self, source: Json, target: Json) -> None:
+        """Where OwnerReferencesPermissionEnforcement is on (OpenShift), `blockOwnerDeletion` takes a right on the owner.
+        podferry has it for the owners that it knows, and whoever else may stand beside them shall not keep the pod.
+        """
+        try:
+            await self._patch(target, pods.take_place(source, target))
+        except Forbidden:
+            await self._patch(target, pods.take_place(source, target, blocking=False))
 
     async def dismiss(self, source: Json) -> None:
         """The source goes: it belongs to nobody."""

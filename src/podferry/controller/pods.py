@@ -195,12 +195,17 @@ def not_ready(source: Json, now: str) -> Json:
     }
 
 
-def take_place(source: Json, target: Json) -> Json:
-    """The target becomes what the source was: labels, owners and finalizers, in one step."""
+def take_place(source: Json, target: Json, *, blocking: bool = True) -> Json:
+    """The target becomes what the source was: labels, owners and finalizers, in one step. Without `blocking` no owner's
+    deletion in the foreground waits for it.
+    """
     about = source["metadata"]
     labels = {name: value for name, value in (about.get("labels") or {}).items() if name not in (UID_LABEL, ROLE_LABEL)}
     patch = _patch(target, labels={**labels, ROLE_LABEL: TARGET}, annotations={HANDED_OVER_ANNOTATION: about["uid"]})
-    patch["metadata"]["ownerReferences"] = about.get("ownerReferences") or None
+    owners = [dict(one) for one in about.get("ownerReferences") or []]
+    for one in owners if not blocking else []:
+        one.pop("blockOwnerDeletion", None)
+    patch["metadata"]["ownerReferences"] = owners or None
     patch["metadata"]["finalizers"] = about.get("finalizers") or None
     return patch
 

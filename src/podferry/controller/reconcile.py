@@ -90,10 +90,9 @@ class Reconciler:
         migration = await store.read(self._api, namespace, name)
         if migration is None:
             return None
-        if migration.status.phase in MIGRATION_ENDS:
-            await self._let_go(migration)
-            return None
         try:
+            if migration.status.phase in MIGRATION_ENDS:
+                return await self._ended(migration)
             return await self._steps[migration.status.phase](migration)
         except Conflict:
             return 0.0  # somebody was faster; look again
@@ -440,10 +439,21 @@ class Reconciler:
         await self._finalizers(migration, [*finalizers, FINALIZER])
         return False
 
-    async def _let_go(self, migration: Migration) -> None:
+    async def _ended(self, migration: Migration) -> float | None:
+        """It is let go, and deleted in its time."""
         finalizers = migration.metadata.get("finalizers") or []
         if FINALIZER in finalizers:
             await self._finalizers(migration, [one for one in finalizers if one != FINALIZER])
+            return 0.0
+        left = troubles.of_age(migration, _now())
+        if left is None or "deletionTimestamp" in migration.metadata:
+            return None
+        if left > 0:
+            return left
+        version = migration.metadata["resourceVersion"]  # its time may have been changed just now
+        await self._api.delete(MIGRATIONS, migration.name, migration.namespace, uid=migration.uid, version=version)
+        self._log.info("deleted in its time", migration=migration.name, namespace=migration.namespace)
+        return None
 
     async def _finalizers(self, migration: Migration, wanted: list[str]) -> None:
         about = {"resourceVersion": migration.metadata["resourceVersion"], "finalizers": wanted}

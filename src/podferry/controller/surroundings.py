@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from podferry.controller import troubles
+from podferry.controller import placement, troubles
 from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of
 from podferry.kube.client import (
     CLAIMS,
@@ -15,7 +15,9 @@ from podferry.kube.client import (
     REPLICASETS,
     RUNTIME_CLASSES,
     Api,
+    Kind,
 )
+from podferry.kube.errors import Forbidden
 from podferry.kube.migration import Ending, Migration
 from podferry.model import Outcome
 
@@ -44,9 +46,17 @@ class Surveyor:
         return Surroundings(
             owner=await self.owner(pod),
             claims=claims,
-            runtime_class=await self._api.find(RUNTIME_CLASSES, name) if name else None,
+            runtime_class=await self._of_cluster(RUNTIME_CLASSES, name) if name else None,
+            node=await self._of_cluster(NODES, spec["nodeName"]) if spec.get("nodeName") else None,
             under_way=troubles.under_way(others, migration.uid if migration else ""),
         )
+
+    async def _of_cluster(self, kind: Kind, name: str) -> Json | None:
+        """What belongs to no namespace; who may read one namespace alone does without."""
+        try:
+            return await self._api.find(kind, name)
+        except Forbidden:
+            return None
 
     async def owner(self, pod: Json) -> Json | None:
         """The pod's controller, where it is of a kind whose wishes matter to a move and it is still the same one."""
@@ -68,7 +78,7 @@ class Surveyor:
             return _unfit("NodeNotFound", f"there is no node {name}", "kubectl get nodes")
         if not troubles.ready(node):
             return _unfit("NodeNotReady", f"node {name} is not ready", "name another node, or none")
-        return None
+        return _not_allowed(pod, migration, node)
 
     async def namespace_trouble(self, migration: Migration) -> Ending | None:
         """The namespace is going, and everything in it."""
@@ -78,6 +88,19 @@ class Surveyor:
         return troubles.ending(
             Outcome.FAILED, troubles.NAMESPACE_TERMINATING, f"namespace {migration.namespace} is being deleted"
         )
+
+
+def _not_allowed(pod: Json, migration: Migration, node: Json) -> PodUnfit | None:
+    """Whether the pod's rules or the Migration's exclude the node that the Migration names: the scheduler would never choose it."""
+    name, labels = node["metadata"]["name"], node["metadata"].get("labels") or {}
+    if not placement.allows(pod, labels):
+        rules = "the pod's nodeSelector or required node affinity"
+        return _unfit("NodeNotAllowed", f"{rules} does not allow node {name}", "name one that they allow, or none")
+    wanted = migration.spec.node_selector or {}
+    if missing := sorted(f"{key}={value}" for key, value in wanted.items() if labels.get(key) != value):
+        what = f"node {name} lacks labels that the Migration's nodeSelector asks for: {', '.join(missing)}"
+        return _unfit("NodeNotAllowed", what, "name another node, or leave targetNode or nodeSelector out")
+    return None
 
 
 def _unfit(reason: str, what: str, remedy: str) -> PodUnfit:

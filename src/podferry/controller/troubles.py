@@ -24,6 +24,7 @@ UNSCHEDULABLE, QUOTA_EXCEEDED, WEBHOOK_DENIED, POD_INVALID = (
 VOLUME_MISSING, TARGET_POD_FAILED, TARGET_POD_GONE = "VolumeMissing", "TargetPodFailed", "TargetPodGone"
 TARGET_NODE_LOST, SOURCE_NODE_LOST, SOURCE_SILENT = "TargetNodeLost", "SourceNodeLost", "SourceAgentSilent"
 
+VERDICT_KEPT = 3600
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 
 
@@ -148,6 +149,21 @@ def of_silence(migration: Migration, patience: float, now: datetime.datetime) ->
         f"no agent on {node} took it up within {patience:.0f} s",
         remedy=f"see podferry-agent on {node}: kubectl -n podferry-system get pods -o wide",
     )
+
+
+def of_age(migration: Migration, now: datetime.datetime) -> float | None:
+    """Seconds until an ended Migration may be deleted, 0 where it may be now; None where it stays (batch/v1's
+    `ttlSecondsAfterFinished`).
+
+    While the source's agent has not said that it is done, the Migration holds the verdict that it will ask for when it
+    returns: then it stays for an hour at least.
+    """
+    status, ttl = migration.status, migration.spec.ttl_seconds_after_finished
+    if ttl is None or status.completion_time is None:
+        return None
+    began = status.engine is not None and bool(status.engine.source)
+    least = ttl if status.engine_ending is not None or not began else max(ttl, VERDICT_KEPT)
+    return max(0.0, least - age(status.completion_time, now))
 
 
 def ready(node: Json) -> bool:

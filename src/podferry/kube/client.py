@@ -140,12 +140,22 @@ class Api:
         return await self._call("PATCH", kind.path(namespace, name, part), body=patch, headers=headers, what=what)
 
     async def delete(
-        self, kind: Kind, name: str, namespace: str = "", *, uid: str | None = None, grace: int | None = None
+        self,
+        kind: Kind,
+        name: str,
+        namespace: str = "",
+        *,
+        uid: str | None = None,
+        version: str | None = None,
+        grace: int | None = None,
     ) -> bool:
-        """Delete an object, only if it still has the `uid`. False where it is gone already. `grace` is in seconds."""
+        """Delete an object, only if it still has the `uid` and the resource `version`. False where it is gone already.
+        `grace` is in seconds. Raises `Conflict`.
+        """
         options: Json = {"apiVersion": "v1", "kind": "DeleteOptions"}
-        if uid is not None:
-            options["preconditions"] = {"uid": uid}
+        demanded = {name: value for name, value in (("uid", uid), ("resourceVersion", version)) if value is not None}
+        if demanded:
+            options["preconditions"] = demanded
         if grace is not None:
             options["gracePeriodSeconds"] = grace
         try:

@@ -123,6 +123,16 @@ class MigrationSpec(Part):
             json_schema_extra=_rule("self || !oldSelf", "a cancelled migration stays cancelled"),
         ),
     ] = False
+    ttl_seconds_after_finished: Annotated[
+        int | None,
+        Field(
+            description="Delete the Migration so many seconds after it has ended, however it ended, as a Job's field of this "
+            "name does; 0: at once. Without it the Migration stays until somebody deletes it. May be changed at any time.",
+            ge=0,
+            le=2**31 - 1,
+            json_schema_extra={"format": "int32"},
+        ),
+    ] = None
 
 
 class PodReference(Part):

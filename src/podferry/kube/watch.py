@@ -25,15 +25,18 @@ Change = tuple[str, Json]
 
 
 async def follow(
-    api: Api, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = ""
+    api: Api, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = "", since: Json | None = None
 ) -> AsyncIterator[Change]:
     """Every object that there is (as ADDED) and then every change, for ever; what was missed is made good by listing anew.
 
+    `since`: the one object that there was, as it was; only what changed after that comes.
     An object that went while nobody looked comes as DELETED, as it was last seen.
     """
     log = structlog.get_logger().bind(kind=kind.kind)
     known: dict[str, Json] = {}
     delay, version = RETRY_FIRST, ""
+    if since is not None:
+        known, version = {since["metadata"]["uid"]: since}, since["metadata"]["resourceVersion"]
     while True:
         try:
             if not version:
