@@ -105,6 +105,14 @@ def test_a_claim_must_be_one_that_two_nodes_can_have(modes: list[str], found: li
     assert reasons(made, Surroundings(claims={"data": claim}, runtime_class=CLASS)) == found
 
 
+@pytest.mark.parametrize("part", ["subPath", "subPathExpr"])
+@pytest.mark.parametrize(("kind", "found"), [("emptyDir", ["SubPath"]), ("configMap", [])])
+def test_a_part_of_what_moves_along(part: str, kind: str, found: list[str]) -> None:
+    mounts = [{"name": "v", "mountPath": "/v", part: "below"}]
+    made = pod(containers=[{"name": "main", "volumeMounts": mounts}], volumes=[{"name": "v", kind: {}}])
+    assert reasons(made) == found
+
+
 def test_a_runtime_class_of_another_name_counts_by_its_handler() -> None:
     assert reasons(pod(runtimeClassName="mine")) == []
     other = {"handler": "runc"}

@@ -216,6 +216,20 @@ def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
                 why=f"volume {name} ({kind})",
                 remedy="use a claim with access mode ReadWriteMany",
             )
+    scratch = {one["name"] for one in pod["spec"].get("volumes") or [] if not set(one) - {"name", "emptyDir"}}
+    parts = {
+        f"{one['name']}: {mount['name']}"
+        for one in containers(pod)
+        for mount in one.get("volumeMounts") or []
+        if mount["name"] in scratch and (mount.get("subPath") or mount.get("subPathExpr"))
+    }
+    if parts:
+        yield _unfit(
+            "SubPath",
+            "a container has only a part of an emptyDir mounted",
+            why=", ".join(sorted(parts)),
+            remedy="mount the whole volume: a subPath of an emptyDir cannot move yet",
+        )
     if blocks := [one["name"] for one in containers(pod) if one.get("volumeDevices")]:
         yield _unfit("BlockVolume", "the pod uses raw block volumes", why=", ".join(blocks), remedy="use a file system")
 
