@@ -6,29 +6,21 @@ every write is a compare-and-swap or names the uid that it means.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import structlog
-
 from podferry.controller import eligibility, pods, troubles
+from podferry.controller.books import Books, clock
 from podferry.controller.handover import HandOver
 from podferry.controller.surroundings import Surveyor
-from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase, migration_machine
+from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Refused
 from podferry.kube import status as store
-from podferry.kube.client import MIGRATIONS, NODES, PODS, Api, Json
-from podferry.kube.errors import AlreadyExists, ApiFailed, Conflict, NotFound, transient
-from podferry.kube.events import Events
+from podferry.kube.client import NODES, PODS, Api, Json
+from podferry.kube.errors import AlreadyExists, ApiFailed, Conflict, transient
 from podferry.kube.migration import (
-    CANCELLED,
-    COMPLETED,
     ELIGIBLE,
-    FAILED,
-    FINALIZER,
     HANDED_OVER,
     RESUMED,
     ROLE_LABEL,
@@ -73,10 +65,9 @@ class Reconciler:
 
     def __init__(self, api: Api, settings: Settings) -> None:
         self._api, self._settings = api, settings
-        self._events = Events(api, "podferry-controller")
+        self._books = Books(api)
         self._survey = Surveyor(api)
         self._hand_over = HandOver(api, settings.readiness, settings.release)
-        self._log = structlog.get_logger()
         self._steps: dict[MigrationPhase, Callable[[Migration], Awaitable[float | None]]] = {
             P.PENDING: self._pending,
             P.SCHEDULING: self._scheduling,
@@ -92,7 +83,7 @@ class Reconciler:
             return None
         try:
             if migration.status.phase in MIGRATION_ENDS:
-                return await self._ended(migration)
+                return await self._books.close(migration)
             return await self._steps[migration.status.phase](migration)
         except Conflict:
             return 0.0  # somebody was faster; look again
@@ -100,10 +91,10 @@ class Reconciler:
     # Pending: may it move?
 
     async def _pending(self, migration: Migration) -> float | None:
-        if not await self._hold_on(migration):
+        if not await self._books.hold_on(migration):
             return 0.0
         if cancelled := troubles.of_cancel(migration):
-            await self._fire(migration, E.WITHDRAWN, ending=cancelled)
+            await self._books.fire(migration, E.WITHDRAWN, ending=cancelled)
             return 0.0
         source = await self._api.find(PODS, migration.spec.pod_name, migration.namespace)
         if source is None:
@@ -126,10 +117,8 @@ class Reconciler:
             now.status.start_time = timestamp()
             now.status.say(ELIGIBLE, True, "NothingInTheWay")
 
-        await self._fire(migration, E.CLAIMED, taken_up, message="looking for a node")
-        await self._events.say(
-            pods.reference(source), "MigrationStarted", f"Migration {migration.name} looks for another node"
-        )
+        await self._books.fire(migration, E.CLAIMED, taken_up, message="looking for a node")
+        await self._books.tell_of_pod(source, "MigrationStarted", f"Migration {migration.name} looks for another node")
         return 0.0
 
     async def _refuse(self, migration: Migration, reason: str, why: list[Refused]) -> float:
@@ -137,13 +126,15 @@ class Reconciler:
         remedy = "; ".join(one.remedy for one in why if one.remedy)
         end = troubles.ending(Outcome.REFUSED, reason, words, remedy=remedy, code=why[0].code)
         message = f"{words}. What to do: {remedy}" if remedy else words
-        await self._fire(migration, E.REFUSAL, lambda now: now.status.say(ELIGIBLE, False, reason, message), ending=end)
+        await self._books.fire(
+            migration, E.REFUSAL, lambda now: now.status.say(ELIGIBLE, False, reason, message), ending=end
+        )
         return 0.0
 
     # Scheduling: where to?
 
     async def _scheduling(self, migration: Migration) -> float | None:
-        source = await self._source(migration)
+        source = await self._books.source(migration)
         if trouble := await self._beforehand(migration, source):
             return await self._undo(migration, trouble)
         assert source is not None
@@ -164,12 +155,12 @@ class Reconciler:
                 now.status.target_node = node
                 now.status.say(SCHEDULED, True, "NodeChosen", f"the scheduler chose {node}")
 
-            await self._fire(migration, E.PLACED, placed, message=f"moving to {node}")
-            await self._tell(migration, "Scheduled", f"{migration.spec.pod_name} moves to {node}")
+            await self._books.fire(migration, E.PLACED, placed, message=f"moving to {node}")
+            await self._books.tell(migration, "Scheduled", f"{migration.spec.pod_name} moves to {node}")
             return 0.0
         if why := troubles.unscheduled(placeholder):
-            await self._say(migration, SCHEDULED, False, *why)
-        if trouble := troubles.of_waiting(placeholder, "the pod", self._settings.scheduling, _now()):
+            await self._books.say(migration, SCHEDULED, False, *why)
+        if trouble := troubles.of_waiting(placeholder, "the pod", self._settings.scheduling, clock()):
             return await self._undo(migration, trouble)
         return LOOK_AGAIN
 
@@ -179,16 +170,16 @@ class Reconciler:
         status = migration.status
         if status.holds(RESUMED) and status.arbiter != "source":
             lost = status.engine is not None and status.engine.source == SourcePhase.LOST
-            await self._fire(migration, E.RESUMED, _arbitrate("target") if lost else None, message="handing over")
+            await self._books.fire(migration, E.RESUMED, _arbitrate("target") if lost else None, message="handing over")
             return 0.0
-        source, target = await self._source(migration), await self._target(migration)
+        source, target = await self._books.source(migration), await self._books.target(migration)
         if (over := status.engine_ending) is not None:
             return await self._undo(migration, _blame(over, status.abort))
         if (again := await self._arbitrate(migration)) is not None:
             return again
         trouble = status.abort or await self._beforehand(migration, source)
-        trouble = trouble or troubles.of_silence(migration, self._settings.silence, _now())
-        trouble = trouble or troubles.of_target(target, migration, self._settings.scheduling, _now())
+        trouble = trouble or troubles.of_silence(migration, self._settings.silence, clock())
+        trouble = trouble or troubles.of_target(target, migration, self._settings.scheduling, clock())
         if trouble is None and status.target_node:
             node = await self._api.find(NODES, status.target_node)
             trouble = troubles.of_target_node(node, status.target_node)
@@ -214,7 +205,7 @@ class Reconciler:
             if transient(refused) and "webhook" not in refused.why:
                 raise
             trouble = troubles.of_creation(refused, "the target pod")
-            await self._say(migration, TARGET_CREATED, False, trouble.reason, trouble.message)
+            await self._books.say(migration, TARGET_CREATED, False, trouble.reason, trouble.message)
             return await self._abort(migration, trouble, source)
 
         def made(now: Migration) -> bool:
@@ -223,9 +214,7 @@ class Reconciler:
             return now.status.phase is P.RUNNING
 
         await store.change(self._api, migration, made)
-        await self._events.say(
-            pods.reference(target), "MigrationTarget", f"waits for {migration.spec.pod_name} to move in"
-        )
+        await self._books.tell_of_pod(target, "MigrationTarget", f"waits for {migration.spec.pod_name} to move in")
         return LOOK_AGAIN
 
     async def _abort(self, migration: Migration, trouble: Ending, source: Json | None) -> float:
@@ -262,21 +251,23 @@ class Reconciler:
             return None
         if troubles.gone_or_fenced(await self._api.find(NODES, status.target_node or "")):
             await store.change(self._api, migration, _decide("source"))
-            await self._tell(migration, "Arbitrated", f"{status.target_node} is gone: the job runs on", warning=True)
+            await self._books.tell(
+                migration, "Arbitrated", f"{status.target_node} is gone: the job runs on", warning=True
+            )
         return LOOK_AGAIN
 
     # HandingOver: the job runs on the target; the cluster follows.
 
     async def _handing_over(self, migration: Migration) -> float | None:
-        source, target = await self._source(migration), await self._target(migration)
+        source, target = await self._books.source(migration), await self._books.target(migration)
         if not migration.status.holds(HANDED_OVER):
             if trouble := self._hand_over.trouble(source, target):
-                await self._say(migration, HANDED_OVER, False, trouble.reason, trouble.message)
+                await self._books.say(migration, HANDED_OVER, False, trouble.reason, trouble.message)
                 return await self._undo(migration, trouble)
             again = await self._hand_over.step(migration, source, target)
             if again is not None:
                 return again
-            migration = await self._say(migration, HANDED_OVER, True, "OwnerHasTarget")
+            migration = await self._books.say(migration, HANDED_OVER, True, "OwnerHasTarget")
             return 0.0
         over, engine = migration.status.engine_ending, migration.status.engine or EnginePhases()
         spent = over is not None or engine.source in SPENT or await self._farewell_is_over(migration)
@@ -286,10 +277,10 @@ class Reconciler:
             return await self._undo(migration, over)
         if over is None and not await self._farewell_is_over(migration):
             return LOOK_AGAIN
-        await self._release(target)
+        await self._books.release(target)
         downtime = f", stopped for {migration.status.downtime}" if migration.status.downtime else ""
         done = troubles.ending(Outcome.COMPLETED, "Moved", f"moved to {migration.status.target_node}{downtime}")
-        await self._fire(migration, E.HANDED_OVER, ending=done)
+        await self._books.fire(migration, E.HANDED_OVER, ending=done)
         return 0.0
 
     async def _farewell_is_over(self, migration: Migration) -> bool:
@@ -299,7 +290,7 @@ class Reconciler:
         if (
             not fetching
             and since is not None
-            and troubles.age(since.last_transition_time, _now()) > self._settings.farewell
+            and troubles.age(since.last_transition_time, clock()) > self._settings.farewell
         ):
             return True
         return troubles.gone_or_fenced(await self._api.find(NODES, migration.status.source_node or ""))
@@ -309,7 +300,7 @@ class Reconciler:
     async def _undoing(self, migration: Migration) -> float | None:
         end = migration.status.ending
         assert end is not None
-        source, target = await self._source(migration), await self._target(migration)
+        source, target = await self._books.source(migration), await self._books.target(migration)
         mine, _ = await self._api.list(PODS, migration.namespace, labels=f"{UID_LABEL}={migration.uid}")
         kept = target if target is not None and pods.took_place(target) else None
         away = [
@@ -323,15 +314,15 @@ class Reconciler:
             await self._remove(migration, away)
             return 0.5
         for one in (source, kept):
-            await self._release(one)
-        await self._fire(migration, UNDONE[Outcome(end.outcome)], ending=end)
+            await self._books.release(one)
+        await self._books.fire(migration, UNDONE[Outcome(end.outcome)], ending=end)
         return 0.0
 
     async def _remove(self, migration: Migration, away: list[Json]) -> None:
         for one in away:
             about = one["metadata"]
             deleted = about.get("deletionTimestamp")
-            late = deleted is not None and troubles.age(deleted, _now()) > self._settings.removal
+            late = deleted is not None and troubles.age(deleted, clock()) > self._settings.removal
             force = late or about["labels"][ROLE_LABEL] == pods.PLACEHOLDER
             if deleted is None or late:
                 await self._api.delete(
@@ -343,7 +334,9 @@ class Reconciler:
             why = troubles.ending(
                 Outcome.FAILED, "Inconsistent", f"the engine completed, but nothing resumed: {why.message}"
             )
-        await self._fire(migration, E.TROUBLE, lambda now: setattr(now.status, "ending", why), message=why.message)
+        await self._books.fire(
+            migration, E.TROUBLE, lambda now: setattr(now.status, "ending", why), message=why.message
+        )
         return 0.0
 
     # Common parts.
@@ -356,119 +349,8 @@ class Reconciler:
             troubles.of_source(source, owner, migration)
             or await self._survey.namespace_trouble(migration)
             or troubles.of_cancel(migration)
-            or troubles.of_time(migration, _now(), slack=slack)
+            or troubles.of_time(migration, clock(), slack=slack)
         )
-
-    async def _source(self, migration: Migration) -> Json | None:
-        return await self._pod(migration, migration.status.source_pod)
-
-    async def _target(self, migration: Migration) -> Json | None:
-        return await self._pod(migration, migration.status.target_pod)
-
-    async def _pod(self, migration: Migration, wanted: PodReference | None) -> Json | None:
-        """The very pod; one of the same name with another uid is somebody else."""
-        if wanted is None:
-            return None
-        pod = await self._api.find(PODS, wanted.name, migration.namespace)
-        return pod if pod is not None and pod["metadata"]["uid"] == wanted.uid else None
-
-    async def _release(self, pod: Json | None) -> None:
-        """The pod is an ordinary one again."""
-        if pod is not None and UID_LABEL in (pod["metadata"].get("labels") or {}):
-            with contextlib.suppress(NotFound):
-                await self._api.patch(PODS, pod["metadata"]["name"], pods.unclaim(pod), pod["metadata"]["namespace"])
-
-    async def _fire(
-        self,
-        migration: Migration,
-        event: MigrationEvent,
-        change: Callable[[Migration], object] | None = None,
-        *,
-        ending: Ending | None = None,
-        message: str = "",
-    ) -> Migration:
-        """Take `event`, with what else belongs to it, in one write. Where another controller was faster, nothing is done."""
-        before, after = migration.status.phase, migration_machine(migration.status.phase).next(event)
-        written = False
-
-        def moved(now: Migration) -> bool:
-            nonlocal written
-            if now.status.phase is not before:
-                return False
-            now.status.phase, now.status.message = after, message or now.status.message
-            now.status.observed_generation = now.metadata.get("generation")
-            if change is not None:
-                change(now)
-            if ending is not None and after in MIGRATION_ENDS:
-                _end(now, ending)
-            written = True
-            return True
-
-        migration = await store.change(self._api, migration, moved)
-        if written:
-            self._log.info(
-                "phase", migration=migration.name, namespace=migration.namespace, phase=str(after), because=str(event)
-            )
-            if ending is not None and after in MIGRATION_ENDS:
-                await self._announce(migration, ending)
-        return migration
-
-    async def _announce(self, migration: Migration, end: Ending) -> None:
-        warning = end.outcome != Outcome.COMPLETED
-        reason = f"Migration{migration.status.phase}"
-        await self._tell(migration, reason, end.message, warning=warning)
-        pod = (await self._target(migration)) or (await self._source(migration))
-        if pod is not None:
-            await self._events.say(pods.reference(pod), reason, f"{migration.name}: {end.message}", warning=warning)
-
-    async def _say(self, migration: Migration, type: str, holds: bool, reason: str, message: str = "") -> Migration:
-        def said(now: Migration) -> bool:
-            now.status.say(type, holds, reason, message)
-            return True
-
-        return await store.change(self._api, migration, said)
-
-    async def _tell(self, migration: Migration, reason: str, message: str, *, warning: bool = False) -> None:
-        await self._events.say(migration.to_json(), reason, message, warning=warning)
-
-    async def _hold_on(self, migration: Migration) -> bool:
-        """Our finalizer is there, or was put there just now (False: read again)."""
-        finalizers = migration.metadata.get("finalizers") or []
-        if FINALIZER in finalizers or "deletionTimestamp" in migration.metadata:
-            return True
-        await self._finalizers(migration, [*finalizers, FINALIZER])
-        return False
-
-    async def _ended(self, migration: Migration) -> float | None:
-        """It is let go, and deleted in its time."""
-        finalizers = migration.metadata.get("finalizers") or []
-        if FINALIZER in finalizers:
-            await self._finalizers(migration, [one for one in finalizers if one != FINALIZER])
-            return 0.0
-        left = troubles.of_age(migration, _now())
-        if left is None or "deletionTimestamp" in migration.metadata:
-            return None
-        if left > 0:
-            return left
-        version = migration.metadata["resourceVersion"]  # its time may have been changed just now
-        await self._api.delete(MIGRATIONS, migration.name, migration.namespace, uid=migration.uid, version=version)
-        self._log.info("deleted in its time", migration=migration.name, namespace=migration.namespace)
-        return None
-
-    async def _finalizers(self, migration: Migration, wanted: list[str]) -> None:
-        about = {"resourceVersion": migration.metadata["resourceVersion"], "finalizers": wanted}
-        with contextlib.suppress(NotFound):
-            await self._api.patch(MIGRATIONS, migration.name, {"metadata": about}, migration.namespace)
-
-
-def _end(migration: Migration, end: Ending) -> None:
-    """The last write of a Migration's status."""
-    status = migration.status
-    status.ending, status.message, status.completion_time = end, end.message, timestamp()
-    completed = end.outcome == Outcome.COMPLETED
-    status.say(COMPLETED, completed, end.reason, end.message)
-    status.say(FAILED, not completed and end.outcome != Outcome.CANCELLED, end.reason, end.message)
-    status.say(CANCELLED, end.outcome == Outcome.CANCELLED, end.reason, end.message)
 
 
 def _blame(over: Ending, abort: Ending | None) -> Ending:
@@ -491,7 +373,3 @@ def _decide(side: str) -> Callable[[Migration], bool]:
         return True
 
     return decided
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
