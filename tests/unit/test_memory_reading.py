@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import struct
+from collections.abc import Callable
 from array import array
 
 import pytest
@@ -11,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry.errors import UsageError
+from podferry.memory import pagemap, tracker_none
+from podferry.memory.maps import private_anonymous, read_areas
 from podferry.memory.pagemap import PAGE, Category, Regions, decode_entries
 from podferry.memory.ranges import Runs
 from podferry.memory.reader import Data, Zero, tell_zeroes
-from podferry.memory.tracker import Kind, TrackerFacts, choose, create
+from podferry.memory.tracker import Kind, Tracker, TrackerFacts, choose, create, no_pause
 
 pytestmark = pytest.mark.unit
 
@@ -79,3 +84,30 @@ def test_the_best_tracker_is_chosen_and_says_why(lacking: dict[str, bool | str],
 def test_soft_dirty_without_a_pause_is_refused() -> None:
     with pytest.raises(UsageError, match="pause"):
         create(Kind.SOFT_DIRTY, list)
+
+
+CLASSIC: list[Callable[[], Tracker]] = [
+    lambda: create(Kind.SOFT_DIRTY, lambda: [os.getpid()], pause=no_pause),
+    lambda: create(Kind.NONE, lambda: [os.getpid()]),
+]
+
+
+@pytest.mark.parametrize("make", CLASSIC)
+def test_entries_are_read_of_areas_and_not_of_the_terabytes_between(
+    make: Callable[[], Tracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def counted(file: int, length: int, offset: int) -> bytes:
+        nonlocal asked
+        asked += length // 8 * PAGE
+        assert asked < 1 << 40, "it would read for hours"
+        return read(file, length, offset)
+
+    read = os.pread
+    monkeypatch.setattr(tracker_none, "has_scan", lambda: False)
+    monkeypatch.setattr(pagemap.os, "pread", counted)
+    with contextlib.closing(make()) as tracker:
+        [space] = tracker.final().spaces.values()
+    assert space.areas
+    assert asked <= 2 * sum(area.size for area in private_anonymous(read_areas(os.getpid())))

@@ -22,8 +22,9 @@ class NoTracker(FollowingTracker):
         space.untracked = "this kernel can track nothing"
 
     def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
-        pagemap, windows = space.pagemap, space.layout.windows
-        scanner = self._scanner
-        present = scanner.present(pagemap, windows) if scanner else read_entries(pagemap, windows).present
-        present &= space.layout.covered
+        layout = space.layout
+        if self._scanner:
+            present = self._scanner.present(space.pagemap, layout.windows) & layout.covered
+        else:
+            present = read_entries(space.pagemap, layout.covered).present
         return Look(present, present)

@@ -33,8 +33,7 @@ class SoftDirtyTracker(FollowingTracker):
         space.foreign_uffd = owns_userfaultfd(space.pid)
 
     def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
-        entries = read_entries(space.pagemap, space.layout.windows)
+        entries = read_entries(space.pagemap, space.layout.covered)
         if not final:
             Path(f"/proc/{space.pid}/clear_refs").write_text(_SOFT_DIRTY)
-        ours = space.layout.covered
-        return Look(entries.soft_dirty & ours, entries.present & ours)
+        return Look(entries.soft_dirty, entries.present)
