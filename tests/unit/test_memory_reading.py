@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import mmap
 import os
 import struct
-from collections.abc import Callable
 from array import array
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -16,10 +18,11 @@ from hypothesis import strategies as st
 from podferry.errors import UsageError
 from podferry.memory import pagemap, tracker_none
 from podferry.memory.maps import private_anonymous, read_areas
-from podferry.memory.pagemap import PAGE, Category, Regions, decode_entries
+from podferry.memory.pagemap import PAGE, Category, Regions, decode_entries, open_pagemap, read_entries
 from podferry.memory.ranges import Runs
 from podferry.memory.reader import Data, Zero, tell_zeroes
 from podferry.memory.tracker import Kind, Tracker, TrackerFacts, choose, create, no_pause
+from podferry.memory.zero_frames import ZeroFrames
 
 pytestmark = pytest.mark.unit
 
@@ -30,10 +33,36 @@ ALL = TrackerFacts(machine="x86_64", pagemap_scan=True, wp_async=True, soft_dirt
 def test_pagemap_entries_are_decoded() -> None:
     frame = 0x7FFFFFFFFFFFF  # frame numbers and the other bits do not matter
     entries = [0, PRESENT | frame, PRESENT | SOFT_DIRTY, SWAPPED | SOFT_DIRTY, SWAPPED, SOFT_DIRTY | frame, 1 << 61]
-    there, dirty = decode_entries(struct.pack(f"<{len(entries)}Q", *entries))
+    there, dirty = decode_entries(struct.pack(f"<{len(entries)}Q", *entries), ZeroFrames())
     assert list(there) == [0, 1, 1, 1, 1, 0, 0]
     assert list(dirty) == [0, 0, 1, 1, 0, 0, 0]
-    assert decode_entries(b"") == (b"", b"")
+    assert decode_entries(b"", ZeroFrames(1)) == (b"", b"")
+    assert decode_entries(bytes(24), ZeroFrames(1)) == (bytes(3), bytes(3))
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 13), st.sampled_from([0, PRESENT, PRESENT | SOFT_DIRTY, SWAPPED]))))
+def test_the_pages_of_zeroes_are_told_by_their_frames(pages: list[tuple[int, int]]) -> None:
+    base = 0x12_3456_0000
+    zeroes = ZeroFrames(small=base + 0x123, huge=base + 0x600, huge_pages=512)
+    entries = [base + offset | flags for offset, flags in pages]
+    there, dirty = decode_entries(struct.pack(f"<{len(entries)}Q", *entries), zeroes)
+    for (offset, flags), held, written in zip(pages, there, dirty, strict=True):
+        zero = not flags & SWAPPED and (offset == 0x123 or 0x600 <= offset < 0x800)
+        assert held == (flags != 0 and not zero)
+        assert written == (held and bool(flags & SOFT_DIRTY))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: frame numbers are hidden from others")
+def test_memory_that_was_only_read_is_not_there() -> None:
+    with mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        area.madvise(mmap.MADV_HUGEPAGE)
+        assert area[:] == bytes(len(area))
+        file = open_pagemap(os.getpid())
+        assert not read_entries(file, [(start, start + len(area))]).present
+        area[5 * PAGE] = 1
+        assert start + 5 * PAGE in read_entries(file, [(start, start + len(area))]).present
+        os.close(file)
 
 
 def test_regions_are_joined_and_told_apart() -> None:

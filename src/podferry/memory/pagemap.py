@@ -21,6 +21,7 @@ from itertools import compress, repeat
 from operator import and_
 
 from podferry.memory.ranges import Runs
+from podferry.memory.zero_frames import ZeroFrames, zero_frames
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -33,6 +34,7 @@ _REGIONS = 65536  # that one call may return
 
 _PAGES_AT_ONCE = 1 << 17  # one MiB of classic pagemap entries
 _TOP_BITS_TO_PRESENT = bytes(int(byte & 0b1100_0000 != 0) for byte in range(256))  # bit 63 present, bit 62 swapped
+_TOP_BITS_TO_SWAPPED = bytes(byte >> 6 & 1 for byte in range(256))
 _BIT_55_TO_DIRTY = bytes(byte >> 7 for byte in range(256))  # of the byte that holds bits 48 to 55
 _ONES = re.compile(rb"\x01+")
 
@@ -193,33 +195,39 @@ class Entries:
     """What the classic pagemap tells of a process."""
 
     present: Runs
+    """Pages that hold something to copy: there, or in swap, and not the zero page, see `zero_frames`."""
     soft_dirty: Runs
-    """Present pages written since `clear_refs`; all of them on a kernel without soft-dirty is not promised."""
+    """Those of them written since `clear_refs`; all of them on a kernel without soft-dirty is not promised."""
 
 
 def read_entries(pagemap: int, areas: Iterable[tuple[int, int]]) -> Entries:
     """Read the eight-byte entries of every page in `areas`, disjoint runs of page-aligned addresses.
 
     Unlike a scan this costs time and eight bytes for every page asked for, mapped or not: between a heap and a stack lie
-    terabytes that are not. The zero page counts as present: its frame number would have to be compared page by page. Raises OSError.
+    terabytes that are not. Without root the zero page counts as present: its frame number is hidden. Raises OSError.
     """
     present: list[tuple[int, int]] = []
     dirty: list[tuple[int, int]] = []
+    zeroes = zero_frames()
     for start, end in areas:
         for position in range(start, end, _PAGES_AT_ONCE * PAGE):
             pages = (min(end, position + _PAGES_AT_ONCE * PAGE) - position) // PAGE
-            there, written = decode_entries(os.pread(pagemap, pages * 8, position // PAGE * 8))
+            there, written = decode_entries(os.pread(pagemap, pages * 8, position // PAGE * 8), zeroes)
             present += _runs(there, position)
             dirty += _runs(written, position)
     return Entries(Runs(present), Runs(dirty))
 
 
-def decode_entries(entries: bytes) -> tuple[bytes, bytes]:
+def decode_entries(entries: bytes, zeroes: ZeroFrames) -> tuple[bytes, bytes]:
     """For every page one byte, 0 or 1: whether it is present, and whether it is present and soft-dirty."""
-    there = entries[7::8].translate(_TOP_BITS_TO_PRESENT)
-    dirty = entries[6::8].translate(_BIT_55_TO_DIRTY)
-    both = int.from_bytes(there, "little") & int.from_bytes(dirty, "little")
-    return there, both.to_bytes(len(there), "little")
+    tops = entries[7::8]
+    there = tops.translate(_TOP_BITS_TO_PRESENT)
+    if not any(there):
+        return there, there
+    swapped = int.from_bytes(tops.translate(_TOP_BITS_TO_SWAPPED), "little")  # these have no frame
+    held = int.from_bytes(there, "little") & (swapped | zeroes.others(entries))
+    dirty = held & int.from_bytes(entries[6::8].translate(_BIT_55_TO_DIRTY), "little")
+    return held.to_bytes(len(there), "little"), dirty.to_bytes(len(there), "little")
 
 
 def _runs(flags: bytes, base: int) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from podferry.memory.maps import Area
 from podferry.memory.pagemap import PAGE, has_scan, open_pagemap, read_entries
 from podferry.memory.ranges import Runs
 from podferry.memory.registers import ARCHITECTURES
+from podferry.memory.zero_frames import zero_frames
 
 Pids = Callable[[], Iterable[int]]
 """Lists the processes to follow, as process ids of our own pid namespace: a container's cgroup.procs, say."""
@@ -202,7 +203,7 @@ def _has_soft_dirty() -> bool:
         start = ctypes.addressof(handle)
         pagemap = open_pagemap(os.getpid())
         try:
-            return bool(read_entries(pagemap, [(start, start + PAGE)]).soft_dirty)
+            return bool(read_entries(pagemap, [(start, start + PAGE)]).soft_dirty) and bool(zero_frames().small)
         finally:
             os.close(pagemap)
             del handle

@@ -9,7 +9,7 @@ from podferry.memory.tracker_spaces import FollowingTracker, Look, Space
 
 
 class NoTracker(FollowingTracker):
-    """See the module. Needs root and any kernel; without PAGEMAP_SCAN zero pages count as memory too."""
+    """See the module. Needs root and any kernel."""
 
     kind = Kind.NONE
 

@@ -1,7 +1,11 @@
 """Tracking by soft-dirty bits: `clear_refs` clears them, bit 55 of a pagemap entry tells of writes since.
 
 Reading and clearing are two steps, and a write between them would be lost: the processes are paused meanwhile, as for
-CRIU's pre-dump. See `Documentation/admin-guide/mm/soft-dirty.rst`.
+CRIU's pre-dump. A huge page has one bit, so that a write to it counts for two megabytes. A fork inherits the bits of
+memory that nobody has copied yet: until they were cleared for this process itself they mean nothing. Nor do they tell of
+memory that was given back and is read again, which is the zero page then and counts as not there.
+
+See `Documentation/admin-guide/mm/soft-dirty.rst`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ _SOFT_DIRTY = "4"
 
 
 class SoftDirtyTracker(FollowingTracker):
-    """See the module. Needs root and CONFIG_MEM_SOFT_DIRTY. Zero pages count as memory too."""
+    """See the module. Needs root and CONFIG_MEM_SOFT_DIRTY."""
 
     kind = Kind.SOFT_DIRTY
 
@@ -34,6 +38,8 @@ class SoftDirtyTracker(FollowingTracker):
 
     def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
         entries = read_entries(space.pagemap, space.layout.covered)
+        written = entries.soft_dirty if space.cleared else entries.present
         if not final:
             Path(f"/proc/{space.pid}/clear_refs").write_text(_SOFT_DIRTY)
-        return Look(entries.soft_dirty, entries.present)
+            space.cleared = True
+        return Look(written, entries.present if dropped else None)

@@ -27,6 +27,8 @@ class Space:
     unsettled: list[Runs] = field(default_factory=list)
     """What was reported since, to be added; not while the job stands still."""
     uffd: int | None = None
+    cleared: bool = False
+    """Whether its soft-dirty bits were."""
     untracked: str = ""
     retry: bool = False
     """Whether tracking it may be tried again."""
