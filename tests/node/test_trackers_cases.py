@@ -163,6 +163,25 @@ def test_moved_memory_is_written_there_and_dropped_here(zoo: Zoo, follow: Callab
 
 
 @needs_tracker
+def test_memory_moved_by_whole_page_tables_is_written_where_other_memory_was(
+    zoo: Zoo, follow: Callable[[], Tracker]
+) -> None:
+    job, tracker = zoo.fork(), follow()
+    spaces = [anonymous(job, 3 * HUGE // PAGE) for _ in range(2)]
+    starts = [(space.start + HUGE - 1) // HUGE * HUGE for space in spaces]
+    for start in starts:
+        job.do(f"LIBC.madvise({start}, {HUGE}, 15)")  # MADV_NOHUGEPAGE
+    where, there = (Runs.of(start, start + HUGE) for start in starts)
+    fill(job, where)
+    fill(job, there, 9)
+    one(tracker, job)
+    job.do(f"LIBC.mremap({where.start}, {HUGE}, {HUGE}, MAYMOVE | FIXED, {there.start})")
+    seen = one(tracker, job)
+    assert seen.dropped & where == where
+    assert seen.written & there == there
+
+
+@needs_tracker
 def test_exec_forgets_the_old_program(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
     job, tracker = zoo.fork(), follow()
     where = anonymous(job, 16)

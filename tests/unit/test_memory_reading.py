@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from podferry.errors import UsageError
 from podferry.memory import pagemap, tracker_none
 from podferry.memory.maps import private_anonymous, read_areas
-from podferry.memory.pagemap import PAGE, Category, Regions, decode_entries, open_pagemap, read_entries
+from podferry.memory.pagemap import PAGE, Category, Entries, Regions, decode_entries, open_pagemap, read_entries
 from podferry.memory.ranges import Runs
 from podferry.memory.reader import Data, Zero, tell_zeroes
 from podferry.memory.tracker import Kind, Tracker, TrackerFacts, choose, create, no_pause
@@ -50,6 +50,28 @@ def test_the_pages_of_zeroes_are_told_by_their_frames(pages: list[tuple[int, int
         zero = not flags & SWAPPED and (offset == 0x123 or 0x600 <= offset < 0x800)
         assert held == (flags != 0 and not zero)
         assert written == (held and bool(flags & SOFT_DIRTY))
+
+
+FRAMES = st.lists(st.integers(0, 3), min_size=1, max_size=9)
+
+
+def seen(start: int, frames: list[int]) -> Entries:
+    row = struct.pack(
+        f"<{len(frames)}Q", *(frame << 20 | PRESENT | (SOFT_DIRTY if frame == 2 else 0) for frame in frames)
+    )
+    end = start + len(frames) * PAGE
+    return Entries(
+        Runs.of(start, end), Runs(), ((start, row[:24]), *([(start + 3 * PAGE, row[24:])] if row[24:] else []))
+    )
+
+
+@given(FRAMES, FRAMES, st.integers(-4, 4))
+def test_pages_in_other_frames_are_found(before: list[int], now: list[int], shift: int) -> None:
+    base = 0x100000
+    was = dict(enumerate(before))
+    found = seen(base + shift * PAGE, now).replaced(seen(base, before))
+    for index, frame in enumerate(now):
+        assert (base + (index + shift) * PAGE in found) == (was.get(index + shift) != frame)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: frame numbers are hidden from others")

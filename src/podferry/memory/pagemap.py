@@ -13,6 +13,7 @@ import os
 import re
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntFlag
@@ -36,6 +37,8 @@ _PAGES_AT_ONCE = 1 << 17  # one MiB of classic pagemap entries
 _TOP_BITS_TO_PRESENT = bytes(int(byte & 0b1100_0000 != 0) for byte in range(256))  # bit 63 present, bit 62 swapped
 _TOP_BITS_TO_SWAPPED = bytes(byte >> 6 & 1 for byte in range(256))
 _BIT_55_TO_DIRTY = bytes(byte >> 7 for byte in range(256))  # of the byte that holds bits 48 to 55
+_ANY_BIT = bytes(int(byte != 0) for byte in range(256))
+_NO_BIT = bytes(int(byte == 0) for byte in range(256))
 _ONES = re.compile(rb"\x01+")
 
 
@@ -198,6 +201,25 @@ class Entries:
     """Pages that hold something to copy: there, or in swap, and not the zero page, see `zero_frames`."""
     soft_dirty: Runs
     """Those of them written since `clear_refs`; all of them on a kernel without soft-dirty is not promised."""
+    frames: tuple[tuple[int, bytes], ...]
+    """The entries as they are, by the address of the first, ascending, where any page is present."""
+
+    def replaced(self, before: Entries) -> Runs:
+        """The present pages that are other frames than before, or of which nothing is known from before."""
+        starts = [start for start, _ in before.frames]
+        same: list[tuple[int, int]] = []
+        for start, entries in self.frames:
+            for at, others in before.frames[max(0, bisect_right(starts, start) - 1) :]:
+                first, last = max(start, at), min(start + len(entries) // 8 * PAGE, at + len(others) // 8 * PAGE)
+                if at > last:
+                    break
+                if first < last:
+                    mine, theirs = (
+                        row[(first - base) // PAGE * 8 : (last - base) // PAGE * 8]
+                        for base, row in ((start, entries), (at, others))
+                    )
+                    same += _runs(_equal_frames(mine, theirs), first)
+        return self.present - Runs(same)
 
 
 def read_entries(pagemap: int, areas: Iterable[tuple[int, int]]) -> Entries:
@@ -208,14 +230,18 @@ def read_entries(pagemap: int, areas: Iterable[tuple[int, int]]) -> Entries:
     """
     present: list[tuple[int, int]] = []
     dirty: list[tuple[int, int]] = []
+    frames: list[tuple[int, bytes]] = []
     zeroes = zero_frames()
     for start, end in areas:
         for position in range(start, end, _PAGES_AT_ONCE * PAGE):
             pages = (min(end, position + _PAGES_AT_ONCE * PAGE) - position) // PAGE
-            there, written = decode_entries(os.pread(pagemap, pages * 8, position // PAGE * 8), zeroes)
-            present += _runs(there, position)
-            dirty += _runs(written, position)
-    return Entries(Runs(present), Runs(dirty))
+            entries = os.pread(pagemap, pages * 8, position // PAGE * 8)
+            there, written = decode_entries(entries, zeroes)
+            if found := _runs(there, position):
+                present += found
+                dirty += _runs(written, position)
+                frames.append((position, entries))
+    return Entries(Runs(present), Runs(dirty), tuple(frames))
 
 
 def decode_entries(entries: bytes, zeroes: ZeroFrames) -> tuple[bytes, bytes]:
@@ -228,6 +254,19 @@ def decode_entries(entries: bytes, zeroes: ZeroFrames) -> tuple[bytes, bytes]:
     held = int.from_bytes(there, "little") & (swapped | zeroes.others(entries))
     dirty = held & int.from_bytes(entries[6::8].translate(_BIT_55_TO_DIRTY), "little")
     return held.to_bytes(len(there), "little"), dirty.to_bytes(len(there), "little")
+
+
+def _equal_frames(entries: bytes, others: bytes) -> bytes:
+    """For every page one byte, 0 or 1: whether it is in the same frame (or place in swap) in either."""
+    frames = int.from_bytes((b"\xff" * 6 + b"\0\0") * (len(entries) // 8), "little")
+    differing = (int.from_bytes(entries, "little") ^ int.from_bytes(others, "little")) & frames
+    if not differing:
+        return b"\1" * (len(entries) // 8)
+    columns = differing.to_bytes(len(entries), "little")
+    differs = 0
+    for at in range(6):
+        differs |= int.from_bytes(columns[at::8].translate(_ANY_BIT), "little")
+    return differs.to_bytes(len(entries) // 8, "little").translate(_NO_BIT)
 
 
 def _runs(flags: bytes, base: int) -> list[tuple[int, int]]:

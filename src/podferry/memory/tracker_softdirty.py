@@ -4,6 +4,8 @@ Reading and clearing are two steps, and a write between them would be lost: the 
 CRIU's pre-dump. A huge page has one bit, so that a write to it counts for two megabytes. A fork inherits the bits of
 memory that nobody has copied yet: until they were cleared for this process itself they mean nothing. Nor do they tell of
 memory that was given back and is read again, which is the zero page then and counts as not there.
+Nor of memory that was moved by whole page tables (`move_normal_pmd` in mm/mremap.c) to where other memory was before: a
+page in another frame than at the last look counts as written.
 
 See `Documentation/admin-guide/mm/soft-dirty.rst`.
 """
@@ -38,8 +40,8 @@ class SoftDirtyTracker(FollowingTracker):
 
     def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
         entries = read_entries(space.pagemap, space.layout.covered)
-        written = entries.soft_dirty if space.cleared else entries.present
+        written = entries.soft_dirty | entries.replaced(space.cleared) if space.cleared else entries.present
         if not final:
             Path(f"/proc/{space.pid}/clear_refs").write_text(_SOFT_DIRTY)
-            space.cleared = True
+            space.cleared = entries
         return Look(written, entries.present if dropped else None)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from podferry.memory.maps import Layout, read_layout
-from podferry.memory.pagemap import is_alive, open_pagemap
+from podferry.memory.pagemap import Entries, is_alive, open_pagemap
 from podferry.memory.ranges import EMPTY, Runs, union
 from podferry.memory.tracker import Kind, Pids, Round, SpaceRound
 from podferry.memory.tracker_process import share_memory, uses_direct_io
@@ -27,8 +27,8 @@ class Space:
     unsettled: list[Runs] = field(default_factory=list)
     """What was reported since, to be added; not while the job stands still."""
     uffd: int | None = None
-    cleared: bool = False
-    """Whether its soft-dirty bits were."""
+    cleared: Entries | None = None
+    """What was there when its soft-dirty bits were cleared; None if they were not yet."""
     untracked: str = ""
     retry: bool = False
     """Whether tracking it may be tried again."""
