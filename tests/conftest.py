@@ -1,7 +1,8 @@
 """Labs for tests: one for the session, tests that run inside its node, and what this machine can do.
 
 A module marked `node` is an ordinary pytest module. Collected on the host it runs inside a node of the session's lab, with
-the node's own Python, and its reports come back one by one, as pytest-xdist brings those of its workers.
+the node's own Python, and its reports come back one by one, as pytest-xdist brings those of its workers. Where it is marked
+`kernel(RELEASE)` too, it runs in an emulated machine with the kernel of that Debian release.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import ctypes
 import mmap
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import emulated
 import inside_node
 import pytest
 from hypothesis import HealthCheck, settings
@@ -33,6 +36,17 @@ ROOT = os.geteuid() == 0
 TESTS_NODE = "node-a"
 NODE_SECONDS = 1800.0
 """For a module; inside_node.py has the limit of one test."""
+MACHINE_SECONDS = 1200.0
+MACHINE_TEST_SECONDS = 80.0
+"""The same in an emulated machine, where all tests are slow ones: these have five times as much."""
+
+PYTEST_INSIDE = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "--no-header"]
+INSIDE_ENVIRONMENT = {
+    INSIDE: "1",
+    "PYTHONPATH": f"/opt/podferry/src:/opt/podferry/site:{DEVELOPMENT}",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+}
 
 LAB = pytest.StashKey["SessionLab"]()
 OUTCOMES = pytest.StashKey[dict[str, list[pytest.TestReport]]]()
@@ -138,16 +152,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 def run_in_node(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
     """Run the node tests of the item's module, as far as they were selected, and return the reports of each."""
     module = {one.nodeid: one for one in item.session.items if one.path == item.path and one.get_closest_marker("node")}
+    kernel = item.get_closest_marker("kernel")
+    attempt = in_machine(kernel.args[0]) if kernel else in_lab(item)
+    try:
+        return inside_node.from_node(item.config, module, attempt)
+    except emulated.Lacking as lacking:
+        where = (str(item.path), 0, f"Skipped: no machine with the kernel of {kernel and kernel.args[0]}: {lacking}")
+        return {
+            name: [pytest.TestReport(name, one.location, {}, "skipped", where, "setup")] for name, one in module.items()
+        }
+
+
+def in_lab(item: pytest.Item) -> inside_node.Attempt:
+    """Runs tests of the item's module in a node of the session's lab."""
     reports, output = (Path(f"/tmp/{item.path.stem}.{kind}") for kind in ("jsonl", "out"))
-    environment = {
-        INSIDE: "1",
-        inside_node.REPORTS: str(reports),
-        "PYTHONPATH": f"/opt/podferry/src:/opt/podferry/site:{DEVELOPMENT}",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
-    }
+    environment = {**INSIDE_ENVIRONMENT, inside_node.REPORTS: str(reports)}
     # Into a file: what a run that was killed leaves behind would hold a pipe open.
-    pytest_inside = f'exec python3 -m pytest -p no:cacheprovider --no-header "$@" > {output} 2>&1'
+    pytest_inside = f'exec {shlex.join(PYTEST_INSIDE)} "$@" > {output} 2>&1'
     deadline = time.monotonic() + NODE_SECONDS
 
     def attempt(tests: Sequence[str]) -> tuple[str, str]:
@@ -166,7 +187,25 @@ def run_in_node(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
         except (PodferryError, OSError) as error:
             return error.report() if isinstance(error, PodferryError) else str(error), ""
 
-    return inside_node.from_node(item.config, module, attempt)
+    return attempt
+
+
+def in_machine(suite: str) -> inside_node.Attempt:
+    """Runs tests in an emulated machine with the kernel of a Debian release, booted each time."""
+    environment = {
+        **INSIDE_ENVIRONMENT,
+        inside_node.REPORTS: emulated.REPORTS,
+        inside_node.SECONDS: f"{MACHINE_TEST_SECONDS:g}",
+    }
+    deadline = time.monotonic() + MACHINE_SECONDS
+
+    def attempt(tests: Sequence[str]) -> tuple[str, str]:
+        seconds = deadline - time.monotonic()
+        if seconds < 1:
+            return f"the module as a whole took more than {MACHINE_SECONDS:g} s", ""
+        return emulated.attempt(suite, CHECKOUT, [*PYTEST_INSIDE, "--color=no", *tests], environment, seconds)
+
+    return attempt
 
 
 # -- what this machine can do -------------------------------------------------------------------------------------

@@ -51,8 +51,9 @@ def map_one(rng: random.Random) -> None:
     pages = rng.choice([1, 2, 7, 33, 64])
     flags = DROPPABLE_ANONYMOUS if rng.random() < 0.03 else PRIVATE_ANONYMOUS
     address = LIBC.mmap(None, pages * PAGE, READ_WRITE, flags, -1, 0)
-    if address != ctypes.c_void_p(-1).value:
-        areas.append((address, pages))
+    if address == ctypes.c_void_p(-1).value:  # a kernel without MAP_DROPPABLE
+        address = LIBC.mmap(None, pages * PAGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
+    areas.append((address, pages))
 
 
 def map_over(rng: random.Random) -> None:
