@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.memory.store import ADDRESS_LIMIT, LONGEST_WRITE, RECORD, PageStore, Totals
+from podferry.memory.store import ADDRESS_LIMIT, LONGEST_WRITE, RECENT, RECORD, PageStore, Totals
 from podferry.memory.uffd import PAGE
 
 pytestmark = [
@@ -145,3 +145,18 @@ def test_a_hundred_thousand_runs_stay_compact(place: Path, store: PageStore) -> 
     store.sync()
     assert (place / RECORD).stat().st_size < 50 * count
     assert PageStore.open(place).present(7) == store.present(7)
+
+
+def test_only_the_last_writes_are_remembered_in_their_order(place: Path, store: PageStore) -> None:
+    page, count = b"x" * PAGE, 3 * RECENT
+    store.write(7, HIGH, page, 1)
+    for number in range(count):
+        store.write(7, HIGH + number % 100 * 2 * PAGE, page, 2 + number // RECENT)
+    store.sync()
+    again = PageStore.open(place)
+    runs = list(again.newest_first(7))
+    assert RECENT <= len(runs) <= 2 * RECENT
+    assert [run.start for run in runs] == [HIGH + (count - 1 - i) % 100 * 2 * PAGE for i in range(len(runs))]
+    assert (runs[0].value, again.first_round(7)) == (4, 1)
+    assert again.totals(7) == Totals(1, 100, 100 * PAGE)
+    again.close()
