@@ -133,7 +133,7 @@ def test_it_is_decided_again_once_the_target_is_poised(
 ) -> None:
     """The job may have written any amount while the target got ready: all that was possible before is so now."""
     left = list(steps)
-    monkeypatch.setattr("podferry.agent.source.decide", lambda *_, quota, **__: Decision(left.pop(0), "so", quota / 2))
+    monkeypatch.setattr("podferry.agent.rounds.decide", lambda *_, quota, **__: Decision(left.pop(0), "so", quota / 2))
     rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
     assert (left, rig.phase("a")) == ([], end), rig.records["a"]["reason"]
     assert rig.messages.count(("source", "Poise")) == len(asked)

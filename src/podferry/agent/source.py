@@ -18,12 +18,13 @@ from podferry.agent.attempt import Attempt
 from podferry.agent.contact import Contact
 from podferry.agent.journal import Journal
 from podferry.agent.letters import Letters
-from podferry.agent.ports import Change, HeldJob, LeavingJob
+from podferry.agent.ports import HeldJob, LeavingJob
+from podferry.agent.rounds import Rounds
 from podferry.agent.sending import Sender
 from podferry.agent.story import Story
 from podferry.core.invariants import Sight
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, SourceEvent, SourcePhase, source_machine
-from podferry.core.precopy import Policy, Round, Step, decide, link_rate, rest
+from podferry.core.precopy import Policy
 from podferry.core.undo import Handler, Leftover
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
 from podferry.model import Mode, Outcome
@@ -40,8 +41,6 @@ from podferry.wire.messages import (
     Poised,
     Ready,
     Refuse,
-    RoundAck,
-    RoundEnd,
     Running,
 )
 
@@ -91,13 +90,11 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self._resolved: SourceEvent | None = None
         self._verdict = anyio.Event()
         self._frozen_at = float(journal.facts.get("frozen_at", 0.0))
-        self._quota = 1.0
-        self._judged_from = 0
-        self._pending = Change()
         self._filled = False
         self._too_late = False
         self._postcopy = bool(journal.facts.get("postcopy"))
         self._sender: Sender
+        self._rounds: Rounds
 
     # What may be asked from outside.
 
@@ -184,6 +181,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             helpers.start_soon(self._watch_container)
             letters.channel.limit(self.order.bandwidth)
             self._sender = Sender(letters.channel, self.story)
+            self._rounds = Rounds(self.job, self._sender, letters, self.story, self.order.policy)
             await letters.channel.send(replace(proposal, timeout_s=round(self.order.timeout)))
             answer = await letters.expect(Accept, Refuse)
         if isinstance(answer, Refuse):
@@ -202,96 +200,37 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         if self.order.mode is Mode.LIVE:
             with self.story.span("upper layer, first pass"):
                 await self._sender.files(self.job, last=False)
-            self._pending = await self.job.look()
-            await self._copy(letters)
-        self._postcopy = self._postcopy or self.order.mode is Mode.POSTCOPY
+            await self._rounds.look()
+            self._postcopy = await self._rounds.copy()
+        elif self.order.mode is Mode.POSTCOPY:
+            self._postcopy = True
         self.fire(SourceEvent.CONVERGED)
         await self._poise(letters)
-
-    async def _copy(self, letters: Letters) -> None:
-        """Rounds, one at least, until what is left fits the downtime, or may be left for after it."""
-        self._judged_from = len(self.story.rounds)
-        await self._round(letters)
-        while not await self._converged():
-            await self._round(letters)
-
-    async def _converged(self) -> bool:
-        rounds = self.story.rounds[self._judged_from :]
-        decision = decide(rounds, self.order.policy, rate=link_rate(self.story.rounds), quota=self._quota)
-        self.log.info("decision", step=str(decision.step), reason=decision.reason)
-        match decision.step:
-            case Step.CUT_OVER:
-                return True
-            case Step.THROTTLE:
-                self._judged_from = len(self.story.rounds)
-                try:
-                    await self.job.slow_down(decision.quota)
-                    self._quota = decision.quota
-                except Failed as cannot:  # a container without a cpu controller, say
-                    self.log.warning("the job cannot be slowed down", why=str(cannot))
-                    self.order = replace(self.order, policy=replace(self.order.policy, throttle=False))
-            case Step.POSTCOPY:
-                self._postcopy = True
-                return True
-            case Step.GIVE_UP:
-                raise Failed(
-                    decision.reason,
-                    remedy="allow throttling or post-copy, a longer --max-downtime, or use --mode stop",
-                )
-            case Step.GO_ON:
-                pass
-        return False
 
     async def _poise(self, letters: Letters) -> None:
         """Have the target ready but for the state, so that none of its work is downtime. The job goes on meanwhile, and may
         have written any amount when the target is: so copying ends only then."""
         await self.at_gate()
         await self.job.stand_by()
-        postcopy = await self._have_poised(letters)
-        if self.order.mode is Mode.LIVE and not postcopy:
+        await self._have_poised(letters)
+        if self.order.mode is Mode.LIVE and not self._postcopy:
             await self._sender.files(self.job, last=False)
-            await self._copy(letters)
+            self._postcopy = await self._rounds.copy()
             if self._postcopy:
                 await self._have_poised(letters)
 
-    async def _have_poised(self, letters: Letters) -> bool:
-        """Ask the target to get ready, for post-copy or not, and go on copying while it does. Returns which it was."""
-        postcopy = self._postcopy
-        self.journal.note(postcopy=postcopy)
-        self.story.extra["postcopy_dependency"] = postcopy
+    async def _have_poised(self, letters: Letters) -> None:
+        """Ask the target to get ready, for post-copy or not, and go on copying while it does."""
+        self.journal.note(postcopy=self._postcopy)
+        self.story.extra["postcopy_dependency"] = self._postcopy
         with self.story.span("poise", "target", "sandbox, network, volumes, root file system"):
-            await letters.channel.send(Poise(self.story.id, postcopy))
+            await letters.channel.send(Poise(self.story.id, self._postcopy))
             poised = anyio.Event()
-            async with anyio.create_task_group() as rounds:
-                if self.order.mode is Mode.LIVE and not postcopy:
-                    rounds.start_soon(self._keep_copying, letters, poised)
+            async with anyio.create_task_group() as copying:
+                if self.order.mode is Mode.LIVE and not self._postcopy:
+                    copying.start_soon(self._rounds.keep_up, poised)
                 await letters.expect(Poised)
                 poised.set()
-        return postcopy
-
-    async def _keep_copying(self, letters: Letters, poised: anyio.Event) -> None:
-        """A round now and then, so that little is left when the target is poised."""
-        while not poised.is_set():
-            began = time.monotonic()
-            with anyio.move_on_after(rest(self.story.rounds, link_rate(self.story.rounds))):
-                await poised.wait()
-            if not poised.is_set():
-                await self._round(letters, rested=time.monotonic() - began)
-
-    async def _round(self, letters: Letters, rested: float = 0.0) -> None:
-        """Send what is pending, see it arrive, and look what was written meanwhile: that is pending then."""
-        number, began, before = len(self.story.rounds) + 1, time.monotonic(), letters.channel.traffic.sent
-        start = self.story.now()
-        pages = await self._sender.change(self.job, self._pending, number)
-        sent = letters.channel.traffic.sent - before
-        await letters.channel.send(RoundEnd(number, pages, sent))
-        while (await letters.expect(RoundAck)).round != number:
-            pass
-        seconds = time.monotonic() - began
-        self._pending = await self.job.look()
-        self.story.add_round(Round(number, pages, sent, seconds, self._pending.bytes, rested))
-        self.story.add_span(f"round {number}", "source", start, self.story.now(), f"{pages} pages")
-        self.story.expect(letters.channel.traffic.sent + self._pending.bytes)
 
     async def _cut_over(self, letters: Letters) -> None:
         """Stop the job and bring over what is left, everything at once."""
@@ -303,7 +242,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         with self.story.span("freeze"):
             await self.job.freeze()
         with self.story.span("last look"):
-            change = self._pending | await self.job.last_look()
+            change = self._rounds.pending | await self.job.last_look()
         async with anyio.create_task_group() as parts:
             parts.start_soon(self._sender.images, self.job)
             with self.story.span("last pages", detail=f"{change.bytes >> 10} KiB{' left for later' * self._postcopy}"):

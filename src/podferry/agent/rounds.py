@@ -1,0 +1,87 @@
+"""Copying memory while the job runs: rounds, until what is left fits the downtime that was asked for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import anyio
+import structlog
+
+from podferry.agent.letters import Letters
+from podferry.agent.ports import Change, LeavingJob
+from podferry.agent.sending import Sender
+from podferry.agent.story import Story
+from podferry.core.precopy import Policy, Round, Step, decide, link_rate, rest
+from podferry.errors import Failed
+from podferry.wire.messages import RoundAck, RoundEnd
+
+
+class Rounds:
+    """The rounds of one migration. Each sends what is pending and then looks what was written meanwhile: that is `pending` next."""
+
+    def __init__(self, job: LeavingJob, sender: Sender, letters: Letters, story: Story, policy: Policy) -> None:
+        self.pending = Change()
+        self._job, self._sender, self._letters, self._story, self._policy = job, sender, letters, story, policy
+        self._judged_from = 0
+        self._quota = 1.0
+        self._log = structlog.get_logger().bind(migration=story.id)
+
+    async def look(self) -> None:
+        """Look what is to be sent: all of the memory, the first time."""
+        self.pending = await self._job.look()
+
+    async def copy(self) -> bool:
+        """One round at least, until what is left fits the downtime; true if it shall rather be fetched after the resume.
+
+        Raises `Failed` where the job writes too fast for all that may be done about it.
+        """
+        self._judged_from = len(self._story.rounds)
+        while True:
+            await self._round()
+            step = await self._judge()
+            if step in (Step.CUT_OVER, Step.POSTCOPY):
+                return step is Step.POSTCOPY
+
+    async def keep_up(self, until: anyio.Event) -> None:
+        """A round now and then, so that little is left when what is waited for has come."""
+        while not until.is_set():
+            began = time.monotonic()
+            with anyio.move_on_after(rest(self._story.rounds, link_rate(self._story.rounds))):
+                await until.wait()
+            if not until.is_set():
+                await self._round(rested=time.monotonic() - began)
+
+    async def _judge(self) -> Step:
+        """Decide what comes next, and slow the job down if it is that."""
+        rounds = self._story.rounds[self._judged_from :]
+        decision = decide(rounds, self._policy, rate=link_rate(self._story.rounds), quota=self._quota)
+        self._log.info("decision", step=str(decision.step), reason=decision.reason)
+        if decision.step is Step.GIVE_UP:
+            raise Failed(
+                decision.reason, remedy="allow throttling or post-copy, a longer --max-downtime, or use --mode stop"
+            )
+        if decision.step is Step.THROTTLE:
+            self._judged_from = len(self._story.rounds)
+            try:
+                await self._job.slow_down(decision.quota)
+                self._quota = decision.quota
+            except Failed as cannot:  # a container without a cpu controller, say
+                self._log.warning("the job cannot be slowed down", why=str(cannot))
+                self._policy = replace(self._policy, throttle=False)
+        return decision.step
+
+    async def _round(self, rested: float = 0.0) -> None:
+        channel, story = self._letters.channel, self._story
+        number, began, before = len(story.rounds) + 1, time.monotonic(), channel.traffic.sent
+        start = story.now()
+        pages = await self._sender.change(self._job, self.pending, number)
+        sent = channel.traffic.sent - before
+        await channel.send(RoundEnd(number, pages, sent))
+        while (await self._letters.expect(RoundAck)).round != number:
+            pass
+        seconds = time.monotonic() - began
+        await self.look()
+        story.add_round(Round(number, pages, sent, seconds, self.pending.bytes, rested))
+        story.add_span(f"round {number}", "source", start, story.now(), f"{pages} pages")
+        story.expect(channel.traffic.sent + self.pending.bytes)
