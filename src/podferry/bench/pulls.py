@@ -33,7 +33,6 @@ IMAGE = builder.Recipe(
 OVERLAYFS = "overlayfs"
 BRICK = "srv/brick/images/layers"
 PUBLISHED_SECONDS = 300.0
-DISK_RESTS = 20.0  # seconds
 WARM = 3
 """How often the job imports what it has just imported."""
 
@@ -73,13 +72,14 @@ class Pulls:
         image.make_ready(progress)
         first = _timed(lambda: image.pull(SOURCE))
         published = _timed(image.wait_published) if self.form else 0.0
-        _rest(progress)
         received, downloaded = _received(lab, TARGET), len(registry.downloads(lab))
         second = _timed(lambda: image.run(TARGET, ["true"]))
         received = _received(lab, TARGET) - received
         layers = image.layers_among(registry.downloads(lab)[downloaded:])
         _drop_caches()
+        before = _received(lab, TARGET)
         first_cold = image.importing(TARGET)
+        needed = _received(lab, TARGET) - before
         read_by = time.time()
         warm = [image.importing(TARGET) for _ in range(WARM)]
         if self.form == FormName.EROFS:
@@ -94,6 +94,7 @@ class Pulls:
             "second_layer_bytes": sum(one.bytes for one in layers),
             "second_link_bytes": received,
             "import_first_ms": first_cold,
+            "import_first_link_bytes": needed,
             "import_cold_ms": cold,
             "import_warm_ms": median(warm),
             "share_bytes": image.share_bytes() if self.form else None,
@@ -159,7 +160,6 @@ class _Image:
         kinds = (layout.LAYERS, layout.READ)
         doomed = " ".join(f"/share/images/{kind}/{layout.name_of(chain)}" for chain in self._chains for kind in kinds)
         lab.exec(SOURCE, ["sh", "-ec", f"rm -rf {doomed}; sync"])
-        _rest(progress)
 
     def _forget(self, node: str) -> bool:
         """Take the image from a node; true if its snapshotter had to begin anew for another form."""
@@ -236,14 +236,6 @@ def _received(lab: Lab, node: str) -> int:
     """Bytes that have come to a node over its link."""
     shown = json.loads(lab.exec(node, ["ip", "-json", "-statistics", "link", "show", "eth0"]).stdout)
     return int(shown[0]["stats64"]["rx"]["bytes"])
-
-
-def _rest(progress: Progress) -> None:
-    """Give the disk time before a pull: that of a virtual machine is quick until its credit is used up, and each method
-    would pay for what the one before it wrote and deleted."""
-    progress(f"letting the disk rest for {DISK_RESTS:.0f} s")
-    run(["sync"])
-    time.sleep(DISK_RESTS)
 
 
 def _drop_caches() -> None:

@@ -99,6 +99,7 @@ def image_rows(records: Sequence[Record]) -> Table:
         ("second start s", "second_start_ms", 1e3, ".2f"),
         ("second received MiB", "second_link_bytes", float(MIB), ".1f"),
         ("first import cold ms", "import_first_ms", 1.0, ".0f"),
+        ("received for it MiB", "import_first_link_bytes", float(MIB), ".1f"),
         ("import cold ms", "import_cold_ms", 1.0, ".0f"),
         ("import warm ms", "import_warm_ms", 1.0, ".0f"),
         ("all have it s", "all_have_it_ms", 1e3, ".1f"),

@@ -53,7 +53,12 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print each run's record, too.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the lab up at the end.")] = False,
     lab: Annotated[
-        str, typer.Option("--lab", metavar="NAME", help="The lab to use; made where it is not there.")
+        str,
+        typer.Option(
+            "--lab",
+            metavar="NAME",
+            help="The lab to use; made where it is not there. Made anew after a failed run, and for each of images and crowd.",
+        ),
     ] = "bench",
 ) -> None:
     """Run scenarios and keep a record of every run; then say which goals they keep.
