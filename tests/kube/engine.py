@@ -22,6 +22,7 @@ class Half:
         self.id, self.role, self.pod = id, role, pod
         self.ended = anyio.Event()
         self.cancelled = self.resolved = ""
+        self.owes = False
         self._listeners: list[Callable[[Json], None]] = []
         self._record: Json = {
             "phase": "",
@@ -54,6 +55,8 @@ class Half:
     def resolve(self, *, run_on_source: bool) -> None:
         if self._record["phase"] != SourcePhase.LOST:
             raise Refused("there is nothing to resolve")
+        if self.owes and not run_on_source:
+            raise Refused("the job may lack memory on the target")
         self.resolved = "source" if run_on_source else "target"
         self.end("rolled-back" if run_on_source else "completed")
 

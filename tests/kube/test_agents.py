@@ -12,10 +12,10 @@ from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Failed, PeerLost, Refused
 from podferry.kube.client import MIGRATIONS, NODES, PODS
-from podferry.kube.migration import TARGET_REQUESTED, Migration
+from podferry.kube.migration import HANDED_OVER, TARGET_REQUESTED, Migration
 
 from .engine import Engine, Half
-from .world import World
+from .world import QUICK, World
 
 pytestmark = pytest.mark.anyio
 
@@ -236,6 +236,34 @@ async def test_the_arbiters_verdict_reaches_the_engine(world: World) -> None:
     await world.api.patch(NODES, world.nodes[1], {"spec": {"taints": fence}})
     ended = await world.ended()
     assert (source.resolved, ended.status.arbiter, ended.status.phase) == ("source", "source", "RolledBack")
+
+
+async def test_a_source_that_owes_memory_is_neither_resolved_nor_dismissed_before_the_target_has_it(
+    world: World,
+) -> None:
+    """The nodes lose each other in post-copy, for longer than a source is given to say farewell."""
+    await world.pod()
+    world.controller()
+    agents = Agents.of(world)
+    migration = await world.migrate()
+    source = await agents.begun(migration)
+    target = agents.arriving(migration)
+    await agents.clusters[1].target_pod(migration.uid)
+    source.owes = True
+    source.enter(SourcePhase.SERVE, downtime_ms=100.0)
+    await agents.resume()
+    target.enter(TargetPhase.FILL)
+    await world.reached(lambda one: one.status.holds(HANDED_OVER))
+    source.enter(SourcePhase.LOST)
+    await anyio.sleep(QUICK.farewell + 2)
+    kept = await world.api.get(PODS, "train", world.namespace)
+    assert "deletionTimestamp" not in kept["metadata"]
+    assert source.resolved == ""
+    source.enter(SourcePhase.SERVE)
+    source.end("completed")
+    target.ended.set()
+    ended = await world.ended()
+    assert ended.status.phase == "Completed"
 
 
 async def test_hand_over_and_give_back_end_where_the_migration_is_gone(world: World) -> None:

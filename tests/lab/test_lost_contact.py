@@ -91,6 +91,21 @@ def test_resolved_to_the_target_where_it_runs(cluster: Cluster, job: str) -> Non
     assert cluster.migrate(job, source=B)["outcome"] == "completed"
 
 
+def test_no_verdict_kills_an_original_whose_memory_the_target_still_needs(cluster: Cluster, job: str) -> None:
+    """The link is cut in post-copy: whoever says that the job shall run on the target would end it there."""
+    with Witness(cluster, job) as witness:
+        id = held(cluster, job, SourcePhase.SERVE, Mode.POSTCOPY)
+        lost(cluster, job)
+        refused = resolve(cluster, id, B)
+        assert refused.returncode == 3
+        assert "only in the frozen original" in refused.stdout + refused.stderr
+        assert f"frozen {job}" in cluster.traces(A)
+        cluster.lab.mend(B)
+        assert cluster.ended(A, job)["outcome"] == "completed"
+        cluster.only_on(B, job)
+        witness.testify(job)
+
+
 @pytest.mark.slow
 def test_the_source_node_dies_while_it_still_has_the_jobs_memory(own_lab: Lab) -> None:
     """A job that waits for its pages dies with them: when its source is back without them, or when a person ends it."""

@@ -37,7 +37,7 @@ from podferry.agent.source import Order, Source
 from podferry.agent.target import Target
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Policy
-from podferry.errors import Failed, PeerLost, PodferryError
+from podferry.errors import Failed, PeerLost, PodferryError, Refused
 from podferry.model import Mode
 from podferry.node.records import Container, Opaque
 from podferry.wire.channel import Channel, Traffic
@@ -452,6 +452,7 @@ class Rig:
         self.stalled = self.over = self.was_cut = False
         self.restarts = 0
         self.helped = False
+        self.refused = ""
         self.frozen_memory: Memory | None = None
         peers = {"a": "a:1", "b": "b:1"}
         self.configs = {
@@ -563,8 +564,11 @@ class Rig:
         """What a person does with a migration that does not end: decides, or starts both agents again."""
         sources = self.agents["a"]._sources.values()
         if self.resolve is not None and any(one.phase is SourcePhase.LOST for one in sources):
-            for source in sources:
-                source.resolve(self.resolve)
+            try:
+                for source in sources:
+                    source.resolve(self.resolve)
+            except Refused as refused:  # then the nodes must meet again
+                self.refused, self.down_until = str(refused), 0.0
             return
         for agent in list(self.agents.values()):
             agent.life.kill()

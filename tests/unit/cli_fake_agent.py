@@ -139,12 +139,12 @@ class FakeAgent:
             self._cancelled[id].set()
         return self.stories[id].to_dict()
 
-    async def resolve(self, emit: Emit, id: str, run_on: str) -> dict[str, Any]:
+    async def resolve(self, emit: Emit, id: str, run_on: str, *, filled: bool = False) -> dict[str, Any]:
         if id not in self.stories:
             raise UsageError(f"no migration {id} began here")
         if self.refuses_to_stand_down:
             raise Refused("the job runs here already")
-        self.asked.append({"resolve": id, "run_on": run_on})
+        self.asked.append({"resolve": id, "run_on": run_on} | ({"filled": True} if filled else {}))
         return self.stories[id].to_dict()
 
     def _known(self, name: str) -> None:

@@ -140,3 +140,14 @@ def test_it_is_decided_again_once_the_target_is_poised(
     assert rig.records["a"]["postcopy_dependency"] == asked[-1]
     assert rig.target.postcopy == (asked[-1] and end is SourcePhase.COMPLETED)
     assert rig.source.quota == 1.0
+
+
+def test_nobody_resolves_to_a_target_that_still_needs_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Post-copy: the verdict would kill the frozen original, which alone has the memory that the job lacks there."""
+    cut = Cut("source", 4, "after", seconds=1e9)
+    rig = Rig(tmp_path, cut=cut, resolve=SourceEvent.RESOLVED_THERE).move(Mode.POSTCOPY, monkeypatch)
+    assert "lack memory" in rig.refused
+    assert rig.phases("a")[5:] == ["lost-contact", "serve", "commit", "drain", "completed"]
+    assert rig.phase("b") == TargetPhase.DONE

@@ -110,6 +110,11 @@ def test_who_shall_not_run_is_told_first(fleet: Fleet, agents: dict[str, FakeAge
     assert fleet.stand_down("node-b", id="m1", run_on="node-a") is None
     assert agents["node-b"].asked == [{"resolve": "m1", "run_on": "node-a"}]
     assert agents["node-a"].asked == []
+    agents["node-b"].stories["m1"].end(Outcome.COMPLETED, "the job runs here")
+    assert fleet.stand_down("node-a", id="m1", run_on="node-b") is None
+    assert agents["node-a"].asked == [{"resolve": "m1", "run_on": "node-b", "filled": True}], (
+        "so it may drop its original"
+    )
     assert isinstance(fleet.stand_down("node-c", id="m1", run_on="node-a"), AgentUnreachable)
     assert fleet.stand_down("node-b", id="m2", run_on="node-a") is None, "it knows nothing of it"
     agents["node-b"].refuses_to_stand_down = True

@@ -109,7 +109,10 @@ class Kubernetes:
         if (status.abort is not None or migration.ended) and half.cancel():
             self._log.info("taken back", migration=migration.name)
         if status.arbiter is not None and half.record()["phase"] == SourcePhase.LOST:
-            half.resolve(run_on_source=status.arbiter == "source")
+            with contextlib.suppress(
+                Refused
+            ):  # post-copy: the target still needs the original, and is asked again and again
+                half.resolve(run_on_source=status.arbiter == "source")
         return None
 
     async def _begin(self, migration: Migration) -> PodMigration | None:

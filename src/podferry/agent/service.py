@@ -257,15 +257,16 @@ class Agent:
         await source.ended.wait()
         return source.story.to_dict()
 
-    async def op_resolve(self, emit: Emit, id: str, run_on: str) -> Record:
-        """A person decides where a migration that lost contact after GO goes on."""
+    async def op_resolve(self, emit: Emit, id: str, run_on: str, *, filled: bool = False) -> Record:
+        """A person decides where a migration that lost contact after GO goes on. `filled`: the target has said that it has all
+        of the job's memory."""
         if id in self._targets:
             return await self._resolve_target(self._targets[id], run_on)
         source = self._source(id)
         if run_on not in (source.story.source, source.story.target):
             raise UsageError(f"{run_on} is neither the source nor the target of {id}")
         here = run_on == source.story.source
-        source.resolve(SourceEvent.RESOLVED_HERE if here else SourceEvent.RESOLVED_THERE)
+        source.resolve(SourceEvent.RESOLVED_HERE if here else SourceEvent.RESOLVED_THERE, filled=filled)
         await source.ended.wait()
         return source.story.to_dict()
 

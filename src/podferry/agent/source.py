@@ -102,12 +102,22 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         """Ask for the way back. False where it is too late: the right to run has passed."""
         return self._stop(Cancelled("the migration was cancelled"))
 
-    def resolve(self, event: SourceEvent) -> None:
-        """A person decides where a migration that lost contact goes on. Raises `Refused` in any other phase."""
+    def resolve(self, event: SourceEvent, *, filled: bool = False) -> None:
+        """A person decides where a migration that lost contact goes on; `filled` says that the target is known to have all memory.
+
+        Raises `Refused` in any other phase, and where the original would be killed although the target may need pages of it.
+        """
         if self.phase is not SourcePhase.LOST:
             raise Refused(
                 f"there is nothing to resolve in phase {self.phase}",
                 remedy="`resolve` is for migrations that lost contact after the right to run had passed",
+            )
+        if event is SourceEvent.RESOLVED_THERE and self._postcopy and not (filled or self._filled):
+            raise Refused(
+                "the job may lack memory on the target, and the rest is only in the frozen original here",
+                why="it was moved in post-copy, and the target has not said that it has everything",
+                remedy=f"let the nodes meet again, they go on by themselves; or end the job on {self.story.target}, then "
+                f"podferry resolve {self.story.id} --run-on {self.story.source}",
             )
         self._resolved = event
         self._verdict.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from podferry.cli.client import QUICK, AgentClient, AgentUnreachable
 from podferry.cli.record import Record
 from podferry.errors import PeerMisbehaved, PodferryError, Refused, UsageError
+from podferry.model import Outcome
 
 DEFAULT_LAB = "default"
 
@@ -174,15 +176,23 @@ class Fleet:
                 errors.append(error)
         raise errors[0]
 
+    def _completed(self, node: str, id: str) -> bool:
+        """Whether the agent of `node` says that its part of a migration is done."""
+        with suppress(PodferryError):
+            return any(row.get("outcome") == Outcome.COMPLETED for row in self.at(node).call("status", id=id))
+        return False
+
     def stand_down(self, node: str, *, id: str, run_on: str) -> AgentUnreachable | None:
-        """Tell `node`, before the other hears of it, that the job of the migration `id` shall run on the other.
+        """Tell `node`, before the other hears of it, that the job of the migration `id` shall run on the other, and whether the
+        other says that it has all of the job's memory.
 
         Returns why it could not be told. Raises its refusal: then the other must not run either (I1).
         """
         if len(self.endpoints) == 1:
             return None  # there is one agent to speak with, and it is asked for its part next
+        filled: dict[str, Any] = {"filled": True} if self._completed(run_on, id) else {}
         try:
-            self.at(node).call("resolve", id=id, run_on=run_on)
+            self.at(node).call("resolve", id=id, run_on=run_on, **filled)
         except AgentUnreachable as silent:
             return silent
         except UsageError:

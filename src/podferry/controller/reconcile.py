@@ -286,7 +286,10 @@ class Reconciler:
     async def _farewell_is_over(self, migration: Migration) -> bool:
         """The source's agent has had its time to kill the frozen original and to say so, or will never say anything again."""
         since, engine = migration.status.condition(HANDED_OVER), migration.status.engine
-        fetching = engine is not None and engine.source == SourcePhase.SERVE
+        fetching = engine is not None and (
+            engine.source == SourcePhase.SERVE
+            or (engine.source == SourcePhase.LOST and engine.target == TargetPhase.FILL)
+        )
         if (
             not fetching
             and since is not None
