@@ -220,3 +220,16 @@ def test_what_is_in_flight_in_vain_lands_once_nothing_is_under_way() -> None:
     assert lost_pages(space.settle()) == {1}
     model.remap(0, 1, 1)
     same(space, model)
+
+
+def test_what_has_grown_is_in_the_way_until_its_unmapping_is_reported() -> None:
+    """Nobody reports that an area has grown, only, when it moves, how long it is by then."""
+    space, _ = build({0, 1, A + 20, A + 21}, {})
+    space.remap(Remap(0, 8 * PAGE, 2 * PAGE))
+    space.unmap(0, 2 * PAGE)  # two pages at 8, which grow to six there
+    space.remap(Remap(8 * PAGE, 2 * PAGE, 6 * PAGE))
+    space.remap(Remap(20 * PAGE, 12 * PAGE, 2 * PAGE))  # another thread's, into what the first has left
+    assert space.unsettled()
+    assert space.unmap(8 * PAGE, 14 * PAGE) == []
+    assert (space.origin(12 * PAGE), space.origin(13 * PAGE)) == (20 * PAGE, 21 * PAGE)
+    assert (space.origin(2 * PAGE), space.origin(3 * PAGE)) == (0, PAGE)

@@ -77,10 +77,11 @@ class Pump:
     def run(self) -> None:
         """Listen, feed, return when done. Raises `PodferryError`; the tasks' descriptors then stay open."""
         while not self._filling or self._tasks:
-            self._listen()
+            answers = self._listen()
             if self._filling:
-                self._fill()
-                self._part()
+                answers += self._fill()
+                answers += self._part()
+            self._note(answers)
             self._tell()
         self._source.close()
         if self._counts.unplaced:
@@ -91,7 +92,7 @@ class Pump:
 
     # --- what comes in -----------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
+    def _listen(self) -> list[Answer]:
         """Wait for something to do, take in all events, and answer the faults."""
         timeout = self._patience()
         before = self._looked
@@ -101,9 +102,10 @@ class Pump:
             self._read(self._tasks[fd])
         for frame in self._source.news() if self._source.fileno() in ready else ():
             self._hear_agent(frame)
-        self._answer(before if timeout == 0 else self._looked)
+        answers = self._answer(before if timeout == 0 else self._looked)
         if self._criu.fileno() in ready:
             self._hear_criu()
+        return answers
 
     def _patience(self) -> float | None:
         """Seconds to wait for an event; None for as long as it takes."""
@@ -166,12 +168,12 @@ class Pump:
 
     # --- what goes out -----------------------------------------------------------------------------------------------
 
-    def _answer(self, since: float) -> None:
+    def _answer(self, since: float) -> list[Answer]:
         answers = [task.answer() for task in self._tasks.values() if task.faults]
         if answers:
             slowest = (time.monotonic() - since) * 1e3
             self._report.status.slowest_ms = max(self._report.status.slowest_ms, slowest)
-        self._note(answers)
+        return answers
 
     def _begin_filling(self) -> None:
         self._filling = True
@@ -189,7 +191,7 @@ class Pump:
             if run.value > first:
                 yield from copy.index.numbers(run.start, run.end)
 
-    def _fill(self) -> None:
+    def _fill(self) -> list[Answer]:
         """One step, for the first task that can be filled."""
         answers = []
         for task in self._tasks.values():
@@ -197,26 +199,32 @@ class Pump:
             if answers[-1] is Answer.DONE:
                 break
         self._more = Answer.DONE in answers
-        self._note(answers)
+        return answers
 
     def _note(self, answers: list[Answer]) -> None:
+        """Remember whether something must be tried again although no event will say when: all answers of a turn count, since a
+        fault may have to wait where nothing is left to be filled."""
         if Answer.BUSY in answers or Answer.FULL in answers:
             self._stuck += 1
             self._report.status.waiting = (
                 "no memory for the tasks" if Answer.FULL in answers else "an address space is changing"
             )
-        elif answers:
+        else:
             self._stuck = 0
             self._report.status.waiting = ""
 
-    def _part(self) -> None:
-        """Let go of the tasks that have everything."""
+    def _part(self) -> list[Answer]:
+        """Let go of the tasks that have everything; `BUSY` for each that has it and is changing right now."""
+        changing = []
         for task in list(self._tasks.values()):
             if task.finished():
                 del self._tasks[task.fd]
                 self._poll.unregister(task.fd)
                 self._keeper.release(task.fd)
                 task.close()
+            elif task.has_all:
+                changing.append(Answer.BUSY)
+        return changing
 
     def _tell(self) -> None:
         status = self._report.status

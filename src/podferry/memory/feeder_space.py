@@ -108,6 +108,8 @@ class AddressSpace:
         for flight in self._flights:
             pages += [] if pages else flight.pages.cut(start, end)
         moved = RunMap((Run(run.start + shift, run.end + shift, run.value) for run in pages), slope=1)
+        for first, last in Runs.of(start, end) - self._areas.runs():  # it has grown there, of which nobody tells
+            self._areas.set(first, last)
         areas = RunMap(Run(run.start + shift, run.end + shift, run.value) for run in self._areas.within(start, end))
         return _Flight(event.to, event.to + event.length, moved, areas)
 

@@ -168,9 +168,14 @@ class Task:
             self._step = min(self._step + SMALLEST_STEP, LARGEST_STEP)
         return answer
 
+    @property
+    def has_all(self) -> bool:
+        """Whether the task has all that it was owed, and nobody in it waits for us."""
+        return not self.left and not self.faults
+
     def finished(self) -> bool:
-        """Whether the task has all that it was owed, and nobody in it waits for us: its userfaultfd can be closed."""
-        return self.gone or (not self.left and not self.faults and self.settle())
+        """Whether it has all, or is no more, and no change is under way: its userfaultfd can be closed."""
+        return self.gone or (self.has_all and self.settle())
 
     def close(self) -> None:
         """Let the address space go; from now on the kernel answers its faults. What only it wanted is freed."""
