@@ -11,6 +11,10 @@ the free range and that was reported, and taking the reports at their face would
 It can be told: the kernel never moves anything onto a range that is still mapped (with MREMAP_FIXED it reports an
 unmapping before). A range stays occupied here until its unmapping is reported, and pages that move onto an
 occupied range are in flight until it is. Meanwhile the kernel refuses to copy (EAGAIN), so nothing goes to a wrong place.
+
+Growth is not reported (an mremap in place, or to a greater length elsewhere): such pages are known to be an area's from its next
+move on. Before that, one thread's unmapping of them that is not reported yet is not expected here; what another thread moves
+there meanwhile would be taken for what was unmapped.
 """
 
 from __future__ import annotations
