@@ -147,10 +147,8 @@ def test_a_fork_is_seen_whole(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
         copy.check(pid)
 
 
-@needs_tracker
-def test_moved_memory_is_written_there_and_dropped_here(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
-    job, tracker = zoo.fork(), follow()
-    where, there = anonymous(job, 8), anonymous(job, 8)
+def move_over(job: Job, tracker: Tracker, where: Runs, there: Runs) -> None:
+    """Move memory over other memory, both known to the tracker, and see that it says so."""
     fill(job, where)
     fill(job, there, 9)
     one(tracker, job)
@@ -158,6 +156,13 @@ def test_moved_memory_is_written_there_and_dropped_here(zoo: Zoo, follow: Callab
     seen = one(tracker, job)
     assert seen.dropped & where == where
     assert seen.written & there == there
+
+
+@needs_tracker
+def test_moved_memory_is_written_there_and_dropped_here(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
+    job, tracker = zoo.fork(), follow()
+    where, there = anonymous(job, 8), anonymous(job, 8)
+    move_over(job, tracker, where, there)
     fill(job, there.clip(there.start, there.start + PAGE))
     assert one(tracker, job).written & there == Runs.of(there.start, there.start + PAGE)
 
@@ -172,13 +177,7 @@ def test_memory_moved_by_whole_page_tables_is_written_where_other_memory_was(
     for start in starts:
         job.do(f"LIBC.madvise({start}, {HUGE}, 15)")  # MADV_NOHUGEPAGE
     where, there = (Runs.of(start, start + HUGE) for start in starts)
-    fill(job, where)
-    fill(job, there, 9)
-    one(tracker, job)
-    job.do(f"LIBC.mremap({where.start}, {HUGE}, {HUGE}, MAYMOVE | FIXED, {there.start})")
-    seen = one(tracker, job)
-    assert seen.dropped & where == where
-    assert seen.written & there == there
+    move_over(job, tracker, where, there)
 
 
 @needs_tracker

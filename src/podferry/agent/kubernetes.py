@@ -109,9 +109,8 @@ class Kubernetes:
         if (status.abort is not None or migration.ended) and half.cancel():
             self._log.info("taken back", migration=migration.name)
         if status.arbiter is not None and half.record()["phase"] == SourcePhase.LOST:
-            with contextlib.suppress(
-                Refused
-            ):  # post-copy: the target still needs the original, and is asked again and again
+            # Refused in post-copy: the target still needs the original, and is asked again and again.
+            with contextlib.suppress(Refused):
                 half.resolve(run_on_source=status.arbiter == "source")
         return None
 
