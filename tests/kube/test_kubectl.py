@@ -16,12 +16,15 @@ import pytest
 import yaml
 from anyio import to_thread
 
+from podferry import __version__
 from podferry.kube.client import MIGRATIONS
 
+from .real import BINARIES
 from .world import World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.anyio]
 BIN = Path(sys.executable).parent
+KUBECTL = str(BINARIES / "kubectl")
 
 Run = Callable[..., Any]
 
@@ -31,7 +34,8 @@ def run(real_world: World, control_plane: Path) -> Run:
     """Run it in the world's namespace: returns exit code, stdout and stderr."""
 
     def blocking(*argv: str, program: str = "kubectl-podferry") -> tuple[int, str, str]:
-        environment = {**os.environ, "KUBECONFIG": str(control_plane), "COLUMNS": "200"}
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "KUBECONFIG": str(control_plane), "COLUMNS": "200"}
         argv = (str(BIN / program), *argv)
         done = subprocess.run(argv, check=False, env=environment, capture_output=True, text=True, timeout=90)
         return done.returncode, done.stdout, done.stderr
@@ -88,12 +92,25 @@ async def test_migrate_follows_to_the_end(world: World, run: Run) -> None:
     assert code == 0
     assert out.splitlines()[0].split() == ["NAME", "POD", "FROM", "TO", "PHASE", "PROGRESS", "DOWNTIME", "AGE"]
     assert "Completed" in out
+    code, out, err = await run("get", "migrations", "-n", world.namespace, program=KUBECTL)
+    columns, row = (line.split() for line in out.splitlines())
+    assert columns == ["NAME", "POD", "FROM", "TO", "PHASE", "PROGRESS", "DOWNTIME", "AGE"], err
+    assert row[:5] == ["move", "train", *world.nodes, "Completed"]
+    assert "42ms" in row
+    wait = ("wait", "--for=condition=Completed", "migration/move", "--timeout=10s", "-n", world.namespace)
+    code, out, err = await run(*wait, program=KUBECTL)
+    assert (code, out.strip()) == (0, "migration.podferry.dev/move condition met"), err
     code, out, _ = await run("explain", "move", "-n", world.namespace)
     assert code == 0
     assert out.index("Scheduled=True") < out.index("HandedOver=True")
     assert "MigrationCompleted" in out
     code, out, _ = await run("status", "move", "-n", world.namespace, "--json")
     assert (code, json.loads(out)["status"]["phase"]) == (0, "Completed")
+    code, out, _ = await run("explain", "move", "-n", world.namespace, "--json")
+    assert (code, json.loads(out)["migration"]["status"]["phase"]) == (0, "Completed")
+    assert "MigrationCompleted" in {one["reason"] for one in json.loads(out)["events"]}
+    code, out, _ = await run("list", "-n", world.namespace, "--json")
+    assert (code, [one["metadata"]["name"] for one in json.loads(out)["migrations"]]) == (0, ["move"])
     code, _, err = await run("cancel", "move", "-n", world.namespace)
     assert code == 3
     assert "has ended" in err
@@ -159,6 +176,13 @@ async def test_what_makes_no_sense_is_said(world: World, run: Run, tmp_path: Pat
     code, _, err = await run("list", "--kubeconfig", str(tmp_path / "gone"))
     assert code == 7
     assert "https://127.0.0.1:9" in err
+
+
+async def test_kubectl_finds_it_as_a_plugin(world: World, run: Run) -> None:
+    code, out, err = await run("podferry", "version", program=KUBECTL)
+    assert (code, out.strip()) == (0, f"kubectl-podferry {__version__}"), err
+    code, out, _ = await run("podferry", "list", "-A", program=KUBECTL)
+    assert code == 0
 
 
 async def test_the_shell_completes_commands_and_pods(world: World, run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from podferry.kube.client import (
 )
 from podferry.kube.errors import AlreadyExists, Forbidden
 from podferry.kube.migration import EnginePhases, Migration, Progress
+from podferry.wire.pki import NODE_LIFE
 from podferry.wire.tls import Credentials
 
 from .world import QUICK, World
@@ -123,6 +125,38 @@ async def test_an_agent_gets_a_certificate_for_its_own_node_and_no_other(
                 await certificate.obtain(unbound, SYSTEM, here, tmp_path / "unbound")
         with pytest.raises(Forbidden):
             await controller.get(Kind("v1", "Secret", "secrets"), "another", SYSTEM)
+
+
+async def test_a_certificate_is_renewed_before_it_ends_and_when_the_authority_is_another(
+    world: World, control_plane: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificate, "CHECK_EVERY", 0.2)
+    here, crt = world.nodes[0], tmp_path / "node.crt"
+    async with as_account(world, control_plane, "podferry-agent", here) as agent, anyio.create_task_group() as tasks:
+        async with the_controller(world, control_plane):
+            await certificate.ensure(agent, SYSTEM, here, tmp_path)
+            first = crt.read_bytes()
+            tasks.start_soon(certificate.keep, agent, SYSTEM, here, tmp_path)
+            await anyio.sleep(1.0)
+            assert crt.read_bytes() == first, "one that will do is kept"
+
+            async def renewed() -> bool:
+                return crt.read_bytes() != first
+
+            with monkeypatch.context() as patch:
+                patch.setattr(certificate, "RENEW", NODE_LIFE + timedelta(minutes=1))
+                await world.until(renewed)
+        old = await certificate.bundle(agent, SYSTEM)
+        await world.api.delete(Kind("v1", "Secret", "secrets"), certificate.BUNDLE, SYSTEM)
+        async with the_controller(world, control_plane):
+
+            async def of_the_new_authority() -> bool:
+                published = await certificate.bundle(agent, SYSTEM)
+                return published != old and certificate.usable(tmp_path, here, published) is None
+
+            await world.until(of_the_new_authority)
+            assert Credentials.load(tmp_path).node == here
+        tasks.cancel_scope.cancel()
 
 
 async def test_an_agent_writes_into_its_own_migrations_and_only_what_is_its_to_say(
