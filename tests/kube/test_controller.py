@@ -12,7 +12,15 @@ import pytest
 from podferry.controller import troubles
 from podferry.controller.pods import PLACEHOLDER
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
-from podferry.kube.migration import NAME_ANNOTATION, ROLE_LABEL, UID_LABEL, Migration
+from podferry.kube.events import Events
+from podferry.kube.migration import (
+    NAME_ANNOTATION,
+    ROLE_LABEL,
+    TARGET_REQUESTED,
+    UID_LABEL,
+    EnginePhases,
+    Migration,
+)
 
 from .world import QUICK, World
 
@@ -144,6 +152,16 @@ async def test_what_makes_no_sense_is_refused(world: World, spec: dict[str, str]
     await world.migrate(spec.pop("podName", "train"), **spec)
     migration = await world.ended()
     assert (migration.status.phase, said(migration, "Eligible")) == ("Refused", ("False", reason))
+
+
+async def test_a_pod_whose_claim_is_gone_is_refused(world: World) -> None:
+    await world.pod(volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": "absent"}}])
+    world.controller()
+    await world.migrate()
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Eligible")) == ("Refused", ("False", "VolumeMissing"))
+    assert "absent" in (migration.status.message or "")
+    await only_pod(world)
 
 
 async def test_a_pod_that_its_own_rules_tie_to_its_node_is_refused_at_once(world: World) -> None:
@@ -368,6 +386,42 @@ async def test_the_target_pod_is_deleted_before_the_job_has_moved(world: World) 
     await world.agents_end("cancelled")
     migration = await world.ended()
     assert (migration.status.phase, said(migration, "Failed")) == ("RolledBack", ("True", "TargetPodGone"))
+    assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
+
+
+async def target_that_waits(world: World) -> Json:
+    """The target pod, which its kubelet has not started yet."""
+    await world.reached(lambda one: one.status.phase == "Running")
+
+    def asked(now: Migration) -> bool:
+        now.status.engine = EnginePhases(source="poise", target="receive")
+        now.status.say(TARGET_REQUESTED, True, "Converged")
+        return True
+
+    await world.set(asked)
+    migration = await world.reached(lambda one: one.status.target_pod is not None)
+    assert migration.status.target_pod is not None
+    return await world.api.get(PODS, migration.status.target_pod.name, world.namespace)
+
+
+async def test_a_target_pod_whose_volume_cannot_be_mounted_is_not_waited_for(world: World) -> None:
+    source = await world.pod()
+    world.controller(replace(QUICK, starting=1.0))
+    await world.migrate()
+    target = {"apiVersion": PODS.api, "kind": PODS.kind, **await target_that_waits(world)}
+    await Events(world.api, "kubelet").say(
+        {**target, "metadata": source["metadata"]}, "Unhealthy", "not this one", warning=True
+    )
+    await Events(world.api, "kubelet").say(target, "Pulled", "all is well")
+    await anyio.sleep(4.0)
+    assert (await world.get()).status.abort is None, "nobody has warned of it"
+    said_by_kubelet = 'MountVolume.SetUp failed for volume "settings": configmap "train" not found'
+    await Events(world.api, "kubelet").say(target, "FailedMount", said_by_kubelet, warning=True)
+    await world.reached(lambda one: one.status.abort is not None)
+    await world.agents_end("cancelled")
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("RolledBack", ("True", "VolumeMissing"))
+    assert said_by_kubelet in (migration.status.message or "")
     assert (await only_pod(world))["metadata"]["uid"] == source["metadata"]["uid"]
 
 

@@ -61,6 +61,7 @@ def source() -> Json:
                     "name": "main",
                     "startupProbe": {},
                     "livenessProbe": {},
+                    "lifecycle": {"postStart": {"exec": {}}, "preStop": {"exec": {}}},
                     "resources": {"requests": {"cpu": "1"}},
                     "volumeMounts": [
                         {"name": "kube-api-access-x", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}
@@ -98,6 +99,7 @@ def test_the_clone_is_the_sources_spec_and_nobodys_pod() -> None:
     assert [one["name"] for one in spec["initContainers"]] == ["proxy"]
     assert "startupProbe" not in spec["containers"][0]
     assert "livenessProbe" in spec["containers"][0]
+    assert spec["containers"][0]["lifecycle"] == {"preStop": {"exec": {}}}
     assert spec["volumes"] == before["spec"]["volumes"], "the token's volume keeps its name: admission finds it there"
     assert spec["hostname"] == "train-0-abcde"
 
@@ -284,6 +286,45 @@ def test_a_pod_that_is_not_placed_is_waited_for_so_long() -> None:
     assert missing is not None
     assert missing.reason == "VolumeMissing"
     assert troubles.of_waiting({**waiting, "spec": {"nodeName": "b"}}, "the pod", 0.0, NOW) is None
+
+
+def waiting(reason: str) -> Json:
+    return {"name": "main", "state": {"waiting": {"reason": reason, "message": "in the kubelet's words"}}}
+
+
+MOUNT = {
+    "type": "Warning",
+    "reason": "FailedMount",
+    "note": "no such volume",
+    "deprecatedLastTimestamp": "2026-11-28T02:00:00Z",
+}
+LATER = {
+    "type": "Warning",
+    "reason": "FailedCreatePodSandBox",
+    "note": "no room",
+    "eventTime": "2026-11-28T02:00:01.000000Z",
+}
+SANDBOX = {"type": "PodReadyToStartContainers", "status": "True"}
+
+
+@pytest.mark.parametrize(
+    ("status", "warnings", "reason"),
+    [
+        ({}, [], None),
+        ({}, [MOUNT], "VolumeMissing"),
+        ({}, [LATER, MOUNT], "TargetPodStuck"),
+        ({}, [{**MOUNT, "type": "Normal"}], None),
+        ({"conditions": [{**SANDBOX, "status": "False"}]}, [MOUNT], "VolumeMissing"),
+        ({"conditions": [SANDBOX]}, [MOUNT], None),
+        ({"containerStatuses": [waiting("ContainerCreating")]}, [], None),
+        ({"conditions": [SANDBOX], "containerStatuses": [waiting("ImagePullBackOff")]}, [], "TargetPodStuck"),
+        ({"initContainerStatuses": [waiting("CreateContainerConfigError")]}, [], "TargetPodStuck"),
+        ({"containerStatuses": [{"name": "main", "state": {"running": {}}}]}, [], None),
+    ],
+)
+def test_what_keeps_the_target_pod_from_starting(status: Json, warnings: list[Json], reason: str | None) -> None:
+    found = troubles.of_start({"metadata": {}, "status": status}, warnings)
+    assert (found.reason if found else None) == reason
 
 
 def test_the_timeout_counts_from_the_start() -> None:

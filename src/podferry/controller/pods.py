@@ -48,12 +48,13 @@ def target_pod(source: Json, migration: Migration, node: str) -> Json:
         spec.pop(name, None)
     if "." not in source["metadata"]["name"]:  # a hostname with dots is refused; CRIU restores the old one anyway
         spec.setdefault("hostname", source["metadata"]["name"][:LONGEST_HOSTNAME].rstrip("-"))
-    # Init containers have finished, and startup probes have passed: neither shall hold up the job on the target.
+    # Init containers have finished, startup probes have passed and postStart hooks have run: none of it a second time.
     sidecars = [one for one in spec.pop("initContainers", None) or [] if one.get("restartPolicy") == "Always"]
     if sidecars:
         spec["initContainers"] = sidecars
     for one in [*sidecars, *spec["containers"]]:
         one.pop("startupProbe", None)
+        (one.get("lifecycle") or {}).pop("postStart", None)
     _pin(spec, [{"key": "metadata.name", "operator": "In", "values": [node]}])
     annotations = {
         name: value

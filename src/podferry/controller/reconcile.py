@@ -22,6 +22,7 @@ from podferry.kube.errors import AlreadyExists, ApiFailed, Conflict, transient
 from podferry.kube.migration import (
     ELIGIBLE,
     HANDED_OVER,
+    POISED,
     RESUMED,
     ROLE_LABEL,
     SCHEDULED,
@@ -47,13 +48,14 @@ DEADLINE_SLACK = 30.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a resumed
-    pod to be called ready, for an owner to let the source go, for the source's agent after the hand-over, for pods to
-    be gone. `image` is what placeholders run."""
+    """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a target pod
+    whose kubelet has warned, for a resumed pod to be called ready, for an owner to let the source go, for the source's
+    agent after the hand-over, for pods to be gone. `image` is what placeholders run."""
 
     image: str = "podferry"
     scheduling: float = 120.0
     silence: float = 60.0
+    starting: float = 30.0
     readiness: float = 30.0
     release: float = 30.0
     farewell: float = 60.0
@@ -180,6 +182,7 @@ class Reconciler:
         trouble = status.abort or await self._beforehand(migration, source)
         trouble = trouble or troubles.of_silence(migration, self._settings.silence, clock())
         trouble = trouble or troubles.of_target(target, migration, self._settings.scheduling, clock())
+        trouble = trouble or await self._starting(migration, target)
         if trouble is None and status.target_node:
             node = await self._api.find(NODES, status.target_node)
             trouble = troubles.of_target_node(node, status.target_node)
@@ -189,6 +192,14 @@ class Reconciler:
             assert source is not None
             return await self._make_target(migration, source)
         return LOOK_AGAIN
+
+    async def _starting(self, migration: Migration, target: Json | None) -> Ending | None:
+        """What keeps the target pod from waiting for its state, once it takes long."""
+        if target is None or migration.status.condition(POISED) is not None:
+            return None
+        if troubles.age(target["metadata"]["creationTimestamp"], clock()) < self._settings.starting:
+            return None
+        return troubles.of_start(target, await self._survey.warnings(target))
 
     async def _make_target(self, migration: Migration, source: Json) -> float:
         node = migration.status.target_node or ""

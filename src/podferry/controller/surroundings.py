@@ -8,6 +8,7 @@ from podferry.controller import placement, troubles
 from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of
 from podferry.kube.client import (
     CLAIMS,
+    EVENTS,
     JOBS,
     MIGRATIONS,
     NAMESPACES,
@@ -79,6 +80,15 @@ class Surveyor:
         if not troubles.ready(node):
             return _unfit("NodeNotReady", f"node {name} is not ready", "name another node, or none")
         return _not_allowed(pod, migration, node)
+
+    async def warnings(self, pod: Json) -> list[Json]:
+        """What the kubelet and others have warned of about a pod; nothing where that may not be read."""
+        about = pod["metadata"]
+        fields = f"regarding.uid={about['uid']},type=Warning"
+        try:
+            return (await self._api.list(EVENTS, about["namespace"], fields=fields))[0]
+        except Forbidden:
+            return []
 
     async def namespace_trouble(self, migration: Migration) -> Ending | None:
         """The namespace is going, and everything in it."""

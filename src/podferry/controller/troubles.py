@@ -22,10 +22,13 @@ UNSCHEDULABLE, QUOTA_EXCEEDED, WEBHOOK_DENIED, POD_INVALID = (
     "PodInvalid",
 )
 VOLUME_MISSING, TARGET_POD_FAILED, TARGET_POD_GONE = "VolumeMissing", "TargetPodFailed", "TargetPodGone"
+TARGET_POD_STUCK = "TargetPodStuck"
 TARGET_NODE_LOST, SOURCE_NODE_LOST, SOURCE_SILENT = "TargetNodeLost", "SourceNodeLost", "SourceAgentSilent"
 
 VERDICT_KEPT = 3600
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+_STARTING = ("ContainerCreating", "PodInitializing")
+_OF_VOLUMES = frozenset({"FailedMount", "FailedAttachVolume", "FailedMapVolume"})
 
 
 def ending(outcome: Outcome, reason: str, message: str, *, remedy: str = "", code: str = "") -> Ending:
@@ -113,6 +116,37 @@ def of_target(target: Json | None, migration: Migration, patience: float, now: d
         why = status.get("message") or status.get("reason") or status["phase"]
         return ending(Outcome.ROLLED_BACK, TARGET_POD_FAILED, f"the target pod ended before the job had moved: {why}")
     return of_waiting(target, "the target pod", patience, now)
+
+
+def of_start(target: Json, warnings: list[Json]) -> Ending | None:
+    """What keeps the kubelet from starting the target pod, by the pod's status and the `warnings` about it (events.k8s.io).
+
+    What went wrong before the pod had its sandbox is no longer so once it has one; what goes wrong later stands in the status.
+    """
+    status = target.get("status", {})
+    for one in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = (one.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason", _STARTING[0]) not in _STARTING:
+            words = f"{one['name']}: {waiting['reason']}: {waiting.get('message', '')}"
+            return _stuck(TARGET_POD_STUCK, words)
+    conditions = status.get("conditions") or []
+    if any(one["type"] == "PodReadyToStartContainers" and one["status"] == "True" for one in conditions):
+        return None
+    told = [one for one in warnings if one.get("type") == "Warning"]
+    if not told:
+        return None
+    last = max(told, key=lambda one: str(one.get("deprecatedLastTimestamp") or one.get("eventTime") or ""))
+    reason = VOLUME_MISSING if last.get("reason") in _OF_VOLUMES else TARGET_POD_STUCK
+    return _stuck(reason, f"{last.get('reason')}: {last.get('note', '')}")
+
+
+def _stuck(reason: str, words: str) -> Ending:
+    return ending(
+        Outcome.ROLLED_BACK,
+        reason,
+        f"the target pod does not start: {words}",
+        remedy="see to it that a new pod like this one could start on the target node",
+    )
 
 
 def of_target_node(node: Json | None, name: str) -> Ending | None:
