@@ -6,6 +6,7 @@ What is the pod's own comes along, what is made for each pod is the new one's, a
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,16 +21,19 @@ from .installing import A, B
 pytestmark = pytest.mark.cluster
 PATIENCE = 120.0
 CLAIM = "/share/claim-of-a-test"
-# Each line: its number, what two emptyDirs remember of the one before, and what it is told by environment and files; the number
-# goes into a file of the claim too, which stays open.
+# Each line: its number, what two emptyDirs remember of the one before, what it is told by environment and files, and what it reads
+# from files that it has open since its start; the number goes into a file of the claim too, which stays open.
 JOB = """
-import base64, json, os, time
+import base64, json, mmap, os, time
 def read(path):
     return open(path).read().strip()
 def owner(token):
     body = token.split('.')[1]
     return json.loads(base64.urlsafe_b64decode(body + '=' * (-len(body) % 4)))['kubernetes.io']['pod']['name']
 log, n = open('/claim/log', 'a'), 0
+colour, token, part = open('/settings/colour'), open('/all/token'), None
+mapped = mmap.mmap(token.fileno(), 0, prot=mmap.PROT_READ)
+os.chdir('/down/..data')
 memory = bytearray(os.urandom(1 << 20) * 16)
 while True:
     kept = [read(place) if n else '-1' for place in ('/disk/count', '/mem/count')]
@@ -37,7 +41,10 @@ while True:
         with open(place, 'w') as file:
             file.write(str(n))
     told = [os.environ['COLOUR'], os.environ['NAME'], read('/settings/colour'), read('/key/word'), read('/down/name')]
-    print(n, *kept, *told, owner(read('/all/token')), flush=True)
+    colour.seek(0)
+    held = [colour.read(), owner(mapped[:].decode()), read('name'), read('/etc/colour')]
+    part = part or (os.path.exists('/disk/hold') and open('/etc/colour'))
+    print(n, *kept, *told, owner(read('/all/token')), *held, flush=True)
     log.write(f'{n}\\n')
     log.flush()
     memory[n * 4096 % len(memory)] = n % 256
@@ -53,7 +60,13 @@ def around() -> list[Json]:
     of_volume = {"storageClassName": "", "accessModes": ["ReadWriteMany"]}
     return [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "asis"}, "data": {"colour": "green"}},
-        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "asis"}, "stringData": {"word": "sesame"}},
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": "asis"},
+            # The shell has it open as long as it runs.
+            "stringData": {"word": "sesame", "run.sh": f"exec 3<&0\npython3 -uc {shlex.quote(JOB)}\nexit 1\n"},
+        },
         {
             "apiVersion": "v1",
             "kind": "PersistentVolume",
@@ -97,12 +110,16 @@ def pod() -> Json:
     main = {
         "name": "main",
         "image": JOB_IMAGE,
-        "command": ["python3", "-uc", JOB],
+        "command": ["sh", "/key/run.sh"],
+        "lifecycle": {"postStart": {"exec": {"command": ["sh", "-c", "echo begun >> /disk/begun"]}}},
         "env": [
             {"name": "COLOUR", "valueFrom": {"configMapKeyRef": {"name": "asis", "key": "colour"}}},
             {"name": "NAME", "valueFrom": name},
         ],
-        "volumeMounts": [{"name": one, "mountPath": f"/{one}"} for one in volumes],
+        "volumeMounts": [
+            *({"name": one, "mountPath": f"/{one}"} for one in volumes),
+            {"name": "settings", "mountPath": "/etc/colour", "subPath": "colour"},
+        ],
     }
     spec = {
         "runtimeClassName": "podferry",
@@ -131,6 +148,36 @@ def lab(installed: Lab) -> Iterator[Lab]:
         installed.exec(A, ["rm", "-rf", CLAIM])
 
 
+def change_colour(lab: Lab) -> None:
+    """The ConfigMap changes, and the pod's kubelet writes it anew: the file that the job has open is deleted."""
+    kubectl, deadline = lab.kubectl(), time.monotonic() + PATIENCE
+    kubectl.run("patch", "configmap", "asis", "--type=merge", "-p", '{"data": {"colour": "blue"}}')
+    kubectl.run("annotate", "pod", "asis", "look=again")  # or it would look within a minute or two
+    while kubectl.run("logs", "asis", "--tail=1").stdout.split()[5] != "blue":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def ended(lab: Lab) -> Json:
+    """The status of a Migration of the pod, to wherever, once it has ended."""
+    kubectl, spec = lab.kubectl(), {"podName": "asis"}
+    body = {"apiVersion": "podferry.dev/v1alpha1", "kind": "Migration", "metadata": {"name": "asis"}, "spec": spec}
+    kubectl.run("create", "-f", "-", input=json.dumps(body))
+    over = "--for=jsonpath={.status.completionTime}"
+    kubectl.run("wait", over, "migration/asis", f"--timeout={PATIENCE:.0f}s")
+    status: Json = json.loads(kubectl.run("get", "migration", "asis", "-o", "json").stdout)["status"]
+    return status
+
+
+def goes_on(lab: Lab) -> None:
+    """The job has not stopped."""
+    before = len(lab.kubectl().run("logs", "asis").stdout.splitlines())
+    deadline = time.monotonic() + PATIENCE
+    while len(lab.kubectl().run("logs", "asis").stdout.splitlines()) < before + 5:
+        assert time.monotonic() < deadline, "it does not go on"
+        time.sleep(0.2)
+
+
 def endpoints(lab: Lab) -> set[str]:
     """The addresses that the Service has ready."""
     words = ("get", "endpointslices", "-l", "kubernetes.io/service-name=asis", "-o", "json")
@@ -155,6 +202,7 @@ def test_what_a_pod_has_comes_along_and_its_service_follows(lab: Lab) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert kubectl.run("podferry", "check", "asis").returncode == 0
+    change_colour(lab)
     target_node = B if source["spec"]["nodeName"] == A else A
     migration = {
         "apiVersion": "podferry.dev/v1alpha1",
@@ -186,11 +234,33 @@ def test_what_a_pod_has_comes_along_and_its_service_follows(lab: Lab) -> None:
     told = lines(name)
     assert [one[0] for one in told] == [str(number) for number in range(len(told))]
     assert all(one[1] == one[2] == str(int(one[0]) - 1) for one in told), "an emptyDir forgot something"
-    assert {tuple(one[3:7]) for one in told} == {("green", "asis", "green", "sesame")}, "its environment is what it was"
-    assert {tuple(one[7:]) for one in told} >= {("asis", "asis"), (name, name)}, (
+    assert {tuple(one[3:5]) for one in told} == {("green", "asis")}, "its environment is what it was"
+    assert {tuple(one[5:7]) for one in told} == {("green", "sesame"), ("blue", "sesame")}
+    assert {tuple(one[7:9]) for one in told} >= {("asis", "asis"), (name, name)}, (
         "files made for a pod are the new one's"
     )
-    assert told[-1][7:] == [name, name]
+    assert told[-1][7:9] == [name, name]
+    assert {tuple(one[9:12]) for one in told} == {("green", "asis", "asis")}, "what was open is what it was"
+    assert [one[12] for one in told if one[8] == "asis"][-1] == "green", "a part of a volume does not change with it"
+    assert told[-1][12] == "blue"
+    assert kubectl.run("exec", name, "--", "cat", "/disk/begun").stdout == "begun\n", "it began once"
     kept = kubectl.run("exec", name, "--", "cat", "/claim/log").stdout.split()
     assert kept == [str(number) for number in range(len(kept))]
     assert len(kept) > moved
+
+
+def test_a_pod_whose_config_map_is_gone_runs_on_and_the_kubelets_words_are_told(lab: Lab) -> None:
+    lab.kubectl().run("delete", "configmap", "asis")
+    status = ended(lab)
+    assert (status["phase"], status["ending"]["reason"]) == ("RolledBack", "VolumeMissing"), status
+    assert 'configmap "asis" not found' in status["ending"]["message"]
+    goes_on(lab)
+
+
+def test_a_part_of_a_volume_that_is_open_and_has_changed_is_refused(lab: Lab) -> None:
+    lab.kubectl().run("exec", "asis", "--", "touch", "/disk/hold")
+    change_colour(lab)
+    status = ended(lab)
+    assert status["phase"] == "Refused", status
+    assert "/etc/colour, a part of a volume (subPath)" in status["ending"]["message"]
+    goes_on(lab)

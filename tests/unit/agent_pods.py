@@ -197,7 +197,9 @@ class PodRig(Rig):
 
     def leaving(self, config: Any, containerd: None, journal: Any, **_: Any) -> Guarded:
         parts = self._parts(FakeLeaving, "source", (LeavingJob,), self.source, journal)
-        job = LeavingPod(journal, parts, lambda: self.hand_over("m"), volumes=[], departed=self.departed)
+        job = LeavingPod(
+            journal, parts, lambda: self.hand_over("m"), volumes=[], payloads=lambda _: b"", departed=self.departed
+        )
         return Guarded(job, (LeavingJob,), self, "source")
 
     def remains(self, journal: Any, containerd: None, offered: Any) -> Guarded:

@@ -204,5 +204,7 @@ async def test_what_a_dump_cannot_be_spared_does_not_end_the_migration(
 def test_a_pod_says_what_all_of_its_dumps_were_spared(tmp_path: Path) -> None:
     for dumps, said in ((Dump, Dump.ORDINARY), ((Dump.THIN, Dump.PREPARED), Dump.PREPARED), ((Dump.THIN,), Dump.THIN)):
         parts: Any = [SimpleNamespace(dumped=lambda dump=dump: dump) for dump in dumps]
-        pod = LeavingPod(Journal(tmp_path), parts, AsyncMock(), volumes=[], departed=tmp_path / "departed")
+        pod = LeavingPod(
+            Journal(tmp_path), parts, AsyncMock(), volumes=[], payloads=lambda _: b"", departed=tmp_path / "departed"
+        )
         assert pod.dumped() is said

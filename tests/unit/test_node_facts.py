@@ -79,6 +79,15 @@ def test_facts_of_a_container_travel() -> None:
     assert ContainerFacts.from_dict(json.loads(json.dumps(JOB.to_dict()))) == JOB
 
 
+def test_what_is_open_of_the_files_that_were_deleted_under_a_mount(tmp_path: Path) -> None:
+    gone, here = tmp_path / "gone", tmp_path / "here"
+    with gone.open("w"), here.open("w"), (tmp_path / "other").open("w"):
+        gone.unlink()
+        (tmp_path / "other").unlink()
+        found = jobfacts.deleted_but_open([os.getpid()], [str(gone), str(here)])
+    assert found == (str(gone),)
+
+
 def test_open_files() -> None:
     reader, writer = os.pipe()
     server = socket.create_server(("127.0.0.1", 0))

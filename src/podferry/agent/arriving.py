@@ -281,7 +281,8 @@ class Arriving:
                 f"the restore has not ended after {RESTORE_TIMEOUT:.0f} s", evidence=self._restore_log()
             ) from None
         except PodferryError as error:
-            raise Failed.because("the restore failed", error) from error
+            what = "the restore failed"
+            raise (self._incoming and self._incoming.failed(what)) or Failed.because(what, error) from error
         self._journal.release("starter")
         return await self.resumed()
 

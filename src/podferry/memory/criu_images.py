@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -32,6 +32,7 @@ _COMMON_MAGIC = 0x54564319
 _PAGEMAP_MAGIC = 0x56084025
 _PSTREE_MAGIC = 0x50273030
 _MM_MAGIC = 0x57492820
+_MNTS_MAGIC = 0x55563928
 _LARGEST_IMAGE = 1 << 30
 _MOST_TASKS = 1 << 22
 _UINT32 = (1 << 32) - 1
@@ -89,9 +90,7 @@ class PageMap(NamedTuple):
             messages.append(
                 pagemap_pb2.PagemapEntry(vaddr=start, compat_nr_pages=min(count, _UINT32), flags=flags, nr_pages=count)
             )
-        encoded = [message.SerializeToString() for message in messages]
-        body = b"".join(struct.pack("<I", len(data)) + data for data in encoded)
-        return struct.pack("<II", _COMMON_MAGIC, _PAGEMAP_MAGIC) + body
+        return _image(_PAGEMAP_MAGIC, messages)
 
 
 def page_map(images: Path, pid: int) -> PageMap:
@@ -145,9 +144,31 @@ def missing(store: PageStore, images: Path) -> dict[int, Runs]:
     return {pid: runs for pid, runs in unknown.items() if runs}
 
 
+def without_deleted_sources(mounts: bytes) -> bytes:
+    """The image of a mount namespace, for a node that mounts things of its own.
+
+    What was mounted into the container may have been deleted since: a file of a ConfigMap (`subPath`) that has changed. CRIU would
+    make the file anew and delete it again; the target's is there.
+    """
+    entries = [_parse(pagemap_pb2.MntEntry(), message) for message in _messages_of(mounts, "mountpoints", _MNTS_MAGIC)]
+    stale = [entry for entry in entries if entry.deleted and entry.ext_key]
+    for entry in stale:
+        entry.ClearField("deleted")
+    return _image(_MNTS_MAGIC, entries) if stale else mounts
+
+
+def _image(magic: int, messages: Iterable[Message]) -> bytes:
+    encoded = [message.SerializeToString() for message in messages]
+    body = b"".join(struct.pack("<I", len(data)) + data for data in encoded)
+    return struct.pack("<II", _COMMON_MAGIC, magic) + body
+
+
 def _messages(path: Path, magic: int) -> Iterator[bytes]:
     """The protobuf messages of an image. Memory stays at one image's size, which is bounded."""
-    data = _read(path)
+    return _messages_of(_read(path), str(path), magic)
+
+
+def _messages_of(data: bytes, path: str, magic: int) -> Iterator[bytes]:
     if len(data) < 8 or struct.unpack_from("<II", data) != (_COMMON_MAGIC, magic):
         raise PeerMisbehaved(f"{path} is not the image it is named for")
     at = 8

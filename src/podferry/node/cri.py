@@ -145,6 +145,12 @@ def sub_paths_of_empty_dirs(spec: dict[str, Any], uid: str, kubelet: Path = KUBE
                 yield volume
 
 
+def mounted_parts(spec: dict[str, Any], uid: str, kubelet: Path = KUBELET) -> tuple[str, ...]:
+    """Where in a container a part of a volume is mounted (`subPath`)."""
+    parts = pod_directory(uid, kubelet) / "volume-subpaths"
+    return tuple(bind.destination for bind in binds(spec) if Path(bind.source).is_relative_to(parts))
+
+
 def termination_message(spec: dict[str, Any], uid: str, name: str, kubelet: Path = KUBELET) -> Path | None:
     """The file from which the kubelet reads a container's last words."""
     there = pod_directory(uid, kubelet) / "containers" / name

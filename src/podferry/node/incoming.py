@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from podferry.errors import EVIDENCE_LINES, Bug, Cancelled, Failed, PodferryError, TimedOut, UsageError
+from podferry.node.criulog import explained
 
 RUN = Path("/run/podferry")
 TAKEN_TIMEOUT = 10.0  # seconds
@@ -164,6 +165,16 @@ class Incoming:
         with contextlib.suppress(OSError):
             return (self.work / "restore.log").read_text(errors="replace").splitlines()[-EVIDENCE_LINES:]
         return []
+
+    def failed(self, what: str) -> Failed | None:
+        """An error that says why the restore failed, as far as CRIU's log tells; None where there is none."""
+        log = self.work / "restore.log"
+        if not log.exists():
+            return None
+        error = explained(Failed, what, log)
+        if str(log) in error.remedy:
+            error.remedy = ""  # the log goes with this directory
+        return error
 
     def close(self) -> None:
         """Close the FIFOs, upon which a wrapper that still waits fails, and remove the directory."""

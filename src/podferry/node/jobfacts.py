@@ -72,6 +72,16 @@ def _open_files(pids: Iterable[int]) -> Iterator[tuple[str, os.stat_result]]:
                     yield str(path.readlink()), path.stat()
 
 
+def deleted_but_open(pids: Iterable[int], mounted: Collection[str]) -> tuple[str, ...]:
+    """Which of the files `mounted` into a container were deleted where they come from, and are open."""
+    named = {
+        link.removesuffix(" (deleted)").removesuffix("//deleted")
+        for link, found in _open_files(pids)
+        if not found.st_nlink
+    }
+    return tuple(sorted(named & set(mounted)))
+
+
 def _open_devices(open_files: Iterable[tuple[str, os.stat_result]]) -> Iterator[str]:
     for link, found in open_files:
         if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):

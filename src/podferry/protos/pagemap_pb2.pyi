@@ -61,3 +61,11 @@ class MmEntry(_message.Message):
     VMAS_FIELD_NUMBER: _ClassVar[int]
     vmas: _containers.RepeatedCompositeFieldContainer[VmaEntry]
     def __init__(self, vmas: _Optional[_Iterable[_Union[VmaEntry, _Mapping]]] = ...) -> None: ...
+
+class MntEntry(_message.Message):
+    __slots__ = ("deleted", "ext_key")
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    EXT_KEY_FIELD_NUMBER: _ClassVar[int]
+    deleted: bool
+    ext_key: str
+    def __init__(self, deleted: _Optional[bool] = ..., ext_key: _Optional[str] = ...) -> None: ...

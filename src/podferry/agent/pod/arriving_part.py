@@ -20,10 +20,11 @@ from podferry.agent.arriving import RESTORE_TIMEOUT, Arriving
 from podferry.agent.config import Config
 from podferry.agent.helpers import ended, process_of
 from podferry.agent.journal import Part
-from podferry.agent.pod.offered import LAST_WORDS, PodPart
+from podferry.agent.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, TimedOut
 from podferry.memory.store import PageStore
+from podferry.node import payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.checkpoint import POD_CONF, Process
 from podferry.node.containerd import Containerd, NotFound
@@ -109,7 +110,7 @@ class ArrivingPart(Arriving):
                 "the agent was restarted before the container was restored", why="podferry-runc has ended with it"
             )
         record = await self.made(RESTORE_TIMEOUT)
-        await to_thread.run_sync(self._write_log, record)
+        await to_thread.run_sync(self._write_files, record)
         incoming = self._incoming
         restoring = Process.of(incoming.wrapper)
         self._journal.acquire("kubelet-task", id=record.id)
@@ -135,12 +136,14 @@ class ArrivingPart(Arriving):
                     if task.status in (Status.RUNNING, Status.STOPPED):
                         return
                 await anyio.sleep(LOOK_EVERY)
-        raise Failed(f"the restore of {self.name} failed", evidence=self._restore_log())
+        what = f"the restore of {self.name} failed"
+        raise self._need_incoming().failed(what) or Failed(what, why="runc left no log of it")
 
-    def _write_log(self, record: Container) -> None:
+    def _write_files(self, record: Container) -> None:
         """The kubelet's log file begins with what the container printed on the source, and its root is told of its files."""
         refresh_root(self._containerd.bundle(record.id) / "rootfs")
         self._write_last_words(record)
+        self._write_payloads()
         path = log_of(record)
         if path is None or self._log_end == 0:
             return
@@ -158,6 +161,13 @@ class ArrivingPart(Arriving):
             if place is not None:
                 place.write_bytes(words.read_bytes()[:MOST_WORDS])
             words.unlink()
+
+    def _write_payloads(self) -> None:
+        """What the pod has open of the source's volumes is put beside what the kubelet has written here."""
+        packed = self._need_incoming().images / PAYLOADS
+        if packed.exists():
+            payloads.unpack(packed.read_bytes(), self._journal.facts["uid"], self._config.kubelet)
+            packed.unlink()
 
     async def resumed(self) -> float:
         """Since when it runs. Raises where it is gone."""

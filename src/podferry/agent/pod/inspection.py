@@ -21,12 +21,12 @@ from podferry.core.preflight import ContainerBound, Question, refusals, warnings
 from podferry.errors import Refused, UsageError
 from podferry.memory.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
-from podferry.node import cri
+from podferry.node import cri, payloads
 from podferry.node.cgroup import Cgroup
 from podferry.node.checkpoint import POD_CONF
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import PodContainer, Volume
-from podferry.node.jobfacts import container_facts, disk_usage
+from podferry.node.jobfacts import container_facts, deleted_but_open, disk_usage
 from podferry.node.records import Task, upper_dir
 from podferry.wire.messages import Offer
 
@@ -112,8 +112,12 @@ class PodView:
             (path, {number: list(cri.mounted_at(member.spec, path)) for number, member in enumerate(self.members)})
             for _, path in self.volumes
         ]
+
+        def payloads_open_in(images: Sequence[bytes]) -> bytes:
+            return payloads.pack(payloads.open_in(images, self.pod.uid, config.kubelet))
+
         departed = config.departed / self.pod.uid
-        return LeavingPod(journal, parts, hand_over, volumes=mounted, departed=departed)
+        return LeavingPod(journal, parts, hand_over, volumes=mounted, payloads=payloads_open_in, departed=departed)
 
     def _last_words(self, member: Member, kubelet: Path) -> dict[str, Path]:
         path = cri.termination_message(member.spec, self.pod.uid, member.container.name, kubelet)
@@ -191,6 +195,12 @@ class PodInspection:
                     f"the container {name} has only a part of an emptyDir mounted",
                     why=", ".join(parts),
                     remedy="mount the whole volume: a subPath of an emptyDir cannot move yet",
+                )
+            if stale := deleted_but_open(member.facts.pids, cri.mounted_parts(member.spec, pod.uid, kubelet)):
+                yield ContainerBound(
+                    f"the container {name} has a file of a ConfigMap or Secret open that has changed since",
+                    why=f"{', '.join(stale)}, a part of a volume (subPath): the target has only the new one",
+                    remedy="have the job close it, or mount the whole volume; that counts from the pod's next start",
                 )
 
 

@@ -6,6 +6,7 @@ the original only the processes are killed here; records, snapshots and the sand
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -18,13 +19,18 @@ from anyio import to_thread
 from podferry.agent.helpers import gathered
 from podferry.agent.journal import Journal
 from podferry.agent.leaving import Leaving, Remains, tree_total
+from podferry.agent.pod.offered import PAYLOADS
 from podferry.agent.pod.parts import container_of_space, directory_of, joined, numbered, space_of, split
-from podferry.agent.ports import Change, Debt
+from podferry.agent.ports import IMAGES, Change, Debt
 from podferry.core.undo import Handler
+from podferry.memory.criu_images import without_deleted_sources
 from podferry.model import Dump
+from podferry.node.payloads import OPEN_FILES
 from podferry.node.upper import Source as TreeSource
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
+
+_MOUNTS = re.compile(r"mountpoints-\d+\.img")
 
 HandOver = Callable[[], Awaitable[None]]
 """Returns when the owner counts the target pod, and the source pod is deleted."""
@@ -100,8 +106,8 @@ class HeldPod:
 
 
 class LeavingPod(HeldPod):
-    """A running pod. `volumes` are its file systems, in the offer's order, and where each container has them; `departed` is the
-    mark that nothing of it starts here."""
+    """A running pod. `volumes` are its file systems, in the offer's order, and where each container has them; `payloads` packs what
+    the kubelet has written for it and these images say is open; `departed` is the mark that nothing of it starts here."""
 
     _parts: Sequence[Leaving]
 
@@ -112,9 +118,11 @@ class LeavingPod(HeldPod):
         hand_over: HandOver,
         *,
         volumes: Sequence[tuple[Path, Mapping[int, Sequence[str]]]],
+        payloads: Callable[[Sequence[bytes]], bytes],
         departed: Path,
     ) -> None:
         super().__init__(journal, parts, hand_over)
+        self._payloads = payloads
         self._volumes = [(TreeSource(path), mounted) for path, mounted in volumes]
         self._departed = departed
 
@@ -202,11 +210,15 @@ class LeavingPod(HeldPod):
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU dumps the containers side by side, and then holds them."""
         dumps = await gathered(*(part.dump for part in self._parts))
-        return {
-            (directory_of(number, directory), name): data
-            for number, images in enumerate(dumps)
-            for (directory, name), data in images.items()
+        images = {
+            (directory_of(number, directory), name): without_deleted_sources(data) if _MOUNTS.fullmatch(name) else data
+            for number, of_part in enumerate(dumps)
+            for (directory, name), data in of_part.items()
         }
+        open_files = [data for (_, name), data in images.items() if name == OPEN_FILES]
+        if payloads := await to_thread.run_sync(self._payloads, open_files):
+            images[directory_of(0, IMAGES), PAYLOADS] = payloads
+        return images
 
     def dumped(self) -> Dump:
         """What the dumps were spared, all of them."""

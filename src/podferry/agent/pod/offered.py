@@ -16,6 +16,8 @@ from podferry.node.cri import CONTAINER_NAME, UID, Volume
 
 LAST_WORDS = "podferry-last-words"
 """Among CRIU's images: what a container has written of its termination message so far."""
+PAYLOADS = "podferry-payloads"
+"""Among the first container's: payloads of volumes in which something is open (`podferry.node.payloads`)."""
 
 
 @dataclass(frozen=True)
