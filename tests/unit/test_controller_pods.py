@@ -84,7 +84,7 @@ def source() -> Json:
 
 def test_the_clone_is_the_sources_spec_and_nobodys_pod() -> None:
     before = source()
-    made = pods.target_pod(before, migration(), "b")
+    made = pods.target_pod(before, migration(), "b", NOW)
     about, spec = made["metadata"], made["spec"]
     assert before == source(), "the source was not touched"
     assert about["labels"] == {UID_LABEL: "m1", ROLE_LABEL: "target"}
@@ -104,13 +104,21 @@ def test_the_clone_is_the_sources_spec_and_nobodys_pod() -> None:
     assert spec["hostname"] == "train-0-abcde"
 
 
+@pytest.mark.parametrize(("limit", "left"), [(3600, 2700), (600, 1)])
+def test_a_deadline_of_the_pods_own_goes_on(limit: int, left: int) -> None:
+    one = source()
+    one["spec"]["activeDeadlineSeconds"] = limit
+    one["status"]["startTime"] = (NOW - datetime.timedelta(minutes=15)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert pods.target_pod(one, migration(), "b", NOW)["spec"]["activeDeadlineSeconds"] == left
+
+
 def test_a_hostname_of_its_own_is_kept_and_one_that_cannot_be_is_left_out() -> None:
     one = source()
     one["spec"]["hostname"] = "train-0"
-    assert pods.target_pod(one, migration(), "b")["spec"]["hostname"] == "train-0"
+    assert pods.target_pod(one, migration(), "b", NOW)["spec"]["hostname"] == "train-0"
     dotted = source()
     dotted["metadata"]["name"] = "train.v1"
-    assert "hostname" not in pods.target_pod(dotted, migration(), "b")["spec"]
+    assert "hostname" not in pods.target_pod(dotted, migration(), "b", NOW)["spec"]
 
 
 def test_the_pin_goes_into_every_way_of_being_placed_and_replaces_an_earlier_one() -> None:
@@ -119,7 +127,7 @@ def test_the_pin_goes_into_every_way_of_being_placed_and_replaces_an_earlier_one
     one["spec"]["affinity"] = {
         "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
     }
-    made = pods.target_pod(one, migration(), "b")["spec"]["affinity"]["nodeAffinity"]
+    made = pods.target_pod(one, migration(), "b", NOW)["spec"]["affinity"]["nodeAffinity"]
     after = made["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert [term["matchFields"] for term in after] == [[_pin("b")], [_pin("b")]]
     assert after[0]["matchExpressions"] == terms[0]["matchExpressions"]
@@ -149,9 +157,9 @@ def test_a_named_node_is_the_only_one() -> None:
 
 
 def test_names_are_of_one_family_and_the_same_each_time() -> None:
-    first = pods.target_pod(source(), migration("m1"), "b")
+    first = pods.target_pod(source(), migration("m1"), "b", NOW)
     assert first["metadata"]["name"] == pods.name_of(source(), migration("m1"), "target")
-    second = pods.target_pod({**first, "metadata": {**first["metadata"], "uid": "x"}}, migration("m2"), "a")
+    second = pods.target_pod({**first, "metadata": {**first["metadata"], "uid": "x"}}, migration("m2"), "a", NOW)
     for one in (first, second):
         assert one["metadata"]["name"].startswith("train-0-")
         assert len(one["metadata"]["name"]) == len("train-0-") + 5
@@ -164,7 +172,7 @@ def test_names_are_of_one_family_and_the_same_each_time() -> None:
 
 
 def test_the_target_takes_the_place_in_one_patch_and_the_source_leaves_it_in_one() -> None:
-    target = pods.target_pod(source(), migration(), "b")
+    target = pods.target_pod(source(), migration(), "b", NOW)
     target["metadata"] |= {"uid": "t1", "resourceVersion": "9"}
     patch = pods.take_place(source(), target)["metadata"]
     assert (patch["uid"], patch["resourceVersion"]) == ("t1", "9")
@@ -191,7 +199,7 @@ def test_a_pod_of_its_own_hands_over_labels_alone() -> None:
     bare = source()
     for name in ("ownerReferences", "finalizers"):
         del bare["metadata"][name]
-    target = pods.target_pod(bare, migration(), "b")
+    target = pods.target_pod(bare, migration(), "b", NOW)
     target["metadata"] |= {"uid": "t1", "resourceVersion": "9"}
     patch = pods.take_place(bare, target)["metadata"]
     assert (patch["ownerReferences"], patch["finalizers"]) == (None, None)
@@ -214,7 +222,7 @@ def test_a_second_clone_has_not_taken_its_place_yet() -> None:
         NAME_ANNOTATION: "before",
         pods.DELETION_COST: "-1",
     }
-    annotations = pods.target_pod(again, migration(), "b")["metadata"]["annotations"]
+    annotations = pods.target_pod(again, migration(), "b", NOW)["metadata"]["annotations"]
     assert HANDED_OVER_ANNOTATION not in annotations
     assert pods.DELETION_COST not in annotations
     assert annotations[NAME_ANNOTATION] == "move"

@@ -7,6 +7,7 @@ ReplicaSets and Jobs select by them), no owner, no finalizers. It gets these at 
 from __future__ import annotations
 
 import copy
+import datetime
 import hashlib
 from typing import Any
 
@@ -41,8 +42,8 @@ NOBODYS_SECURITY: Json = {
 MY_ANNOTATIONS = (NAME_ANNOTATION, ORIGIN_ANNOTATION, HANDED_OVER_ANNOTATION, LEAVING_ANNOTATION, DELETION_COST)
 
 
-def target_pod(source: Json, migration: Migration, node: str) -> Json:
-    """The pod that takes the source's place on `node`, as it is created: nobody's yet."""
+def target_pod(source: Json, migration: Migration, node: str, now: datetime.datetime) -> Json:
+    """The pod that takes the source's place on `node`, as it is created `now`: nobody's yet."""
     spec = copy.deepcopy(source["spec"])
     for name in FILLED_IN:
         spec.pop(name, None)
@@ -55,6 +56,9 @@ def target_pod(source: Json, migration: Migration, node: str) -> Json:
     for one in [*sidecars, *spec["containers"]]:
         one.pop("startupProbe", None)
         (one.get("lifecycle") or {}).pop("postStart", None)
+    if limit := spec.get("activeDeadlineSeconds"):
+        begun = datetime.datetime.fromisoformat(source["status"]["startTime"])
+        spec["activeDeadlineSeconds"] = max(1, limit - int((now - begun).total_seconds()))
     _pin(spec, [{"key": "metadata.name", "operator": "In", "values": [node]}])
     annotations = {
         name: value

@@ -204,7 +204,7 @@ class Reconciler:
     async def _make_target(self, migration: Migration, source: Json) -> float:
         node = migration.status.target_node or ""
         await self._api.delete(PODS, pods.name_of(source, migration, pods.PLACEHOLDER), migration.namespace, grace=0)
-        body = pods.target_pod(source, migration, node)
+        body = pods.target_pod(source, migration, node, clock())
         try:
             target = await self._api.create(PODS, body, migration.namespace)
         except AlreadyExists:
