@@ -111,6 +111,12 @@ def pod() -> Json:
         "name": "main",
         "image": JOB_IMAGE,
         "command": ["sh", "/key/run.sh"],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "resources": {"limits": {"cpu": "1", "memory": "256Mi"}},
         "lifecycle": {"postStart": {"exec": {"command": ["sh", "-c", "echo begun >> /disk/begun"]}}},
         "env": [
             {"name": "COLOUR", "valueFrom": {"configMapKeyRef": {"name": "asis", "key": "colour"}}},
@@ -124,6 +130,7 @@ def pod() -> Json:
     spec = {
         "runtimeClassName": "podferry",
         "terminationGracePeriodSeconds": 0,
+        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}, "fsGroup": 2000},
         "containers": [main],
         "volumes": [{"name": one, **kind} for one, kind in volumes.items()],
     }

@@ -165,6 +165,7 @@ def test_what_fits_may_move() -> None:
         ({"binds": (Bind("/data", "/data"),)}, {}, {}, "PF113"),
         ({"connections": ("a -> b",)}, {}, {}, "PF113"),
         ({"unsaved": ("io_uring",)}, {}, {}, "PF113"),
+        ({"unsaved": ("limits of other users",)}, {}, {}, "PF110"),
         ({"unsaved": ("guard pages",)}, {"criu": "4.1.1"}, {"criu": "4.2.1"}, "PF113"),
     ],
 )

@@ -94,6 +94,7 @@ def test_dump_options_are_checked(tmp_path: Path) -> None:
             "did not stop",
         ),
         ("Error (criu/page-pipe.c:418): page-pipe: tee: 65536: Operation not permitted", "pipes"),
+        ("Error (criu/cr-dump.c:389): Can't get rlimit 0: Operation not permitted", "not root's"),
     ],
 )
 def test_known_causes_are_named(tmp_path: Path, line: str, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,18 @@ def test_what_is_open_of_the_files_that_were_deleted_under_a_mount(tmp_path: Pat
         (tmp_path / "other").unlink()
         found = jobfacts.deleted_but_open([os.getpid()], [str(gone), str(here)])
     assert found == (str(gone),)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts processes of others")
+def test_limits_of_other_users_are_read_with_a_capability_alone() -> None:
+    capabilities = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    with subprocess.Popen(["sleep", "60"], user=65534, group=65534) as other:
+        try:
+            assert jobfacts.may_read_limits(other.pid) == bool(capabilities & 1 << 24)  # CAP_SYS_RESOURCE
+        finally:
+            other.kill()
+    assert jobfacts.may_read_limits(os.getpid())
+    assert jobfacts.may_read_limits(2**22 + 1), "what is gone has none"
 
 
 def test_open_files() -> None:

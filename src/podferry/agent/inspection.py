@@ -10,14 +10,14 @@ from podferry.agent.config import Config
 from podferry.agent.nodefacts import node_facts
 from podferry.agent.offered import Offered, log_file
 from podferry.core.facts import ContainerFacts, NodeFacts
-from podferry.core.preflight import GUARDS, Question, refusals
+from podferry.core.preflight import GUARDS, LIMITS, Question, refusals
 from podferry.errors import Refused, UsageError
 from podferry.memory.guards import has_guards
 from podferry.memory.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
 from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import Containerd, NotFound
-from podferry.node.jobfacts import container_facts
+from podferry.node.jobfacts import container_facts, may_read_limits
 from podferry.node.records import Container, Status, Stdio, Task, upper_dir
 from podferry.wire.messages import Offer
 
@@ -25,11 +25,10 @@ RUNTIME = "podferry-runc"
 DUMP_FLAGS = ("--file-locks",)
 
 
-def with_guards(facts: ContainerFacts) -> ContainerFacts:
-    """These facts, and whether a process of the container has guard pages."""
-    if any(has_guards(pid) for pid in facts.pids):
-        return replace(facts, unsaved=(*facts.unsaved, GUARDS))
-    return facts
+def with_unsaved(facts: ContainerFacts) -> ContainerFacts:
+    """These facts, with what else of the processes CRIU cannot save: guard pages, limits that it may not read."""
+    found = {GUARDS: any(has_guards(pid) for pid in facts.pids), LIMITS: not all(map(may_read_limits, facts.pids))}
+    return replace(facts, unsaved=(*facts.unsaved, *(name for name, so in found.items() if so)))
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Inspection:
             Offered(record, layers, stdio, DUMP_FLAGS),
             task,
             upper,
-            with_guards(container_facts(record, task, cgroup, upper)),
+            with_unsaved(container_facts(record, task, cgroup, upper)),
             self.node_facts(),
             self._choice,
         )

@@ -18,6 +18,8 @@ OLDEST_RUNC = (1, 1)
 GUARDING_CRIU = (4, 2)
 GUARDS = "guard pages"
 """As `ContainerFacts.unsaved` names guards that madvise made (glibc has them below each thread's stack from 2.42 on)."""
+LIMITS = "limits of other users"
+"""As `ContainerFacts.unsaved` names the resource limits of processes that are not root's, where nobody may read them."""
 PIPE_BYTES = 4 << 20
 MEMORY_RESERVE = 64 << 20
 DISK_RESERVE = 256 << 20
@@ -211,7 +213,13 @@ def _bound(question: Question) -> Iterator[Refused]:
         GUARDS: "guard pages (MADV_GUARD_INSTALL), which CRIU saves from 4.2 on",
     }
     old = min(numbers(node.criu) for node in (question.source, question.target) if node is not None) < GUARDING_CRIU
-    if lost := [one for one in container.unsaved if one != GUARDS or old]:
+    if LIMITS in container.unsaved:
+        yield NodeUnfit(
+            "the source's agent may not read the resource limits of processes that are not root's",
+            why="it has no CAP_SYS_RESOURCE, which prlimit(2) and so CRIU need for that",
+            remedy="run the agent with all capabilities; where the node itself has not this one, run the job as root",
+        )
+    if lost := [one for one in container.unsaved if one != LIMITS and (one != GUARDS or old)]:
         yield ContainerBound(
             "the container has something that CRIU cannot save",
             why=", ".join(unsaved.get(one, one) for one in lost),

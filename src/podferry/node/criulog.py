@@ -12,7 +12,7 @@ from podferry.node.process import last_lines
 
 E = TypeVar("E", bound=PodferryError)
 
-_HARMLESS = re.compile(r"RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED")
+_HARMLESS = re.compile(r"RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|No parent image found, though")
 _ERROR_LINE = re.compile(r"\b(Error|Warn) +\(")
 _LOG_TAIL = 1 << 20  # bytes; at the log level of criu.conf a log is far smaller
 
@@ -96,6 +96,11 @@ CAUSES = (
         r"(?:tee|F_SETPIPE_SZ|resize).*Operation not permitted",
         "CRIU may not make its pipes large enough",
         "sysctl fs.pipe-max-size=4194304, or give the runtime CAP_SYS_RESOURCE",
+    ),
+    _cause(
+        r"Can't get rlimit \d+: Operation not permitted",
+        "CRIU may not read the resource limits of a process that is not root's",
+        "run the agent with all capabilities: this one is CAP_SYS_RESOURCE",
     ),
     _cause(
         r"Unable to freeze cgroup",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import socket
 import stat
 import struct
@@ -51,6 +52,17 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
         tmpfs=sum(_tmpfs(task.pid, {bind.destination for bind in binds(spec)})),
         upper=disk_usage(upper),
     )
+
+
+def may_read_limits(pid: int) -> bool:
+    """Whether we may read a process' resource limits. One that is gone has none."""
+    try:
+        resource.prlimit(pid, resource.RLIMIT_CPU)
+    except PermissionError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def disk_usage(root: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.agent.config import Config
-from podferry.agent.inspection import DUMP_FLAGS, why_not, with_guards
+from podferry.agent.inspection import DUMP_FLAGS, why_not, with_unsaved
 from podferry.agent.journal import Journal, Part
 from podferry.agent.leaving import Leaving, Output
 from podferry.agent.nodefacts import node_facts
@@ -171,7 +171,7 @@ class PodInspection:
             )
         upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
         cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
-        facts = with_guards(container_facts(record, task, cgroup, upper))
+        facts = with_unsaved(container_facts(record, task, cgroup, upper))
         return Member(container, task, upper, facts)
 
     def _refused(self, pod: PodName, members: Sequence[Member]) -> Iterator[Refused]:
