@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import inspect
 import json
 import logging
 import selectors
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
@@ -153,6 +155,7 @@ class CountedChannel(Channel):
     def __init__(self, rig: Rig, link: MemoryLink, role: Role, peer: str) -> None:
         super().__init__(link, role)  # type: ignore[arg-type]
         self.peer, self._rig, self._memory_link = peer, rig, link
+        rig.used.append(weakref.ref(self))
 
     @property
     def traffic(self) -> Traffic:
@@ -448,6 +451,7 @@ class Rig:
         self.passed: Counter[tuple[str, str, str]] = Counter()
         self.fired: list[Fault] = []
         self.violations: list[str] = []
+        self.used: list[weakref.ref[Any]] = []
         self.down_until = 0.0
         self.stalled = self.over = self.was_cut = False
         self.restarts = 0
@@ -508,7 +512,9 @@ class Rig:
         return MortalJournal(directory, self, "source" if directory.is_relative_to(self.directory / "a") else "target")
 
     def leaving(self, config: Config, containerd: None, journal: Journal, **_: Any) -> Guarded:
-        return Guarded(FakeLeaving(self.source, journal), (LeavingJob,), self, "source")
+        job = FakeLeaving(self.source, journal)
+        self.used.append(weakref.ref(job))
+        return Guarded(job, (LeavingJob,), self, "source")
 
     def remains(self, journal: Journal, containerd: None, offered: Offered) -> Guarded:
         return Guarded(FakeRemains(self.source, journal), (HeldJob,), self, "source")
@@ -635,6 +641,14 @@ class Rig:
             *self.agents["b"]._targets.values(),
         ]
         self.records = {node: (self.journal_of(node).load_record() or {}) for node in ("a", "b") if self.phases(node)}
+
+    def kept(self) -> list[Any]:
+        """Connections, and the job on its way out, that the agents still hold now that all has ended."""
+        for agent in self.agents.values():
+            agent.errors.clear()  # these are the tests' own, and the links', with the frames that errors came through
+            agent.life.links.clear()
+        gc.collect()
+        return [one for ref in self.used if (one := ref()) is not None]
 
     def journal_of(self, node: str) -> Journal:
         journal = Journal(self.configs[node].migrations / self.id)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anyio
 import pytest
-from agent_rig import Cut, Fault, Rig, end_by_itself, fail, order
+from agent_rig import Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror
 
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Decision, Step
@@ -151,3 +152,33 @@ def test_nobody_resolves_to_a_target_that_still_needs_the_original(
     assert "lack memory" in rig.refused
     assert rig.phases("a")[5:] == ["lost-contact", "serve", "commit", "drain", "completed"]
     assert rig.phase("b") == TargetPhase.DONE
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault", "end"),
+    [
+        *((mode, None, SourcePhase.COMPLETED) for mode in Mode),
+        (Mode.LIVE, Fault("source", "dump", fail), SourcePhase.ROLLED_BACK),
+        (Mode.LIVE, Fault("source", "last_look", oserror), SourcePhase.ROLLED_BACK),
+        (Mode.LIVE, Fault("target", "verify", fail), SourcePhase.ROLLED_BACK),
+        (Mode.LIVE, Fault("target", "release", fail), SourcePhase.ROLLED_BACK),
+        (Mode.LIVE, Fault("source", "gate poise", cancel), SourcePhase.CANCELLED),
+    ],
+)
+def test_what_a_migration_needed_goes_with_its_end_and_its_record_stays(
+    mode: Mode, fault: Fault | None, end: SourcePhase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of pages, buffers and connections, of which an agent that lives for months would have ever more."""
+    rig = Rig(tmp_path, [fault] if fault else []).move(mode, monkeypatch)
+    assert rig.phase("a") == end
+    assert len(rig.used) >= 3  # the job, and both ends of one connection
+    assert rig.kept() == []
+    for node in ("a", "b"):
+        [record] = anyio.run(rig.agents[node].op_status, None, rig.id)
+        assert record == rig.records[node]
+        assert record["outcome"]
+        assert bool(record["error"]) == (fault is not None)
+    with pytest.raises(Refused, match="cannot be cancelled any more"):
+        anyio.run(rig.agents["a"].op_cancel, None, rig.id)
+    with pytest.raises(Refused, match="nothing to resolve"):
+        anyio.run(rig.agents["a"].op_resolve, None, rig.id, "a")

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.memory.ranges import EMPTY, Runs, union
+from podferry.memory import ranges
+from podferry.memory.ranges import EMPTY, Growing, Runs, union
 
 pytestmark = pytest.mark.unit
 
@@ -83,6 +84,22 @@ def test_pieces_cover_and_stay_small(a: Runs, size: int) -> None:
 def test_what_touches_is_joined(a: Runs) -> None:
     cut = list(a.pieces(3))
     assert Runs.disjoint([start for start, _ in cut], [end for _, end in cut]) == a
+
+
+@given(runs, st.integers(1, 5))
+def test_what_ascends_is_joined_in_blocks_of_any_size(a: Runs, at_once: int) -> None:
+    cut = list(a.pieces(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranges, "_AT_ONCE", at_once)
+        assert Runs.ascending((start for start, _ in cut), (end for _, end in cut)) == a
+
+
+@given(runs)
+def test_what_grows_one_by_one_is_joined(a: Runs) -> None:
+    growing = Growing()
+    for run in a.pieces(3):
+        growing.add(*run)
+    assert growing.runs() == a
 
 
 def test_a_run_that_ends_early_is_an_error() -> None:

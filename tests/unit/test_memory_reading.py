@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import mmap
 import os
+import signal
 import struct
 from array import array
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from podferry.memory import pagemap, tracker_none
 from podferry.memory.maps import private_anonymous, read_areas
 from podferry.memory.pagemap import PAGE, Category, Entries, Regions, decode_entries, open_pagemap, read_entries
 from podferry.memory.ranges import Runs
-from podferry.memory.reader import Data, Zero, tell_zeroes
+from podferry.memory.reader import Data, Reader, Zero, tell_zeroes
 from podferry.memory.tracker import Kind, Tracker, TrackerFacts, choose, create, no_pause
 from podferry.memory.zero_frames import ZeroFrames
 
@@ -114,6 +115,40 @@ def test_zero_pages_are_told_from_data(kinds: list[str]) -> None:
             assert isinstance(piece, Zero)
             seen += bytes(piece.end - piece.start)
     assert seen == memory
+
+
+def test_scattered_pages_are_read_each_once_and_those_that_are_gone_are_told() -> None:
+    """More of them than one call takes, several times over."""
+    pages, gone = 6000, range(1000, 6000, 1000)
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(-1, pages * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        handle = ctypes.c_char.from_buffer(area)
+        start = ctypes.addressof(handle)
+        del handle
+        for page in range(0, pages, 2):
+            area[page * PAGE : page * PAGE + 4] = struct.pack("<I", page + 1)
+        told, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            failed = any(libc.munmap(ctypes.c_void_p(start + page * PAGE), ctypes.c_size_t(PAGE)) for page in gone)
+            os.write(tell, b"!" if failed else b".")
+            signal.pause()
+        try:
+            assert os.read(told, 1) == b"."
+            seen: list[tuple[int, int]] = []
+            with Reader(child) as reader:
+                wanted = Runs((start + page * PAGE, start + (page + 1) * PAGE) for page in range(0, pages, 2))
+                for piece in reader.read(wanted):
+                    assert not isinstance(piece, Zero)
+                    first = piece.address if isinstance(piece, Data) else piece.start
+                    held = struct.unpack_from("<I", piece.memory)[0] if isinstance(piece, Data) else 0
+                    seen.append(((first - start) // PAGE, held))
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(told)
+            os.close(tell)
+    assert seen == [(page, 0 if page in gone else page + 1) for page in range(0, pages, 2)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from podferry.agent.owed import Owed
 from podferry.agent.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PodferryError, Refused
-from podferry.memory.ranges import EMPTY, Runs
+from podferry.memory.ranges import EMPTY, Growing, Runs
 from podferry.memory.reader import Data, Reader
 from podferry.memory.thin_images import complete, is_thin, worth_sparing
 from podferry.memory.tracker import Kind, Round, create
@@ -165,29 +166,29 @@ class Leaving:
 
     def _read_space(self, space: int, written: Runs, round: int) -> Iterator[Pages | Drop]:
         """Pages that hold only zeros are dropped instead: absent pages of a complete space are zero."""
-        batch, void = PageBatch(space, round), []
-        sent = []
+        batch = PageBatch(space, round)
+        sent, void = Growing(), Growing()
         try:
             reader = self._readers[space] = self._readers.get(space) or Reader(self._pids[space])
         except OSError:
             return
         for piece in reader.read(written):
             if isinstance(piece, Data):
-                sent.append((piece.address, piece.address + len(piece.memory)))
+                sent.add(piece.address, piece.address + len(piece.memory))
                 yield from batch.add(piece.address, piece.memory)
             else:
-                void.append((piece.start, piece.end))
+                void.add(piece.start, piece.end)
         yield from batch.flush()
-        self._sent[space] = self._sent.get(space, EMPTY) | Runs(sent)
-        yield from self._forget(space, Runs(void))
+        self._sent[space] = self._sent.get(space, EMPTY) | sent.runs()
+        yield from self._forget(space, void.runs())
 
     def _forget(self, space: int, runs: Runs) -> Iterator[Drop]:
         known = self._sent.get(space, EMPTY)
         void = known & runs
         self._sent[space] = known - runs
-        listed = list(void)
-        for first in range(0, len(listed), MAX_DROPS):
-            yield Drop(space, tuple(listed[first : first + MAX_DROPS]))
+        listed = iter(void)
+        while some := tuple(islice(listed, MAX_DROPS)):
+            yield Drop(space, some)
 
     def memory_totals(self) -> tuple[SpaceSum, ...]:
         """How many pages of each space the target must hold by now."""

@@ -158,8 +158,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 with anyio.CancelScope(shield=True):
                     await self._undo(self._cause or Bug("the migration stopped without a cause"), letters)
             helpers.cancel_scope.cancel()
-        if self._held is not None:
-            await self._held.close()
+        await self._let_go()
 
     async def go_on(self) -> None:
         """Finish a migration that an earlier agent left after the point of no return."""
@@ -178,6 +177,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                     with anyio.CancelScope(shield=True):
                         await self._undo(Failed("the agent was restarted in the middle of the migration"), None)
             helpers.cancel_scope.cancel()
+        await self._let_go()
 
     async def _check(self, helpers: TaskGroup, propose: Propose) -> Letters:
         """May it move? Nothing has been touched yet when the answer is no."""
@@ -448,6 +448,15 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             except PodferryError:
                 pass
             await letters.close()
+
+    async def _let_go(self) -> None:
+        """Of a migration that has ended, its record is wanted. What the job was read and sent with, with lists of its pages as long
+        as its memory is large, would stay as long as the agent."""
+        if self._held is not None:
+            await self._held.close()
+        self._held = self._cause = None
+        for part in ("job", "_sender", "_rounds"):  # none is there where the container could not be looked at
+            vars(self).pop(part, None)
 
     def _stop(self, cause: PodferryError) -> bool:
         if self._too_late or self.phase not in BEFORE_GO:

@@ -125,7 +125,9 @@ class Story:
         """The migration has ended. May be called once."""
         self.enter("")
         self.phase = str(outcome)
-        self.outcome, self.reason, self.error = outcome, reason, error
+        self.outcome, self.reason = outcome, reason
+        # What it says, as a record keeps it: the error itself holds the frames that it came through, and all that they hold.
+        self.error = PodferryError.from_dict(error.to_dict()) if error else None
         self.total_ms, self.ended_at = round(self.now(), 3), time.time()
 
     def listen(self, listener: Listener) -> Callable[[], None]:

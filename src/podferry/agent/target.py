@@ -333,6 +333,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 self._error = cause
                 await self.fire_anyway(TargetEvent.DIED if ran else TargetEvent.GONE, note=str(cause))
                 self.story.end(Outcome.FAILED if ran else Outcome.ROLLED_BACK, str(cause), cause)
+                self._error = self.story.error
                 self._word_known.set()
                 self.close()
         if channel is not None:

@@ -89,12 +89,14 @@ class Regions:
 
     def all(self) -> Runs:
         """Every page found."""
-        return Runs.disjoint(self.starts, self.ends)
+        return Runs.ascending(self.starts, self.ends)
 
     def having(self, category: Category) -> Runs:
         """The pages found that are of `category`."""
-        wanted = list(map(and_, self.categories, repeat(int(category))))
-        return Runs.disjoint(compress(self.starts, wanted), compress(self.ends, wanted))
+        starts, ends = (
+            compress(row, map(and_, self.categories, repeat(int(category)))) for row in (self.starts, self.ends)
+        )
+        return Runs.ascending(starts, ends)
 
 
 class Scanner:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 
 from podferry.memory.maps import covered, read_areas
 from podferry.memory.ranges import EMPTY, Runs
@@ -81,7 +82,8 @@ class Reader:
     def read(self, runs: Runs) -> Iterator[Piece]:
         """Every page of `runs` exactly once, in ascending order, as data, zero or gone."""
         mapped: Runs | None = None
-        pieces = deque(runs.pieces(self._piece))
+        rest = runs.pieces(self._piece)  # a few at a time: half a million would take 70 MB
+        pieces = deque(islice(rest, _VECTORS))
         while pieces:
             batch = self._batch(pieces)
             arrived = self._gather(batch)
@@ -100,6 +102,8 @@ class Reader:
                     mapped = self._mapped() if mapped is None else mapped
                     yield from self._read_around_holes(start + whole, end, mapped)
                     break
+            if len(pieces) < _VECTORS:
+                pieces.extend(islice(rest, _VECTORS))
 
     def _batch(self, pieces: deque[tuple[int, int]]) -> list[tuple[int, int]]:
         """Take as many pieces as the buffer and one call hold; at least one."""
@@ -157,7 +161,7 @@ def tell_zeroes(address: int, memory: memoryview) -> Iterator[Data | Zero]:
         and memory[(offset := index * PAGE) : offset + PAGE].tobytes() == _ZERO_PAGE
     ]
     begin = 0
-    for start, end in Runs.disjoint(zeroes, [offset + PAGE for offset in zeroes]):
+    for start, end in Runs.ascending(zeroes, [offset + PAGE for offset in zeroes]):
         if begin < start:
             yield Data(address + begin, memory[begin:start])
         yield Zero(address + start, address + end)
