@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 
 from podferry.agent.config import Config
 from podferry.agent.journal import Journal
-from podferry.agent.leaving import Leaving, Remains, handlers
+from podferry.agent.leaving import Leaving, Remains, handlers, pid_inside
 from podferry.agent.offered import Offered
 from podferry.agent.pod.leaving import LeavingPod
 from podferry.agent.ports import OriginalGone
 from podferry.core.undo import Ledger
 from podferry.errors import PodferryError
-from podferry.memory.tracker import Kind
+from podferry.memory.ranges import EMPTY, Runs
+from podferry.memory.tracker import Kind, Round, SpaceRound
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
 from podferry.node.checkpoint import Hold
@@ -140,6 +142,22 @@ def test_a_job_that_is_paused_for_a_look_is_in_the_ledger_until_it_runs_again(tm
         files(cgroup)["freeze"].mkdir()
     assert journal.held("freeze") is not None
     assert issubclass(CgroupFailed, PodferryError)
+
+
+def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Path) -> None:
+    """A job that runs a command now and then must not have its migration end by it."""
+    job = leaving(tmp_path, made(tmp_path / "group"), Journal(tmp_path / "journal"))
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    seen = SpaceRound(areas=(), written=Runs.of(0x1000, 0x2000), dropped=EMPTY, deferred=EMPTY, fresh=True)
+    both = {os.getpid(): seen, child: seen}
+    change = job._taken(Round(both, new=frozenset(both), gone=frozenset(), shared={}))
+    here = pid_inside(os.getpid())
+    assert set(change.written) == {here}
+    change = job._taken(Round({os.getpid(): seen}, new=frozenset(), gone=frozenset({child}), shared={}))
+    assert set(change.written) == set(change.dropped) == {here}
 
 
 class FakeHold:

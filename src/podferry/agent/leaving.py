@@ -131,7 +131,10 @@ class Leaving:
                 self._close_reader(space)
         written: dict[int, Runs] = {}
         for pid, found in seen.spaces.items():
-            space = self._spaces[pid] = self._spaces.get(pid) or pid_inside(pid)
+            try:
+                space = self._spaces[pid] = self._spaces.get(pid) or pid_inside(pid)
+            except OSError:  # it came and went around the look: nobody has heard of it
+                continue
             self._pids[space] = pid
             if found.fresh:
                 self._close_reader(space)
