@@ -14,7 +14,7 @@ import pytest
 from images_containerd import ContainerdNode, Image, Registry, file, make_image, program
 from images_rig import LOCAL, Rig, refused, scratch, some_chain
 
-from podferry.images import images_report, layout
+from podferry.images import check_layers, images_report, layout
 from podferry.images.layout import FormName
 from podferry.images.metadata import Home
 from podferry.images.mounts import mount_points, unmount
@@ -274,6 +274,38 @@ def test_a_layer_damaged_in_use_is_an_error_that_says_what_to_do(form: FormName)
         assert rig.publisher.publish_all()
         with rig.mounted(rig.view("v", chain)) as at:
             assert (at / "file").stat().st_size == 2000
+        rig.close()
+
+
+@pytest.mark.parametrize("form", list(FormName))
+def test_a_damage_that_a_look_does_not_show_is_found_by_reading_all(form: FormName) -> None:
+    """The layer's size and head are as published. Who runs from it runs on; the next pull makes it again."""
+    with scratch(LOCAL) as share, scratch(LOCAL) as home:
+        rig = Rig(home, share, form=form)
+        hurt, whole = some_chain(), some_chain()
+        for chain in (hurt, whole):
+            layer(rig, chain, 100_000)
+        assert rig.publisher.publish_all()
+        at = share / layout.LAYERS / layout.name_of(hurt)
+        victim = at / ("layer.erofs" if form is FormName.EROFS else "fs/file")
+        about = victim.stat()
+        with victim.open("r+b", buffering=0) as file:
+            file.seek(about.st_size - 50_000)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+        os.utime(victim, ns=(about.st_atime_ns, about.st_mtime_ns))
+        with rig.mounted(rig.view("v", hurt)) as mounted:
+            found = {one.chain: one for one in check_layers(rig.share)}
+            assert bool(found[hurt].wrong) and not found[whole].wrong
+            assert (mounted / "file").stat().st_size == 100_000
+        for name in ("v", hurt):
+            rig.remove(name)
+        layer(rig, hurt, 2000)
+        assert rig.publisher.publish_all()
+        with rig.mounted(rig.view("v", hurt)) as mounted:
+            assert (mounted / "file").stat().st_size == 2000
+        assert not any(one.wrong for one in check_layers(rig.share))
         rig.close()
 
 

@@ -9,11 +9,13 @@ import stat
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from podferry.errors import PodferryError, UsageError
 from podferry.images import forget, images_report, initialise, layout, open_share
+from podferry.images.checking import check_layers
 from podferry.images.collect import DAY, Collector
 from podferry.images.faults import LayerDamaged, LayerMissing, LayerUnfit, ShareFull, ShareRefused, ShareUnavailable
 from podferry.images.guard import Guard
@@ -241,6 +243,59 @@ def test_a_damaged_layer_is_named_set_aside_and_made_again(
     assert len(share.names(layout.DAMAGED)) == 1
     assert one.find(CHAIN) is None
     one.check(one.publish(CHAIN, source))
+
+
+@needs_root
+@pytest.mark.parametrize("hurt", ["content", "manifest gone", "files gone", "record"])
+def test_layers_are_read_whole_and_damaged_ones_set_aside(
+    share: PosixShare, clock: Clock, source: Path, hurt: str
+) -> None:
+    one = store(share, clock)
+    for chain in (CHAIN, OTHER):
+        one.publish(chain, source)
+    assert [(found.chain, found.wrong) for found in check_layers(share)] == [(CHAIN, ""), (OTHER, "")]
+    at = share.path(f"{layout.LAYERS}/{layout.name_of(OTHER)}")
+    match hurt:
+        case "content":
+            (at / "fs/etc/name").write_text("VALUE")
+        case "manifest gone":
+            (at / "manifest").unlink()
+        case "files gone":
+            (at / "fs").rename(at / "elsewhere")
+        case "record":
+            (at / layout.RECORD).write_bytes(b"{")
+    whole, damaged = check_layers(share)
+    assert (whole.chain, whole.wrong, damaged.chain) == (CHAIN, "", OTHER)
+    assert damaged.wrong
+    assert share.path(damaged.aside).is_dir()
+    assert share.names(layout.LAYERS) == [layout.name_of(CHAIN)]
+    one.publish(OTHER, source)
+    assert [found.wrong for found in check_layers(share)] == ["", ""]
+
+
+@needs_root
+@pytest.mark.parametrize("again", [True, False])
+def test_a_layer_that_goes_while_it_is_read_is_not_called_damaged(
+    share: PosixShare, clock: Clock, source: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed by the collector, or set aside by somebody else and made again."""
+    one = store(share, clock)
+    one.publish(CHAIN, source)
+    check = TreeForm.check
+
+    def meanwhile(form: TreeForm, at: str, record: Any) -> None:
+        share.path(f"{at}/manifest").unlink()
+        one.set_aside(CHAIN)
+        if again:
+            monkeypatch.undo()
+            one.publish(CHAIN, source)
+            raise LayerDamaged("what was there before")
+        check(form, at, record)
+
+    monkeypatch.setattr(TreeForm, "check", meanwhile)
+    assert list(check_layers(share)) == []
+    assert len(share.names(layout.LAYERS)) == again
+    assert len(share.names(layout.DAMAGED)) == 1
 
 
 @needs_root

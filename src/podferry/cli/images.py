@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +63,39 @@ def show(
     )
     for one in report.damaged:
         stderr().print(words(f"damaged: {one}", "yellow"))
+
+
+@app.command()
+def check(
+    share: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The share, as `podferry-snapshotter --share` has it.")
+    ] = None,
+    lab: Annotated[str | None, typer.Option(metavar="NAME", help="The share of a lab on this machine.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each layer.")] = False,
+) -> None:
+    """Read all layers whole, against their digests. A damaged one is set aside, and the next pull makes it again.
+
+    Example: [bold]podferry images check --share /share/images[/]
+    """
+    from podferry.images import check_layers, open_share
+    from podferry.images.faults import LayerDamaged
+
+    checked = damaged = 0
+    for layer in check_layers(open_share(_where(share, lab), create=False)):
+        checked += 1
+        damaged += bool(layer.wrong)
+        if json:
+            print_json(asdict(layer), indent=None)
+            continue
+        name = layer.chain.removeprefix("sha256:")[:SHOWN]
+        said = words(f"{name} {layer.form or '?'}, {units.size(layer.bytes)}: ")
+        said.append(words(f"{layer.wrong}; now at {layer.aside}", "yellow") if layer.wrong else words("whole"))
+        stdout().print(said)
+    if damaged:
+        raise LayerDamaged(
+            f"{damaged} of {checked} layers were damaged and set aside",
+            remedy="where a node has the image: crictl rmi IMAGE; crictl pull IMAGE",
+        )
 
 
 def _where(share: Path | None, lab: str | None) -> Path:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from podferry.images.checking import CheckedLayer, check_layers
 from podferry.images.layout import FormName
 from podferry.images.opening import initialise, open_share
 from podferry.images.references import forget
 from podferry.images.report import ImagesReport, images_report
 
-__all__ = ["FormName", "ImagesReport", "forget", "images_report", "initialise", "main", "open_share"]
+__all__ = [
+    "CheckedLayer",
+    "FormName",
+    "ImagesReport",
+    "check_layers",
+    "forget",
+    "images_report",
+    "initialise",
+    "main",
+    "open_share",
+]
 
 
 def main() -> None:

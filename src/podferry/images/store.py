@@ -148,15 +148,7 @@ class LayerStore:
 
     def set_aside(self, chain: str) -> str | None:
         """Take a damaged layer out of use, so that the next node that needs it makes it again; where it went."""
-        if self.read_only:
-            return None
-        name = layout.name_of(chain)
-        aside = f"{layout.DAMAGED}/{name}.{layout.new_token()}"
-        try:
-            self.share.rename(f"{layout.LAYERS}/{name}", aside)
-        except FileNotFoundError:
-            return None
-        return aside
+        return None if self.read_only else set_aside(self.share, chain)
 
     def _refer(self, chain: str) -> None:
         if not self.read_only:
@@ -206,3 +198,14 @@ class LayerStore:
                     self.share.rename(f"{layout.TRASH}/{entry}", f"{layout.LAYERS}/{name}")
                 restored = True
         return restored
+
+
+def set_aside(share: Share, chain: str) -> str | None:
+    """Take a layer out of use and keep what is there of it; where that is now, None when there was nothing."""
+    name = layout.name_of(chain)
+    aside = f"{layout.DAMAGED}/{name}.{layout.new_token()}"
+    try:
+        share.rename(f"{layout.LAYERS}/{name}", aside)
+    except FileNotFoundError:
+        return None
+    return aside
