@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tarfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -209,10 +210,19 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 """)
         self._spawn("containerd", ["containerd", "--config", str(config)])
         _answers(self.socket, self.processes["containerd"], self.home / "containerd.log")
-        # the CRI service comes last
+        # the CRI service comes last, and answers before it can do anything
         with grpc.insecure_channel(f"unix://{self.socket}") as channel:
             call = channel.unary_unary("/runtime.v1.ImageService/ListImages")
-            call(b"", wait_for_ready=True, timeout=READY)
+            until = time.monotonic() + READY
+            while True:
+                try:
+                    call(b"", wait_for_ready=True, timeout=READY)
+                except grpc.RpcError as error:
+                    if "not initialized" not in error.details() or time.monotonic() > until:
+                        raise
+                    threading.Event().wait(0.05)
+                else:
+                    return
 
     def pull(self, reference: str, *, timeout: float = 120.0) -> None:
         """Pull as the kubelet does: CRI's ImageService/PullImage, whose request is written by hand (fields 1 and 1),

@@ -12,11 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import grpc
+import images_gate
 import pytest
 from images_containerd import ContainerdNode, Image, Registry, file, make_image, program
 from images_rig import LOCAL, NETWORK, picture, scratch
 
+from podferry.errors import CommandFailed
 from podferry.images import images_report, layout
+from podferry.images.mounts import unmount
+from podferry.node.process import run
 
 pytestmark = pytest.mark.node
 
@@ -252,6 +256,84 @@ def test_killed_programs_come_back_to_whole_images(
         assert (two / "answer").read_bytes() == b"42\n"
 
 
+class Gate:
+    """The snapshotter's gate: it stands at a step until the gate is opened."""
+
+    at = images_gate.GATE
+
+    @property
+    def reached(self) -> bool:
+        return self.at.with_suffix(".reached").exists()
+
+    def arm(self, step: int) -> None:
+        """Stop at this step from now on; 0 only counts."""
+        self.at.with_suffix(".reached").unlink(missing_ok=True)
+        self.at.write_text(str(step))
+
+    def open(self) -> None:
+        self.at.unlink(missing_ok=True)
+
+    def steps(self) -> int:
+        return int(self.at.with_suffix(".steps").read_text())
+
+
+def pull_and_remove(node: ContainerdNode, image: Image, reference: str, gate: Gate) -> None:
+    """What is interrupted. Errors are allowed then."""
+    with suppress(grpc.RpcError, CommandFailed):
+        node.pull(reference)
+        wanted = {layout.name_of(chain) for chain in image.chains}
+        for _ in range(400):
+            if gate.reached or names(node.share / layout.LAYERS) >= wanted:
+                break
+            threading.Event().wait(0.05)
+        node.remove_image(reference)
+
+
+@pytest.mark.parametrize("every", [23, pytest.param(2, marks=pytest.mark.slow)])
+def test_containerd_killed_at_steps_of_a_pull_and_a_removal(
+    nodes: list[ContainerdNode], registry: Registry, every: int
+) -> None:
+    """The snapshotter stands still at a step while containerd dies; then pulls on both nodes read every file."""
+    first, second = nodes
+    gate = Gate()
+    gate.at.parent.mkdir(exist_ok=True)
+    first.kill("snapshotter")
+    first.start_snapshotter(str(Path(images_gate.__file__)))
+    counted = make_image(f"image-{os.urandom(3).hex()}", base, above)
+    gate.arm(0)
+    try:
+        for _ in range(20):  # the pull fails until containerd comes back to its snapshotter
+            pull_and_remove(first, counted, registry.add(counted), gate)
+            if names(first.share / layout.LAYERS):
+                break
+        total = gate.steps()
+        assert total > 20, "the steps are counted"
+        tried, reached = range(1, total, every), 0
+        for step in tried:
+            image = make_image(f"image-{os.urandom(3).hex()}", base, above)
+            reference = registry.add(image)
+            gate.arm(step)
+            work = threading.Thread(target=pull_and_remove, args=(first, image, reference, gate))
+            work.start()
+            while work.is_alive() and not gate.reached:
+                work.join(0.02)
+            reached += gate.reached
+            first.kill("containerd")
+            gate.open()
+            work.join()
+            first.start_containerd()
+            for node in nodes:
+                node.pull(reference)
+            with first.mounted(reference) as one, second.mounted(reference) as two:
+                assert picture(one) == picture(two), f"step {step} of {total}"
+                assert (two / "etc/changed").read_bytes() == b"upper"
+            for node in nodes:
+                node.remove_image(reference)
+        assert reached >= len(tried) * 0.7, f"{reached} of {len(tried)} steps were reached"
+    finally:
+        gate.open()
+
+
 def test_containers_and_pulls_survive_a_killed_snapshotter(
     nodes: list[ContainerdNode], registry: Registry, image: Image
 ) -> None:
@@ -271,24 +353,50 @@ def test_containers_and_pulls_survive_a_killed_snapshotter(
     first.ctr("containers", "delete", "stays")
 
 
-def test_a_second_snapshotter_is_not_needed_to_use_an_image_offline(
+def test_a_node_on_a_read_only_mount_uses_what_is_there(
     nodes: list[ContainerdNode], registry: Registry, image: Image
 ) -> None:
-    """The share goes read-only for new nodes: a node that may not write uses what is there."""
+    """An image that nobody has shared works there too, from the node's own disk."""
     first, _ = nodes
+    alone = make_image(f"alone-{os.urandom(3).hex()}", base)
     reference = registry.add(image)
     first.pull(reference)
     published(first, image)
     for writer in nodes:  # they keep house on the share at any time
         writer.kill("snapshotter")
     before = sorted(str(one) for one in Path(first.share).rglob("*"))
-    reader = ContainerdNode(first.home.parent / "n3", first.share, "n3", options=["--read-only"])
-    reader.start()
+    mount = first.home.parent / "read-only"
+    mount.mkdir()
+    run(["mount", "--bind", first.share, mount])
+    run(["mount", "-o", "remount,bind,ro", mount])
+    reader = ContainerdNode(first.home.parent / "n3", mount, "n3", options=["--read-only"])
     try:
+        with pytest.raises(OSError, match="Read-only"):
+            (mount / "anything").touch()
+        reader.start()
         once = registry.layer_bytes(image)
         reader.pull(reference)
         assert registry.layer_bytes(image) == once
         assert reader.run(reference, "/bin/cat", "/answer") == "42\n"
+        reader.pull(registry.add(alone))
+        assert reader.run(registry.add(alone), "/bin/cat", "/etc/changed") == "lower"
+        reader.kill("snapshotter")
+        reader.start_snapshotter()
+        assert runs_again(reader, reference) == "42\n"
         assert sorted(str(one) for one in Path(first.share).rglob("*")) == before
+        assert "PF25" not in reader.log()
     finally:
         reader.stop()
+        unmount(mount)
+
+
+def runs_again(node: ContainerdNode, reference: str) -> str:
+    """A container's output, once containerd has noticed that the snapshotter is back."""
+    for _ in range(20):
+        try:
+            return node.run(reference, "/bin/cat", "/answer")
+        except CommandFailed as error:
+            if "dialing" not in error.report():
+                raise
+            threading.Event().wait(0.5)
+    raise AssertionError("containerd never came back to the snapshotter")
