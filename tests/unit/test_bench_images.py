@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from test_bench_records import MACHINE, record
 
 from podferry.bench import pulls, report
 from podferry.bench.goals import FORMS, Verdict, verdicts
+from podferry.bench.moves import SOURCE, TARGET
 from podferry.bench.pulls import Crowd, Measurement, Pulls
 from podferry.bench.scenarios import SCENARIOS
+from podferry.lab import Lab
 
 pytestmark = pytest.mark.unit
 IMAGE = {"image_bytes": 500 << 20, "packed_bytes": 170 << 20, "layers": 2}
@@ -128,6 +130,52 @@ def test_what_is_measured_without_a_job_can_be_told_from_a_move() -> None:
     moves = [one for scenario in SCENARIOS.values() if scenario.workload for one in scenario.methods.values() if one]
     assert not any(isinstance(one, Measurement) for one in moves)
     assert isinstance(Pulls(), Measurement) and isinstance(Crowd("dir"), Measurement)
+
+
+@pytest.mark.parametrize("form", ["", *FORMS])
+def test_every_method_follows_the_same_pulls(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but what makes ready lies between the pulls that are not measured and the one that is, whatever ran before."""
+    did: list[tuple[str, ...]] = []
+
+    class Image:
+        facts: ClassVar[dict[str, int]] = {}
+
+        def __init__(self, lab: Any, form: str) -> None:
+            self.form = form
+
+        def make_ready(self, progress: Any) -> None:
+            did.append((self.form, "ready"))
+
+        def pull(self, node: str) -> None:
+            did.append((self.form, "pull", node))
+
+        def importing(self, node: str) -> float:
+            return 1.0
+
+        def layers_among(self, downloads: Any) -> list[Any]:
+            return []
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: 0
+
+    monkeypatch.setattr(pulls, "_Image", Image)
+    monkeypatch.setattr(pulls, "_received", lambda lab, node: 0)
+    monkeypatch.setattr(pulls, "_drop_caches", lambda: None)
+    monkeypatch.setattr(pulls.registry, "downloads", lambda lab: [])
+    timed: list[tuple[str, ...]] = []
+    original = pulls._timed
+
+    def watched(act: Any) -> float:
+        before = len(did)
+        took = original(act)
+        timed.extend(did[before:])
+        return took
+
+    monkeypatch.setattr(pulls, "_timed", watched)
+    Pulls(form).measure(Lab("unused"), print)
+    plain = [("", "ready"), ("", "pull", SOURCE), ("", "pull", TARGET)]
+    assert did == [*plain, (form, "ready"), (form, "pull", SOURCE)]
+    assert timed == [(form, "pull", SOURCE)]
 
 
 def test_chain_ids_are_those_of_the_image_spec() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,9 +13,10 @@ from podferry.bench import figures, report, runner
 from podferry.bench.goals import Verdict, store_and_job, total_over_allowance, verdicts, wire_over_need
 from podferry.bench.load import PAGE
 from podferry.bench.moves import Moved
-from podferry.bench.scenarios import SCENARIOS, chosen
+from podferry.bench.scenarios import SCENARIOS, chosen, restricted
 from podferry.bench.workload import Report
 from podferry.errors import Failed, UsageError
+from podferry.lab import Lab
 
 pytestmark = pytest.mark.unit
 
@@ -83,6 +85,34 @@ def seen() -> Report:
 def test_each_method_is_first_in_some_run() -> None:
     orders = [runner.rotated(["a", "b", "c"], number) for number in range(4)]
     assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize(("outcomes", "downs"), [(["completed"] * 4, 0), (["completed", "error"] * 2, 2)])
+def test_a_lab_is_made_anew_after_a_failure_alone(
+    outcomes: list[str], downs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lab may be one that somebody works in."""
+    left = list(outcomes)
+    monkeypatch.setattr(runner, "measure", lambda *arguments: {"outcome": left.pop(0)})
+    lab = Mock(Lab)
+    lab.exists.return_value = False
+    ran = list(runner.run(lab, chosen(["crowd"]), 2, tmp_path / "results", print))
+    assert [one["outcome"] for one in ran] == outcomes
+    assert lab.down.call_count == downs
+
+
+def test_methods_may_be_chosen_too() -> None:
+    both = chosen(["images", "crowd"])
+    assert restricted(both, []) == both
+    assert [list(one.methods) for one in restricted(both, ["erofs", "overlayfs"])] == [
+        ["overlayfs", "erofs"],
+        ["erofs"],
+    ]
+    assert list(SCENARIOS["images"].methods) == ["overlayfs", "erofs", "dir"]
+    with pytest.raises(UsageError, match="no method 'live'"):
+        restricted(both, ["erofs", "live"])
+    with pytest.raises(UsageError, match="nothing is left of scenario 'crowd'"):
+        restricted(both, ["overlayfs"])
 
 
 def test_a_report_tells_gaps_speeds_and_writes(seen: Report) -> None:

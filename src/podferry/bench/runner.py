@@ -37,8 +37,8 @@ T = TypeVar("T")
 def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, progress: Progress) -> Iterator[Record]:
     """Run every method of every scenario in turn, `repeat` times over; append each record to `results` and yield it.
 
-    The lab is brought up where it is not, and again, from nothing, after a run that went wrong and one of a `fresh` scenario.
-    Raises the error of the last of `ENOUGH_ERRORS` runs in a row that went wrong.
+    The lab is brought up where it is not, and again, from nothing, after a run that went wrong. Raises the error of the last of
+    `ENOUGH_ERRORS` such runs in a row.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     nodes = max([scenario.nodes for scenario in scenarios] + [len(lab.status().nodes) if lab.exists() else 0])
@@ -56,7 +56,7 @@ def run(lab: Lab, scenarios: Sequence[Scenario], repeat: int, results: Path, pro
                 in_a_row = in_a_row + 1 if record["outcome"] == ERROR else 0
                 if in_a_row == ENOUGH_ERRORS:
                     raise PodferryError.from_dict(record["error"])
-                if in_a_row or scenario.fresh:
+                if in_a_row:
                     lab.down(progress)
 
 

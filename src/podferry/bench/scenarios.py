@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from podferry.bench.moves import Method, Podferry
 from podferry.bench.pulls import Crowd, Measurement, Pulls
@@ -23,7 +23,7 @@ class Scenario:
     """A job, the methods that move it (`None` for the floor), and the rate of the link; or what is measured without a job.
 
     `most` is how often it is run at most, however many repetitions are asked for: where runs differ little, or only how they end
-    counts. `fresh` has each run begin with a new lab: what was pulled and deleted before slows down the pulls that follow.
+    counts.
     """
 
     name: str
@@ -33,7 +33,6 @@ class Scenario:
     link: str = "1gbit"
     nodes: int = 2
     most: int = 1000
-    fresh: bool = False
 
 
 SCENARIOS = {
@@ -101,7 +100,6 @@ SCENARIOS = {
             "an image of 500 MB: the first node's pull, the second node's start, and imports from it",
             None,
             {"overlayfs": Pulls(), "erofs": Pulls("erofs"), "dir": Pulls("dir")},
-            fresh=True,
         ),
         Scenario(
             "crowd",
@@ -109,7 +107,6 @@ SCENARIOS = {
             None,
             {"erofs": Crowd("erofs"), "dir": Crowd("dir")},
             nodes=10,
-            fresh=True,
         ),
         Scenario(
             "smoke",
@@ -127,3 +124,24 @@ def chosen(names: list[str]) -> list[Scenario]:
         if name not in SCENARIOS:
             raise UsageError(f"there is no scenario {name!r}", remedy=f"there are {', '.join(SCENARIOS)}")
     return [SCENARIOS[name] for name in names]
+
+
+def restricted(scenarios: list[Scenario], methods: list[str]) -> list[Scenario]:
+    """The scenarios with these of their methods alone; without names, as they are.
+
+    Raises `UsageError` for a method that none of them has, and where a scenario would be left with none.
+    """
+    there = {name for scenario in scenarios for name in scenario.methods}
+    if unknown := set(methods) - there:
+        raise UsageError(
+            f"there is no method {min(unknown)!r} in these scenarios", remedy=f"there are {', '.join(sorted(there))}"
+        )
+    if not methods:
+        return scenarios
+    kept = [
+        replace(one, methods={name: method for name, method in one.methods.items() if name in methods})
+        for one in scenarios
+    ]
+    if empty := [one.name for one in kept if not one.methods]:
+        raise UsageError(f"nothing is left of scenario {empty[0]!r}", remedy="name one of its methods, or leave it out")
+    return kept

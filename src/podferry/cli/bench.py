@@ -11,7 +11,7 @@ from rich.table import Table
 
 from podferry.bench import figures, report, runner
 from podferry.bench.goals import verdicts
-from podferry.bench.scenarios import SCENARIOS, chosen
+from podferry.bench.scenarios import SCENARIOS, chosen, restricted
 from podferry.cli.terminal import print_json, stderr, stdout, steps, words
 from podferry.errors import UsageError
 from podferry.lab import Lab
@@ -46,6 +46,9 @@ def list_scenarios() -> None:
 @app.command()
 def run(
     scenarios: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="As `podferry bench list` names them.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", metavar="NAME", help="Run this method alone; may be repeated.")
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, metavar="N", help="Run each method N times, in turn.")] = 1,
     results: Annotated[
         Path, typer.Option(metavar="FILE", help="Append one JSON line for each run to this file.")
@@ -57,7 +60,7 @@ def run(
         typer.Option(
             "--lab",
             metavar="NAME",
-            help="The lab to use; made where it is not there. Made anew after a failed run, and for each of images and crowd.",
+            help="The lab to use; made where it is not there, and anew after a run that failed.",
         ),
     ] = "bench",
 ) -> None:
@@ -66,7 +69,7 @@ def run(
     Example: [bold]podferry bench run downtime small large --repeat 10[/]
     """
     require_root()
-    selected, place, records = chosen(scenarios), Lab(lab), []
+    selected, place, records = restricted(chosen(scenarios), method or []), Lab(lab), []
     found = place.exists()
     try:
         with steps() as progress:
