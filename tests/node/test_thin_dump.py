@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from node_job import Arrival, Job
 
+from podferry.agent.nodefacts import version
+from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.memory.criu_images import PE_LAZY, PE_PRESENT, page_map, tasks
+from podferry.memory.pagemap import tells_guards
 from podferry.memory.ranges import Runs
-from podferry.memory.thin_images import complete, is_thin
+from podferry.memory.thin_images import complete, population
 from podferry.memory.uffd import PAGE
 from podferry.node.checkpoint import Hold
 from podferry.node.containerd import Containerd
 from podferry.node.records import Status
-from podferry.node.thin import KERNDAT, TRACKING, View
+from podferry.node.thin import ThinDump
+from podferry.protos.pagemap_pb2 import MmEntry
 
 pytestmark = pytest.mark.node
 
@@ -102,13 +104,6 @@ STILL = (
 STILL = STILL.replace('say("child", look)', 'say("child", look)\n    time.sleep(10000)')
 
 
-@pytest.fixture(scope="module")
-def view() -> View:
-    view = View.here()
-    assert view is not None, "CRIU of the lab's node takes the changed facts"
-    return view
-
-
 def start(job: Job, script: str) -> None:
     """Start it with a directory that its successor has, too."""
     job.start(script, f"--mount=type=bind,src={job.place},dst=/shared,options=rbind:rw")
@@ -127,13 +122,15 @@ def wait_all(job: Job) -> dict[str, str]:
     return dict(said)
 
 
-def held_thin(job: Job, view: View) -> Hold:
-    """As an agent holds it."""
-    hold = job.hold_early(thin=view)
+def held_thin(job: Job, *, guards: bool = False) -> tuple[Hold, bool]:
+    """As an agent holds it, with its images completed; and whether CRIU has left all memory where it is."""
+    hold = job.hold_early(thin=True)
     job.cgroup.freeze()
-    hold.go_on()
+    family = job.family()
+    hold.go_on(list(family.values()))
+    found = {inside: population(pid) for inside, pid in family.items()}
     hold.wait_ready()
-    return hold
+    return hold, complete(images_of(hold), found, guards=guards)
 
 
 def images_of(hold: Hold) -> Path:
@@ -154,16 +151,14 @@ def memory_in(images: Path) -> tuple[dict[int, Runs], dict[int, dict[int, bytes]
     return lazy, present
 
 
-def test_the_images_are_those_of_an_ordinary_dump(job: Job, view: View) -> None:
+def test_the_images_are_those_of_an_ordinary_dump(job: Job) -> None:
     start(job, STILL)
     job.wait_lines(len(SPEAKERS))
     hold = job.hold()
-    assert not is_thin(images_of(hold))
     ordinary = memory_in(images_of(hold))
     hold.rollback()
-    hold = held_thin(job, view)
-    assert is_thin(images_of(hold))
-    complete(images_of(hold), job.family())
+    hold, thin = held_thin(job)
+    assert thin
     lazy, present = memory_in(images_of(hold))
     assert lazy == ordinary[0]
     assert len(lazy) == 2 and all(runs.size > 1 << 20 for runs in lazy.values())
@@ -171,14 +166,14 @@ def test_the_images_are_those_of_an_ordinary_dump(job: Job, view: View) -> None:
     hold.rollback()
 
 
-def test_all_kinds_of_memory_move_whole(job: Job, client: Containerd, view: View) -> None:
+def test_all_kinds_of_memory_move_whole(job: Job, client: Containerd) -> None:
     start(job, ZOO)
     said = wait_all(job)
     arrival = Arrival(job, "thin-target")
     try:
         arrival.poise()
-        hold = held_thin(job, view)
-        complete(images_of(hold), job.family())
+        hold, thin = held_thin(job)
+        assert thin
         with arrival.fed(images_of(hold)):
             arrival.incoming.restore()
             assert arrival.created is not None
@@ -188,7 +183,8 @@ def test_all_kinds_of_memory_move_whole(job: Job, client: Containerd, view: View
         hold.commit()
         assert client.wait_task(job.id, 20) == 137
         assert wait_all(arrival.job) == said
-        again = held_thin(arrival.job, view)
+        again, thin = held_thin(arrival.job)
+        assert thin
         again.rollback()
         assert wait_all(arrival.job) == said
     finally:
@@ -196,10 +192,10 @@ def test_all_kinds_of_memory_move_whole(job: Job, client: Containerd, view: View
 
 
 @pytest.mark.parametrize("after", ["ready", "restart of the agent", "death of CRIU"])
-def test_a_thin_dump_is_rolled_back_as_another(job: Job, view: View, after: str) -> None:
+def test_a_thin_dump_is_rolled_back_as_another(job: Job, after: str) -> None:
     start(job, ZOO)
     said = wait_all(job)
-    hold = held_thin(job, view)
+    hold, _ = held_thin(job)
     if "restart" in after:
         hold = Hold.from_dict(hold.to_dict())
     if "death" in after:
@@ -211,55 +207,64 @@ def test_a_thin_dump_is_rolled_back_as_another(job: Job, view: View, after: str)
     assert job.task.status is Status.RUNNING
 
 
-def test_a_process_that_the_parent_does_not_know_is_dumped_as_ever(
-    job: Job, view: View, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one would be that came from nowhere between the claim and CRIU's look."""
+@pytest.mark.parametrize("blind", ["one process", "all"])
+def test_what_criu_finds_by_itself_makes_no_difference(job: Job, monkeypatch: pytest.MonkeyPatch, blind: str) -> None:
+    """As where nothing can be shown, or not for every process."""
     start(job, STILL)
     job.wait_lines(len(SPEAKERS))
-    hold = job.hold_early(thin=view)
-    assert hold._thin is not None
-    claim, first = hold._thin.claim, job.task.pid
-    monkeypatch.setattr(hold._thin, "claim", lambda pids: claim(pid for pid in pids if pid != first))
-    job.cgroup.freeze()
-    hold.go_on()
-    hold.wait_ready()
-    assert is_thin(images_of(hold))
-    complete(images_of(hold), job.family())
-    lazy, _ = memory_in(images_of(hold))
+    claim, first = ThinDump.claim, job.task.pid
+    monkeypatch.setattr(
+        ThinDump, "claim", lambda self, pids: claim(self, [pid for pid in pids if blind != "all" and pid != first])
+    )
+    hold = job.hold()  # the first, which leaves a page of code that is the process's own
+    ordinary = memory_in(images_of(hold))
     hold.rollback()
-    ordinary = job.hold()
-    assert lazy == memory_in(images_of(ordinary))[0]
-    ordinary.rollback()
-
-
-def test_where_the_facts_cannot_be_shown_the_dump_is_an_ordinary_one(
-    job: Job, view: View, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if view.kerndat is None:
-        pytest.skip("this kernel tracks memory: nothing is shown")
-    monkeypatch.setattr("podferry.node.thin.KERNDAT", Path("/run/nothing-of-that-name"))
-    start(job, STILL)
-    job.wait_lines(len(SPEAKERS))
-    hold = held_thin(job, replace(view))
-    assert not is_thin(images_of(hold))
-    complete(images_of(hold), job.family())
-    memory_in(images_of(hold))
+    hold, thin = held_thin(job)
+    assert not thin
+    assert memory_in(images_of(hold)) == ordinary
     hold.rollback()
 
 
-def test_nobody_else_sees_the_changed_facts(job: Job, view: View) -> None:
-    def tracks() -> bool:
-        return (
-            subprocess.run(["criu", "check", "--feature", TRACKING], check=False, capture_output=True).returncode == 0
-        )
-
-    before, facts = tracks(), KERNDAT.read_bytes()
+def test_nobody_else_sees_what_is_shown(job: Job) -> None:
     start(job, STILL)
     job.wait_lines(len(SPEAKERS))
-    hold = held_thin(job, view)
-    assert tracks() == before
-    assert KERNDAT.read_bytes() == facts
-    assert "criu.kdat" not in Path("/proc/self/mountinfo").read_text()
+    hold, _ = held_thin(job)
+    assert "pagemap" not in Path("/proc/self/mountinfo").read_text()
+    assert population(job.task.pid).held.size > 1 << 20
     hold.rollback()
-    assert KERNDAT.read_bytes() == facts
+    assert not hold.thin
+
+
+GUARDED = """
+import ctypes, mmap, time
+libc = ctypes.CDLL(None, use_errno=True)
+area = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area[:] = bytes([1]) * len(area)
+start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+for page in (3, 4, 9):
+    if libc.madvise(ctypes.c_void_p(start + page * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 102):
+        raise OSError(ctypes.get_errno(), "MADV_GUARD_INSTALL")
+print("guarded", flush=True)
+time.sleep(10000)
+"""
+
+
+def guards_in(images: Path) -> Runs:
+    mm = MmEntry.FromString((images / "mm-1.img").read_bytes()[12:])
+    return Runs((vma.start, vma.end) for vma in mm.vmas if vma.status & 1 << 16)
+
+
+def test_guards_are_saved_as_in_an_ordinary_dump(job: Job) -> None:
+    if numbers(version("criu")) < GUARDING_CRIU or not tells_guards():
+        pytest.skip("CRIU saves guard pages from 4.2 on, where the kernel tells them (6.15)")
+    start(job, GUARDED)
+    job.wait_lines(1)
+    hold = job.hold()
+    ordinary, guards = memory_in(images_of(hold)), guards_in(images_of(hold))
+    hold.rollback()
+    hold, thin = held_thin(job, guards=True)
+    assert thin
+    assert memory_in(images_of(hold)) == ordinary
+    assert guards_in(images_of(hold)) == guards
+    assert guards.size >= 3 * PAGE and len(guards) >= 2
+    hold.rollback()

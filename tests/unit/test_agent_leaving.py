@@ -27,7 +27,6 @@ from podferry.node.checkpoint import Hold
 from podferry.node.containerd import ContainerdFailed, NotFound
 from podferry.node.gate import Gate
 from podferry.node.records import Container, Opaque, Status, Task
-from podferry.node.thin import View
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
@@ -164,7 +163,7 @@ class FakeHold:
     """A dump whose `criu` never came to the gate where `broken`."""
 
     def __init__(self, images: Path, said: list[str], *, waits: bool, thin: bool, broken: bool) -> None:
-        self.waits, self._images, self._said, self._thin, self._broken = waits, images, said, thin, broken
+        self.waits, self.thin, self._said, self._broken = waits, thin, said, broken
         images.mkdir(parents=True, exist_ok=True)
         said.append("waits" if waits else "begins")
 
@@ -179,42 +178,51 @@ class FakeHold:
 
     def go_on(self, spared: list[int]) -> None:
         self.waits = False
-        self._said.append("goes on")
+        self._said.append(f"goes on, spared {len(spared)}")
 
     def wait_ready(self) -> None:
         assert not self.waits
-        if self._thin:
-            (self._images / "parent").symlink_to("../thin")
 
 
 @pytest.mark.parametrize(
-    ("gate", "view", "broken", "dumped", "said"),
+    ("gate", "thin", "whole", "broken", "dumped", "said"),
     [
-        (True, True, False, Dump.THIN, ["waits", "goes on"]),
-        (True, False, False, Dump.PREPARED, ["waits", "goes on"]),
-        (True, True, True, Dump.ORDINARY, ["waits", "called off", "begins"]),
-        (False, True, False, Dump.ORDINARY, ["begins"]),
+        (True, True, True, False, Dump.THIN, ["waits", "goes on, spared 1"]),
+        (True, True, False, False, Dump.PREPARED, ["waits", "goes on, spared 1"]),
+        (True, False, True, False, Dump.PREPARED, ["waits", "goes on, spared 0"]),
+        (True, True, True, True, Dump.ORDINARY, ["waits", "called off", "begins"]),
+        (False, True, True, False, Dump.ORDINARY, ["begins"]),
     ],
 )
 async def test_what_a_dump_cannot_be_spared_does_not_end_the_migration(
-    gate: bool, view: bool, broken: bool, dumped: Dump, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gate: bool,
+    thin: bool,
+    whole: bool,
+    broken: bool,
+    dumped: Dump,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     heard: list[str] = []
 
-    def start(id: str, cgroup: Cgroup, *, images: Path, wait: bool, thin: View | None, **_: object) -> FakeHold:
-        return FakeHold(images, heard, waits=wait, thin=thin is not None, broken=broken)
+    def start(id: str, cgroup: Cgroup, *, images: Path, wait: bool, thin: bool, **_: object) -> FakeHold:
+        return FakeHold(images, heard, waits=wait, thin=thin, broken=broken)
 
     monkeypatch.setattr(Hold, "start", start)
     monkeypatch.setattr(Gate, "usable", lambda: gate)
-    monkeypatch.setattr(View, "here", lambda: View(b"") if view else None)
+    monkeypatch.setattr("podferry.agent.leaving.possible", lambda: thin)
+    completed: list[int] = []
     monkeypatch.setattr(
-        "podferry.agent.leaving.complete", lambda images, _: (images / "parent").unlink(missing_ok=True)
+        "podferry.agent.leaving.complete", lambda images, found, guards: completed.extend(found) or whole
     )
     journal = Journal(tmp_path / "journal")
     job = leaving(tmp_path, made(tmp_path / "group"), journal)
+    job._spaces, job._spared = {os.getpid(): pid_inside(os.getpid()), 1 << 22: 7}, {os.getpid(): True, 1 << 22: False}
     await job.stand_by()
     await job.dump()
     assert heard == said
+    assert completed == ([pid_inside(os.getpid())] if "spared 1" in said[-1] else [])
     assert job.dumped() is dumped
     assert (journal.held("hold") or {})["waits"] is False
 

@@ -19,13 +19,6 @@ from podferry.node.gatekeeper import DUMP
 pytestmark = pytest.mark.unit
 FEATURE_CHECK = b"\x08\x09"
 REST = b"\x12\x04opts"
-THIN: dict[str, dict[str, str]] = {
-    "": {},
-    "thin": {"PODFERRY_THIN": "thin"},
-    "cannot": {"PODFERRY_THIN": "thin", "PODFERRY_SHOWN": "/nonexistent", "PODFERRY_INSTEAD_OF": "/nonexistent/file"},
-}
-
-
 NODE = """
 for shared in proc "$2"; do mkdir -p "$1/$shared"; mount --rbind "/$shared" "$1/$shared"; done
 node=$1
@@ -48,7 +41,7 @@ class Node(Where):
     """A node without a Python, for an agent in a pod; `shared` is the same directory on it and in the pod."""
 
     def __init__(self, top: Path, shared: Path) -> None:
-        self.top, self._shared = top, shared
+        self.top = top
         (top / "bin").mkdir(parents=True)
         for name in ("sh", "chroot", "sleep"):
             program = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
@@ -60,7 +53,22 @@ class Node(Where):
                 shutil.copy(library, self.path(library))
         self.path(ON_NODE).parent.mkdir(parents=True)
         shutil.copy(SHIM, self.path(ON_NODE))
-        self.init = subprocess.Popen(self.words("/bin/sh", "-c", "echo; exec sleep 1000"), stdout=subprocess.PIPE)
+        self.init = subprocess.Popen(
+            [
+                "unshare",
+                "--mount",
+                "sh",
+                "-ec",
+                NODE,
+                "sh",
+                str(top),
+                str(shared),
+                "/bin/sh",
+                "-c",
+                "echo; exec sleep 1000",
+            ],
+            stdout=subprocess.PIPE,
+        )
         assert self.init.stdout is not None
         assert self.init.stdout.readline() == b"\n"
 
@@ -68,7 +76,7 @@ class Node(Where):
         return self.top / path.relative_to("/")
 
     def words(self, *words: str) -> list[str]:
-        return ["unshare", "--mount", "sh", "-ec", NODE, "sh", str(self.top), str(self._shared), *words]
+        return ["nsenter", f"--target={self.init.pid}", "--mount", "chroot", str(self.top), *words]
 
     def close(self) -> None:
         assert self.init.stdout is not None
@@ -117,18 +125,25 @@ class Held:
 
 @pytest.fixture
 def held(tmp_path: Path, where: Where, request: pytest.FixtureRequest) -> Iterator[Held]:
-    """The shim, asked for what the parameter says."""
+    """The shim, asked for what the parameter says. `real` is a file of which it may be shown another, as its second word says."""
     programs, called = tmp_path / "shared/bin", tmp_path / "shared/called"
     programs.mkdir(parents=True)
-    (programs / "criu").write_text(f'#!/bin/sh\necho "$@ $PATH" >{called}\necho "$CRIU_CONFIG_FILE" >{called}.conf\n')
+    for name in ("real", "other"):
+        (tmp_path / "shared" / name).write_text(name)
+    seen = f'read line <{tmp_path}/shared/real; echo "$line" >{called}.seen'
+    (programs / "criu").write_text(f'#!/bin/sh\necho "$@ $PATH" >{called}\n{seen}\n')
     (programs / "criu").chmod(0o755)
     gate = Gate(tmp_path / "shared/gate")
     runc, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kind, _, how = request.param.partition(b" ")
-    environment = gate.environment(f"{programs}:/usr/sbin:/usr/bin:/bin") | {
-        "CRIU_CONFIG_FILE": "ordinary",
-        **THIN[how.decode()],
-    }
+    environment = gate.environment(f"{programs}:/usr/sbin:/usr/bin:/bin")
+    if how:
+        listed = tmp_path / "shared/listed"
+        environment["PODFERRY_SHOWN"] = str(listed)
+        if how != b"unlisted":
+            listed.write_text(
+                "".join(f"{tmp_path}/shared/{name} {tmp_path}/shared/real\n" for name in how.decode().split())
+            )
     with runc, theirs:
         runc.send(kind + REST)
         # As Go does it: the socket is the child's descriptor 3.
@@ -178,19 +193,24 @@ def test_a_dump_waits_until_the_gate_opens(held: Held) -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "settings"),
+    ("held", "seen"),
     [
-        (DUMP, "ordinary"),
-        (DUMP + b" thin", "thin"),
-        (DUMP + b" cannot", "ordinary"),
-        (FEATURE_CHECK + b" thin", "ordinary"),
+        (DUMP, "real"),
+        (DUMP + b" other", "other"),
+        (DUMP + b" other other", "other"),
+        (DUMP + b" missing", "real"),
+        (DUMP + b" unlisted", "real"),
+        (FEATURE_CHECK + b" other", "real"),
     ],
     indirect=["held"],
 )
-def test_a_dump_is_thin_where_that_can_be_had(held: Held, settings: str) -> None:
+def test_a_dump_finds_what_it_is_to_find_where_that_can_be_had(held: Held, seen: str) -> None:
+    if seen == "other" and not may_make_nodes():
+        pytest.skip("no mount namespaces here: root makes them")
     held.gate.open()
     assert held.shim.wait(10) == 0
-    assert held.called.with_name("called.conf").read_text().strip() == settings
+    assert held.called.with_name("called.seen").read_text().strip() == seen
+    assert held.called.with_name("real").read_text() == "real", "nobody else finds another"
 
 
 @pytest.mark.parametrize("held", [DUMP], indirect=True)

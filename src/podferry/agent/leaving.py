@@ -24,14 +24,16 @@ from anyio import to_thread
 from podferry.agent.config import Config
 from podferry.agent.helpers import reap, remove_task, runs
 from podferry.agent.journal import Journal, Part
+from podferry.agent.nodefacts import version
 from podferry.agent.offered import Offered
 from podferry.agent.owed import Owed
 from podferry.agent.ports import IMAGES, LOG, UPPER, Change, OriginalGone
+from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Growing, Runs
 from podferry.memory.reader import Data, Reader
-from podferry.memory.thin_images import complete, is_thin, worth_sparing
+from podferry.memory.thin_images import Population, complete, population, possible, worth_sparing
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.model import Dump
@@ -42,7 +44,6 @@ from podferry.node.gate import Gate
 from podferry.node.guests import show_out
 from podferry.node.records import Task
 from podferry.node.stdio import drained
-from podferry.node.thin import View
 from podferry.node.upper import Source as UpperSource
 from podferry.node.upper import shared_files
 from podferry.wire.batch import PageBatch
@@ -252,13 +253,13 @@ class Leaving:
 
     def _stand_by(self) -> None:
         if Gate.usable():
-            self._start_dump(wait=True, thin=View.here())
+            self._start_dump(wait=True, thin=possible())
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
         return await to_thread.run_sync(self._dump)
 
-    def _start_dump(self, *, wait: bool, thin: View | None = None) -> Hold:
+    def _start_dump(self, *, wait: bool, thin: bool = False) -> Hold:
         work = self._scratch / "work"
         self._journal.acquire("outgoing", directory=str(self._scratch))
         self._journal.acquire("hold", work=str(work), cgroup=self._cgroup.to_dict(), waits=wait)
@@ -281,16 +282,18 @@ class Leaving:
         if hold.waits and not hold.may_go_on():
             hold.call_off()
             hold = self._start_dump(wait=False)
+        found: dict[int, Population] = {}
         if hold.waits:
             self._journal.acquire("hold", **hold.to_dict() | {"waits": False})
-            hold.go_on([pid for pid in self._cgroup.pids() if self._spared.get(pid, True)])
             self._dumped = Dump.PREPARED
+            spared = [pid for pid in self._spaces if self._spared[pid]] if hold.thin else []
+            hold.go_on(spared)
+            found = {pid_inside(pid): population(pid) for pid in spared}
         hold.wait_ready()
         self._journal.acquire("hold", **hold.to_dict())
         directory = self._scratch / "images"
-        if is_thin(directory):
+        if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
             self._dumped = Dump.THIN
-        complete(directory, {pid_inside(pid): pid for pid in self._cgroup.pids()})
         images = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
         for name, path in self._enclosed.items():
             with suppress(OSError):

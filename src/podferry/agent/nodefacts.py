@@ -12,12 +12,11 @@ from pathlib import Path
 
 from podferry.core.facts import NodeFacts
 from podferry.errors import CommandFailed, TimedOut
-from podferry.memory import tracker, uffd
+from podferry.memory import thin_images, tracker, uffd
 from podferry.node import outside
 from podferry.node.cgroup import cgroup_kind
 from podferry.node.gate import Gate
 from podferry.node.process import PATH, run
-from podferry.node.thin import View
 
 PROGRAM_TIMEOUT = 10.0  # seconds
 LAZY_FEATURES = (
@@ -47,15 +46,10 @@ def node_facts(root: Path, *, containerd: str = "", runc: str = "runc", criu: st
         pagemap_scan=kernel.pagemap_scan,
         wp_async=kernel.wp_async,
         soft_dirty=kernel.soft_dirty,
-        thin_dump=thin_dump() is not None,
+        thin_dump=Gate.usable() and thin_images.possible(),
         pipe_max_size=int(Path("/proc/sys/fs/pipe-max-size").read_text()),
         clock=time.time(),
     )
-
-
-def thin_dump() -> View | None:
-    """How CRIU's dump can be had to leave private memory where it is, if it can."""
-    return View.here() if Gate.usable() else None
 
 
 def version(program: str) -> str:

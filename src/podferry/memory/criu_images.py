@@ -26,7 +26,7 @@ from podferry.protos import pagemap_pb2
 
 Entry = TypeVar("Entry", bound=Message)
 
-PE_PARENT, PE_LAZY, PE_PRESENT = 1, 2, 4
+PE_LAZY, PE_PRESENT = 2, 4
 
 _COMMON_MAGIC = 0x54564319
 _PAGEMAP_MAGIC = 0x56084025
@@ -39,6 +39,10 @@ _UINT32 = (1 << 32) - 1
 
 _MAP_KIND, _MAP_LAZY = 0x42022, 0x22  # of MAP_HUGETLB, MAP_LOCKED, MAP_ANONYMOUS, MAP_PRIVATE only the latter two
 _SPECIAL = 1 << 2 | 1 << 3 | 1 << 12 | 1 << 16  # VMA_AREA_VSYSCALL, _VDSO, _VVAR, _GUARD of criu/include/image.h
+_GUARD = 1 << 16
+_DUMPED = 1 << 6 | 1 << 9 | 1 << 15  # VMA_FILE_PRIVATE, VMA_ANON_PRIVATE, VMA_AREA_SHSTK
+_NOT_DUMPED = _SPECIAL | 1 << 13 | 1 << 17  # and VMA_AREA_AIORING, which CRIU always writes itself, and _UPROBES
+_MAP_DROPPABLE = 8
 _NOT_INHERITED = 1 << 10 | 1 << 18  # MADV_DONTFORK, MADV_WIPEONFORK
 
 
@@ -123,19 +127,51 @@ def anonymous_areas(images: Path, pid: int) -> RunMap:
 
     Which these are is CRIU's `vma_entry_can_be_lazy` (criu/include/vma.h).
     """
-    path = images / f"mm-{pid}.img"
     areas = RunMap()
-    mm = _parse(pagemap_pb2.MmEntry(), next(_messages(path, _MM_MAGIC), b""))
-    for vma in mm.vmas:
+    for vma in _areas(images, pid):
+        if vma.flags & _MAP_KIND == _MAP_LAZY and not vma.status & _SPECIAL:
+            areas.set(vma.start, vma.end, 1 if vma.madv & _NOT_INHERITED else 0)
+    return areas
+
+
+def dumped_areas(images: Path, pid: int) -> Runs:
+    """The areas of a process of which CRIU's images hold the pages that are there, lazy or not.
+
+    Which these are is the rule of `generate_vma_iovs` (criu/mem.c) and `vma_entry_is_private` (criu/include/vma.h).
+    """
+    return Runs(
+        (vma.start, vma.end)
+        for vma in _areas(images, pid)
+        if vma.status & _DUMPED and not vma.status & _NOT_DUMPED and not vma.flags & _MAP_DROPPABLE
+    )
+
+
+def add_guards(images: Path, pid: int, guards: Runs) -> None:
+    """Add guard pages to the areas of a process, as CRIU does from 4.2 on (`collect_madv_guards`); not if it has done so."""
+    path = images / f"mm-{pid}.img"
+    mm = _mm(path)
+    if any(vma.status & _GUARD for vma in mm.vmas):
+        return
+    for start, end in guards:
+        mm.vmas.add(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=_GUARD, fd=-1)
+    data = mm.SerializeToString()
+    path.write_bytes(struct.pack("<III", _COMMON_MAGIC, _MM_MAGIC, len(data)) + data)
+
+
+def _mm(path: Path) -> pagemap_pb2.MmEntry:
+    return _parse(pagemap_pb2.MmEntry(), next(_messages(path, _MM_MAGIC), b""))
+
+
+def _areas(images: Path, pid: int) -> Iterator[pagemap_pb2.VmaEntry]:
+    path = images / f"mm-{pid}.img"
+    for vma in _mm(path).vmas:
         if vma.start >= ADDRESS_LIMIT:  # the vsyscall page
             continue
         if vma.start % PAGE or vma.end % PAGE or not vma.start < vma.end <= ADDRESS_LIMIT:
             raise PeerMisbehaved(
                 f"{path} has the area {vma.start:#x}-{vma.end:#x}", why="empty, out of order or no address"
             )
-        if vma.flags & _MAP_KIND == _MAP_LAZY and not vma.status & _SPECIAL:
-            areas.set(vma.start, vma.end, 1 if vma.madv & _NOT_INHERITED else 0)
-    return areas
+        yield vma
 
 
 def missing(store: PageStore, images: Path) -> dict[int, Runs]:

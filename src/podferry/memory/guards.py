@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+from functools import cache
 
 from podferry.memory.maps import read_areas
 from podferry.memory.pagemap import Category, Query, Scanner, open_pagemap, tells_guards
 
+_GUARD_INSTALL = 102  # MADV_GUARD_INSTALL of asm-generic/mman-common.h
 _KERNELS = 1 << 63
 """Addresses from here on (x86's vsyscall page) are not the process's."""
 
@@ -25,3 +28,16 @@ def has_guards(pid: int) -> bool:
             os.close(pagemap)
     except OSError:
         return False
+
+
+@cache
+def hides_guards() -> bool:
+    """Whether processes may have guard pages here and the kernel does not tell where (Linux 6.13 and 6.14)."""
+    if tells_guards():
+        return False
+    with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        try:
+            page.madvise(_GUARD_INSTALL)
+        except OSError:
+            return False
+    return True

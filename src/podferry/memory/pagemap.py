@@ -34,7 +34,9 @@ _WORDS = 3  # of a struct page_region: start, end, categories
 _REGIONS = 65536  # that one call may return
 
 _PAGES_AT_ONCE = 1 << 17  # one MiB of classic pagemap entries
-_TOP_BITS_TO_PRESENT = bytes(int(byte & 0b1100_0000 != 0) for byte in range(256))  # bit 63 present, bit 62 swapped
+_TOP_BITS_TO_PRESENT = bytes(  # bit 63: present, bit 62: swapped, bit 61: a file's, not the process's own
+    int(byte & 0b1100_0000 != 0 and byte & 0b0010_0000 == 0) for byte in range(256)
+)
 _TOP_BITS_TO_SWAPPED = bytes(byte >> 6 & 1 for byte in range(256))
 _BIT_55_TO_DIRTY = bytes(byte >> 7 for byte in range(256))  # of the byte that holds bits 48 to 55
 _ANY_BIT = bytes(int(byte != 0) for byte in range(256))
@@ -200,7 +202,7 @@ class Entries:
     """What the classic pagemap tells of a process."""
 
     present: Runs
-    """Pages that hold something to copy: there, or in swap, and not the zero page, see `zero_frames`."""
+    """Pages that hold something to copy: there, or in swap, and neither a file's nor the zero page, see `zero_frames`."""
     soft_dirty: Runs
     """Those of them written since `clear_refs`; all of them on a kernel without soft-dirty is not promised."""
     frames: tuple[tuple[int, bytes], ...]

@@ -29,14 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from podferry.errors import Failed, PeerMisbehaved, TimedOut
+from podferry.errors import CommandFailed, Failed, PeerMisbehaved, TimedOut
 from podferry.node import outside
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
 from podferry.node.gate import Gate
 from podferry.node.netns import in_network_of, in_new_network
 from podferry.node.process import PATH, Child, ending, last_lines, spawn
-from podferry.node.thin import ThinDump, View
+from podferry.node.thin import ThinDump
 
 PORT = 7117
 READY_TIMEOUT = 120.0  # seconds
@@ -132,12 +132,12 @@ class Hold:
         conf: Path = CRIU_CONF,
         runc: str | Path = "runc",
         wait: bool = False,
-        thin: View | None = None,
+        thin: bool = False,
     ) -> Hold:
         """Begin to dump container `id`, which should be frozen already: CRIU looks only every 100 ms else.
 
-        With `wait` only what can be done while it runs is begun; `go_on` does the rest. With `thin` as well the dump leaves
-        private memory where it is, and its images must be completed (`podferry.memory.thin_images`). `images` and `work` are
+        With `wait` only what can be done while it runs is begun; `go_on` does the rest. With `thin` as well the dump can leave
+        private memory where it is; its images must then be completed (`podferry.memory.thin_images`). `images` and `work` are
         made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings.
         """
         unknown = set(flags) - FLAGS
@@ -151,10 +151,10 @@ class Hold:
         if wait:
             hold.waits, hold._gate = True, Gate(work / "gate")
             environment |= hold._gate.environment(PATH)
-            if thin is not None:
-                with contextlib.suppress(OSError):  # no room, say: then the dump is an ordinary one
-                    hold._thin = ThinDump(work / "thin", thin)
-                    environment |= hold._thin.environment(settings, images)
+            if thin:
+                with contextlib.suppress(CommandFailed):  # then the dump is an ordinary one
+                    hold._thin = ThinDump(work / "shown")
+                    environment |= hold._thin.environment()
         status, theirs = os.pipe()
         argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
@@ -171,16 +171,21 @@ class Hold:
         hold.runc = Process.of(hold._child.pid)
         return hold
 
-    def go_on(self, spared: Collection[int] | None = None) -> None:
+    def go_on(self, spared: Collection[int] = ()) -> None:
         """Let a dump that waits begin, of a container that is frozen. Journal that it does before: afterwards `to_dict` says so.
 
-        A thin dump leaves the memory of these processes where it is; else that of all.
+        A thin dump leaves the memory of the processes `spared` where it is, and says nothing of it.
         """
         if self._gate is not None:
             self.waits = False
             if self._thin is not None:
-                self._thin.claim(self.cgroup.pids() if spared is None else spared)
+                self._thin.claim(spared)
             self._gate.open()
+
+    @property
+    def thin(self) -> bool:
+        """Whether this dump can be had to leave memory where it is."""
+        return self._thin is not None
 
     def may_go_on(self) -> bool:
         """Whether a dump that waits can still begin. Where it cannot, runc or our `criu` has failed, and touched nothing."""
@@ -202,6 +207,7 @@ class Hold:
     def close(self) -> None:
         """Close descriptors. A dump that still waits does not take place."""
         self.let_go()
+        self._show_no_more()
         if self._status is not None:
             os.close(self._status)
             self._status = None
@@ -219,6 +225,7 @@ class Hold:
             done = os.read(status, 1) if ready else b""
         finally:
             os.close(status)
+            self._show_no_more()
         if not done:
             error = self._failed() if ready else self._late(timeout)
             with contextlib.suppress(CgroupFailed):
@@ -232,6 +239,11 @@ class Hold:
         except BaseException:
             self.rollback()
             raise
+
+    def _show_no_more(self) -> None:
+        if self._thin is not None:
+            self._thin.close()
+            self._thin = None
 
     def alive(self) -> bool:
         """Whether CRIU still holds the tasks. Where it does not, the freezer does."""

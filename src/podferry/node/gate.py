@@ -8,7 +8,7 @@ request to dump until the agent opens the gate.
 The gate is a FIFO of which the agent holds the writing end: one byte opens it, and its end without one (the agent is dead)
 ends the attempt, as does the end of runc. Nothing has happened to the job then.
 
-A thin dump (`thin.py`) needs CRIU to see one file otherwise than everybody else does: that, too, is done there.
+A thin dump (`thin.py`) needs CRIU to see some files otherwise than everybody else does: that, too, is done there.
 
 An agent in a pod is among other files than runc is. So `gated/criu` is put on the node (`podferry.install`), and runs the
 gatekeeper by the Python of the agent's container.
@@ -66,11 +66,6 @@ class Gate:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
-
-
-def viewing(shown: Path, file: Path) -> list[Arg]:
-    """The words to put before a command of the node that shall find `shown` where `file` is. Its name stays what it is."""
-    return [*_keeper(), "view", shown, file]
 
 
 def _way(path: str) -> dict[str, str]:

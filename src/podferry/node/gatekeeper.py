@@ -1,7 +1,6 @@
 """The `criu` that runc finds first while a dump is being prepared. `gate.py` tells what for; this is the program behind it.
 
-Run by `gated/criu`, and by those who want a command to see one file otherwise than everybody else does, with nothing but the
-standard library: `python -SI gatekeeper.py HOME WORDS...`.
+Run by `gated/criu` with nothing but the standard library: `python -SI gatekeeper.py HOME WORDS...`.
 
 A node need not have a Python. There this is the Python of the agent's container, which came here by changing root into it
 (`outside.from_node`), and goes back to the node's root directory, HOME, before it does anything.
@@ -24,8 +23,11 @@ DUMP = (
 CLONE_NEWNS, MS_BIND, MS_PRIVATE = 0x20000, 0x1000, 0x40000  # linux/sched.h, linux/mount.h
 
 
-def view(shown: str, file: str) -> None:
-    """Show this process, and what it becomes, `shown` in place of `file`. Nobody else sees it. Raises `OSError`."""
+def show(things: list[tuple[str, str]]) -> None:
+    """Show this process, and what it becomes, in each pair the first file in place of the second. Nobody else sees it.
+
+    Raises `OSError`.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
 
     def check(result: int) -> None:
@@ -33,9 +35,11 @@ def view(shown: str, file: str) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     check(libc.unshare(CLONE_NEWNS))
-    # Only the one mount leaves its peers: of all others CRIU may ask with whom they share what is mounted.
-    check(libc.mount(None, os.fsencode(_mount_point(file)), None, MS_PRIVATE, None))
-    check(libc.mount(os.fsencode(shown), os.fsencode(file), None, MS_BIND, None))
+    # Only what is mounted upon leaves its peers: of all others CRIU may ask with whom they share what is mounted.
+    for point in {_mount_point(file) for _, file in things}:
+        check(libc.mount(None, os.fsencode(point), None, MS_PRIVATE, None))
+    for shown, file in things:
+        check(libc.mount(os.fsencode(shown), os.fsencode(file), None, MS_BIND, None))
 
 
 def _mount_point(file: str) -> str:
@@ -67,17 +71,18 @@ def _opened(gate: str, link: int) -> bool:
 
 
 def _be_thin() -> None:
-    """Have the dump be thin, where that is wanted and can be had; else it is an ordinary one.
+    """Have the dump find what it is to find, where that can be had; else it is an ordinary one.
 
     Done at the last moment, in 1 ms: while it exists, a mount namespace keeps what is unmounted elsewhere.
     """
-    if settings := os.environ.get("PODFERRY_THIN"):
+    if listed := os.environ.get("PODFERRY_SHOWN"):
         try:
-            if shown := os.environ.get("PODFERRY_SHOWN"):
-                view(shown, os.environ["PODFERRY_INSTEAD_OF"])
+            with Path(listed).open() as lines:
+                things = [(shown, file) for shown, file in map(str.split, lines)]
+            if things:
+                show(things)
         except OSError:
             return
-        os.environ["CRIU_CONFIG_FILE"] = settings
 
 
 def _hold(link: int) -> None:
@@ -99,12 +104,9 @@ def _go_home(home: str) -> None:
 
 
 def main() -> None:
-    """Be `criu swrk 3`; or `view SHOWN FILE COMMAND...`; or `try`, which is `criu --version`."""
+    """Be `criu swrk 3`; or `try`, which is `criu --version`."""
     home, *words = sys.argv[1:]
     _go_home(home)
-    if words[0] == "view":
-        view(*words[1:3])
-        os.execvp(words[3], words[3:])
     if words == ["try"]:
         words = ["--version"]
     else:

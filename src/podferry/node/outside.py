@@ -10,10 +10,7 @@ A program of the node may need one of ours, and a Python for it, which is in the
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from podferry.node.process import Arg
@@ -24,9 +21,6 @@ IN_POD = "PODFERRY_IN_POD"
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP = "podferry"
 """The node's cgroup for what outlives an agent."""
-
-SHARED = Path("/run/podferry")
-"""A directory that is at the same place in an agent's container and on its node (deploy/agent.yaml)."""
 
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
 
@@ -60,22 +54,6 @@ def from_node(argv: Sequence[Arg]) -> list[Arg]:
     agent's container, though not in its mount namespace, and finds the node's at `root()`. Once this agent has ended it fails.
     """
     return ["chroot", f"/proc/{os.getpid()}/root", *argv] if in_pod() else list(argv)
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """A directory for a moment, where the node's programs find it too. One at a time; what a killed agent left goes."""
-    if not in_pod():
-        with tempfile.TemporaryDirectory(prefix="podferry-") as directory:
-            yield Path(directory)
-        return
-    place = SHARED / "scratch"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(mode=0o700, parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def make_cgroups(top: Path = CGROUPS, name: str = CGROUP) -> list[Path]:

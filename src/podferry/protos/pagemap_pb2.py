@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpodferry/protos/pagemap.proto\x12\rpodferry.criu\"\x1f\n\x0bPagemapHead\x12\x10\n\x08pages_id\x18\x01 \x02(\r\"j\n\x0cPagemapEntry\x12\r\n\x05vaddr\x18\x01 \x02(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x02(\r\x12\x11\n\tin_parent\x18\x03 \x01(\x08\x12\r\n\x05\x66lags\x18\x04 \x01(\r\x12\x10\n\x08nr_pages\x18\x05 \x01(\x04\"(\n\x0bPstreeEntry\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0c\n\x04ppid\x18\x02 \x02(\r\":\n\x0eInventoryEntry\x12\x13\n\x0bimg_version\x18\x01 \x02(\r\x12\x13\n\x0b\x64ump_uptime\x18\x08 \x01(\x04\"S\n\x08VmaEntry\x12\r\n\x05start\x18\x01 \x02(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x02(\x04\x12\r\n\x05\x66lags\x18\x06 \x02(\r\x12\x0e\n\x06status\x18\x07 \x02(\r\x12\x0c\n\x04madv\x18\t \x01(\x04\"0\n\x07MmEntry\x12%\n\x04vmas\x18\x0e \x03(\x0b\x32\x17.podferry.criu.VmaEntry\",\n\x08MntEntry\x12\x0f\n\x07\x64\x65leted\x18\x10 \x01(\x08\x12\x0f\n\x07\x65xt_key\x18\x12 \x01(\t')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpodferry/protos/pagemap.proto\x12\rpodferry.criu\"\x1f\n\x0bPagemapHead\x12\x10\n\x08pages_id\x18\x01 \x02(\r\"j\n\x0cPagemapEntry\x12\r\n\x05vaddr\x18\x01 \x02(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x02(\r\x12\x11\n\tin_parent\x18\x03 \x01(\x08\x12\r\n\x05\x66lags\x18\x04 \x01(\r\x12\x10\n\x08nr_pages\x18\x05 \x01(\x04\"(\n\x0bPstreeEntry\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0c\n\x04ppid\x18\x02 \x02(\r\"\x8b\x01\n\x08VmaEntry\x12\r\n\x05start\x18\x01 \x02(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x02(\x04\x12\r\n\x05pgoff\x18\x03 \x01(\x04\x12\r\n\x05shmid\x18\x04 \x01(\x04\x12\x0c\n\x04prot\x18\x05 \x01(\r\x12\r\n\x05\x66lags\x18\x06 \x02(\r\x12\x0e\n\x06status\x18\x07 \x02(\r\x12\n\n\x02\x66\x64\x18\x08 \x01(\x12\x12\x0c\n\x04madv\x18\t \x01(\x04\"0\n\x07MmEntry\x12%\n\x04vmas\x18\x0e \x03(\x0b\x32\x17.podferry.criu.VmaEntry\",\n\x08MntEntry\x12\x0f\n\x07\x64\x65leted\x18\x10 \x01(\x08\x12\x0f\n\x07\x65xt_key\x18\x12 \x01(\t')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,12 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAGEMAPENTRY']._serialized_end=187
   _globals['_PSTREEENTRY']._serialized_start=189
   _globals['_PSTREEENTRY']._serialized_end=229
-  _globals['_INVENTORYENTRY']._serialized_start=231
-  _globals['_INVENTORYENTRY']._serialized_end=289
-  _globals['_VMAENTRY']._serialized_start=291
-  _globals['_VMAENTRY']._serialized_end=374
-  _globals['_MMENTRY']._serialized_start=376
-  _globals['_MMENTRY']._serialized_end=424
-  _globals['_MNTENTRY']._serialized_start=426
-  _globals['_MNTENTRY']._serialized_end=470
+  _globals['_VMAENTRY']._serialized_start=232
+  _globals['_VMAENTRY']._serialized_end=371
+  _globals['_MMENTRY']._serialized_start=373
+  _globals['_MMENTRY']._serialized_end=421
+  _globals['_MNTENTRY']._serialized_start=423
+  _globals['_MNTENTRY']._serialized_end=467
 # @@protoc_insertion_point(module_scope)

@@ -34,27 +34,27 @@ class PstreeEntry(_message.Message):
     ppid: int
     def __init__(self, pid: _Optional[int] = ..., ppid: _Optional[int] = ...) -> None: ...
 
-class InventoryEntry(_message.Message):
-    __slots__ = ("img_version", "dump_uptime")
-    IMG_VERSION_FIELD_NUMBER: _ClassVar[int]
-    DUMP_UPTIME_FIELD_NUMBER: _ClassVar[int]
-    img_version: int
-    dump_uptime: int
-    def __init__(self, img_version: _Optional[int] = ..., dump_uptime: _Optional[int] = ...) -> None: ...
-
 class VmaEntry(_message.Message):
-    __slots__ = ("start", "end", "flags", "status", "madv")
+    __slots__ = ("start", "end", "pgoff", "shmid", "prot", "flags", "status", "fd", "madv")
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    PGOFF_FIELD_NUMBER: _ClassVar[int]
+    SHMID_FIELD_NUMBER: _ClassVar[int]
+    PROT_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
     MADV_FIELD_NUMBER: _ClassVar[int]
     start: int
     end: int
+    pgoff: int
+    shmid: int
+    prot: int
     flags: int
     status: int
+    fd: int
     madv: int
-    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., flags: _Optional[int] = ..., status: _Optional[int] = ..., madv: _Optional[int] = ...) -> None: ...
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., pgoff: _Optional[int] = ..., shmid: _Optional[int] = ..., prot: _Optional[int] = ..., flags: _Optional[int] = ..., status: _Optional[int] = ..., fd: _Optional[int] = ..., madv: _Optional[int] = ...) -> None: ...
 
 class MmEntry(_message.Message):
     __slots__ = ("vmas",)
