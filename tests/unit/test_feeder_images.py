@@ -11,7 +11,6 @@ from google.protobuf.message import Message
 from podferry.errors import PeerMisbehaved
 from podferry.memory.criu_images import (
     PE_LAZY,
-    PE_PARENT,
     PE_PRESENT,
     anonymous_areas,
     lazy_pages,
@@ -27,6 +26,7 @@ from podferry.protos.pagemap_pb2 import MmEntry, PagemapEntry, PagemapHead, Pstr
 pytestmark = pytest.mark.unit
 
 COMMON, PAGEMAP, PSTREE, MM = 0x54564319, 0x56084025, 0x50273030, 0x57492820
+IN_PARENT = 1
 
 
 def image(path: Path, magic: int, *messages: Message, head: int = COMMON, tail: bytes = b"") -> None:
@@ -57,7 +57,7 @@ def test_lazy_pages_are_those_that_criu_leaves_to_the_daemon(images: Path, new: 
         entry(3, 1, PE_LAZY, new=new),
         entry(4, 1, PE_PRESENT, new=new),
         entry(9, 3, PE_LAZY | PE_PRESENT, new=new),
-        entry(12, 1, PE_PARENT, new=new),
+        entry(12, 1, IN_PARENT, new=new),
     ]
     image(images / "pagemap-1.img", PAGEMAP, PagemapHead(pages_id=1), *entries)
     assert tasks(images) == {1: 0, 9: 1}

@@ -35,7 +35,6 @@ def test_each_claimed_process_gets_the_same_page_map(tmp_path: Path) -> None:
     assert Path(shown).exists()
     dump.close()
     assert not Path(shown).exists(), "the process has ended"
-    dump.close()
 
 
 def test_the_process_has_next_to_no_memory_and_none_where_jobs_have_theirs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ Sources: CRIU 4.1.1 and 4.2, criu/pagemap-cache.c and criu/mem.c (`generate_iovs
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,7 +32,14 @@ class ThinDump:
     def __init__(self, list: Path) -> None:
         """Start the process without memory; it ends with this one at the latest. Raises `CommandFailed`."""
         self._list = list
-        self._blank = spawn(BLANK, stdin=subprocess.PIPE)
+        input, self._lease = os.pipe()
+        try:
+            self._blank = spawn(BLANK, stdin=input)
+        except BaseException:
+            os.close(self._lease)
+            raise
+        finally:
+            os.close(input)
 
     def environment(self) -> dict[str, str]:
         """What the gatekeeper needs in its environment."""
@@ -45,6 +52,5 @@ class ThinDump:
 
     def close(self) -> None:
         """Once CRIU has looked, or will not."""
-        if self._blank.stdin is not None:
-            self._blank.stdin.close()
+        os.close(self._lease)
         self._blank.wait(_END_TIMEOUT)
