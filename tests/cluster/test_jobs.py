@@ -145,7 +145,7 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
         for number in range(4):
             there = B if here == A else A
             status = move(kubectl, begun, there, **({"ttlSecondsAfterFinished": 10} if number == 0 else {}))
-            assert status["phase"] == "Completed", status
+            assert status["phase"] == "Completed", json.dumps(status, indent=1)
             (pod,) = until(lambda: pods(kubectl, "moved"), "it has a pod")
             assert pod["metadata"]["name"] == status["targetPod"]["name"] != begun
             assert pod["spec"]["nodeName"] == there
@@ -194,7 +194,7 @@ def test_where_the_gate_cannot_be_had_the_dump_is_an_ordinary_one(installed: Lab
         try:
             installed.exec(here, ["sh", "-c", WITHOUT[missing].format(ON_NODE)])
             status = move(kubectl, pod["metadata"]["name"], B if here == A else A)
-            assert status["phase"] == "Completed", status
+            assert status["phase"] == "Completed", json.dumps(status, indent=1)
             assert dump_of(installed, here) == "ordinary"
         finally:
             installed.exec(here, ["mv", f"{ON_NODE}.kept", str(ON_NODE)])
