@@ -2,7 +2,8 @@
 
 A module marked `node` is an ordinary pytest module. Collected on the host it runs inside a node of the session's lab, with
 the node's own Python, and its reports come back one by one, as pytest-xdist brings those of its workers. Where it is marked
-`kernel(RELEASE)` too, it runs in an emulated machine with the kernel of that Debian release.
+`kernel(RELEASE)` too, it runs in an emulated machine with the kernel of that Debian release, and `kernel(RELEASE, "arm64")` on such
+a processor.
 """
 
 from __future__ import annotations
@@ -153,11 +154,15 @@ def run_in_node(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
     """Run the node tests of the item's module, as far as they were selected, and return the reports of each."""
     module = {one.nodeid: one for one in item.session.items if one.path == item.path and one.get_closest_marker("node")}
     kernel = item.get_closest_marker("kernel")
-    attempt = in_machine(kernel.args[0]) if kernel else in_lab(item)
+    attempt = in_machine(*kernel.args) if kernel else in_lab(item)
     try:
         return inside_node.from_node(item.config, module, attempt)
     except emulated.Lacking as lacking:
-        where = (str(item.path), 0, f"Skipped: no machine with the kernel of {kernel and kernel.args[0]}: {lacking}")
+        where = (
+            str(item.path),
+            0,
+            f"Skipped: no machine with the kernel of {kernel and ' '.join(kernel.args)}: {lacking}",
+        )
         return {
             name: [pytest.TestReport(name, one.location, {}, "skipped", where, "setup")] for name, one in module.items()
         }
@@ -190,11 +195,11 @@ def in_lab(item: pytest.Item) -> inside_node.Attempt:
     return attempt
 
 
-def in_machine(suite: str) -> inside_node.Attempt:
+def in_machine(suite: str, processor: str = "amd64") -> inside_node.Attempt:
     """Runs tests in an emulated machine with the kernel of a Debian release, booted each time."""
     environment = {
         **INSIDE_ENVIRONMENT,
-        inside_node.REPORTS: emulated.REPORTS,
+        inside_node.REPORTS: emulated.BOARDS[processor].reports,
         inside_node.SECONDS: f"{MACHINE_TEST_SECONDS:g}",
     }
     deadline = time.monotonic() + MACHINE_SECONDS
@@ -203,7 +208,8 @@ def in_machine(suite: str) -> inside_node.Attempt:
         seconds = deadline - time.monotonic()
         if seconds < 1:
             return f"the module as a whole took more than {MACHINE_SECONDS:g} s", ""
-        return emulated.attempt(suite, CHECKOUT, [*PYTEST_INSIDE, "--color=no", *tests], environment, seconds)
+        argv = [*PYTEST_INSIDE, "--color=no", *tests]
+        return emulated.attempt(suite, processor, CHECKOUT, argv, environment, seconds)
 
     return attempt
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from trackers_zoo import PATIENCE, eventually, state_of, wait_for_state
+from trackers_zoo import PATIENCE, state_of, wait_for_state, wait_gone
 
 from podferry.memory.inject import Outcome
 from podferry.memory.injector import Injector, NotInjected
@@ -24,7 +24,7 @@ from podferry.memory.tracker import Kind, choose, probe
 from podferry.memory.tracker_process import owns_userfaultfd
 
 X86_64 = os.uname().machine == "x86_64"
-KILLS = 60
+KILLS = 60 if X86_64 else 20  # an emulated processor takes seconds for each
 
 pytestmark = [
     pytest.mark.node,
@@ -243,7 +243,7 @@ def test_a_restartable_sequence_is_aborted_not_torn(injector: Injector, program:
 
 def test_only_one_of_500_threads_stands_still(injector: Injector, program: Callable[[str], Program]) -> None:
     job = program("""
-        stop = threading.Event(); threading.stack_size(64 << 10)
+        stop = threading.Event(); threading.stack_size(256 << 10)
         threads = [threading.Thread(target=stop.wait) for _ in range(500)]
         for thread in threads: thread.start()
         say('ready'); os.read(0, 1); stop.set()
@@ -378,19 +378,15 @@ def test_an_agent_killed_at_any_moment_leaves_the_job_unharmed(program: Callable
         until = time.perf_counter() + rng.uniform(0, 0.003)
         while time.perf_counter() < until:
             pass
+        orphans = [int(pid) for pid in Path(f"/proc/{child}/task/{child}/children").read_text().split()]
+        assert len(orphans) == 1, "the agent has one injector"
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        wait_gone(orphans)  # after what it was about to do, by itself
         for job in jobs:
-            assert "TracerPid:\t0\n" in until_untraced(job.pid)
+            assert "TracerPid:\t0\n" in Path(f"/proc/{job.pid}/status").read_text()
             assert state_of(job.pid) in "RS"
     for job in jobs:
         job.tell()
         assert job.line() == "right"
         assert not owns_userfaultfd(job.pid)
-
-
-def until_untraced(pid: int) -> str:
-    """The process's status once the orphaned injector has finished; it must do so by itself."""
-    status = Path(f"/proc/{pid}/status")
-    eventually(lambda: "TracerPid:\t0\n" in status.read_text(), status.read_text)
-    return status.read_text()

@@ -22,20 +22,21 @@ DEVELOPMENT = ["pytest", "hypothesis"]
 """What tests need that run inside a node."""
 
 
-def site(root: Path, progress: Progress) -> Path:
-    """The directory with podferry's own dependencies, for the nodes' python3 of the image `root`."""
+def site(root: Path, progress: Progress, *, wheels: str = "") -> Path:
+    """The directory with podferry's own dependencies, for the nodes' python3 of the image `root`; where that is not of this
+    machine's processor, `wheels` is what uv calls its platform (`aarch64-unknown-linux-gnu`)."""
     lock = _lock("requirements.lock")
     options = ["--require-hashes", "--requirements", str(lock)]
-    return _install("site", root, lock, options, progress)
+    return _install("site", root, lock, options, wheels, progress)
 
 
-def development(root: Path, progress: Progress) -> Path:
-    """The directory with `DEVELOPMENT` and what these need."""
+def development(root: Path, progress: Progress, *, wheels: str = "") -> Path:
+    """The directory with `DEVELOPMENT` and what these need, see `site`."""
     lock = _lock("requirements-dev.lock")
-    return _install("dev", root, lock, ["--constraints", str(lock), *DEVELOPMENT], progress)
+    return _install("dev", root, lock, ["--constraints", str(lock), *DEVELOPMENT], wheels, progress)
 
 
-def _install(kind: str, root: Path, lock: Path, options: list[str], progress: Progress) -> Path:
+def _install(kind: str, root: Path, lock: Path, options: list[str], wheels: str, progress: Progress) -> Path:
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()
     python = python_of(root)
     recipe = {"lock": digest, "python": python, "options": [one for one in options if one != str(lock)]}
@@ -43,9 +44,11 @@ def _install(kind: str, root: Path, lock: Path, options: list[str], progress: Pr
     def build(into: Path) -> None:
         progress(f"installing Python packages from {lock.name}")
         target = ["--target", str(into), "--python-version", python, "--only-binary", ":all:"]
+        target += ["--python-platform", wheels] if wheels else []
         argv = [_uv(progress), "pip", "install", "--quiet", "--no-config", *target, *options]
         run(argv, env=downloads(), remedy="is the package index reachable?")
-        _compile(root, into, f"/opt/podferry/{kind}")
+        if not wheels:
+            _compile(root, into, f"/opt/podferry/{kind}")
 
     release = root.name.partition("-")[0].removeprefix("node")  # empty, or a dot and its name
     return cached(f"{kind}{release}", recipe, build)
