@@ -117,6 +117,7 @@ def test_an_unknown_cause_is_quoted(tmp_path: Path) -> None:
     assert isinstance(error, TimedOut)
     assert len(error_lines(log)) == EVIDENCE_LINES
     assert "something new" in error.why
+    assert str(tmp_path) not in error.remedy, "the log is gone when somebody reads this"
 
 
 def test_a_criu_that_died_left_no_error_but_its_last_lines(tmp_path: Path) -> None:

@@ -163,4 +163,4 @@ def explained(kind: type[E], what: str, log: Path, *, said: list[str] | None = N
                 return kind(what, why=cause.why.format(*groups), remedy=cause.remedy, evidence=evidence)
     errors = [line for line in evidence if "Error (" in line and not _HARMLESS.search(line)]
     why = (errors or said or evidence or ["it left no log"])[0]
-    return kind(what, why=why, remedy=f"see {log}", evidence=evidence)
+    return kind(what, why=why, evidence=evidence)  # the log itself goes with what was tried

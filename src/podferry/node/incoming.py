@@ -169,12 +169,7 @@ class Incoming:
     def failed(self, what: str) -> Failed | None:
         """An error that says why the restore failed, as far as CRIU's log tells; None where there is none."""
         log = self.work / "restore.log"
-        if not log.exists():
-            return None
-        error = explained(Failed, what, log)
-        if str(log) in error.remedy:
-            error.remedy = ""  # the log goes with this directory
-        return error
+        return explained(Failed, what, log) if log.exists() else None
 
     def close(self) -> None:
         """Close the FIFOs, upon which a wrapper that still waits fails, and remove the directory."""
