@@ -24,7 +24,7 @@ CLAIM = "/share/claim-of-a-test"
 # Each line: its number, what two emptyDirs remember of the one before, what it is told by environment and files, and what it reads
 # from files that it has open since its start; the number goes into a file of the claim too, which stays open.
 JOB = """
-import base64, json, mmap, os, time
+import base64, ctypes, json, mmap, os, time
 def read(path):
     return open(path).read().strip()
 def owner(token):
@@ -34,6 +34,9 @@ log, n = open('/claim/log', 'a'), 0
 colour, token, part = open('/settings/colour'), open('/all/token'), None
 mapped = mmap.mmap(token.fileno(), 0, prot=mmap.PROT_READ)
 os.chdir('/down/..data')
+libc, news = ctypes.CDLL(None), 0
+watch = libc.inotify_init1(os.O_NONBLOCK)
+libc.inotify_add_watch(watch, b'/settings', 0x3c0)  # what appears and goes, as those watch who reload their settings
 memory = bytearray(os.urandom(1 << 20) * 16)
 while True:
     kept = [read(place) if n else '-1' for place in ('/disk/count', '/mem/count')]
@@ -42,7 +45,9 @@ while True:
             file.write(str(n))
     told = [os.environ['COLOUR'], os.environ['NAME'], read('/settings/colour'), read('/key/word'), read('/down/name')]
     colour.seek(0)
-    held = [colour.read(), owner(mapped[:].decode()), read('name'), read('/etc/colour')]
+    held = [colour.read(), owner(mapped[:].decode()), read('name'), read('/etc/colour'), news]
+    try: news += len(os.read(watch, 65536))
+    except BlockingIOError: pass
     part = part or (os.path.exists('/disk/hold') and open('/etc/colour'))
     print(n, *kept, *told, owner(read('/all/token')), *held, flush=True)
     log.write(f'{n}\\n')
@@ -155,12 +160,12 @@ def lab(installed: Lab) -> Iterator[Lab]:
         installed.exec(A, ["rm", "-rf", CLAIM])
 
 
-def change_colour(lab: Lab) -> None:
+def change_colour(lab: Lab, pod: str = "asis", colour: str = "blue") -> None:
     """The ConfigMap changes, and the pod's kubelet writes it anew: the file that the job has open is deleted."""
     kubectl, deadline = lab.kubectl(), time.monotonic() + PATIENCE
-    kubectl.run("patch", "configmap", "asis", "--type=merge", "-p", '{"data": {"colour": "blue"}}')
-    kubectl.run("annotate", "pod", "asis", "look=again")  # or it would look within a minute or two
-    while kubectl.run("logs", "asis", "--tail=1").stdout.split()[5] != "blue":
+    kubectl.run("patch", "configmap", "asis", "--type=merge", "-p", json.dumps({"data": {"colour": colour}}))
+    kubectl.run("annotate", "pod", pod, f"look={colour}", "--overwrite")  # or it would look within a minute or two
+    while kubectl.run("logs", pod, "--tail=1").stdout.split()[5] != colour:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -250,6 +255,12 @@ def test_what_a_pod_has_comes_along_and_its_service_follows(lab: Lab) -> None:
     assert {tuple(one[9:12]) for one in told} == {("green", "asis", "asis")}, "what was open is what it was"
     assert [one[12] for one in told if one[8] == "asis"][-1] == "green", "a part of a volume does not change with it"
     assert told[-1][12] == "blue"
+    heard = int(lines(name)[-1][13])
+    assert heard > 0
+    change_colour(lab, name, "red")
+    while int(lines(name)[-1][13]) == heard:
+        assert time.monotonic() < deadline, "what it watches changes, and it does not hear of it"
+        time.sleep(0.2)
     assert kubectl.run("exec", name, "--", "cat", "/disk/begun").stdout == "begun\n", "it began once"
     kept = kubectl.run("exec", name, "--", "cat", "/claim/log").stdout.split()
     assert kept == [str(number) for number in range(len(kept))]
