@@ -32,6 +32,7 @@ from podferry.agent.helpers import (
     runs,
 )
 from podferry.agent.journal import Journal, Part
+from podferry.agent.nodefacts import version
 from podferry.agent.offered import Offered
 from podferry.agent.ports import IMAGES, LOG, UPPER, Json, Line
 from podferry.agent.relay import Relay
@@ -47,6 +48,7 @@ from podferry.node.containerd import AlreadyExists, Containerd, NotFound
 from podferry.node.incoming import Incoming
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
+from podferry.node.restored_group import group_to_tell
 from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.messages import StateEnd
 
@@ -272,7 +274,7 @@ class Arriving:
         if not (self.scratch / "started.json").exists():
             incoming = self._need_incoming()
             self._journal.note(released=True)
-            await to_thread.run_sync(incoming.restore)
+            await to_thread.run_sync(incoming.restore, group_to_tell(self._offer.record.spec_json(), version("runc")))
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
                 await self._starter_ended()

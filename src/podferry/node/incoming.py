@@ -148,8 +148,14 @@ class Incoming:
         poll.register(self._poised, 0)
         return not poll.poll(0)
 
-    def restore(self) -> None:
-        """Let the wrapper restore the container. Returns when it has taken the verdict."""
+    def restore(self, group: str = "") -> None:
+        """Let the wrapper restore the container. Returns when it has taken the verdict.
+
+        CRIU puts the container into the control group `group`, if it is given (`podferry.node.restored_group`).
+        """
+        if group:
+            with (self.path / "criu.conf").open("a") as settings:
+                settings.write(f"\ncgroup-root {group}\n")
         self._give("restore")
 
     def cold(self) -> None:

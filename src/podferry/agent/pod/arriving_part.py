@@ -20,6 +20,7 @@ from podferry.agent.arriving import RESTORE_TIMEOUT, Arriving
 from podferry.agent.config import Config
 from podferry.agent.helpers import ended, process_of
 from podferry.agent.journal import Part
+from podferry.agent.nodefacts import version
 from podferry.agent.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, TimedOut
@@ -31,6 +32,7 @@ from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import LOG_ROOT, log_of, termination_message
 from podferry.node.incoming import Incoming, pod_key
 from podferry.node.records import Container, Status, upper_dir
+from podferry.node.restored_group import group_to_tell
 from podferry.node.upper import Receiver, copy, refresh_root
 
 START_TIMEOUT = 10.0
@@ -115,7 +117,7 @@ class ArrivingPart(Arriving):
         restoring = Process.of(incoming.wrapper)
         self._journal.acquire("kubelet-task", id=record.id)
         self._journal.note(released=True)
-        await to_thread.run_sync(incoming.restore)
+        await to_thread.run_sync(incoming.restore, group_to_tell(record.spec_json(), version("runc")))
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
                 if restoring is not None:
