@@ -32,6 +32,7 @@ IMAGE = "podferry.local/job:1"
 RUNTIME = "/usr/local/sbin/podferry-runc"
 COUNT = "import time\nn = 0\nwhile True:\n    print(n, flush=True)\n    n += 1\n    time.sleep(0.01)\n"
 PIECE = 1 << 20
+SHARED, PLAIN = "podferry", "overlayfs"
 QUIET = 60.0
 """Seconds in which a process that has been saying something says nothing: it will say nothing more."""
 
@@ -49,7 +50,8 @@ class Job:
     def start(self, script: str = COUNT, *options: str) -> None:
         """Start it anew."""
         uri = f"--log-uri=file://{self.log}"
-        argv = ["ctr", "run", "--detach", "--snapshotter", "podferry", "--runc-binary", RUNTIME, uri, *options]
+        snapshotter = SHARED if Path("/run/podferry/snapshotter.sock").exists() else PLAIN
+        argv = ["ctr", "run", "--detach", "--snapshotter", snapshotter, "--runc-binary", RUNTIME, uri, *options]
         run([*argv, IMAGE, self.id, "python3", "-c", script])
 
     @property
@@ -189,7 +191,13 @@ class Arrival:
                 os.close(memory)
                 store.complete(space)
             store.sync()
-        argv = ["python3", "-m", "podferry.memory.feeder", "--work", self.incoming.work, "--store", directory]
+        with self.feeding(directory):
+            yield
+
+    @contextlib.contextmanager
+    def feeding(self, store: Path) -> Iterator[None]:
+        """Feed what a page store has to what is restored meanwhile. The store is gone afterwards."""
+        argv = ["python3", "-m", "podferry.memory.feeder", "--work", self.incoming.work, "--store", store]
         argv += ["--images", self.incoming.images, "--status", self.source.place / "feeder.json"]
         with (self.source.place / "feeder.log").open("wb") as log:
             environment = {"PYTHONPATH": os.environ["PYTHONPATH"]}
@@ -204,7 +212,7 @@ class Arrival:
             feeder.kill()
             feeder.wait()
             feeder.stdout.close()
-            shutil.rmtree(directory)
+            shutil.rmtree(store)
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
