@@ -286,7 +286,7 @@ class Leaving:
         if hold.waits:
             self._journal.acquire("hold", **hold.to_dict() | {"waits": False})
             self._dumped = Dump.PREPARED
-            spared = [pid for pid in self._spaces if self._spared[pid]] if hold.thin else []
+            spared = [pid for pid in self._spaces if self._spared.get(pid)] if hold.thin else []
             hold.go_on(spared)
             found = {pid_inside(pid): population(pid) for pid in spared}
         hold.wait_ready()
