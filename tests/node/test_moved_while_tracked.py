@@ -112,8 +112,9 @@ async def test_a_container_computes_while_it_is_copied_and_goes_on_with_all_it_w
             arrival.created.result(60)
             client.start_task(arrival.job.id)
         here = arrival.job.family()
-        assert set(here.values()) <= set(arrival.job.cgroup.pids())
-        arrival.job.wait_said("whole", {name: here[int(pid)] for name, _, pid in names})
+        speakers = {name: here[int(pid)] for name, _, pid in names}
+        assert set(speakers.values()) <= set(arrival.job.cgroup.pids())
+        arrival.job.wait_said("whole", speakers)
         assert len(names) == PROCESSES
         assert not any("BAD" in line for line in arrival.job.lines())
         status = read_status(job.place / "feeder.json")

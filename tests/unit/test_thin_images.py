@@ -288,9 +288,14 @@ def test_where_guards_hide_no_dump_is_thin(
     guards.hides_guards.cache_clear()
 
 
-def test_memory_in_many_pieces_is_quicker_dumped_as_ever() -> None:
-    mib = 1 << 20
-    assert worth_sparing(Runs([(0, mib)]))
-    assert worth_sparing(Runs([(0, mib), (2 * mib, 2 * mib + PAGE)]))
-    assert not worth_sparing(Runs((start, start + PAGE) for start in range(0, mib, 2 * PAGE)))
+def test_memory_in_many_small_pieces_is_quicker_dumped_as_ever() -> None:
+    def pieces(count: int, pages: int) -> Runs:
+        return Runs((start, start + pages * PAGE) for start in range(0, count * (pages + 1) * PAGE, (pages + 1) * PAGE))
+
+    large = (128 << 10) // PAGE
     assert worth_sparing(Runs())
+    assert worth_sparing(pieces(1, 1000))
+    assert worth_sparing(pieces(1000, 1))
+    assert not worth_sparing(pieces(1001, 1))
+    assert not worth_sparing(pieces(1001, large - 1))
+    assert worth_sparing(pieces(1001, large))
