@@ -64,4 +64,4 @@ def test_criu_reads_it_among_its_settings(
         incoming.restore(group)
         conf = incoming.path / "criu.conf"
         lines = conf.read_text().split("\n") if conf.exists() else []
-        assert [line for line in lines if line] == [one for one in (settings, group and f"cgroup-root {group}") if one]
+        assert [line for line in lines if line] == [one for one in (settings, group and f"cgroup-root :{group}") if one]

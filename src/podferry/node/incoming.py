@@ -155,7 +155,7 @@ class Incoming:
         """
         if group:
             with (self.path / "criu.conf").open("a") as settings:
-                settings.write(f"\ncgroup-root {group}\n")
+                settings.write(f"\ncgroup-root :{group}\n")  # of the tree without controllers alone
         self._give("restore")
 
     def cold(self) -> None:
