@@ -23,7 +23,6 @@ from podferry.node.process import spawn
 
 BLANK = ["setarch", "--addr-compat-layout", "cat"]
 """What waits for the end of its input, with its libraries far below those of others: where the kernel put them of old."""
-_END_TIMEOUT = 5.0  # seconds
 
 
 class ThinDump:
@@ -53,4 +52,5 @@ class ThinDump:
     def close(self) -> None:
         """Once CRIU has looked, or will not."""
         os.close(self._lease)
-        self._blank.wait(_END_TIMEOUT)
+        self._blank.kill()  # the job stands still: no polling for an end that is a matter of course
+        self._blank.wait()
