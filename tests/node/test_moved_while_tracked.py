@@ -107,7 +107,8 @@ async def test_a_container_computes_while_it_is_copied_and_goes_on_with_all_it_w
         names = [line.split() for line in job.lines() if " is " in line]  # the log goes with the original
         await source.commit()  # which nothing needs any more
         with arrival.feeding(directory):
-            arrival.incoming.restore(group_to_tell(arrival.record.spec_json(), version("runc")))
+            arrival.incoming.belongs_in(group_to_tell(arrival.record.spec_json(), version("runc")))
+            arrival.incoming.restore()
             assert arrival.created is not None
             arrival.created.result(60)
             client.start_task(arrival.job.id)

@@ -110,6 +110,7 @@ class Arriving:
         journal.acquire("restored", key=record.id)
         journal.acquire("incoming", key=record.id)
         self._incoming = Incoming.prepare(record.id, flags=("--lazy-pages", *self._offer.flags), run=self._config.run)
+        self._incoming.belongs_in(group_to_tell(record.spec_json(), version("runc")))
         if (path := self._offer.log) is not None:
             journal.acquire("log", path=str(path))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,7 @@ class Arriving:
         if not (self.scratch / "started.json").exists():
             incoming = self._need_incoming()
             self._journal.note(released=True)
-            await to_thread.run_sync(incoming.restore, group_to_tell(self._offer.record.spec_json(), version("runc")))
+            await to_thread.run_sync(incoming.restore)
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
                 await self._starter_ended()

@@ -288,7 +288,7 @@ class Leaving:
             self._dumped = Dump.PREPARED
             spared = [pid for pid in self._spaces if self._spared.get(pid)] if hold.thin else []
             hold.go_on(spared)
-            found = {pid_inside(pid): population(pid) for pid in spared}
+            found = {self._spaces[pid]: population(pid) for pid in spared}
         hold.wait_ready()
         self._journal.acquire("hold", **hold.to_dict())
         directory = self._scratch / "images"

@@ -129,21 +129,26 @@ def anonymous_areas(images: Path, pid: int) -> RunMap:
     """
     areas = RunMap()
     for vma in _areas(images, pid):
-        if vma.flags & _MAP_KIND == _MAP_LAZY and not vma.status & _SPECIAL:
+        if _can_be_lazy(vma):
             areas.set(vma.start, vma.end, 1 if vma.madv & _NOT_INHERITED else 0)
     return areas
 
 
-def dumped_areas(images: Path, pid: int) -> Runs:
-    """The areas of a process of which CRIU's images hold the pages that are there, lazy or not.
+def _can_be_lazy(vma: pagemap_pb2.VmaEntry) -> bool:
+    return vma.flags & _MAP_KIND == _MAP_LAZY and not vma.status & _SPECIAL
+
+
+def dumped_areas(images: Path, pid: int) -> tuple[Runs, Runs]:
+    """The areas of a process of whose pages CRIU's images tell: those that may hold lazy ones, and the others.
 
     Which these are is the rule of `generate_vma_iovs` (criu/mem.c) and `vma_entry_is_private` (criu/include/vma.h).
     """
-    return Runs(
-        (vma.start, vma.end)
-        for vma in _areas(images, pid)
-        if vma.status & _DUMPED and not vma.status & _NOT_DUMPED and not vma.flags & _MAP_DROPPABLE
-    )
+    lazy: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
+    for vma in _areas(images, pid):
+        if vma.status & _DUMPED and not vma.status & _NOT_DUMPED and not vma.flags & _MAP_DROPPABLE:
+            (lazy if _can_be_lazy(vma) else others).append((vma.start, vma.end))
+    return Runs(lazy), Runs(others)
 
 
 def add_guards(images: Path, pid: int, guards: Runs) -> None:

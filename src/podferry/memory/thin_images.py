@@ -25,7 +25,6 @@ from podferry.memory.criu_images import (
     Mapped,
     PageMap,
     add_guards,
-    anonymous_areas,
     dumped_areas,
     page_map,
 )
@@ -126,9 +125,8 @@ def _complete(images: Path, inside: int, found: Population, guards: bool) -> boo
             f"process {inside} has guard pages", why="CRIU saves them from 4.2 on, and it had none before the migration"
         )
     before = page_map(images, inside)
-    left = found.held & dumped_areas(images, inside)
-    lazy = left & anonymous_areas(images, inside).runs()
-    after = settled(before.entries, lazy, left - lazy)
+    lazy, others = dumped_areas(images, inside)
+    after = settled(before.entries, found.held & lazy, found.held & others)
     pages = images / f"pages-{before.pages_id}.img"
     written = pages.with_suffix(".new")
     memory = os.open(f"/proc/{found.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)

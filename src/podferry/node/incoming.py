@@ -148,14 +148,14 @@ class Incoming:
         poll.register(self._poised, 0)
         return not poll.poll(0)
 
-    def restore(self, group: str = "") -> None:
-        """Let the wrapper restore the container. Returns when it has taken the verdict.
-
-        CRIU puts the container into the control group `group`, if it is given (`podferry.node.restored_group`).
-        """
+    def belongs_in(self, group: str) -> None:
+        """CRIU is to put the container into this control group (`podferry.node.restored_group`); empty: runc tells it."""
         if group:
             with (self.path / "criu.conf").open("a") as settings:
                 settings.write(f"\ncgroup-root :{group}\n")  # of the tree without controllers alone
+
+    def restore(self) -> None:
+        """Let the wrapper restore the container. Returns when it has taken the verdict."""
         self._give("restore")
 
     def cold(self) -> None:

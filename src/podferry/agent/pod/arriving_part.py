@@ -93,6 +93,7 @@ class ArrivingPart(Arriving):
 
     def _move_in(self, id: str) -> Container:
         record = self._containerd.container(id)
+        self._need_incoming().belongs_in(group_to_tell(record.spec_json(), version("runc")))
         upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
         if self._upper is not None:
             self._upper.close()
@@ -117,7 +118,7 @@ class ArrivingPart(Arriving):
         restoring = Process.of(incoming.wrapper)
         self._journal.acquire("kubelet-task", id=record.id)
         self._journal.note(released=True)
-        await to_thread.run_sync(incoming.restore, group_to_tell(record.spec_json(), version("runc")))
+        await to_thread.run_sync(incoming.restore)
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
                 if restoring is not None:
