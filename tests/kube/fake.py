@@ -58,6 +58,9 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
                 return 200, {"metadata": {"resourceVersion": str(self.version)}, "items": items}
             case "GET":
                 return 200, copy.deepcopy(self._get(key))
+            case "POST" if part == "eviction":
+                assert body is not None
+                return 201, self._delete(key, body.get("deleteOptions") or {})
             case "POST":
                 assert body is not None
                 return 201, self._create(collection, body)
@@ -100,7 +103,7 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
             about["namespace"] = collection[collection.index("namespaces") + 1]
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         new = copy.deepcopy(body)
-        if collection[-1] in ("pods", "migrations"):
+        if collection[-1] in ("pods", "migrations", "nodedrains"):
             new.pop("status", None)
         new["metadata"] |= {"uid": secrets.token_hex(8), "creationTimestamp": now, "generation": 1}
         if collection[-1] == "pods":

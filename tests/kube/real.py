@@ -22,7 +22,7 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from podferry.kube.schema import definition
+from podferry.kube.schema import RESOURCES, definition
 from podferry.lab.state import CACHE
 
 BINARIES = Path(os.environ.get("PODFERRY_KUBE_BIN", "/opt/podferry/kube/bin"))
@@ -118,15 +118,14 @@ def _start(home: Path, processes: list[subprocess.Popen[bytes]]) -> Path:
     )
     with httpx2.Client(base_url=server, verify=False, headers={"Authorization": f"Bearer {token}"}) as http:
         _until(lambda: http.get("/readyz").status_code == 200, home / "apiserver.log", processes)
-        made = http.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", json=definition())
-        assert made.status_code == 201, made.text
+        for resource in RESOURCES:
+            made = http.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", json=definition(resource))
+            assert made.status_code == 201, made.text
         runtime = {"metadata": {"name": "podferry"}, "handler": "podferry"}
         assert http.post("/apis/node.k8s.io/v1/runtimeclasses", json=runtime).status_code == 201
-        _until(
-            lambda: http.get("/apis/podferry.dev/v1alpha1/migrations").status_code == 200,
-            home / "apiserver.log",
-            processes,
-        )
+        for resource in RESOURCES:
+            path = resource.kind.path()
+            _until(lambda path=path: http.get(path).status_code == 200, home / "apiserver.log", processes)
     common = (f"--kubeconfig={kubeconfig}", "--leader-elect=false", "--bind-address=127.0.0.1")
     start(
         "controller-manager",

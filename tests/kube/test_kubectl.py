@@ -17,7 +17,7 @@ import yaml
 from anyio import to_thread
 
 from podferry import __version__
-from podferry.kube.client import MIGRATIONS
+from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES
 
 from .real import BINARIES
 from .world import World
@@ -191,3 +191,41 @@ async def test_the_shell_completes_commands_and_pods(world: World, run: Run) -> 
     assert (code, out.split()) == (0, ["migrate", ":4"])
     code, out, _ = await run("migrate", "-n", world.namespace, "", program="kubectl_complete-podferry")
     assert (code, out.split()) == (0, ["train", ":4"])
+
+
+async def test_a_node_is_drained_and_the_terminal_shows_each_pod(world: World, run: Run) -> None:
+    node = world.nodes[0]
+    world.also.append((NODE_DRAINS, node))
+    await world.pod()
+    await world.pod("tied", volumes=[{"name": "h", "hostPath": {"path": "/srv"}}])
+    code, out, _ = await run("drain", node, "--dry-run", "--json")
+    rows = {one["pod"]: one for one in json.loads(out)["pods"]}
+    assert (code, rows["train"]["action"], rows["tied"]["action"]) == (0, "move", "leave")
+    assert [one["reason"] for one in rows["tied"]["refusals"]] == ["HostPath"]
+    assert "unschedulable" not in (await world.api.get(NODES, node))["spec"], "a dry run touches nothing"
+    world.controller()
+    result: list[tuple[int, str, str]] = []
+
+    async def drain() -> None:
+        result.append(await run("drain", node))
+
+    async def begun() -> bool:
+        return bool((await world.api.list(MIGRATIONS, world.namespace))[0])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(drain)
+        await world.until(begun)
+        (made,) = (await world.api.list(MIGRATIONS, world.namespace))[0]
+        await world.agents_move(made["metadata"]["name"])
+    ((code, out, err),) = result
+    assert code == 5, err
+    assert f"{world.namespace}/train: moved to {world.nodes[1]}, stopped for 42ms" in err
+    assert "1 pods stay" in err
+    assert "--evict-others" in err
+    assert "Incomplete" in out
+    code, out, err = await run("get", "nodedrains", program=KUBECTL)
+    assert out.splitlines()[0].split() == ["NAME", "PHASE", "PODS", "MOVED", "LEFT", "AGE"], err
+    code, _, err = await run("drain", node, "--stop")
+    assert (code, "is not being drained" in err) == (2, True)
+    code, _, err = await run("drain", "no-such-node")
+    assert (code, "there is no node no-such-node" in err) == (2, True)

@@ -25,6 +25,7 @@ from podferry.kube.client import (
     JOBS,
     MIGRATIONS,
     NAMESPACES,
+    NODE_DRAINS,
     NODES,
     PODS,
     REPLICASETS,
@@ -33,6 +34,7 @@ from podferry.kube.client import (
     Kind,
     configuration,
 )
+from podferry.kube.drain import NodeDrain
 from podferry.kube.errors import AlreadyExists, Forbidden
 from podferry.kube.migration import EnginePhases, Migration, Progress
 from podferry.wire.pki import NODE_LIFE
@@ -72,7 +74,7 @@ async def make(api: Api, kind: Kind, body: Json, namespace: str = "") -> None:
 async def world(real_world: World) -> World:
     """With deploy/'s rights in the cluster."""
     await make(real_world.api, NAMESPACES, {"metadata": {"name": SYSTEM}})
-    for file in ("rbac.yaml", "policies.yaml"):
+    for file in ("rbac.yaml", "policies.yaml", "drain-policy.yaml"):
         for body in yaml.safe_load_all((DEPLOY / file).read_text()):
             namespace = body["metadata"].pop("namespace", "")
             await make(real_world.api, KINDS[body["kind"]], body, namespace)
@@ -252,6 +254,42 @@ async def test_a_whole_migration_is_within_the_controllers_rights(
     if kind is not None:
         assert left["metadata"]["ownerReferences"][0]["blockOwnerDeletion"]
         await world.api.delete(kind, "train", world.namespace)
+
+
+async def test_a_drain_is_within_the_controllers_rights_and_of_a_node_it_changes_nothing_else(
+    world: World, control_plane: Path
+) -> None:
+    node = world.nodes[0]
+    world.also.append((NODE_DRAINS, node))
+    await world.pod("tied", volumes=[{"name": "h", "hostPath": {"path": "/srv"}}])
+    await world.pod()
+    async with the_controller(world, control_plane) as controller:
+        await world.api.create(NODE_DRAINS, {"metadata": {"name": node}, "spec": {"evictOthers": True}})
+
+        async def begun() -> bool:
+            return bool((await world.api.list(MIGRATIONS, world.namespace))[0])
+
+        await world.until(begun)
+        (made,) = (await world.api.list(MIGRATIONS, world.namespace))[0]
+        await world.agents_move(made["metadata"]["name"])
+
+        async def ended() -> bool:
+            return NodeDrain.from_json(await world.api.get(NODE_DRAINS, node)).ended
+
+        await world.until(ended)
+        drain = NodeDrain.from_json(await world.api.get(NODE_DRAINS, node))
+        assert (drain.status.phase, {one.name: str(one.state) for one in drain.status.pods}) == (
+            "Completed",
+            {"train": "Moved", "tied": "Gone"},
+        )
+        for change in (
+            {"metadata": {"labels": {"x": "y"}}},
+            {"metadata": {"annotations": {"x": "y"}}},
+            {"spec": {"taints": [{"key": "x", "effect": "NoExecute"}]}},
+            {"spec": {"unschedulable": None}},
+        ):
+            with pytest.raises(Forbidden, match="the controller"):
+                await controller.patch(NODES, node, change)
 
 
 async def only_trainer(world: World) -> Json:

@@ -54,6 +54,8 @@ class World:
     fake: FakeApiServer | None = None
     nodes: list[str] = field(default_factory=list)
     resumed: set[str] = field(default_factory=set)
+    also: list[tuple[Kind, str]] = field(default_factory=list)
+    """What is of no namespace and goes with it."""
 
     @classmethod
     @asynccontextmanager
@@ -109,6 +111,8 @@ class World:
                         about = {"metadata": {"finalizers": None}}
                         await self.api.patch(kind, one["metadata"]["name"], about, self.namespace)
                     await self.api.delete(kind, one["metadata"]["name"], self.namespace, grace=0)
+        for kind, name in self.also:
+            await self.api.delete(kind, name)
         await self.api.delete(NAMESPACES, self.namespace)
         for name in self.nodes:
             await self.api.delete(NODES, name)

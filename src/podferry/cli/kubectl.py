@@ -13,14 +13,16 @@ import anyio
 import typer
 
 from podferry import __version__
+from podferry.cli import kubectl_drain as draining
 from podferry.cli import kubectl_moves as moves
 from podferry.cli import kubectl_tables as tables
 from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.kubectl_moves import Where
 from podferry.cli.running import run_program
-from podferry.cli.terminal import print_error, print_json, stdout
+from podferry.cli.terminal import print_error, print_json, stderr, stdout
 from podferry.cli.units import parse_rate
 from podferry.cli.views import choose
+from podferry.core.drain import DrainPhase
 from podferry.core.migration import OUTCOME_OF_END
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Kind
 from podferry.model import Mode
@@ -189,6 +191,88 @@ def check(
             print_error(one)
     if found:
         raise typer.Exit(Exit.REFUSED)
+
+
+@app.command(epilog=EXIT_CODES)
+def drain(
+    *,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node to empty.", autocompletion=_offering(NODES))],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would become of each pod, and why. Nothing is touched.")
+    ] = False,
+    evict_others: Annotated[
+        bool,
+        typer.Option(
+            "--evict-others", help="Evict the pods that cannot move. Their disruption budgets hold; their work is lost."
+        ),
+    ] = False,
+    parallel: Annotated[
+        int, typer.Option("--parallel", metavar="N", min=1, max=50, help="Moves out of the node at once.")
+    ] = 2,
+    mode: Annotated[Mode, typer.Option(help="live copies while it runs; stop and postcopy freeze first.")] = Mode.LIVE,
+    timeout: Annotated[str, typer.Option(metavar="TIME", help="Take a move back if it is not done by then.")] = "1h",
+    allow_postcopy: Annotated[
+        bool,
+        typer.Option("--allow-postcopy", help="Fall to post-copy where a job writes faster than the link carries."),
+    ] = False,
+    allow_throttle: Annotated[
+        bool, typer.Option("--allow-throttle", help="Slow a job down where it writes faster than the link carries.")
+    ] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Begin no further move; those under way go on. Drain again to resume.")
+    ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait: the cluster goes on alone.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON: a NodeDrain object on each change.")] = False,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Empty a node: cordon it and move its pods, those that have computed longest first.
+
+    A pod's annotation podferry.dev/priority (a number) puts it before others. What cannot move stays, unless you evict it.
+    The drain is an object in the cluster: close the terminal, and it goes on; run the command again, and it is shown again.
+
+    Exit code 0 means that the node is empty, 5 that pods are left.
+
+    Examples:
+
+    [bold]kubectl podferry drain node-a --dry-run[/]
+
+    [bold]kubectl podferry drain node-a --parallel 4[/]
+
+    [bold]kubectl podferry drain node-a --stop[/]
+    """
+    where = Where(None, context, kubeconfig)
+    if dry_run:
+        rows = _do(partial(draining.preview, where, node, evict_others=evict_others))
+        print_json({"node": node, "pods": rows}) if json else draining.print_preview(node, rows)
+        return
+    if stop:
+        stopped = _do(partial(draining.stop, where, node))
+        message = f"{node}: no further move begins; resume with kubectl podferry drain {node}"
+        print_json(stopped.to_json()) if json else stdout().print(message, markup=False)
+        return
+    spec = {
+        "evictOthers": evict_others,
+        "parallel": parallel,
+        "mode": mode.value,
+        "timeout": timeout,
+        "allowPostCopy": allow_postcopy,
+        "allowAutoConverge": allow_throttle,
+    }
+    moves.whole_seconds(timeout)
+    begun = _do(partial(draining.begin, where, node, spec))
+    if detach:
+        print_json(begun.to_json()) if json else stdout().print(f"nodedrain/{begun.name} created", markup=False)
+        return
+    try:
+        end = _do(partial(draining.to_the_end, where, begun, json=json))
+    except draining.Interrupted:
+        stderr().print(f"left; {node} is drained without you: kubectl podferry drain {node} --stop stops it")
+        raise typer.Exit(Exit.LEFT) from None
+    if not json:
+        draining.print_end(end)
+    if end.status.phase is DrainPhase.INCOMPLETE:
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command(name="list")

@@ -13,10 +13,12 @@ from pathlib import Path
 import anyio
 
 from podferry import __version__
+from podferry.controller.drains import Drains
 from podferry.controller.reconcile import Reconciler, Settings
 from podferry.controller.signer import SIGNER, Signer, authority
+from podferry.core.drain import Limits
 from podferry.errors import PodferryError, UsageError
-from podferry.kube.client import MIGRATIONS, PODS, SIGNING_REQUESTS, Api
+from podferry.kube.client import MIGRATIONS, NODE_DRAINS, PODS, SIGNING_REQUESTS, Api, Json
 from podferry.kube.lease import Leader
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.watch import Queues, follow
@@ -38,6 +40,7 @@ class Controller:
     def __init__(self, api: Api, namespace: str, settings: Settings) -> None:
         self._api, self._namespace = api, namespace
         self._reconciler = Reconciler(api, settings)
+        self._drainer = Drains(api, Limits(cluster=settings.parallel))
         self._of_uid: dict[str, Key] = {}
 
     async def run(self) -> None:
@@ -46,19 +49,28 @@ class Controller:
         async with anyio.create_task_group() as tasks:
             migrations = Queues[Key](tasks, lambda key: self._reconciler.step(*key))
             requests = Queues[str](tasks, signer.step)
-            tasks.start_soon(self._migrations, migrations)
+            drains = Queues[str](tasks, self._drainer.step)
+            tasks.start_soon(self._migrations, migrations, drains)
+            tasks.start_soon(self._drains, drains)
             tasks.start_soon(self._pods, migrations)
             tasks.start_soon(self._requests, requests)
 
-    async def _migrations(self, queue: Queues[Key]) -> None:
+    async def _migrations(self, queue: Queues[Key], drains: Queues[str]) -> None:
         async for what, one in follow(self._api, MIGRATIONS):
             about = one["metadata"]
+            if (drain := _drain_of(one)) is not None and "completionTime" in (one.get("status") or {}):
+                drains.put(drain)
             key = about["namespace"], about["name"]
             if what == "DELETED":
                 self._of_uid.pop(about["uid"], None)
             else:
                 self._of_uid[about["uid"]] = key
             queue.put(key)
+
+    async def _drains(self, queue: Queues[str]) -> None:
+        async for what, one in follow(self._api, NODE_DRAINS):
+            if what != "DELETED":
+                queue.put(one["metadata"]["name"])
 
     async def _pods(self, queue: Queues[Key]) -> None:
         async for _, pod in follow(self._api, PODS, labels=UID_LABEL):
@@ -70,6 +82,12 @@ class Controller:
         async for what, one in follow(self._api, SIGNING_REQUESTS, fields=f"spec.signerName={SIGNER}"):
             if what != "DELETED":
                 queue.put(one["metadata"]["name"])
+
+
+def _drain_of(migration: Json) -> str | None:
+    """The NodeDrain that made the Migration."""
+    owners = migration["metadata"].get("ownerReferences") or []
+    return next((str(one["name"]) for one in owners if one["kind"] == NODE_DRAINS.kind), None)
 
 
 def main() -> None:

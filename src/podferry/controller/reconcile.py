@@ -50,7 +50,8 @@ DEADLINE_SLACK = 30.0
 class Settings:
     """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a target pod
     whose kubelet has warned, for a resumed pod to be called ready, for an owner to let the source go, for the source's
-    agent after the hand-over, for pods to be gone. `image` is what placeholders run."""
+    agent after the hand-over, for pods to be gone. `image` is what placeholders run, `parallel` the number of Migrations under way
+    in the cluster from which on a drain begins no more."""
 
     image: str = "podferry"
     scheduling: float = 120.0
@@ -60,6 +61,7 @@ class Settings:
     release: float = 30.0
     farewell: float = 60.0
     removal: float = 30.0
+    parallel: int = 5
 
 
 class Reconciler:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from podferry.controller import placement, troubles
 from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of
@@ -15,7 +15,6 @@ from podferry.kube.client import (
     NODES,
     REPLICASETS,
     RUNTIME_CLASSES,
-    Api,
     Kind,
 )
 from podferry.kube.errors import Forbidden
@@ -27,10 +26,22 @@ Json = dict[str, Any]
 OWNERS = {one.kind: one for one in (JOBS, REPLICASETS)}
 
 
+class Readable(Protocol):
+    """What a survey needs of an API server: `Api`, or something that remembers its answers."""
+
+    async def find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+        """One object, or None where there is none."""
+
+    async def list(
+        self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = ""
+    ) -> tuple[list[Json], str]:
+        """The objects of a kind, and their version."""
+
+
 class Surveyor:
     """Asks the API server; decides nothing."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Readable) -> None:
         self._api = api
 
     async def around(self, pod: Json, migration: Migration | None = None) -> Surroundings:

@@ -66,6 +66,7 @@ SIGNING_REQUESTS = Kind(
     "certificates.k8s.io/v1", "CertificateSigningRequest", "certificatesigningrequests", namespaced=False
 )
 MIGRATIONS = Kind("podferry.dev/v1alpha1", "Migration", "migrations")
+NODE_DRAINS = Kind("podferry.dev/v1alpha1", "NodeDrain", "nodedrains", namespaced=False)
 
 
 class Api:
@@ -164,6 +165,19 @@ class Api:
         except NotFound:
             return False
         return True
+
+    async def evict(self, name: str, namespace: str, *, uid: str) -> None:
+        """Evict the pod with this `uid`. Raises `NotFound`, `Conflict` where the uid is another, and `ApiFailed` with status 429
+        where a PodDisruptionBudget does not allow it now.
+        """
+        body = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": name, "namespace": namespace},
+            "deleteOptions": {"preconditions": {"uid": uid}},
+        }
+        what = f"cannot evict {_named(PODS, name, namespace)}"
+        await self._call("POST", PODS.path(namespace, name, "eviction"), body=body, what=what)
 
     async def watch(
         self, kind: Kind, version: str, namespace: str = "", *, labels: str = "", fields: str = ""

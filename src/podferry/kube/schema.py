@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from podferry.kube.client import MIGRATIONS
-from podferry.kube.migration import GROUP, VERSION, Migration, MigrationSpec, MigrationStatus
+from podferry.kube.client import MIGRATIONS, NODE_DRAINS, Kind
+from podferry.kube.drain import NodeDrain
+from podferry.kube.migration import GROUP, VERSION, Migration, Part
 
 Schema = dict[str, Any]
+Column = tuple[str, str, str, int, str]
+"""Title, type, path, priority (1: with `-o wide` alone), description."""
 
-COLUMNS = (
+MIGRATION_COLUMNS: tuple[Column, ...] = (
     ("Pod", "string", ".spec.podName", 0, "the pod that moves"),
     ("From", "string", ".status.sourceNode", 0, "the node that it leaves"),
     ("To", "string", ".status.targetNode", 0, "the node that it goes to"),
@@ -23,14 +27,64 @@ COLUMNS = (
     ("Reason", "string", ".status.ending.reason", 1, "why it ended so"),
     ("Message", "string", ".status.message", 1, "the latest in words"),
 )
+DRAIN_COLUMNS: tuple[Column, ...] = (
+    ("Phase", "string", ".status.phase", 0, "how far it is"),
+    ("Pods", "integer", ".status.total", 0, "pods that the drain has seen on the node"),
+    ("Moved", "integer", ".status.moved", 0, "pods that moved to another node"),
+    ("Left", "integer", ".status.left", 0, "pods still on the node"),
+    ("Age", "date", ".metadata.creationTimestamp", 0, ""),
+    ("Summary", "string", ".status.summary", 1, "all of it in a few words"),
+)
 
 SELECTABLE = (".spec.podName", ".status.sourceNode", ".status.targetNode", ".status.phase")
 """What a watch may select by: an agent sees the Migrations of its own node and no others (Kubernetes 1.32)."""
 
-HEADER = "# Generated from src/podferry/kube/migration.py by scripts/crds. Do not edit.\n"
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of object of ours: its typed class in module `source`, its names, columns and what a watch may select by. `example` is
+    a whole object for docs/api.md."""
+
+    kind: Kind
+    model: type[Part]
+    source: str
+    singular: str
+    short: str
+    columns: tuple[Column, ...]
+    selectable: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    example: str = ""
+
+    @property
+    def file(self) -> str:
+        """The name of its CustomResourceDefinition's file below deploy/crds."""
+        return f"{GROUP}_{self.kind.plural}.yaml"
 
 
-def structural(model: type[Migration]) -> Schema:
+MIGRATION = Resource(
+    MIGRATIONS,
+    Migration,
+    "src/podferry/kube/migration.py",
+    "migration",
+    "mig",
+    MIGRATION_COLUMNS,
+    SELECTABLE,
+    ("spec",),
+    "metadata:\n  name: move-train\nspec:\n  podName: train",
+)
+NODE_DRAIN = Resource(
+    NODE_DRAINS,
+    NodeDrain,
+    "src/podferry/kube/drain.py",
+    "nodedrain",
+    "drain",
+    DRAIN_COLUMNS,
+    example="metadata:\n  name: node-a\nspec:\n  parallel: 2",
+)
+RESOURCES = (MIGRATION, NODE_DRAIN)
+
+
+def structural(model: type[Part], required: tuple[str, ...] = ("spec",)) -> Schema:
     """The model's schema as Kubernetes takes it: structural, nothing referenced, nothing nullable."""
     whole = model.model_json_schema(by_alias=True, mode="validation")
     definitions = whole.get("$defs", {})
@@ -69,8 +123,8 @@ def structural(model: type[Migration]) -> Schema:
         properties[name] = {"type": "string"}
     # Defaults in the status would be claims that nobody made.
     _without_defaults(properties["status"])
-    schema["required"] = ["spec"]
-    return schema
+    schema.pop("required", None)
+    return {**schema, "required": list(required)} if required else schema
 
 
 def _without_defaults(schema: Schema) -> None:
@@ -86,27 +140,29 @@ class _Whole(yaml.SafeDumper):
         return True
 
 
-def definition() -> Schema:
-    """The CustomResourceDefinition of Migration."""
+def definition(resource: Resource = MIGRATION) -> Schema:
+    """The CustomResourceDefinition of a kind."""
     columns = [
         {"name": name, "type": type_, "jsonPath": path}
         | ({"description": text} if text else {})
         | ({"priority": priority} if priority else {})
-        for name, type_, path, priority, text in COLUMNS
+        for name, type_, path, priority, text in resource.columns
     ]
+    kind = resource.kind
+    selectable = [{"jsonPath": path} for path in resource.selectable]
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{MIGRATIONS.plural}.{GROUP}"},
+        "metadata": {"name": f"{kind.plural}.{GROUP}"},
         "spec": {
             "group": GROUP,
-            "scope": "Namespaced",
+            "scope": "Namespaced" if kind.namespaced else "Cluster",
             "names": {
-                "kind": MIGRATIONS.kind,
-                "listKind": f"{MIGRATIONS.kind}List",
-                "plural": MIGRATIONS.plural,
-                "singular": "migration",
-                "shortNames": ["mig"],
+                "kind": kind.kind,
+                "listKind": f"{kind.kind}List",
+                "plural": kind.plural,
+                "singular": resource.singular,
+                "shortNames": [resource.short],
                 "categories": ["all"],
             },
             "versions": [
@@ -116,47 +172,56 @@ def definition() -> Schema:
                     "storage": True,
                     "subresources": {"status": {}},
                     "additionalPrinterColumns": columns,
-                    "selectableFields": [{"jsonPath": path} for path in SELECTABLE],
-                    "schema": {"openAPIV3Schema": structural(Migration)},
+                    **({"selectableFields": selectable} if selectable else {}),
+                    "schema": {"openAPIV3Schema": structural(resource.model, resource.required)},
                 }
             ],
         },
     }
 
 
-def definition_yaml() -> str:
+def definition_yaml(resource: Resource = MIGRATION) -> str:
     """The CustomResourceDefinition as deploy/crds holds it."""
-    return HEADER + yaml.dump(definition(), Dumper=_Whole, sort_keys=False, width=120)
+    header = f"# Generated from {resource.source} by scripts/crds. Do not edit.\n"
+    return header + yaml.dump(definition(resource), Dumper=_Whole, sort_keys=False, width=120)
 
 
 def reference() -> str:
     """docs/api.md: every field, from the same classes."""
-    schema = structural(Migration)
     lines = [
         "# API reference",
         "",
-        "<!-- Generated from src/podferry/kube/migration.py by scripts/crds. Do not edit. -->",
+        f"<!-- Generated from {' and '.join(one.source for one in RESOURCES)} by scripts/crds. Do not edit. -->",
+    ]
+    for resource in RESOURCES:
+        lines += _chapter(resource)
+    return "\n".join(lines) + "\n"
+
+
+def _chapter(resource: Resource) -> list[str]:
+    schema, kind = structural(resource.model, resource.required), resource.kind
+    scope = "namespaced" if kind.namespaced else "cluster-scoped"
+    lines = [
         "",
-        f"`Migration` (`{GROUP}/{VERSION}`, namespaced, short name `mig`). {schema['description']}",
+        f"# {kind.kind}",
+        "",
+        f"`{kind.kind}` (`{GROUP}/{VERSION}`, {scope}, short name `{resource.short}`). {schema['description']}",
         "",
         "```yaml",
         f"apiVersion: {GROUP}/{VERSION}",
-        "kind: Migration",
-        "metadata:",
-        "  name: move-train",
-        "spec:",
-        "  podName: train",
+        f"kind: {kind.kind}",
+        *resource.example.splitlines(),
         "```",
     ]
-    for name, model in (("spec", MigrationSpec), ("status", MigrationStatus)):
-        lines += ["", f"## {name}", "", " ".join((model.__doc__ or "").split()), ""]
-        lines += _table(schema["properties"][name])
-    lines += ["", "## Columns of `kubectl get migrations`", "", "| column | field | |", "|---|---|---|"]
+    for name in ("spec", "status"):
+        part = schema["properties"][name]
+        lines += ["", f"## {kind.kind} {name}", "", part["description"], "", *_table(part)]
+    lines += ["", f"## Columns of `kubectl get {kind.plural}`", "", "| column | field | |", "|---|---|---|"]
     lines += [
         f"| {name.upper()}{' (wide)' if priority else ''} | `{path}` | {text} |"
-        for name, _, path, priority, text in COLUMNS
+        for name, _, path, priority, text in resource.columns
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _table(schema: Schema) -> list[str]:

@@ -1,0 +1,122 @@
+"""What a drain of a node does next: which pods it moves now, which it evicts, which it leaves, and when it is over. Pure.
+
+A pod that can move is moved, and tried again a bounded number of times where a move fails. One that cannot move, or whose moves
+failed, stays where it is, unless the drain is told to evict such pods. Pods of DaemonSets and static pods belong to the node and
+do not count, as with `kubectl drain --ignore-daemonsets`; neither do pods that have ended. One that is being deleted is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+ATTEMPTS = 3
+"""Migrations of one pod before a drain leaves the pod. A refusal counts like a failure: what refused it may have ended since."""
+
+
+class DrainPhase(StrEnum):
+    """How far a drain is; the values are part of the API."""
+
+    DRAINING = "Draining"
+    STOPPED = "Stopped"
+    COMPLETED = "Completed"
+    INCOMPLETE = "Incomplete"
+
+
+DRAIN_ENDS = frozenset({DrainPhase.COMPLETED, DrainPhase.INCOMPLETE})
+
+
+class PodState(StrEnum):
+    """What a drain does with a pod; the values are part of the API."""
+
+    WAITING = "Waiting"
+    MOVING = "Moving"
+    MOVED = "Moved"
+    EVICTING = "Evicting"
+    GONE = "Gone"
+    LEFT = "Left"
+
+
+@dataclass(frozen=True)
+class DrainedPod:
+    """A pod on the node. `obstacle` says why it cannot move, empty where it can.
+
+    `moving` is whether a Migration of it is under way; `settling` what happens to it anyhow, so that there is nothing to do now.
+    `attempts` counts the drain's Migrations of it that ended without moving it, `failure` says how the last one did. `started` is
+    an RFC 3339 time: the earlier, the more computed work the pod holds.
+    """
+
+    uid: str
+    started: str = ""
+    priority: int = 0
+    obstacle: str = ""
+    moving: bool = False
+    settling: str = ""
+    attempts: int = 0
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many moves may be under way: out of this node, and in the whole cluster. The defaults are KubeVirt's
+    (`parallelOutboundMigrationsPerNode`, `parallelMigrationsPerCluster`)."""
+
+    node: int = 2
+    cluster: int = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now: the uids of the pods to move and to evict, in this order; the state of each pod with the reason; and how
+    far the drain is then."""
+
+    move: tuple[str, ...]
+    evict: tuple[str, ...]
+    states: dict[str, tuple[PodState, str]]
+    phase: DrainPhase
+
+
+def plan(
+    pods: Iterable[DrainedPod], *, limits: Limits, busy: int, evict_others: bool = False, stopped: bool = False
+) -> Plan:
+    """What comes next. `busy` is the number of Migrations under way in the whole cluster, those of `pods` included.
+
+    >>> plan([DrainedPod("a"), DrainedPod("b", obstacle="hostPath")], limits=Limits(), busy=0).move
+    ('a',)
+    """
+    ordered = sorted(pods, key=lambda one: (-one.priority, one.started or "9", one.uid))
+    states: dict[str, tuple[PodState, str]] = {}
+    evict: list[str] = []
+    ready: list[DrainedPod] = []
+    for pod in ordered:
+        why = pod.obstacle or (f"{pod.attempts} moves failed, the last: {pod.failure}" * (pod.attempts >= ATTEMPTS))
+        if pod.moving:
+            states[pod.uid] = PodState.MOVING, ""
+        elif pod.settling:
+            states[pod.uid] = PodState.WAITING, pod.settling
+        elif not why:
+            ready.append(pod)
+            states[pod.uid] = PodState.WAITING, pod.failure and f"the last move failed: {pod.failure}"
+        elif evict_others:
+            states[pod.uid] = PodState.EVICTING, why
+            evict.append(pod.uid)
+        else:
+            states[pod.uid] = PodState.LEFT, why
+    moving = sum(state is PodState.MOVING for state, _ in states.values())
+    room = 0 if stopped else max(0, min(limits.node - moving, limits.cluster - busy))
+    return Plan(
+        tuple(pod.uid for pod in ready[:room]),
+        () if stopped else tuple(evict),
+        states,
+        _phase(states, stopped=stopped),
+    )
+
+
+def _phase(states: dict[str, tuple[PodState, str]], *, stopped: bool) -> DrainPhase:
+    kinds = {state for state, _ in states.values()}
+    if not kinds:
+        return DrainPhase.COMPLETED
+    if kinds == {PodState.LEFT}:
+        return DrainPhase.INCOMPLETE
+    return DrainPhase.STOPPED if stopped and PodState.MOVING not in kinds else DrainPhase.DRAINING
