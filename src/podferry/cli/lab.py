@@ -226,7 +226,7 @@ def logs(
     ] = False,
     lab: LabName = DEFAULT,
 ) -> None:
-    """Print a container's whole output, from its first line, across all its moves."""
+    """Print a container's output, from its first line, across all its moves: what it has written so far, or with -f all of it."""
     require_root()
     for chunk in containers.output(Lab(lab), name, follow=follow):
         sys.stdout.buffer.write(chunk)

@@ -18,6 +18,8 @@ RUNTIME = "/usr/local/sbin/podferry-runc"
 LOGS = Path("/var/log/podferry/containers")
 NAMESPACE, KUBERNETES = "default", "k8s.io"
 FOLLOW_SECONDS = 0.5
+CHUNK = 1 << 20
+"""Bytes of a log that are read at once."""
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9])?")
 _CTR = ["ctr", "-n", NAMESPACE]
@@ -116,15 +118,18 @@ def pull(lab: Lab, node: str, reference: str, *, snapshotter: str = SNAPSHOTTER)
 
 
 def output(lab: Lab, name: str, *, follow: bool = False) -> Iterator[bytes]:
-    """A container's output from its first line, wherever it has gone since; with `follow` until it ends.
+    """A container's output from its first line, wherever it has gone since; with `follow` until it ends, else as far as it
+    had come when this was called.
 
     A move takes the log along, so that a byte keeps its place in it. Raises `UsageError` where there is no log.
     """
     offset = 0
     node = _log_holder(lab, name)
+    # A job may write faster than we read: without a bound the end of its log would never come.
+    end = None if follow else _size(lab, node, name)
     while True:
         ended = not follow or not _lives(lab, name)  # asked first: what it wrote before it ended is read below
-        while chunk := _read(lab, node, name, offset):
+        while chunk := _read(lab, node, name, offset, CHUNK if end is None else min(CHUNK, end - offset)):
             offset += len(chunk)
             yield chunk
         if ended:
@@ -147,11 +152,18 @@ def _log_holder(lab: Lab, name: str) -> str:
     return max(times, key=lambda node: times[node])
 
 
-def _read(lab: Lab, node: str, name: str, offset: int) -> bytes:
+def _size(lab: Lab, node: str, name: str) -> int:
+    try:
+        return _log(lab, node, name).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read(lab: Lab, node: str, name: str, offset: int, most: int) -> bytes:
     try:
         with _log(lab, node, name).open("rb") as file:
             file.seek(offset)
-            return file.read(1 << 20)
+            return file.read(most)
     except FileNotFoundError:
         return b""  # it has not been moved here yet
 
