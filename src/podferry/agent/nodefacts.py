@@ -42,7 +42,7 @@ def node_facts(root: Path, *, containerd: str = "", runc: str = "runc", criu: st
         cgroup=cgroup_kind(),
         memory_available=memory_available(),
         disk_free=shutil.disk_usage(root).free,
-        lazy_pages=_has_lazy_pages(),
+        lazy_pages=has_lazy_pages(),
         pagemap_scan=kernel.pagemap_scan,
         wp_async=kernel.wp_async,
         soft_dirty=kernel.soft_dirty,
@@ -91,7 +91,7 @@ def _processor(cpuinfo: str) -> tuple[str, tuple[str, ...]]:
     return model, tuple(sorted((fields.get("flags") or fields.get("Features") or "").split()))
 
 
-def _has_lazy_pages() -> bool:
+def has_lazy_pages() -> bool:
     """Whether CRIU can hand over page faults: a userfaultfd that reports forks, moves and removals."""
     try:
         fd = uffd.create()

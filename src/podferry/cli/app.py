@@ -13,6 +13,7 @@ from podferry.cli import chart, complete, tables
 from podferry.cli.agents import Fleet, Where
 from podferry.cli.bench import app as bench_commands
 from podferry.cli.demo import demo
+from podferry.cli.doctor import doctor
 from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.images import app as image_commands
 from podferry.cli.install import install, uninstall
@@ -297,6 +298,7 @@ def _show(record: Record, json: bool) -> None:
         stdout().print(chart.summary(record))
 
 
+app.command()(doctor)
 app.command()(install)
 app.command()(uninstall)
 lab_commands.command("demo")(demo)

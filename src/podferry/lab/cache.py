@@ -21,12 +21,17 @@ def key(recipe: object) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def place(kind: str, recipe: object, suffix: str = "") -> Path:
+    """Where `cached` has, or would put, `kind` made after `recipe`."""
+    return CACHE / f"{kind}-{key(recipe)}{suffix}"
+
+
 def cached(kind: str, recipe: object, build: Callable[[Path], None], suffix: str = "") -> Path:
     """The path of `kind` made after `recipe`; `build` makes it at the path it is given where there is none yet.
 
     Two commands that want the same thing build it once. A build that fails leaves nothing.
     """
-    path = CACHE / f"{kind}-{key(recipe)}{suffix}"
+    path = place(kind, recipe, suffix)
     if path.exists():
         return path
     with locked(CACHE / f"{kind}.lock"):

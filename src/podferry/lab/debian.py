@@ -15,6 +15,9 @@ from podferry.node.process import CLEAN_ENVIRONMENT, Completed, raise_for, run, 
 SUITE, NEXT_SUITE = SUITES = ("trixie", "forky")
 """What roots are made of: Debian 13, and where that is asked for the release after it, with newer containerd, runc and CRIU."""
 
+CRIU = {SUITE: (4, 1), NEXT_SUITE: (4, 2)}
+"""The CRIU that each has."""
+
 OF_NODES = os.environ.get("PODFERRY_DEBIAN", SUITE)
 """What nodes are made of where nothing is said."""
 

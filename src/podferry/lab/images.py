@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from podferry.lab import oci
-from podferry.lab.cache import cached, remove
+from podferry.lab.cache import cached, place, remove
 from podferry.lab.debian import OF_NODES, SUITE, architecture, bootstrap
 from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE
@@ -63,9 +64,13 @@ EDITION = 1
 
 def node_root(progress: Progress, suite: str = OF_NODES) -> Path:
     """The directory of the nodes' root. The first time takes a minute or two."""
-    recipe = {"suite": suite, "packages": NODE_PACKAGES, "arch": architecture(), "edition": EDITION}
-    kind = "node" if suite == SUITE else f"node.{suite}"
+    kind, recipe = _node_recipe(suite)
     return cached(kind, recipe, lambda into: _build("node image", NODE_PACKAGES, into, progress, suite))
+
+
+def _node_recipe(suite: str) -> tuple[str, dict[str, object]]:
+    recipe = {"suite": suite, "packages": NODE_PACKAGES, "arch": architecture(), "edition": EDITION}
+    return "node" if suite == SUITE else f"node.{suite}", recipe
 
 
 def python_of(root: Path) -> str:
@@ -86,15 +91,6 @@ def _dpkg_status(root: Path) -> str:
 
 def job_archive(progress: Progress) -> Path:
     """The OCI archive of `JOB_IMAGE`. The first time takes a minute."""
-    arch = architecture()
-    recipe = {
-        "suite": SUITE,
-        "packages": JOB_PACKAGES,
-        "without": JOB_UNUSED,
-        "arch": arch,
-        "edition": EDITION,
-        "name": JOB_IMAGE,
-    }
 
     def build(into: Path) -> None:
         root = into.with_name("job.root")
@@ -109,14 +105,44 @@ def job_archive(progress: Progress) -> Path:
                 root,
                 into,
                 reference=JOB_IMAGE,
-                architecture=arch,
+                architecture=architecture(),
                 command=["python3"],
                 env=["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONUNBUFFERED=1"],
             )
         finally:
             remove(root)
 
-    return cached("job", recipe, build, suffix=".tar")
+    return cached("job", _job_recipe(), build, suffix=".tar")
+
+
+def _job_recipe() -> dict[str, object]:
+    return {
+        "suite": SUITE,
+        "packages": JOB_PACKAGES,
+        "without": JOB_UNUSED,
+        "arch": architecture(),
+        "edition": EDITION,
+        "name": JOB_IMAGE,
+    }
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """An image that a lab needs and that is not built yet: what it costs in bytes of disk, the packages it is made from
+    included, and in seconds on a machine of two processors with a quick mirror."""
+
+    name: str
+    size: int
+    seconds: int
+
+
+NODE, JOB = ALL = (Unbuilt("node image", 1200 << 20, 70), Unbuilt("job image", 400 << 20, 25))
+
+
+def unbuilt(suite: str = OF_NODES) -> list[Unbuilt]:
+    """What `Lab.up` will have to build first, with nodes made of `suite`."""
+    places = {NODE: place(*_node_recipe(suite)), JOB: place("job", _job_recipe(), ".tar")}
+    return [image for image, path in places.items() if not path.exists()]
 
 
 def pause_archive(progress: Progress) -> Path:

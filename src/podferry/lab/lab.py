@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
-from podferry.lab import cache, cgroups, config, images, kernel, machine, network, registry, site, state
+from podferry.lab import cache, cgroups, config, hostfacts, images, kernel, machine, network, registry, site, state
 from podferry.lab.debian import OF_NODES, SUITES, require
 from podferry.lab.kubernetes import daemons, deploy, image, pki
 from podferry.lab.kubernetes.cluster import Kubectl
@@ -127,6 +127,8 @@ class Lab:
             if binds is not None:
                 given["binds"] = {inside: str(source) for inside, source in binds.items()}
             settings = self._settle({key: value for key, value in given.items() if value is not None})
+            if not cgroups.processes(self.name):
+                hostfacts.require(self.name, progress, debian=settings.debian, kubernetes=settings.kubernetes)
             require(network.PROGRAMS, progress)
             image = images.node_root(progress, settings.debian)
             binds_of_nodes = self._binds(settings, image, progress)

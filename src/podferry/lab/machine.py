@@ -21,7 +21,7 @@ _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shif
 # setsid forks it: a shell's background child would ignore SIGINT, and with it every process of the machine. Where we are
 # such a child ourselves, env gives the signals back.
 _LEAVE = '[ -z "$1" ] || echo 0 > "$1/cgroup.procs"; shift; exec env --default-signal=INT,QUIT setsid --fork "$@"'
-_NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup")
+NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def enter(pid: int, argv: Sequence[Arg], *, cwd: str = "/") -> list[Arg]:
     except FileNotFoundError as gone:
         raise Failed("the machine has just ended") from gone
     inside: list[Arg] = ["sh", "-ec", 'cd "$1"; shift; exec "$@"', "sh", cwd, *argv]
-    return ["sh", "-ec", _ENTER, "sh", *joined, "--", "nsenter", f"--target={pid}", *_NAMESPACES, "--", *inside]
+    return ["sh", "-ec", _ENTER, "sh", *joined, "--", "nsenter", f"--target={pid}", *NAMESPACES, "--", *inside]
 
 
 def _unshare(
@@ -96,7 +96,7 @@ def _unshare(
     made = cgroups.create(lab, name, mounted)
     v2 = next((d for h, d in zip(mounted, made, strict=True) if h.version == 2), None)
     leaf: Arg = v2 / cgroups.LEAF if v2 else ""
-    leave: list[Arg] = ["unshare", *_NAMESPACES, "sh", "-ec", _LEAVE, "sh", leaf, *argv]
+    leave: list[Arg] = ["unshare", *NAMESPACES, "sh", "-ec", _LEAVE, "sh", leaf, *argv]
     # The stage holds our pipes until the machine stands, or until it gave up: their end is the event.
     said = run(["sh", "-ec", _ENTER, "sh", *made, "--", *leave], env=environment, check=False, timeout=START_SECONDS)
     pid = first_process(lab, name)

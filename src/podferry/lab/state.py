@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from podferry.core.labhost import NOT_BELOW_OVERLAYS
 from podferry.errors import Refused, UsageError
-from podferry.node.process import run
+from podferry.node.host import mount_of
 
 STATE = Path(os.environ.get("PODFERRY_STATE", "/var/lib/podferry"))
 CACHE = STATE / "cache"
@@ -84,8 +85,8 @@ def require_root() -> None:
 def require_plain_disk() -> None:
     """Raises `Refused` where the state lies on an overlay: containerd's and the nodes' overlays cannot lie on one."""
     STATE.mkdir(parents=True, exist_ok=True)
-    kind = run(["stat", "--file-system", "--format", "%T", STATE]).stdout.strip()
-    if kind in ("overlayfs", "tmpfs", "nfs", "fuseblk"):
+    kind = mount_of(STATE).kind
+    if kind in NOT_BELOW_OVERLAYS:
         raise Refused(
             f"the lab cannot keep its state in {STATE}",
             why=f"it is on {kind}, and the nodes' overlays need a plain disk file system below them",

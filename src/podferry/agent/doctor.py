@@ -1,0 +1,79 @@
+"""The facts by which `podferry doctor --node` judges, gathered on the node or in its agent's pod."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from podferry.agent.config import Config
+from podferry.agent.nodefacts import has_lazy_pages, node_facts, version
+from podferry.core.host import Kernel
+from podferry.core.nodehost import NodeHost, Place
+from podferry.memory import tracker
+from podferry.node import host, outside
+from podferry.node.cgroup import trees
+
+OTHER_RUNTIMES = (
+    ("Docker", Path("/run/docker.sock")),
+    ("k3s' containerd", Path("/run/k3s/containerd/containerd.sock")),
+    ("CRI-O", Path("/run/crio/crio.sock")),
+    ("Podman", Path("/run/podman/podman.sock")),
+)
+
+
+def kernel() -> Kernel:
+    """What this machine's kernel can do, tried on ourselves."""
+    root, system = os.geteuid() == 0, os.uname()
+    chosen = tracker.choose(tracker.probe()) if root else None
+    return Kernel(
+        release=system.release,
+        machine=system.machine,
+        checkpoint=Path("/proc/sys/kernel/ns_last_pid").exists(),  # only with CONFIG_CHECKPOINT_RESTORE
+        lazy_pages=has_lazy_pages() if root else None,
+        tracker=chosen.kind.value if chosen else None,
+        tracker_reason=chosen.reason if chosen else "",
+        userns_restricted=host.setting("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1",
+        selinux=host.setting("/sys/fs/selinux/enforce") == "1",
+    )
+
+
+def node_host(config: Config) -> NodeHost:
+    """What is here of an agent's node; `config` says where things are to be."""
+    top = outside.root()
+    socket = top / str(config.containerd).lstrip("/")
+    facts = node_facts(host.existing(config.state), containerd=version("containerd"))
+    return NodeHost(
+        privileges=host.privileges(),
+        kernel=kernel(),
+        facts=facts,
+        memory_total=_memory_total(),
+        run=_place(config.run),
+        state=_place(config.state),
+        socket=str(config.containerd) if host.listens(socket) else "",
+        others=host.answering((name, top / str(path).lstrip("/")) for name, path in OTHER_RUNTIMES),
+        kubelet=(top / str(config.kubelet).lstrip("/")).is_dir(),
+        wrapper=os.access(top / str(config.wrapper).lstrip("/"), os.X_OK),
+        cpu_controller=_has_cpu_controller(),
+        python=sys.version_info[:2],
+    )
+
+
+def _place(path: Path) -> Place:
+    free, size = host.room(path)
+    return Place(str(path), host.mount_of(path).kind, free, size)
+
+
+def _has_cpu_controller() -> bool:
+    """Whether containers can have the cpu controller: v1's, or v2's among those that the top has."""
+    return any("cpu" in (tree.controllers or _controllers(tree.mountpoint)) for tree in trees())
+
+
+def _controllers(v2: Path) -> frozenset[str]:
+    return frozenset(host.setting(str(v2 / "cgroup.controllers")).split())
+
+
+def _memory_total() -> int:
+    found = re.search(r"^MemTotal: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0

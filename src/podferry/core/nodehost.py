@@ -1,0 +1,170 @@
+"""Does this machine have what a node's agent needs? Facts in, findings out; `podferry.agent.doctor` gathers the facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from podferry.core.facts import NodeFacts
+from podferry.core.findings import Finding, blocked, fine, limited, mebibytes
+from podferry.core.host import Kernel, Privileges, of_kernel, of_privileges
+from podferry.core.preflight import DISK_RESERVE, MEMORY_RESERVE, OLDEST_CRIU, OLDEST_RUNC, PIPE_BYTES, numbers
+
+OLDEST_CONTAINERD = (1, 7)
+OLDEST_PYTHON = (3, 11)
+SMALL_RUN = 0.5
+"""The share of memory below which `run` is worth a word: what arrives is held there."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory's file system: its kind, the bytes that are free on it, the bytes that it can hold."""
+
+    path: str
+    kind: str
+    free: int
+    size: int
+
+
+@dataclass(frozen=True)
+class NodeHost:
+    """A machine, as far as the agent on it cares. `facts` are those that agents tell each other; `socket` is where
+    containerd answers, empty where it does not; `others` are other container runtimes that answer; `kubelet` says whether
+    this is a node of a cluster, which gets the wrapper and, where it must, a CRIU from its agent's pod; `cpu_controller`
+    whether containers can be slowed down."""
+
+    privileges: Privileges
+    kernel: Kernel
+    facts: NodeFacts
+    memory_total: int
+    run: Place
+    state: Place
+    socket: str
+    others: tuple[str, ...]
+    kubelet: bool
+    wrapper: bool
+    cpu_controller: bool
+    python: tuple[int, ...]
+
+
+def findings(host: NodeHost) -> list[Finding]:
+    """Everything that matters, the most basic first."""
+    return [finding for check in CHECKS for finding in check(host)]
+
+
+def _basics(host: NodeHost) -> Iterator[Finding]:
+    yield from of_privileges(host.privileges)
+    yield from of_kernel(host.kernel)
+    wanted = ".".join(map(str, OLDEST_PYTHON))
+    found = ".".join(map(str, host.python))
+    if host.python < OLDEST_PYTHON:
+        yield blocked(
+            "Python", found, f"podferry needs {wanted} or later", "install a later Python, or use the container image"
+        )
+    else:
+        yield fine("Python", found)
+
+
+def _programs(host: NodeHost) -> Iterator[Finding]:
+    for name, version, oldest in (
+        ("CRIU", host.facts.criu, OLDEST_CRIU),
+        ("runc", host.facts.runc, OLDEST_RUNC),
+        ("containerd", host.facts.containerd, OLDEST_CONTAINERD),
+    ):
+        wanted = ".".join(map(str, oldest))
+        if name == "containerd" and not host.socket:
+            continue  # _containerd says so
+        if version and numbers(version) >= oldest:
+            yield fine(name, version)
+        elif name == "CRIU" and host.kubelet:
+            yield limited(name, version or "missing", "podferry's agent brings one of its own to a node of a cluster")
+        elif version:
+            yield blocked(name, version, f"{wanted} is the oldest that works", f"install a later {name}")
+        elif name == "containerd":
+            yield limited(
+                name, "of an unknown version", f"{wanted} is the oldest that works", "see `containerd --version`"
+            )
+        else:
+            yield blocked(
+                name, "missing", "containers are saved and restored by it", f"install {name} {wanted} or later"
+            )
+
+
+def _containerd(host: NodeHost) -> Iterator[Finding]:
+    others = ", ".join(host.others)
+    if not host.socket:
+        yield blocked(
+            "containerd",
+            f"does not answer at its usual place{f'; {others} does' if others else ''}",
+            "podferry moves containers of containerd",
+            "install and start containerd; k3s takes --container-runtime-endpoint unix:///run/containerd/containerd.sock",
+        )
+    elif others:
+        yield limited(
+            "other container runtimes",
+            others,
+            "their containers cannot be moved, and are left alone",
+            "use containerd for jobs",
+        )
+    if host.kubelet:
+        yield fine("Kubernetes", "a kubelet's directory is there")
+    elif not host.wrapper:
+        yield limited(
+            "podferry-runc",
+            "not installed",
+            "containers that runc itself starts cannot move",
+            "see docs/agent.md, `Containers that can move`",
+        )
+
+
+def _cgroups(host: NodeHost) -> Iterator[Finding]:
+    if host.cpu_controller:
+        yield fine("cgroups", host.facts.cgroup)
+    else:
+        yield limited(
+            "cgroups",
+            f"{host.facts.cgroup}, without cpu",
+            "a job that writes too fast for its link is not slowed down",
+            "have systemd pass the cpu controller on (CPUAccounting=yes in containerd's unit does)",
+        )
+
+
+def _pipes(host: NodeHost) -> Iterator[Finding]:
+    size = host.facts.pipe_max_size
+    if size < PIPE_BYTES:
+        yield blocked(
+            "fs.pipe-max-size",
+            str(size),
+            f"CRIU's lazy dump needs {PIPE_BYTES}",
+            f"sysctl -w fs.pipe-max-size={PIPE_BYTES}, and a file in /etc/sysctl.d for the next boot",
+        )
+    else:
+        yield fine("fs.pipe-max-size", str(size))
+
+
+def _room(host: NodeHost) -> Iterator[Finding]:
+    memory, run, state = host.facts.memory_available, host.run, host.state
+    if memory < MEMORY_RESERVE:
+        yield blocked("memory", f"{mebibytes(memory)} available", "nothing can arrive here", "free memory")
+    else:
+        yield fine("memory", f"{mebibytes(memory)} available")
+    remount = f"mount a tmpfs of its own at {run.path} (docs/agent.md), or remount with size=80%"
+    found = f"{mebibytes(run.free)} free at {run.path} ({run.kind})"
+    if run.kind not in ("tmpfs", "ramfs"):
+        yield limited("run", found, "memory on its way is written to a disk, and a reboot leaves it there", remount)
+    elif run.kind == "tmpfs" and run.size < SMALL_RUN * host.memory_total:
+        yield limited("run", found, "larger jobs than that cannot arrive here: their memory waits there", remount)
+    else:
+        yield fine("run", found)
+    found = f"{mebibytes(state.free)} free at {state.path} ({state.kind})"
+    if state.kind in ("tmpfs", "ramfs"):
+        yield blocked("state", found, "journals must survive a reboot", f"put {state.path} on a disk")
+    elif state.free < DISK_RESERVE:
+        yield blocked(
+            "state", found, f"less than {mebibytes(DISK_RESERVE)}: nothing can arrive here", "free disk space"
+        )
+    else:
+        yield fine("state", found)
+
+
+CHECKS: tuple[Callable[[NodeHost], Iterator[Finding]], ...] = (_basics, _programs, _containerd, _cgroups, _pipes, _room)
