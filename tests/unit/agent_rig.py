@@ -376,9 +376,10 @@ class FakedAgent(service.Agent):
         self.rig, self.config = rig, rig.configs[node]
         self.log = structlog.get_logger().bind(node=node)
         self.life = Life(node)
-        self.containerd = self.credentials = self._cluster = None  # type: ignore[assignment]
+        self.containerd = self.credentials = None  # type: ignore[assignment]
+        self._cluster = rig.cluster
         self.inspection = FakeInspection(rig)  # type: ignore[assignment]
-        self._sources, self._targets = {}, {}
+        self._sources, self._targets, self._weighed = {}, {}, set()
         self.errors: list[PodferryError] = []
 
     async def live(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -441,6 +442,7 @@ class Rig:
     order: Order = field(default_factory=lambda: Order(timeout=60.0))
     refusals: list[PodferryError] = field(default_factory=list)
     resolve: SourceEvent | None = None
+    cluster: Any = None
 
     def __post_init__(self) -> None:
         self.source, self.target = SourceNode(), TargetNode()

@@ -15,6 +15,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
+from podferry.agent.claims import claim, is_decided
 from podferry.agent.config import PORT
 from podferry.agent.pod.ports import PodMigration, PodName, PodOrder, Pods
 from podferry.agent.source import Order
@@ -37,7 +38,7 @@ from podferry.kube.migration import (
     seconds,
 )
 from podferry.kube.watch import Queues, follow
-from podferry.model import Outcome
+from podferry.model import Mode, Outcome
 
 Json = dict[str, Any]
 Key = tuple[str, str]
@@ -45,6 +46,8 @@ Key = tuple[str, str]
 RETRY = 1.0
 UNSEEN = 60.0
 """Seconds after which a Migration that the watch has not brought does not exist."""
+ADMIT_WITHIN = 10.0
+"""Seconds that an offer waits for the watch to bring the Migration that it names: the source may have seen it first."""
 
 
 class Kubernetes:
@@ -171,6 +174,20 @@ class Kubernetes:
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`."""
         return self._addresses.get(node)
+
+    async def admit(self, id: str, pod: PodName, source: str, mode: Mode) -> None:
+        """Hold an offer to the Migration with this uid, which must admit it now, and admits one."""
+        seen = None
+        with anyio.move_on_after(ADMIT_WITHIN), contextlib.suppress(NotFound):
+            seen = await self._once(id, is_decided)
+        if (seen := seen or self._seen.get(id)) is None:
+            raise Refused(
+                f"{source} may not offer {pod} to {self._node}", why=f"no Migration to {self._node} has the uid {id}"
+            )
+        if await self._api.find(NODES, source) is None:
+            raise Refused(f"{source} may not offer {pod} to {self._node}", why=f"the cluster has no node {source}")
+        change = claim(node=self._node, peer=source, pod=pod, mode=mode)
+        self._learn(await store.change(self._api, seen.model_copy(deep=True), change), id)
 
     async def target_pod(self, id: str) -> PodName:
         """Have the controller make the target pod, and wait for its name."""

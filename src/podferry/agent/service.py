@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from podferry import __version__
 from podferry.agent import arriving, control, leaving
+from podferry.agent.admission import demand_allowed, demand_peer
 from podferry.agent.arriving import Arriving
 from podferry.agent.attempt import Attempt, leaves
 from podferry.agent.config import Config
@@ -42,7 +43,8 @@ from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, Pod
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
 from podferry.wire.channel import Channel
-from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Offer, Query, Refuse, Unknown
+from podferry.wire.frames import Data
+from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Unknown
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
 
@@ -64,6 +66,7 @@ class Agent:
         self.inspection = Inspection(config, self.containerd)
         self._sources: dict[str, Source] = {}
         self._targets: dict[str, Target] = {}
+        self._weighed: set[str] = set()
         self.pods = PodEngine(
             config, cluster, sources=self._sources, targets=self._targets, start=self._start, dial=self._dial
         )
@@ -347,6 +350,7 @@ class Agent:
     # What other agents want.
 
     async def _converse(self, channel: Channel) -> None:
+        demand_peer(self.config, self._cluster, channel.peer)
         first = await channel.receive()
         match first:
             case Offer():
@@ -357,6 +361,19 @@ class Agent:
                 raise PeerMisbehaved(f"{channel.peer} began with a {type(first).__name__}")
 
     async def _receive(self, channel: Channel, offer: Offer) -> None:
+        if offer.migration in self._weighed:
+            raise PeerMisbehaved(f"{channel.peer} offers {offer.migration[:80]!r} twice at once")
+        self._weighed.add(offer.migration)
+        try:
+            accepted = await self._weigh(channel, offer)
+        finally:
+            self._weighed.discard(offer.migration)
+        if accepted is not None:
+            target, first = accepted
+            await target.converse(channel, first, self._start, offer.timeout_s)
+
+    async def _weigh(self, channel: Channel, offer: Offer) -> tuple[Target, Message | Data] | None:
+        """Answer an offer. What was accepted and is really sent has a journal of its own when this returns."""
         reasons: list[PodferryError] = []
         try:
             if not _ID.fullmatch(offer.migration) or (self.config.migrations / offer.migration).exists():
@@ -364,21 +381,22 @@ class Agent:
                     f"{offer.migration!r} cannot be a migration's name, or is one's that was here before"
                 )
             offered, weigh = self._offered(offer)
+            self._refuse_second(offer.name)
+            await demand_allowed(self.config, self._cluster, channel.peer, offer, offered)
             facts, refused = await to_thread.run_sync(weigh)
             reasons += refused
-            self._refuse_second(offer.name)
         except PodferryError as error:
             reasons.append(error)
         if reasons:
             await channel.send(Refuse(offer.migration, tuple(map(ErrorReport.of, reasons))))
             await channel.receive()
-            return
+            return None
         await channel.send(Accept(offer.migration, facts.to_dict()))
         first = await channel.receive()
         if isinstance(first, Abort):
             nothing = Failed("the source took its offer back before anything was made here", why=first.reason)
             await channel.send(GaveUp(offer.migration, ErrorReport.of(nothing)))
-            return
+            return None
         journal = Journal(self.config.migrations / offer.migration)
         story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
         journal.note(role="target", offered=offered.to_dict(), record=story.to_dict())
@@ -388,7 +406,7 @@ class Agent:
             job = Arriving(self.config, self.containerd, journal, offered)
             target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
         self._targets[offer.migration] = target
-        await target.converse(channel, first, self._start, offer.timeout_s)
+        return target, first
 
     def _offered(self, offer: Offer) -> tuple[Offered | OfferedPod, Callable[[], tuple[NodeFacts, list[Refused]]]]:
         """What is offered, and how to find out whether it can be taken."""

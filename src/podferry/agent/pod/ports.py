@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from podferry.agent.source import Order
 from podferry.errors import PodferryError
+from podferry.model import Mode
 
 Json = dict[str, Any]
 
@@ -61,6 +62,13 @@ class Cluster(Protocol):
 
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`; None where there is no such node."""
+        ...
+
+    async def admit(self, id: str, pod: PodName, source: str, mode: Mode) -> None:
+        """Asked on the target, of an offer: may the node `source` have this node take `pod` in the migration `id`?
+
+        Raises `Refused` unless that is what the Migration says now, and for every offer after the first: no node's word counts.
+        """
         ...
 
     async def target_pod(self, id: str) -> PodName:
