@@ -317,7 +317,7 @@ async def test_a_client_of_an_older_tls_is_turned_away(pki: Path) -> None:
 
 
 async def test_a_client_that_connects_and_says_nothing_is_let_go_of(pki: Path) -> None:
-    async with serving(pki / "b", timing=Timing(greeting=0.1)) as target:
+    async with serving(pki / "b", timing=Timing(handshake=0.1)) as target:
         with socket.create_connection(parse_address(target.address)):
             reported = await target.reported()
     assert isinstance(reported, PeerLost)

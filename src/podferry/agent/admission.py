@@ -6,13 +6,19 @@ pod leaves and this node, and it admits one offer (`Cluster.admit`). Stand-alone
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
 from podferry.agent.config import Config
 from podferry.agent.offered import Offered
 from podferry.agent.pod.offered import OfferedPod
 from podferry.agent.pod.ports import Cluster
 from podferry.errors import PeerUntrusted, Refused
 from podferry.model import Mode
+from podferry.wire.greeters import plain
 from podferry.wire.messages import Offer
+from podferry.wire.transport import parse_address
 
 
 def demand_peer(config: Config, cluster: Cluster | None, peer: str) -> None:
@@ -51,3 +57,20 @@ async def demand_allowed(
             remedy="create a Migration of the pod",
         )
     await cluster.admit(offer.migration, offered.pod, peer, Mode(offer.mode))
+
+
+def known_addresses(config: Config, cluster: Cluster | None) -> Callable[[str], bool]:
+    """Whether a peer lives at an address, for who waits while many knock. Names in the configuration are looked up now: slow."""
+    hosts = {host for address in config.peers.values() for host in _addresses_of(address)}
+
+    def known(host: str) -> bool:
+        return host in hosts or (cluster is not None and cluster.lives_at(host))
+
+    return known
+
+
+def _addresses_of(address: str) -> set[str]:
+    with suppress(OSError):
+        found = socket.getaddrinfo(*parse_address(address), type=socket.SOCK_STREAM)
+        return {plain(str(one[4][0])) for one in found}
+    return set()

@@ -39,6 +39,7 @@ from podferry.kube.migration import (
 )
 from podferry.kube.watch import Queues, follow
 from podferry.model import Mode, Outcome
+from podferry.wire.transport import parse_address
 
 Json = dict[str, Any]
 Key = tuple[str, str]
@@ -174,6 +175,10 @@ class Kubernetes:
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`."""
         return self._addresses.get(node)
+
+    def lives_at(self, host: str) -> bool:
+        """Whether a node that this one has had to do with has this IP address."""
+        return any(parse_address(one)[0] == host for one in self._addresses.values())
 
     async def admit(self, id: str, pod: PodName, source: str, mode: Mode) -> None:
         """Hold an offer to the Migration with this uid, which must admit it now, and admits one."""

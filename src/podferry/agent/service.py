@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from podferry import __version__
 from podferry.agent import arriving, control, leaving
-from podferry.agent.admission import demand_allowed, demand_peer
+from podferry.agent.admission import demand_allowed, demand_peer, known_addresses
 from podferry.agent.arriving import Arriving
 from podferry.agent.attempt import Attempt, leaves
 from podferry.agent.config import Config
@@ -90,7 +90,9 @@ class Agent:
             self._recover()
             if self._cluster is not None:
                 self._start(partial(to_thread.run_sync, self.pods.sweep))
-            self._tasks.start_soon(partial(serve, listener, self.credentials, self._converse, self._report))
+            known = await to_thread.run_sync(known_addresses, self.config, self._cluster)
+            serving = partial(serve, listener, self.credentials, self._converse, self._report, known=known)
+            self._tasks.start_soon(serving)
             await control.serve(self.config.socket, ops, started=ready)
 
     def _start(self, work: Callable[[], Awaitable[None]]) -> None:

@@ -26,13 +26,16 @@ SMALL = 1 << 14
 @dataclass(frozen=True)
 class Timing:
     """In seconds: how often to beat when there is nothing else to say; after how long a silence the peer is lost if its kernel,
-    too, no longer acknowledges what is sent, and if that does, since a node that is short of processors may be that slow; and
-    how long a connection may take from the first packet to the end of the greeting."""
+    too, no longer acknowledges what is sent, and if that does, since a node that is short of processors may be that slow;
+    how long the side that dials waits from the first packet to the end of the greeting; and for how long the side that accepts
+    waits for the first byte, and for the end of the greeting."""
 
     beat: float = 1.0
     silence: float = 5.0
     hung: float = 30.0
     greeting: float = 30.0
+    opening: float = 5.0
+    handshake: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
@@ -15,6 +16,7 @@ import anyio
 from podferry import __version__
 from podferry.errors import Bug, Failed, PeerLost, PeerMisbehaved, PodferryError, Refused, UsageError
 from podferry.wire.channel import Channel, Timing
+from podferry.wire.greeters import Greeters
 from podferry.wire.link import UNSENT, Link
 from podferry.wire.messages import PROTOCOL, Hello
 from podferry.wire.pki import check_node_name
@@ -22,8 +24,8 @@ from podferry.wire.session import Role
 from podferry.wire.tls import Credentials, check_name
 
 BACKLOG = 64
-GREETERS = 16
-"""How many connections may be in their greeting at once; more wait in the backlog."""
+OF_ONE_PEER = 64
+"""Conversations with one node at once; a move needs one, and a few questions while contact is lost."""
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -58,7 +60,7 @@ async def dial(
     timing = timing or Timing()
     check_node_name(node)
     peer = f"{node} at {address}"
-    with _in_time(peer, timing):
+    with _in_time(peer, timing.greeting):
         channel = await _greet(await _connect(address, peer), peer, credentials, node, timing)
     async with _conversing(channel, timing):
         yield channel
@@ -70,24 +72,46 @@ async def serve(
     handler: Callable[[Channel], Awaitable[None]],
     report: Callable[[PodferryError], None],
     *,
+    known: Callable[[str], bool] = lambda _: False,
     timing: Timing | None = None,
 ) -> None:
     """Take connections for ever and run `handler` on each, we being the target. Closes `listener` when cancelled.
 
-    Errors of one connection end that one, and go to `report`; one that is not a `PodferryError` goes there as `Bug`.
+    `known` says whether a peer lives at an address: these are never kept waiting by others. Errors of one connection end that
+    one, and go to `report`; one that is not a `PodferryError` goes there as `Bug`.
     """
     timing = timing or Timing()
-    greeters = anyio.Semaphore(GREETERS)
+    greeters, talking = Greeters(known), Counter[str]()
 
-    async def converse(connection: socket.socket, peer: str) -> None:
+    async def greet(connection: socket.socket, peer: str, host: str) -> Channel:
+        slot = greeters.enter(host)
+        if slot is None:
+            connection.close()
+            raise PeerLost(f"{peer} was not heard", why="all that may be greeted at once are")
+        scope = anyio.CancelScope()
+        slot.makes_way = scope.cancel
         try:
+            with scope, _in_time(peer, timing.handshake):
+                await _first_byte(connection, peer, timing.opening)
+                return await _greet(connection, peer, credentials, None, timing)
+        finally:
+            greeters.leave(slot)
+        connection.close()
+        raise PeerLost(f"{peer} was not heard to its end", why="it took its time, and others wait")
+
+    async def converse(connection: socket.socket, peer: str, host: str) -> None:
+        try:
+            channel = await greet(connection, peer, host)
+            talking[channel.peer] += 1
             try:
-                with _in_time(peer, timing):
-                    channel = await _greet(connection, peer, credentials, None, timing)
+                async with _conversing(channel, timing):
+                    if talking[channel.peer] > OF_ONE_PEER:
+                        raise Refused(f"{channel.peer} holds {OF_ONE_PEER} conversations already")
+                    await handler(channel)
             finally:
-                greeters.release()
-            async with _conversing(channel, timing):
-                await handler(channel)
+                talking[channel.peer] -= 1
+                if not talking[channel.peer]:
+                    del talking[channel.peer]
         except PodferryError as error:
             report(error)
         except Exception as error:  # noqa: BLE001 - one connection's bug must not end the others
@@ -96,9 +120,21 @@ async def serve(
     with listener:
         async with anyio.create_task_group() as tasks:
             while True:
-                await greeters.acquire()
-                connection, peer = await _accept(listener, report)
-                tasks.start_soon(converse, connection, peer)
+                connection, peer, host = await _accept(listener, report)
+                tasks.start_soon(converse, connection, peer, host)
+
+
+async def _first_byte(connection: socket.socket, peer: str, patience: float) -> None:
+    """Whoever means to speak speaks first, and at once. Closes the connection on failure."""
+    try:
+        with anyio.fail_after(patience):
+            await anyio.wait_readable(connection)
+    except TimeoutError as late:
+        connection.close()
+        raise PeerLost(f"{peer} said nothing for {patience:g} s") from late
+    except BaseException:
+        connection.close()
+        raise
 
 
 async def _greet(
@@ -166,12 +202,12 @@ async def _closing_on_error(channel: Channel) -> AsyncIterator[None]:
 
 
 @contextmanager
-def _in_time(peer: str, timing: Timing) -> Iterator[None]:
+def _in_time(peer: str, patience: float) -> Iterator[None]:
     try:
-        with anyio.fail_after(timing.greeting):
+        with anyio.fail_after(patience):
             yield
     except TimeoutError as late:
-        raise PeerLost(f"no greeting from {peer} within {timing.greeting:g} s") from late
+        raise PeerLost(f"no greeting from {peer} within {patience:g} s") from late
 
 
 async def _connect(address: str, peer: str) -> socket.socket:
@@ -203,7 +239,7 @@ async def _connect(address: str, peer: str) -> socket.socket:
     ) from failure
 
 
-async def _accept(listener: socket.socket, report: Callable[[PodferryError], None]) -> tuple[socket.socket, str]:
+async def _accept(listener: socket.socket, report: Callable[[PodferryError], None]) -> tuple[socket.socket, str, str]:
     while True:
         await anyio.wait_readable(listener)
         try:
@@ -215,7 +251,7 @@ async def _accept(listener: socket.socket, report: Callable[[PodferryError], Non
             await anyio.sleep(1)
             continue
         connection.setblocking(False)
-        return _tune(connection), f"{address[0]} port {address[1]}"
+        return _tune(connection), f"{address[0]} port {address[1]}", str(address[0])
 
 
 def _tune(connection: socket.socket) -> socket.socket:

@@ -64,6 +64,10 @@ class Cluster(Protocol):
         """HOST:PORT of the agent of `node`; None where there is no such node."""
         ...
 
+    def lives_at(self, host: str) -> bool:
+        """Whether a node that is the source or the target of a Migration with this node has the IP address `host`."""
+        ...
+
     async def admit(self, id: str, pod: PodName, source: str, mode: Mode) -> None:
         """Asked on the target, of an offer: may the node `source` have this node take `pod` in the migration `id`?
 
