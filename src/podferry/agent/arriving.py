@@ -46,6 +46,7 @@ from podferry.node import outside
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import AlreadyExists, Containerd, NotFound
 from podferry.node.incoming import Incoming
+from podferry.node.newfile import check_new, create_new
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
 from podferry.node.restored_group import group_to_tell
@@ -112,9 +113,13 @@ class Arriving:
         self._incoming = Incoming.prepare(record.id, flags=("--lazy-pages", *self._offer.flags), run=self._config.run)
         self._incoming.belongs_in(group_to_tell(record.spec_json(), version("runc")))
         if (path := self._offer.log) is not None:
+            check_new(self._config.logs, path)  # before the ledger has it: what was there before is never deleted
             journal.acquire("log", path=str(path))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+            try:
+                self._log = create_new(self._config.logs, path)
+            except Refused:
+                journal.release("log")
+                raise
 
     async def poise(self, *, postcopy: bool) -> None:
         """Start the page feeder, and a task whose creation waits for the state in the wrapper.

@@ -17,8 +17,10 @@ class Config:
 
     `node` is this node's name and must be the one in its certificate; `listen` is HOST:PORT for other agents; `certificates`
     holds ca.crt, node.crt and node.key; `peers` maps node names to HOST:PORT; `state` is on disk, `run` on a tmpfs;
-    `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node;
-    `metrics` is HOST:PORT for Prometheus, empty for none; `kubelet` is the kubelet's directory, where pods have their volumes.
+    `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node; `logs` is the directory
+    below which the output of containers that arrive is written; `capabilities` are those that they may have beyond containerd's
+    default; `metrics` is HOST:PORT for Prometheus, empty for none; `kubelet` is the kubelet's directory, where pods have their
+    volumes.
     """
 
     node: str
@@ -32,6 +34,8 @@ class Config:
     wrapper: Path = Path("/usr/local/sbin/podferry-runc")
     metrics: str = ""
     kubelet: Path = Path("/var/lib/kubelet")
+    logs: Path = Path("/var/log")
+    capabilities: frozenset[str] = frozenset()
 
     @property
     def socket(self) -> Path:
@@ -92,7 +96,7 @@ def of_kubernetes(environment: Mapping[str, str]) -> Config:
     )
 
 
-PATHS = frozenset({"certificates", "state", "run", "containerd", "wrapper", "kubelet"})
+PATHS = frozenset({"certificates", "state", "run", "containerd", "wrapper", "kubelet", "logs"})
 
 
 def load(path: Path) -> Config:
@@ -119,10 +123,16 @@ def load(path: Path) -> Config:
         )
         raise UsageError(f"the agent's configuration {path} cannot be used", why=why, remedy=remedy)
     for name, value in data.items():
-        wanted = dict if name == "peers" else str
-        if not isinstance(value, wanted):
+        wanted = {"peers": dict, "capabilities": list}.get(name, str)
+        if not isinstance(value, wanted) or (wanted is list and not all(isinstance(one, str) for one in value)):
             raise UsageError(
                 f"the agent's configuration {path} cannot be used", why=f"{name} is not a {wanted.__name__}"
             )
-    typed: dict[str, Any] = {name: Path(value) if name in PATHS else value for name, value in data.items()}
+    typed: dict[str, Any] = {name: _typed(name, value) for name, value in data.items()}
     return Config(**typed)
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name in PATHS:
+        return Path(value)
+    return frozenset(value) if name == "capabilities" else value

@@ -9,6 +9,7 @@ from typing import Any
 from podferry.agent.config import Config
 from podferry.agent.nodefacts import node_facts
 from podferry.agent.offered import Offered, log_file
+from podferry.core.allowed_spec import DEFAULT_CAPABILITIES
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import GUARDS, LIMITS, Question, refusals
 from podferry.errors import Refused, UsageError
@@ -18,6 +19,7 @@ from podferry.model import Mode
 from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.jobfacts import container_facts, may_read_limits
+from podferry.node.newfile import check_new
 from podferry.node.records import Container, Status, Stdio, Task, upper_dir
 from podferry.wire.messages import Offer
 
@@ -130,7 +132,15 @@ class Inspection:
         record, here = offered.record, self.node_facts()
         container = ContainerFacts.from_dict(offer.facts.get("container"))
         source = NodeFacts.from_dict(offer.facts.get("node"))
-        found = refusals(Question(container, source, here, Mode(offer.mode)))
+        found = offered.against(
+            namespace=self._config.namespace, capabilities=DEFAULT_CAPABILITIES | self._config.capabilities
+        )
+        found += refusals(Question(container, source, here, Mode(offer.mode)))
+        if offered.log is not None:
+            try:
+                check_new(self._config.logs, offered.log)
+            except Refused as taken:
+                found.append(taken)
         if any(one.id == record.id for one in self._containerd.containers()):
             found.append(
                 Refused(

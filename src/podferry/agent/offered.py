@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from podferry.core.allowed_spec import against
 from podferry.core.preflight import OWN_BINDS
 from podferry.errors import PeerMisbehaved, Refused
 from podferry.node.checkpoint import FLAGS
 from podferry.node.jobfacts import binds
-from podferry.node.records import Container, Opaque, Stdio
-
-LOG_ROOTS = (Path("/var/log"),)
-"""A container's output is only ever written below these, whatever the source says."""
+from podferry.node.records import RUNC_V2, Container, Opaque, Stdio
+from podferry.protos import runc_pb2
 
 MOST_LAYERS, LONGEST = 500, 255
 """overlayfs takes no more layers (OVL_MAX_STACK in fs/overlayfs/ovl_entry.h); characters of a layer's name."""
 
+MOST_REASONS = 16
+
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:@-]{0,511}|")
+_LABELS_READ = ("containerd.io/", "io.containerd.", "io.cri-containerd", "io.kubernetes.")
+"""Labels by which containerd keeps or collects things, and its CRI plugin and the kubelet know their own."""
+SPEC_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 OPTIONS_TYPE = "containerd.runc.v1.Options"
 _SCHEME = "file://"
 
@@ -40,11 +47,42 @@ class Offered:
     flags: tuple[str, ...] = ()
 
     def record_here(self, wrapper: Path) -> Container:
-        """The record as this node keeps it: with its own podferry-runc, whatever path the source names."""
-        options = self.record.runc_options()
-        options.binary_name, options.root = str(wrapper), ""
-        value = Opaque(OPTIONS_TYPE, options.SerializeToString())
-        return replace(self.record, snapshot_key=self.record.id, options=value)
+        """The record as this node keeps it, made anew: with this node's podferry-runc and runtime.
+
+        Nothing stays that makes containerd or its shim use a path, a group or another's shim that the source names.
+        """
+        theirs = self.record.runc_options()
+        options = runc_pb2.Options(binary_name=str(wrapper), systemd_cgroup=theirs.systemd_cgroup)
+        return Container(
+            id=self.record.id,
+            image=self.record.image,
+            snapshotter=self.record.snapshotter,
+            snapshot_key=self.record.id,
+            spec=Opaque(
+                SPEC_TYPE, json.dumps(self.record.spec_json()).encode()
+            ),  # once more: no field stands there twice
+            options=Opaque(OPTIONS_TYPE, options.SerializeToString()),
+            labels={name: value for name, value in self.record.labels.items() if not name.startswith(_LABELS_READ)},
+        )
+
+    def against(self, *, namespace: str, capabilities: frozenset[str]) -> list[Refused]:
+        """Why this node does not make such a container, whatever the source found out about it."""
+        record = self.record
+        reasons = against(record.spec_json(), id=record.id, namespace=namespace, capabilities=capabilities)
+        if record.runtime != RUNC_V2:
+            reasons.append(f"its runtime is {record.runtime[:80]!r}, not {RUNC_V2}")
+        if record.sandbox:
+            reasons.append("it is part of a sandbox")
+        if not (_NAME.fullmatch(record.snapshotter) and _IMAGE.fullmatch(record.image)):
+            reasons.append("its snapshotter or image has no name of such")
+        return [
+            Refused(
+                f"this node does not make a container such as {record.id} for another",
+                why=reason,
+                remedy="docs/agent.md lists what is allowed; capabilities can be added in the target's configuration",
+            )
+            for reason in reasons[:MOST_REASONS]
+        ]
 
     @property
     def log(self) -> Path | None:
@@ -82,8 +120,7 @@ class Offered:
             )
         if foreign := sorted(one.source for one in binds(spec) if one.destination not in OWN_BINDS):
             raise Refused("the container wants directories of this node", why=", ".join(foreign[:8]))
-        if (log := offered.log) is not None and not any(log.is_relative_to(root) for root in LOG_ROOTS):
-            raise PeerMisbehaved(f"the source wants output written to {log}", why=f"that is not below {LOG_ROOTS[0]}")
+        _ = offered.log  # raises what cannot follow
         return offered
 
 
