@@ -102,7 +102,7 @@ def test_agent_md_lists_the_fields_with_their_defaults() -> None:
     ], "a field that the agent does not know"
     for one in fields(Config):
         if one.default is not MISSING:
-            shown = {None: "null", "": '""'}.get(one.default, one.default)
+            shown = {None: "null", "": '""', frozenset(): "[]"}.get(one.default, one.default)
             assert listed[one.name] == f"`{shown}`"
         else:
             assert listed[one.name] == ("required" if one.default_factory is MISSING else "`{}`")
