@@ -12,14 +12,14 @@ import re
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from podferry.errors import Failed, TimedOut
-
-LEAF = "init"
-"""Where a machine's own processes sit on v2: a cgroup that gives controllers to others may hold none itself."""
+from podferry.lab import delegation
+from podferry.lab.delegation import LEAF, PROCS, CgroupUnusable
+from podferry.lab.progress import Progress, quiet
 
 _MARK = re.compile(r"/podferry\.(?P<lab>[a-z0-9-]+)\.(?P<machine>[a-z0-9-]+)(?:/|$)")
 PATIENCE = 20.0
@@ -84,21 +84,57 @@ def native_mode(mounted: list[Hierarchy]) -> str:
     return "v1" if any(h.version == 1 and not h.controllers.startswith("name=") for h in mounted) else "v2"
 
 
+def prepare(progress: Progress = quiet) -> None:
+    """See to it that machines get the controllers of v2, where it has any. `delegation.give_back` undoes it."""
+    for hierarchy in hierarchies():
+        if hierarchy.version == 2:
+            delegation.prepare(hierarchy.home, progress)
+
+
 def create(lab: str, machine: str, mounted: list[Hierarchy]) -> list[Path]:
-    """Make the machine's cgroups; on v2 with all controllers passed on to its children. Returns their directories."""
+    """Make the machine's cgroups, and on v2 the leaf below it. Returns their directories. Raises `CgroupUnusable`."""
     made = []
     for hierarchy in mounted:
         directory = hierarchy.home / f"podferry.{lab}.{machine}"
-        directory.mkdir(exist_ok=True)
-        if "cpuset" in hierarchy.controllers.split(","):
-            for name in ("cpuset.cpus", "cpuset.mems"):  # empty in a new v1 cgroup, and nothing may enter it then
-                (directory / name).write_text((hierarchy.home / name).read_text())
-        if hierarchy.version == 2:
-            (directory / LEAF).mkdir(exist_ok=True)
-            for controller in (directory / "cgroup.controllers").read_text().split():
-                (directory / "cgroup.subtree_control").write_text(f"+{controller}")
+        try:
+            directory.mkdir(exist_ok=True)
+            if "cpuset" in hierarchy.controllers.split(","):
+                for name in ("cpuset.cpus", "cpuset.mems"):  # empty in a new v1 cgroup, and nothing may enter it then
+                    (directory / name).write_text((hierarchy.home / name).read_text())
+            if hierarchy.version == 2:
+                (directory / LEAF).mkdir(exist_ok=True)
+        except OSError as error:
+            raise CgroupUnusable.of("cannot make the cgroup of a machine", directory, error) from error
         made.append(directory)
     return made
+
+
+def settle(pid: int, mounted: list[Hierarchy], made: list[Path], in_namespace: Callable[[], None]) -> None:
+    """Move `pid` into a machine's new cgroups, `made` in those `mounted`; on v2 into its leaf, which then gets controllers.
+
+    `in_namespace` has the process make its cgroup namespace, whose root is where it is at that moment: the machine's cgroup. Only
+    once nothing is left there may that pass controllers on. Raises `CgroupUnusable`.
+    """
+    for directory in made:
+        _join(pid, directory)
+    in_namespace()
+    for hierarchy, directory in zip(mounted, made, strict=True):
+        if hierarchy.version == 2:
+            _join(pid, directory / LEAF)
+            delegation.prepare(hierarchy.home)  # systemd takes back what none of its units needs, until we pass it on
+            for controller, error in delegation.pass_on(directory, delegation.WANTED).items():
+                raise CgroupUnusable.of(
+                    f"cannot pass the {controller} controller on inside a machine",
+                    directory / delegation.PASSED_ON,
+                    error,
+                )
+
+
+def _join(pid: int, directory: Path) -> None:
+    try:
+        delegation.write(directory / PROCS, str(pid))
+    except OSError as error:
+        raise CgroupUnusable.of("cannot move a machine's first process", directory / PROCS, error) from error
 
 
 def directories_of(pid: int) -> list[Path]:

@@ -12,7 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
-from podferry.lab import cache, cgroups, config, hostfacts, images, kernel, machine, network, registry, site, state
+from podferry.lab import (
+    cache,
+    cgroups,
+    config,
+    delegation,
+    hostfacts,
+    images,
+    kernel,
+    machine,
+    network,
+    registry,
+    site,
+    state,
+)
 from podferry.lab.debian import OF_NODES, SUITES, require
 from podferry.lab.kubernetes import daemons, deploy, image, pki
 from podferry.lab.kubernetes.cluster import Kubectl
@@ -133,6 +146,7 @@ class Lab:
             image = images.node_root(progress, settings.debian)
             binds_of_nodes = self._binds(settings, image, progress)
             kernel.raise_pipe_size(progress)
+            cgroups.prepare(progress)
             self.home.mkdir(parents=True, exist_ok=True)
             self._settings.write_text(json.dumps(asdict(settings), indent=2))
             self._start_missing(settings, image, binds_of_nodes, progress)
@@ -149,6 +163,7 @@ class Lab:
             cache.remove(self.home)
             if not list_labs():
                 kernel.restore_pipe_size()
+                delegation.give_back()
 
     def exists(self) -> bool:
         """Whether the lab has been brought up and not taken down."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +11,28 @@ from podferry.errors import CommandFailed, Failed, Refused
 from podferry.lab import cgroups
 from podferry.lab.site import PACKAGE
 from podferry.lab.state import SWITCH
-from podferry.node.process import Arg, Completed, run
+from podferry.lab.stepwise import Stepwise
+from podferry.node.process import Arg, Completed
 
 STAGE = Path(__file__).with_name("stage.sh")
 START_SECONDS = 60.0
 
 # Join the cgroups before `--`, then become what follows it.
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
-# In the new cgroup namespace: step into the v2 leaf, then leave a child as the first of the new process namespace.
-# setsid forks it: a shell's background child would ignore SIGINT, and with it every process of the machine. Where we are
-# such a child ourselves, env gives the signals back.
-_LEAVE = '[ -z "$1" ] || echo 0 > "$1/cgroup.procs"; shift; exec env --default-signal=INT,QUIT setsid --fork "$@"'
+# A machine's first process is put where it belongs by us, while it waits for a line: first here, then in its cgroup namespace.
+_WAIT = 'read -r _; exec "$@"'
+_SETTLE = 'echo; read -r _; exec "$@" < /dev/null'
+# It leaves a child as the first of the new process namespace. setsid forks it: a shell's background child would ignore SIGINT, and
+# with it every process of the machine. Where we are such a child ourselves, env gives the signals back.
+_LEAVE = ("env", "--default-signal=INT,QUIT", "setsid", "--fork")
 NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup")
+
+# linux/capability.h: what starting a machine needs.
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_CHROOT": 18, "CAP_SYS_ADMIN": 21, "CAP_MKNOD": 27}
+
+
+class _EndedEarly(Exception):
+    """The first process of a machine ended before it was one; what it said is the reason."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +105,21 @@ def _unshare(
     sign: str = "",
 ) -> int:
     made = cgroups.create(lab, name, mounted)
-    v2 = next((d for h, d in zip(mounted, made, strict=True) if h.version == 2), None)
-    leaf: Arg = v2 / cgroups.LEAF if v2 else ""
-    leave: list[Arg] = ["unshare", *NAMESPACES, "sh", "-ec", _LEAVE, "sh", leaf, *argv]
-    # The stage holds our pipes until the machine stands, or until it gave up: their end is the event.
-    said = run(["sh", "-ec", _ENTER, "sh", *made, "--", *leave], env=environment, check=False, timeout=START_SECONDS)
+    rest = [option for option in NAMESPACES if option != "--cgroup"]
+    words: list[Arg] = ["sh", "-ec", _WAIT, "sh", "unshare", "--cgroup", "sh", "-ec", _SETTLE, "sh"]
+    words += ["unshare", *rest, *_LEAVE, *argv]
+    # The stage holds its output until the machine stands, or until it gave up: their end is the event.
+    with Stepwise(words, environment, START_SECONDS) as first:
+
+        def in_namespace() -> None:
+            first.go_on()
+            if not first.hear():
+                raise _EndedEarly
+
+        with contextlib.suppress(_EndedEarly):
+            cgroups.settle(first.pid, mounted, made, in_namespace)
+        first.go_on()
+        said = first.finish()
     pid = first_process(lab, name)
     if pid is None or sign not in said.stdout:
         cgroups.kill(lab, name)
@@ -110,8 +131,17 @@ def _not_started(name: str, said: Completed) -> CommandFailed:
     return CommandFailed(
         f"{name} did not start",
         why=(said.stderr.strip() or "its first process ended").splitlines()[-1],
-        remedy="the lab needs root with all capabilities but CAP_SYS_RESOURCE",
+        remedy=_remedy(said.stderr),
         evidence=said.stderr.splitlines(),
         argv=said.argv,
         returncode=said.returncode,
     )
+
+
+def _remedy(said: str) -> str:
+    """What is known of a start that failed: only what this process lacks itself."""
+    held = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    lacking = [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
+    if "not permitted" in said and lacking:
+        return f"the lab needs root with capabilities that this process lacks: {', '.join(lacking)}"
+    return "the lines above are what the kernel and the programs said"
