@@ -276,6 +276,9 @@ class FakeLeaving(FakeRemains):
     def dumped(self) -> Dump:
         return Dump.THIN
 
+    async def demand_quota(self) -> None:
+        pass
+
     async def slow_down(self, quota: float) -> None:
         if self.journal.ledger.facts("quota") is None:
             self.journal.acquire("quota", node=self.node.number, quota=self.node.quota)

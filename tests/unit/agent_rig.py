@@ -212,6 +212,10 @@ def fail(rig: Rig) -> None:
     raise Failed("a fault of the test's", why="it was asked for")
 
 
+def refuse(rig: Rig) -> None:
+    raise Refused("the container has no cpu controller", why="it was asked for")
+
+
 def oserror(rig: Rig) -> None:
     raise OSError(errno.EIO, "Input/output error")
 

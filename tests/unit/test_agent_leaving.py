@@ -18,7 +18,7 @@ from podferry.agent.offered import Offered
 from podferry.agent.pod.leaving import LeavingPod
 from podferry.agent.ports import OriginalGone
 from podferry.core.undo import Ledger
-from podferry.errors import PodferryError
+from podferry.errors import PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracker import Kind, Round, SpaceRound
 from podferry.model import Dump
@@ -234,3 +234,19 @@ def test_a_pod_says_what_all_of_its_dumps_were_spared(tmp_path: Path) -> None:
             Journal(tmp_path), parts, AsyncMock(), volumes=[], payloads=lambda _: b"", departed=tmp_path / "departed"
         )
         assert pod.dumped() is said
+
+
+async def test_a_pod_is_slowed_down_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    parts: Any = [
+        SimpleNamespace(demand_quota=AsyncMock(), slow_down=AsyncMock()),
+        SimpleNamespace(demand_quota=AsyncMock(side_effect=Refused("no cpu controller")), slow_down=AsyncMock()),
+    ]
+    pod = LeavingPod(
+        Journal(tmp_path), parts, AsyncMock(), volumes=[], payloads=lambda _: b"", departed=tmp_path / "departed"
+    )
+    with pytest.raises(Refused):
+        await pod.slow_down(0.5)
+    assert [part.slow_down.await_count for part in parts] == [0, 0]
+    parts[1].demand_quota.side_effect = None
+    await pod.slow_down(0.5)
+    assert [part.slow_down.await_count for part in parts] == [1, 1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import pytest
-from agent_rig import Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror
+from agent_rig import Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror, refuse
 
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Decision, Step
@@ -85,12 +86,13 @@ def test_a_job_that_writes_too_fast_is_slowed_down_and_given_back_its_time(
     assert rig.source.quota == 1.0
 
 
+@pytest.mark.parametrize("how", [fail, refuse])
 def test_a_job_that_cannot_be_slowed_down_goes_by_postcopy_where_that_is_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: Callable[[Rig], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A container without a cpu controller, say: that is no reason to go back."""
     policy = order(max_downtime=1e-6, max_rounds=3, postcopy=True)
-    rig = Rig(tmp_path, [Fault("source", "slow_down", fail)], order=policy).move(Mode.LIVE, monkeypatch)
+    rig = Rig(tmp_path, [Fault("source", "slow_down", how)], order=policy).move(Mode.LIVE, monkeypatch)
     assert [one.name for one in rig.fired] == ["slow_down"]
     assert rig.phase("a") == SourcePhase.COMPLETED
     assert SourcePhase.SERVE in rig.phases("a")

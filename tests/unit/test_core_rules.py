@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from podferry.agent.inspection import View
 from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import SOURCE_MAY_RUN, TARGET_MAY_RUN, SourcePhase, TargetPhase
@@ -191,6 +192,17 @@ def test_guard_pages_move_where_criu_saves_them() -> None:
 def test_every_reason_is_said_at_once() -> None:
     job = replace(JOB, devices=("/dev/x",), connections=("a -> b",), anonymous=1 << 40)
     assert [one.code for one in refusals(Question(job, NODE, NODE, Mode.LIVE))] == ["PF112", "PF113", "PF113"]
+
+
+def test_a_container_without_a_cpu_controller_moves_and_that_is_said() -> None:
+    seen: Any = {"offered": None, "task": None, "upper": None, "tracker": None}
+    view = View(
+        container=JOB, node=NODE, why_unthrottled="the container has no cpu controller: /sys/fs/cgroup/x", **seen
+    )
+    [told] = view.warnings(Mode.LIVE, NODE)
+    assert "no cpu controller" in told and "/sys/fs/cgroup/x" in told
+    assert view.warnings(Mode.STOP, NODE) == replace(view, why_unthrottled="").warnings(Mode.LIVE, NODE) == []
+    assert refusals(view.question(Mode.LIVE, NODE)) == []
 
 
 def test_much_memory_in_pipes_is_worth_knowing() -> None:

@@ -140,6 +140,8 @@ def test_memory_and_processes(tmp_path: Path) -> None:
     assert Cgroup(tmp_path).memory_usage() is None
     with pytest.raises(Refused):
         Cgroup(tmp_path).cpu_quota()
+    assert Cgroup(tmp_path).why_no_quota().startswith("the container has no cpu controller")
+    assert not v1(tmp_path).why_no_quota()
 
 
 def test_the_journal_keeps_a_cgroup(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from podferry.agent.nodefacts import node_facts
 from podferry.agent.offered import Offered, log_file
 from podferry.core.allowed_spec import DEFAULT_CAPABILITIES
 from podferry.core.facts import ContainerFacts, NodeFacts
-from podferry.core.preflight import GUARDS, LIMITS, Question, refusals
+from podferry.core.preflight import GUARDS, LIMITS, Question, refusals, unthrottled, warnings
 from podferry.errors import Refused, UsageError
 from podferry.memory.guards import has_guards
 from podferry.memory.tracker import Choice, Kind, choose, probe
@@ -43,6 +43,7 @@ class View:
     container: ContainerFacts
     node: NodeFacts
     tracker: Choice
+    why_unthrottled: str = ""
 
     def offer(self, migration: str, mode: Mode) -> Offer:
         """What the target is asked."""
@@ -59,6 +60,13 @@ class View:
     def question(self, mode: Mode, target: NodeFacts | None = None) -> Question:
         """What preflight is asked."""
         return Question(self.container, self.node, target, mode)
+
+    def warnings(self, mode: Mode, target: NodeFacts | None) -> list[str]:
+        """What is worth knowing although it does not stand in the way."""
+        found = warnings(self.question(mode, target))
+        if self.why_unthrottled and mode is Mode.LIVE:
+            found.append(unthrottled(self.why_unthrottled))
+        return found
 
     def demand_movable(self, mode: Mode) -> Choice:
         """How it will be tracked in `mode`. Raises the first reason of this node's for which it cannot move."""
@@ -121,6 +129,7 @@ class Inspection:
             with_unsaved(container_facts(record, task, cgroup, upper)),
             self.node_facts(),
             self._choice,
+            cgroup.why_no_quota(),
         )
 
     def node_facts(self) -> NodeFacts:

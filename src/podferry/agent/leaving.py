@@ -304,6 +304,10 @@ class Leaving:
         """What `dump` was spared."""
         return self._dumped
 
+    async def demand_quota(self) -> None:
+        """Raises `Refused` or `Failed` where `slow_down` cannot work."""
+        self._cgroup.cpu_quota()
+
     async def slow_down(self, quota: float) -> None:
         """Leave the job this share of the processor time that it used before it was slowed down."""
         if self._quota is None:

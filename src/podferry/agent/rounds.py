@@ -13,7 +13,7 @@ from podferry.agent.ports import Change, LeavingJob
 from podferry.agent.sending import Sender
 from podferry.agent.story import Story
 from podferry.core.precopy import Policy, Round, Step, decide, link_rate, rest
-from podferry.errors import Failed
+from podferry.errors import Failed, Refused
 from podferry.wire.messages import RoundAck, RoundEnd
 
 
@@ -66,7 +66,7 @@ class Rounds:
             try:
                 await self._job.slow_down(decision.quota)
                 self._quota = decision.quota
-            except Failed as cannot:  # a container without a cpu controller, say
+            except (Failed, Refused) as cannot:  # a container without a cpu controller, say
                 self._log.warning("the job cannot be slowed down", why=str(cannot))
                 self._policy = replace(self._policy, throttle=False)
         return decision.step

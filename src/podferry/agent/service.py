@@ -38,7 +38,6 @@ from podferry.agent.target import Target
 from podferry.core.facts import NodeFacts
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent
 from podferry.core.precopy import Policy
-from podferry.core.preflight import warnings
 from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
@@ -188,7 +187,7 @@ class Agent:
             "target": to,
             "movable": not reasons,
             "refusals": [reason.to_dict() for reason in reasons],
-            "warnings": warnings(view.question(Mode.LIVE, target)),
+            "warnings": view.warnings(Mode.LIVE, target),
             "tracker": str(view.tracker.kind),
             "tracker_reason": view.tracker.reason,
             "memory_bytes": offer.memory_bytes,

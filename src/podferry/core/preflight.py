@@ -86,6 +86,13 @@ def warnings(question: Question) -> list[str]:
     return found
 
 
+def unthrottled(why: str) -> str:
+    """What is worth knowing of a container that cannot be given less CPU."""
+    return (
+        f"the job moves without being slowed down: {why}; where it writes faster than the link carries, allow post-copy"
+    )
+
+
 def _programs(question: Question) -> Iterator[Refused]:
     for where, node in _nodes(question):
         for program, version, oldest in (("CRIU", node.criu, OLDEST_CRIU), ("runc", node.runc, OLDEST_RUNC)):

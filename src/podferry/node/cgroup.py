@@ -307,6 +307,14 @@ class Cgroup:
         words = _read(cpu / "cpu.max").split()
         return CpuQuota(None if words[0] == "max" else int(words[0]), int(words[1]))
 
+    def why_no_quota(self) -> str:
+        """Why the group cannot be given less CPU, where it cannot; else empty."""
+        try:
+            self.cpu_quota()
+        except (Refused, CgroupFailed) as cannot:
+            return str(cannot)
+        return ""
+
     def set_cpu_quota(self, quota: CpuQuota) -> None:
         """Let the group use this much CPU."""
         cpu = self._controller(self.cpu, "cpu")

@@ -17,7 +17,7 @@ from podferry.agent.pod.leaving import HandOver, LeavingPod
 from podferry.agent.pod.offered import LAST_WORDS, OfferedPod, PodPart
 from podferry.agent.pod.ports import PodName
 from podferry.core.facts import ContainerFacts, NodeFacts
-from podferry.core.preflight import ContainerBound, Question, refusals, warnings
+from podferry.core.preflight import ContainerBound, Question, refusals, unthrottled, warnings
 from podferry.errors import Refused, UsageError
 from podferry.memory.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
@@ -39,6 +39,7 @@ class Member:
     task: Task
     upper: Path
     facts: ContainerFacts
+    why_unthrottled: str = ""
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -77,6 +78,8 @@ class PodView:
     def warnings(self, mode: Mode) -> list[str]:
         """What is worth knowing although it does not stand in the way."""
         found = warnings(Question(self.facts, self.node, None, mode))
+        if mode is Mode.LIVE and (whys := [one.why_unthrottled for one in self.members if one.why_unthrottled]):
+            found.append(unthrottled(whys[0]))
         connections = [one for member in self.members for one in member.facts.connections]
         if connections:
             found.append(f"open TCP connections are closed by the move: {', '.join(connections[:4])}")
@@ -172,7 +175,7 @@ class PodInspection:
         upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
         cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
         facts = with_unsaved(container_facts(record, task, cgroup, upper))
-        return Member(container, task, upper, facts)
+        return Member(container, task, upper, facts, cgroup.why_no_quota())
 
     def _refused(self, pod: PodName, members: Sequence[Member]) -> Iterator[Refused]:
         kubelet = self._config.kubelet

@@ -225,7 +225,9 @@ class LeavingPod(HeldPod):
         return min((part.dumped() for part in self._parts), key=list(Dump).index)
 
     async def slow_down(self, quota: float) -> None:
-        """Leave each container this share of the processor time."""
+        """Leave each container this share of the processor time; none is slowed down where one of them cannot be."""
+        for part in self._parts:
+            await part.demand_quota()
         for part in self._parts:
             await part.slow_down(quota)
 
