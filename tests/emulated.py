@@ -23,7 +23,8 @@ from pathlib import Path
 from podferry.errors import PodferryError
 from podferry.lab import images, site
 from podferry.lab.cache import cached, remove
-from podferry.lab.debian import APT, SUITE, architecture, downloads, mirror, require
+from podferry.lab.debian import APT, SUITE, architecture, mirror, require
+from podferry.lab.downloads import downloads
 from podferry.lab.progress import Progress
 from podferry.node.process import run, spawn
 

@@ -116,7 +116,8 @@ def test_a_lock_keeps_others_out_and_goes_with_its_last_holder(tmp_path: Path) -
 def test_a_log_gets_one_line_for_each_phase() -> None:
     lines: list[str] = []
     tell = progress.phases(lines.append)
-    steps = ["n: starting", "i: [1/2] a", "i: [1/2] b", "i: [2/2] a", "j: [2/2] a", "n: ready", "n: ready"]
+    first = ["i: [1/2] a · 1 of 9", "i: [1/2] a · 2 of 9", "i: [1/2] b"]
+    steps = ["n: starting", *first, "i: [2/2] a", "j: [2/2] a · 3 %", "i: [1/2] a · 9 of 9", "n: ready", "n: ready"]
     for step in steps:
         tell(step)
     assert lines == ["n: starting", "i: [1/2] a", "i: [2/2] a", "j: [2/2] a", "n: ready", "n: ready"]

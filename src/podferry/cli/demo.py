@@ -21,7 +21,7 @@ from podferry.cli.record import Record
 from podferry.cli.terminal import stderr, stdout, steps, words
 from podferry.cli.views import View, choose
 from podferry.errors import Failed, PodferryError, UsageError
-from podferry.lab import Lab, containers
+from podferry.lab import Lab, containers, images
 from podferry.lab.kubernetes import daemons
 from podferry.lab.state import CACHE, require_root
 from podferry.model import Mode, Outcome
@@ -77,7 +77,7 @@ def demo(
     what = "Kubernetes, kubelets, " if kubernetes else ""
     say(
         f"1. A lab of two nodes on this machine: {what}namespaces, containerd, runc, CRIU, a network file system, a 1 gbit "
-        f"link. The first time its images are built under {CACHE}."
+        f"link. {_first()}"
     )
     try:
         with steps() as progress:
@@ -96,6 +96,14 @@ def demo(
             with steps() as progress:
                 lab.down(progress)
     stderr().print(words(f"The demo took {units.duration((time.monotonic() - began) * 1000)}.", "dim"))
+
+
+def _first() -> str:
+    """What is built before the lab starts, and how long that usually takes."""
+    if not (missing := images.unbuilt()):
+        return "Its images are there already."
+    listed = ", ".join(f"{one.name} (usually {one.seconds} s)" for one in missing)
+    return f"Built first, and kept in {CACHE} for the next time: {listed}."
 
 
 def _act(lab: Lab, mode: Mode, count: int, html: Path | None) -> None:

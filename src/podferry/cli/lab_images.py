@@ -12,7 +12,6 @@ from podferry.cli import units
 from podferry.cli.terminal import print_json, stderr, stdout, steps, words
 from podferry.errors import UsageError
 from podferry.lab import Lab, builder, containers, registry
-from podferry.lab.progress import phases
 from podferry.lab.state import require_root
 
 app = typer.Typer(
@@ -58,7 +57,7 @@ def build(
     settings = {key: value for key, _, value in pairs}
     recipe = builder.Recipe(registry.reference_of(name), chosen, shlex.split(command), settings)
     with steps() as progress:
-        archive = builder.build(recipe, phases(progress))
+        archive = builder.build(recipe, progress)
     size = archive.stat().st_size
     if json:
         print_json({"reference": recipe.reference, "archive": str(archive), "bytes": size})

@@ -42,10 +42,12 @@ def words(text: object, style: str = "") -> Text:
 
 @contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
-    """Where long work tells its steps: one line that changes in a terminal, else a line for each."""
+    """Where long work tells its steps: one line that changes in a terminal, else a line for each of its phases."""
+    from podferry.lab.progress import phases
+
     console = stderr()
     if not console.is_terminal:
-        yield lambda step: console.print(words(f"  {step}"))
+        yield phases(lambda step: console.print(words(f"  {step}")))
         return
     with console.status("") as spinner:
         yield lambda step: spinner.update(words(step))

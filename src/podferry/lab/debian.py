@@ -9,8 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from podferry.errors import Refused
+from podferry.lab import apt
+from podferry.lab.cache import cached
+from podferry.lab.downloads import downloads, for_debian, remedy
 from podferry.lab.progress import Progress
-from podferry.node.process import CLEAN_ENVIRONMENT, Completed, raise_for, run, spawn
+from podferry.lab.state import locked
+from podferry.lab.telling import ALONE, told
+from podferry.node.process import CLEAN_ENVIRONMENT, raise_for, run
 
 SUITE, NEXT_SUITE = SUITES = ("trixie", "forky")
 """What roots are made of: Debian 13, and where that is asked for the release after it, with newer containerd, runc and CRIU."""
@@ -23,10 +28,9 @@ OF_NODES = os.environ.get("PODFERRY_DEBIAN", SUITE)
 
 APT = Path("/etc/apt")
 _SUITES = re.compile(r"(bookworm|trixie|forky|sid|stable|testing|unstable)")
-_PHASES = ("Retrieving", "Validating", "Extracting", "Unpacking", "Configuring")
-# What debootstrap mounts and starts must not outlive us, least of all /proc inside a tree that is built anew.
-_ALONE = ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 _SCRIPT = "/usr/share/debootstrap/scripts/sid"  # every later release's; an older debootstrap does not know their names
+BASE_EDITION = 1
+"""Raised by hand when the base is made differently."""
 _UNUSED = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian")
 
 
@@ -55,16 +59,41 @@ def architecture() -> str:
 def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress, suite: str = SUITE) -> None:
     """Make a root of `suite` with `packages` in the new directory `into`, without manuals and locales.
 
-    `debs` keeps downloaded packages for the next time. Raises `Refused` and `CommandFailed`.
+    The base that all roots of a suite have in common is made once, by debootstrap; the rest is apt's. `debs` keeps downloaded
+    packages for the next time. Raises `UsageError` for a package that does not exist, `Refused` and `CommandFailed`.
     """
-    require({"debootstrap": "debootstrap"}, progress)
+    apt.check_names(packages)
+    require({"debootstrap": "debootstrap", str(apt.KEYRING): "debian-archive-keyring"}, progress)
     debs.mkdir(parents=True, exist_ok=True)
-    argv = [*_ALONE, "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", f"--cache-dir={debs}"]
-    _watch([*argv, suite, str(into), mirror(), _SCRIPT], into / "debootstrap" / "debootstrap.log", progress)
+    address = mirror()
+    recipe = {"suite": suite, "arch": architecture(), "edition": BASE_EDITION}
+    progress("[1/3] base system")
+    base = cached(f"base.{suite}", recipe, lambda root: _debootstrap(root, debs, progress, suite, address))
+    run(["cp", "--archive", "--reflink=auto", base, into])
+    apt.install(packages, into, debs, suite=suite, mirror=address, progress=progress)
     for unused in (*_UNUSED, "var/cache/apt", "var/lib/apt/lists"):
         shutil.rmtree(into / unused, ignore_errors=True)
     for name in ("etc/machine-id", "etc/resolv.conf", "etc/hostname"):
         (into / name).unlink(missing_ok=True)
+
+
+def _debootstrap(into: Path, debs: Path, progress: Progress, suite: str, address: str) -> None:
+    """The packages that every Debian has, and apt."""
+    retrieved = 0
+
+    def tell(line: str) -> None:
+        nonlocal retrieved
+        phase = line.removeprefix("I: ").partition(" ")[0]
+        if line.startswith("I: Retrieving ") and not line.startswith("I: Retrieving InRelease"):
+            retrieved += 1
+            progress(f"[1/3] base system · {retrieved} packages retrieved")
+        elif phase in ("Extracting", "Unpacking", "Configuring"):
+            progress(f"[1/3] base system · {phase.lower()}")
+
+    argv = [*ALONE, "debootstrap", "--variant=minbase", f"--cache-dir={debs}", suite, str(into), address, _SCRIPT]
+    with locked(debs.with_suffix(".lock")):
+        done = told(argv, for_debian(address), tell)
+    raise_for(done, log=into / "debootstrap" / "debootstrap.log", remedy=remedy(done.stdout))
 
 
 def essential_files(root: Path) -> frozenset[str]:
@@ -81,16 +110,16 @@ def essential_files(root: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def downloads() -> dict[str, str]:
-    """The environment a program needs that downloads: the clean one, with proxies and certificates of our own."""
-    wanted = re.compile(r"(https?|ftp|no|all)_proxy|SSL_CERT_FILE|SSL_CERT_DIR|PIP_.*|UV_.*", re.IGNORECASE)
-    return {key: value for key, value in os.environ.items() if wanted.fullmatch(key)}
-
-
 def require(programs: Mapping[str, str], progress: Progress) -> None:
-    """Have this machine's apt install the packages of those programs that are missing. Raises `CommandFailed`."""
+    """Have this machine's apt install the packages of those programs (or files) that are missing. Raises `CommandFailed`."""
     path = CLEAN_ENVIRONMENT["PATH"]
-    missing = sorted({package for program, package in programs.items() if not shutil.which(program, path=path)})
+    missing = sorted(
+        {
+            package
+            for program, package in programs.items()
+            if not (Path(program).exists() if program.startswith("/") else shutil.which(program, path=path))
+        }
+    )
     if not missing:
         return
     progress(f"installing {', '.join(missing)} with apt-get")
@@ -98,33 +127,6 @@ def require(programs: Mapping[str, str], progress: Progress) -> None:
     remedy = f"install {', '.join(missing)} and run it again"
     run(["apt-get", "update", "-qq"], env=environment, remedy=remedy)
     run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], env=environment, remedy=remedy)
-
-
-def _watch(argv: list[str], log: Path, progress: Progress) -> None:
-    """Run debootstrap, telling each step as it comes."""
-    environment = downloads()
-    if "http_proxy" not in environment and (proxy := _apt_proxy()):
-        environment["http_proxy"] = proxy
-    said: list[str] = []
-    reader, writer = os.pipe()
-    process = spawn(argv, env=environment, stdout=writer, stderr=writer)
-    os.close(writer)
-    with os.fdopen(reader, errors="replace") as output:
-        for line in output:
-            said.append(line.strip())
-            level, _, text = said[-1].partition(": ")
-            phase = text.partition(" ")[0]
-            if level == "I" and phase in _PHASES:
-                progress(f"[{_PHASES.index(phase) + 1}/{len(_PHASES)}] {text.removesuffix('...')}")
-    done = Completed(argv, process.wait(), "\n".join(said), "")
-    raise_for(done, log=log, remedy="is the mirror reachable? PODFERRY_DEBIAN_MIRROR names another")
-
-
-def _apt_proxy() -> str:
-    """The proxy that apt is configured to use, or nothing."""
-    done = run(["apt-config", "shell", "PROXY", "Acquire::http::Proxy"], check=False)
-    match = re.search(r"PROXY='(http[^']*)'", done.stdout)
-    return match[1] if match else ""
 
 
 def _sources(apt: Path) -> Iterator[tuple[str, str]]:

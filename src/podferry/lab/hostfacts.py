@@ -49,8 +49,7 @@ def lab_host(lab: str, *, debian: str = OF_NODES, kubernetes: bool = False) -> L
     missing = tuple(
         sorted({package for program, package in _programs().items() if not shutil.which(program, path=_PATH)})
     )
-    # dpkg says what this machine's images are called; without it none can have been built.
-    to_build = images.unbuilt(debian) if "dpkg" not in missing else [*images.ALL]
+    to_build = images.unbuilt(debian)
     if to_build and not shutil.which("debootstrap", path=_PATH):
         missing = (*missing, "debootstrap")
     disk = host.mount_of(state.STATE)

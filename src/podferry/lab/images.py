@@ -13,6 +13,7 @@ from podferry.lab.cache import cached, place, remove
 from podferry.lab.debian import OF_NODES, SUITE, architecture, bootstrap
 from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE
+from podferry.node.process import CLEAN_ENVIRONMENT
 
 JOB_IMAGE = "podferry.local/job:1"
 """The image `podferry lab run` uses by default: Debian's python3 with its whole standard library."""
@@ -141,6 +142,8 @@ NODE, JOB = ALL = (Unbuilt("node image", 1200 << 20, 70), Unbuilt("job image", 4
 
 def unbuilt(suite: str = OF_NODES) -> list[Unbuilt]:
     """What `Lab.up` will have to build first, with nodes made of `suite`."""
+    if not shutil.which("dpkg", path=CLEAN_ENVIRONMENT["PATH"]):
+        return [*ALL]  # it tells which images are this machine's
     places = {NODE: place(*_node_recipe(suite)), JOB: place("job", _job_recipe(), ".tar")}
     return [image for image, path in places.items() if not path.exists()]
 

@@ -13,13 +13,14 @@ def quiet(_: str) -> None:
 
 
 def phases(write: Progress) -> Progress:
-    """A progress for logs: of the many steps `WHAT: [1/5] ...` of one phase only the first is written."""
+    """A progress for logs: of the many steps `WHAT: [1/3] DOING · HOW FAR` of one phase only the first is written, and
+    without how far it is."""
     written: set[str] = set()
 
     def tell(step: str) -> None:
         phase = step.partition("] ")[0] if ": [" in step else ""
         if phase not in written:
-            write(step)
+            write(step.partition(" · ")[0] if phase else step)
         if phase:
             written.add(phase)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import podferry
 from podferry.errors import UsageError
 from podferry.lab.cache import cached
-from podferry.lab.debian import downloads
+from podferry.lab.downloads import downloads
 from podferry.lab.images import python_of
 from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE

@@ -10,10 +10,11 @@ from pathlib import Path
 from podferry.errors import Failed
 from podferry.install.criu import DIRECTORY
 from podferry.lab.cache import cached
-from podferry.lab.debian import NEXT_SUITE, SUITE, architecture, downloads, mirror
+from podferry.lab.debian import NEXT_SUITE, SUITE, architecture, mirror
+from podferry.lab.downloads import for_debian, remedy
 from podferry.lab.images import node_root
 from podferry.lab.progress import Progress
-from podferry.node.process import run
+from podferry.node.process import raise_for, run
 
 PACKAGES = ["criu", "libcompel1", "libnet9", "libnl-3-200"]
 """CRIU, and the libraries that the lab's own Debian has only in older versions."""
@@ -34,7 +35,8 @@ def bundle(progress: Progress) -> Path:
 
     def build(into: Path) -> None:
         progress(f"CRIU: from Debian {NEXT_SUITE}")
-        with tempfile.TemporaryDirectory() as work:
+        # Not in /tmp: programs are run from it to see which libraries they need, and /tmp may be mounted noexec.
+        with tempfile.TemporaryDirectory(dir=into.parent) as work:
             tree = _unpack(Path(work))
             _assemble(tree, root, into)
 
@@ -59,9 +61,10 @@ def _unpack(work: Path) -> Path:
         "Acquire::Languages": "none",
     }
     apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
-    remedy = "is the mirror reachable? PODFERRY_DEBIAN_MIRROR names another"
-    run([*apt, "update"], env=downloads(), remedy=remedy)
-    run([*apt, "download", *PACKAGES], env=downloads(), remedy=remedy, cwd=work)
+    environment = for_debian(mirror())
+    for words in (["update"], ["download", *PACKAGES]):
+        done = run([*apt, *words], env=environment, check=False, cwd=work)
+        raise_for(done, remedy=remedy(done.stderr))
     tree = work / "tree"
     for deb in sorted(work.glob("*.deb")):
         run(["dpkg-deb", "--extract", deb, tree])
