@@ -47,6 +47,8 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
             status, answer = self._answer(verb, parts, query, body)
         except _Wrong as wrong:
             status, answer = wrong.status, {"kind": "Status", "reason": wrong.reason, "message": wrong.message}
+            if wrong.status == 404:  # the real one names the object, unless it serves no such kind
+                answer["details"] = {"name": _split(parts)[1]}
         return httpx2.Response(status, json=answer, request=request)
 
     def _answer(self, verb: str, parts: Path, query: dict[str, str], body: Json | None) -> tuple[int, Json]:

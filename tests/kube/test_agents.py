@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import anyio
+import httpx2
 import pytest
 
+from podferry.agent import addresses, known
 from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Failed, PeerLost, Refused
-from podferry.kube.client import MIGRATIONS, NODES, PODS
+from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
+from podferry.kube.errors import NotServed
 from podferry.kube.migration import HANDED_OVER, TARGET_REQUESTED, Migration
 
 from .engine import Engine, Half
@@ -36,8 +41,8 @@ class Agents:
             agents.start(number)
         return agents
 
-    def start(self, number: int) -> None:
-        cluster, scope = Kubernetes(self.world.api, self.world.nodes[number]), anyio.CancelScope()
+    def start(self, number: int, api: Api | None = None) -> None:
+        cluster, scope = Kubernetes(api or self.world.api, self.world.nodes[number]), anyio.CancelScope()
 
         async def run() -> None:
             with scope:
@@ -288,3 +293,224 @@ async def test_hand_over_and_give_back_end_where_the_migration_is_gone(world: Wo
         return done == ["over"]
 
     await world.until(over)
+
+
+@dataclass
+class Path(httpx2.AsyncBaseTransport):
+    """The way to the fake API server, which may be `away` in several manners: these are what an agent then gets to see."""
+
+    server: httpx2.AsyncBaseTransport
+    away: Callable[[httpx2.Request], httpx2.Response] | None = None
+    turned_away: int = 0
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if self.away is None:
+            return await self.server.handle_async_request(request)
+        await anyio.lowlevel.checkpoint()
+        self.turned_away += 1
+        return self.away(request)
+
+    @asynccontextmanager
+    async def api(self) -> AsyncIterator[Api]:
+        async with httpx2.AsyncClient(transport=self, base_url="http://fake") as http:
+            yield Api(http)
+
+
+def no_connection(request: httpx2.Request) -> httpx2.Response:
+    raise httpx2.ConnectError("connection refused", request=request)
+
+
+def starting(request: httpx2.Request) -> httpx2.Response:
+    """An API server that does not serve our kind yet."""
+    return httpx2.Response(404, text="404 page not found\n", request=request)
+
+
+def not_served(request: httpx2.Request) -> httpx2.Response:
+    words = "the server could not find the requested resource"
+    body = {"kind": "Status", "status": "Failure", "message": words, "reason": "NotFound", "details": {}, "code": 404}
+    return httpx2.Response(404, content=json.dumps(body), request=request)
+
+
+def a_proxys_page(request: httpx2.Request) -> httpx2.Response:
+    return httpx2.Response(200, text="<html>please log in</html>", request=request)
+
+
+def overloaded(request: httpx2.Request) -> httpx2.Response:
+    return httpx2.Response(503, text="etcd has no leader", request=request)
+
+
+def unauthorized(request: httpx2.Request) -> httpx2.Response:
+    return httpx2.Response(401, json={"kind": "Status", "reason": "Unauthorized", "code": 401}, request=request)
+
+
+@pytest.mark.parametrize("away", [no_connection, starting, not_served, a_proxys_page, overloaded, unauthorized])
+async def test_an_api_server_that_is_away_does_not_say_that_a_migration_is_gone(
+    world: World, away: Callable[[httpx2.Request], httpx2.Response], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's agent is started anew when the job runs on the target, and the API server does not answer for long."""
+    if world.fake is None:
+        pytest.skip("the real API server does not go away here")
+    monkeypatch.setattr(known, "UNSEEN", 0.05)
+    await world.pod()
+    world.controller()
+    agents = Agents.of(world)
+    migration = await world.migrate()
+    source = await agents.begun(migration)
+    target = agents.arriving(migration)
+    await agents.clusters[1].target_pod(migration.uid)
+    target.enter(TargetPhase.POISED)
+    await agents.resume()
+    target.enter(TargetPhase.FILL)
+    agents.kill(0)
+    source.enter(SourcePhase.COMMIT)
+    path, killed = Path(world.fake, away), []
+
+    async def commit() -> None:
+        await agents.clusters[0].hand_over(migration.uid)
+        killed.append("the original")
+        source.end("completed")
+
+    async with path.api() as api:
+        agents.start(0, api)
+        world.tasks.start_soon(commit)
+
+        async def asked_often() -> bool:
+            return path.turned_away > 20
+
+        await world.until(asked_often)
+        assert not killed, "nobody has said that the Migration is gone"
+        path.away = None
+        ended = await world.ended()
+        agents.kill(0)
+    assert (killed, ended.status.phase) == (["the original"], "Completed")
+
+
+@pytest.mark.parametrize("away", [starting, not_served])
+async def test_only_the_api_servers_own_not_found_of_the_object_is_one(
+    world: World, away: Callable[[httpx2.Request], httpx2.Response]
+) -> None:
+    if world.fake is None:
+        pytest.skip("the real API server does not go away here")
+    migration = await world.migrate()
+    path = Path(world.fake)
+    async with path.api() as api:
+        one, key = known.Known(api), (world.namespace, "move")
+        assert await one.read(key) is not None
+        path.away = away
+        with pytest.raises(NotServed):
+            await one.read(key)
+        assert one.newest(migration.uid) is not None
+        path.away = None
+        await api.delete(MIGRATIONS, "move", world.namespace)
+        assert await one.read(key) is None
+        assert one.newest(migration.uid) is None
+
+
+async def test_an_api_server_that_is_away_does_not_refuse_an_order(world: World) -> None:
+    """It goes away between the agent's reading of the Migration and of the pod."""
+    if world.fake is None:
+        pytest.skip("the real API server does not go away here")
+    await world.pod()
+    path = Path(world.fake)
+    failed: list[str] = []
+
+    def away(request: httpx2.Request) -> httpx2.Response:
+        path.away = None
+        failed.append(request.url.path)
+        return overloaded(request)
+
+    async with path.api() as api:
+        agents = Agents(world, (Engine(), Engine()), [], [])
+        agents.start(0, api)
+        get = api.get
+
+        async def pod_cannot_be_read(*arguments: object) -> object:
+            if arguments[0] is PODS and not failed:
+                path.away = away
+            return await get(*arguments)  # type: ignore[arg-type]
+
+        api.get = pod_cannot_be_read  # type: ignore[method-assign, assignment]
+        world.controller()
+        await agents.begun(await world.migrate())
+        assert len(failed) == 1
+        assert (await world.get()).status.engine_ending is None
+        agents.kill(0)
+
+
+async def test_a_migration_that_leaves_the_selector_of_a_watch_is_not_gone(world: World) -> None:
+    await world.pod()
+    scope = world.controller()
+    agents = Agents.of(world)
+    migration = await world.migrate()
+    await agents.begun(migration)
+    scope.cancel()
+    over: list[str] = []
+
+    async def hand_over() -> None:
+        await agents.clusters[0].hand_over(migration.uid)
+        over.append("over")
+
+    world.tasks.start_soon(hand_over)
+    await world.reached(lambda one: one.status.holds("Resumed"))
+
+    def elsewhere(now: Migration) -> bool:
+        now.status.source_node = "somewhere-else"
+        return True
+
+    def here_again(now: Migration) -> bool:
+        now.status.source_node = world.nodes[0]
+        now.status.message = "back"
+        return True
+
+    await world.set(elsewhere)
+    await world.set(here_again)
+    source = agents.clusters[0]
+
+    async def seen() -> bool:
+        newest = source._known.newest(migration.uid)
+        return newest is not None and newest.status.message == "back"
+
+    await world.until(seen)
+    assert not over
+
+
+async def test_a_migration_of_a_newer_version_is_left_alone_and_others_move(world: World) -> None:
+    if world.fake is None:
+        pytest.skip("the real API server keeps the schema of this version")
+    await world.pod()
+    body = {"metadata": {"name": "newer"}, "spec": {"podName": "other", "mode": "teleport"}}
+    await world.api.create(MIGRATIONS, body, world.namespace)
+    status = {"phase": "Beaming", "sourceNode": world.nodes[0], "targetNode": world.nodes[1]}
+    await world.api.patch(MIGRATIONS, "newer", {"status": status}, world.namespace, part="status")
+    world.controller()
+    agents = Agents.of(world)
+    migration = await world.migrate()
+    await agents.begun(migration)
+    here, there = agents.clusters
+    await agents.engines[0].move_whole(migration.uid, here, agents.engines[1], there, agents.resume)
+    assert (await world.ended()).status.phase == "Completed"
+
+    async def said() -> bool:
+        newer = await world.api.get(MIGRATIONS, "newer", world.namespace)
+        return [one["reason"] for one in newer["status"].get("conditions", [])] == ["NewerVersion"]
+
+    await world.until(said)
+    newer = await world.api.get(MIGRATIONS, "newer", world.namespace)
+    assert (newer["status"]["phase"], newer["status"]["conditions"][0]["status"]) == ("Beaming", "False")
+
+
+async def test_a_node_that_is_replaced_under_its_name_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "FRESH", 0.0)
+    await world.pod()
+    world.controller()
+    agents = Agents.of(world)
+    await agents.begun(await world.migrate())
+    here, other = agents.clusters[0], world.nodes[1]
+    assert here.address(other) == f"10.1.0.{ord('b')}:7400"
+    new = {"status": {"addresses": [{"type": "InternalIP", "address": "10.1.0.77"}]}}
+    await world.api.patch(NODES, other, new, part="status")
+
+    async def found() -> bool:
+        return here.address(other) == "10.1.0.77:7400"
+
+    await world.until(found)

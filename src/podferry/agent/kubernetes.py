@@ -7,16 +7,15 @@ that was restarted.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable
 from typing import Any
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
+from podferry.agent.addresses import Addresses
 from podferry.agent.claims import claim, is_decided
-from podferry.agent.config import PORT
+from podferry.agent.known import Key, Known
 from podferry.agent.pod.ports import PodMigration, PodName, PodOrder, Pods
 from podferry.agent.source import Order
 from podferry.agent.telling import Reporter, say_resumed
@@ -26,7 +25,7 @@ from podferry.core.precopy import Policy
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
-from podferry.kube.errors import NotFound
+from podferry.kube.errors import NotFound, NotServed, transient
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     HANDED_OVER,
@@ -39,14 +38,10 @@ from podferry.kube.migration import (
 )
 from podferry.kube.watch import Queues, follow
 from podferry.model import Mode, Outcome
-from podferry.wire.transport import parse_address
 
 Json = dict[str, Any]
-Key = tuple[str, str]
 
 RETRY = 1.0
-UNSEEN = 60.0
-"""Seconds after which a Migration that the watch has not brought does not exist."""
 ADMIT_WITHIN = 10.0
 """Seconds that an offer waits for the watch to bring the Migration that it names: the source may have seen it first."""
 
@@ -58,9 +53,8 @@ class Kubernetes:
         self._api, self._node = api, node
         self._events = Events(api, "podferry-agent", node)
         self._log = structlog.get_logger().bind(node=node)
-        self._addresses: dict[str, str] = {}
-        self._seen: dict[str, Migration | None] = {}
-        self._news = anyio.Event()
+        self._addresses = Addresses(api)
+        self._known = Known(api)
         self._reporters: dict[tuple[str, str], Reporter] = {}
         self._pods: Pods
         self._tasks: TaskGroup
@@ -75,28 +69,21 @@ class Kubernetes:
 
     async def _follow(self, side: str, queue: Queues[Key]) -> None:
         async for what, body in follow(self._api, MIGRATIONS, fields=f"status.{side}={self._node}"):
-            uid = body["metadata"]["uid"]
-            self._learn(None if what == "DELETED" else Migration.from_json(body), uid)
+            if what != "DELETED":
+                self._known.see(body)
             queue.put((body["metadata"]["namespace"], body["metadata"]["name"]))
-
-    def _learn(self, migration: Migration | None, uid: str) -> None:
-        """This is the newest of the Migration with this uid; None where it is gone."""
-        self._seen[uid] = migration
-        self._news.set()
-        self._news = anyio.Event()
 
     # What there is to do.
 
     async def _step(self, key: Key) -> float | None:
-        migration = await store.read(self._api, *key)
+        migration = await self._known.read(key)
         if migration is None:
             return None
-        self._learn(migration, migration.uid)
         half = self._pods.migrations().get(migration.uid)
         if migration.status.source_node == self._node:
-            await self._know(migration.status.target_node)
+            await self._look_up(migration.status.target_node)
             return await self._source(migration, half)
-        await self._know(migration.status.source_node)
+        await self._look_up(migration.status.source_node)
         if half is not None and not migration.ended:
             self._report(migration, half)
         # The engine's half appears when the source dials; nobody tells, so look again.
@@ -148,6 +135,8 @@ class Kubernetes:
         except NotFound:
             return None  # the controller sees that too
         except PodferryError as error:
+            if transient(error) or isinstance(error, NotServed):
+                raise  # nothing was said about the pod: it is tried again
             await store.change(self._api, migration, _never_began(error))
             return None
         await self._events.say(migration.to_json(), "MigrationRunning", f"copying to {status.target_node}")
@@ -157,42 +146,36 @@ class Kubernetes:
         """Have somebody tell the cluster how far this half is, until its end."""
         key = migration.uid, half.role
         if key not in self._reporters:
-            self._reporters[key] = reporter = Reporter(self._api, lambda: self._seen.get(migration.uid), half)
+            self._reporters[key] = reporter = Reporter(self._api, lambda: self._known.newest(migration.uid), half)
             self._tasks.start_soon(reporter.run, lambda: self._reporters.pop(key, None))
 
-    async def _know(self, node: str | None) -> None:
-        """Learn where the agent of `node` listens."""
-        if node is None or node in self._addresses:
-            return
-        found = await self._api.find(NODES, node)
-        addresses = ((found or {}).get("status") or {}).get("addresses") or []
-        inside = next((one["address"] for one in addresses if one["type"] == "InternalIP"), None)
-        if inside:
-            self._addresses[node] = f"[{inside}]:{PORT}" if ":" in inside else f"{inside}:{PORT}"
+    async def _look_up(self, node: str | None) -> None:
+        if node is not None:
+            await self._addresses.look_up(node)
 
     # What the engine asks (`podferry.agent.pod.ports.Cluster`).
 
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`."""
-        return self._addresses.get(node)
+        return self._addresses.of(node, self._tasks)
 
     def lives_at(self, host: str) -> bool:
         """Whether a node that this one has had to do with has this IP address."""
-        return any(parse_address(one)[0] == host for one in self._addresses.values())
+        return self._addresses.has(host)
 
     async def admit(self, id: str, pod: PodName, source: str, mode: Mode) -> None:
         """Hold an offer to the Migration with this uid, which must admit it now, and admits one."""
         seen = None
         with anyio.move_on_after(ADMIT_WITHIN), contextlib.suppress(NotFound):
-            seen = await self._once(id, is_decided)
-        if (seen := seen or self._seen.get(id)) is None:
+            seen = await self._known.once(id, is_decided)
+        if (seen := seen or self._known.newest(id)) is None:
             raise Refused(
                 f"{source} may not offer {pod} to {self._node}", why=f"no Migration to {self._node} has the uid {id}"
             )
         if await self._api.find(NODES, source) is None:
             raise Refused(f"{source} may not offer {pod} to {self._node}", why=f"the cluster has no node {source}")
         change = claim(node=self._node, peer=source, pod=pod, mode=mode)
-        self._learn(await store.change(self._api, seen.model_copy(deep=True), change), id)
+        self._known.learn(await store.change(self._api, seen.model_copy(deep=True), change))
 
     async def target_pod(self, id: str) -> PodName:
         """Have the controller make the target pod, and wait for its name."""
@@ -203,8 +186,8 @@ class Kubernetes:
             now.status.say(TARGET_REQUESTED, True, "Converged", f"{self._node} is ready for the pod")
             return True
 
-        await self._change(id, asked)
-        made = await self._once(id, lambda one: bool(one.status.target_pod or one.status.abort or one.ended))
+        await self._known.change(id, asked)
+        made = await self._known.once(id, lambda one: bool(one.status.target_pod or one.status.abort or one.ended))
         if made.status.target_pod is None:
             end = made.status.abort or made.status.ending
             raise Failed(
@@ -225,39 +208,20 @@ class Kubernetes:
             return not now.ended
 
         with contextlib.suppress(NotFound):  # its pods went with it
-            await self._change(id, given)
+            await self._known.change(id, given)
 
     async def hand_over(self, id: str) -> None:
         """Tell the controller that the job runs on the target, and wait until the owner has its pod."""
         while True:
             try:
-                await self._change(id, lambda now: say_resumed(now, committing=True))
-                await self._once(id, lambda one: one.status.holds(HANDED_OVER) or _is_over(one))
+                await self._known.change(id, lambda now: say_resumed(now, committing=True))
+                await self._known.once(id, lambda one: one.status.holds(HANDED_OVER) or _is_over(one))
                 return
             except NotFound:
                 return  # somebody removed the Migration by force: there is nobody to wait for
             except PodferryError as error:
                 self._log.warning("the hand-over waits", migration=id, error=str(error))
                 await anyio.sleep(RETRY)
-
-    async def _change(self, id: str, change: store.Change) -> None:
-        """Change the status of the Migration with this uid, once it has been seen."""
-        migration = await self._once(id, lambda _: True)
-        self._learn(await store.change(self._api, migration.model_copy(deep=True), change), id)
-
-    async def _once(self, id: str, holds: Callable[[Migration], bool]) -> Migration:
-        """The Migration once `holds`, as the watch brings it. Raises `NotFound` where it is gone."""
-        with anyio.move_on_after(UNSEEN) as unseen:
-            while True:
-                news, seen = self._news, self._seen.get(id)
-                if seen is not None:
-                    unseen.deadline = math.inf
-                    if holds(seen):
-                        return seen
-                elif id in self._seen:
-                    break
-                await news.wait()
-        raise NotFound(f"there is no Migration with uid {id}", why="it was removed by force")
 
 
 def _is_over(migration: Migration) -> bool:

@@ -21,7 +21,7 @@ from podferry.controller.eligibility import obstacles as find_obstacles
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, Kind
-from podferry.kube.errors import ApiFailed, NotFound
+from podferry.kube.errors import ApiFailed, NotFound, NotServed
 from podferry.kube.migration import Migration, seconds
 from podferry.kube.watch import follow
 
@@ -91,7 +91,7 @@ async def create(where: Where, body: Json) -> Migration:
 async def _create(api: Api, namespace: str, body: Json) -> Migration:
     try:
         return Migration.from_json(await api.create(MIGRATIONS, body, namespace))
-    except NotFound as absent:
+    except NotServed as absent:
         raise Refused(
             "the cluster knows no Migrations",
             why=absent.why,

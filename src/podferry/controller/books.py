@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
+from podferry import __version__
 from podferry.controller import pods, troubles
 from podferry.core.migration import MIGRATION_ENDS, MigrationEvent, migration_machine
 from podferry.kube import status as store
@@ -19,9 +20,12 @@ from podferry.kube.migration import (
     COMPLETED,
     FAILED,
     FINALIZER,
+    READABLE,
     UID_LABEL,
+    Condition,
     Ending,
     Migration,
+    MigrationUnreadable,
     PodReference,
     timestamp,
 )
@@ -35,6 +39,39 @@ class Books:
         self._api = api
         self._events = Events(api, "podferry-controller")
         self._log = structlog.get_logger()
+
+    async def read(self, namespace: str, name: str) -> Migration | None:
+        """The Migration as it is now; None where there is none, or none that this version understands: that is left alone, and
+        its condition says so."""
+        body = await self._api.find(MIGRATIONS, name, namespace)
+        if body is None:
+            return None
+        try:
+            migration = Migration.from_json(body)
+        except MigrationUnreadable as error:
+            await self._leave_alone(body, error)
+            return None
+        if migration.status.condition(READABLE) is not None and not migration.status.holds(READABLE):
+            migration = await self.say(migration, READABLE, True, "Understood")
+        return migration
+
+    async def _leave_alone(self, body: Json, error: MigrationUnreadable) -> None:
+        status = body.get("status") or {}
+        others = [one for one in status.get("conditions") or [] if one.get("type") != READABLE]
+        if any(one.get("status") == "False" for one in status.get("conditions") or [] if one.get("type") == READABLE):
+            return
+        self._log.error(
+            "a Migration is skipped", namespace=body["metadata"]["namespace"], error=str(error), why=error.why
+        )
+        said = Condition(
+            type=READABLE,
+            status="False",
+            reason="NewerVersion",
+            message=f"podferry {__version__} leaves it alone: {error.why}"[:32000],
+            last_transition_time=timestamp(),
+        )
+        conditions = [*others, said.model_dump(mode="json", by_alias=True)]
+        await self._api.replace(MIGRATIONS, {**body, "status": {**status, "conditions": conditions}}, "status")
 
     # Its pods.
 

@@ -82,10 +82,10 @@ class Reconciler:
 
     async def step(self, namespace: str, name: str) -> float | None:
         """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
-        migration = await store.read(self._api, namespace, name)
-        if migration is None:
-            return None
         try:
+            migration = await self._books.read(namespace, name)
+            if migration is None:
+                return None
             if migration.status.phase in MIGRATION_ENDS:
                 return await self._books.close(migration)
             return await self._steps[migration.status.phase](migration)

@@ -109,7 +109,10 @@ class Api:
         items: list[Json] = []
         query = _selectors(labels, fields) | {"limit": "500"}
         while True:
-            page = await self._call("GET", kind.path(namespace), query, what=f"cannot list {kind.plural}")
+            what = f"cannot list {kind.plural}"
+            page = await self._call("GET", kind.path(namespace), query, what=what)
+            if not isinstance(page.get("metadata"), dict):
+                raise ApiUnreachable(what, why="what answered is no API server: it sent no list")
             items += page.get("items") or []
             if not page["metadata"].get("continue"):
                 return items, str(page["metadata"].get("resourceVersion", ""))
@@ -204,7 +207,7 @@ class Api:
                     if event["type"] == "ERROR":
                         raise of_status(int(event["object"].get("code", 500)), event["object"], what)
                     yield event["type"], event["object"]
-        except (httpx2.HTTPError, OSError) as broken:
+        except (httpx2.HTTPError, OSError, ValueError, KeyError) as broken:  # a line may be cut off, too
             raise ApiUnreachable.because(what, broken) from broken
 
     async def _call(
@@ -229,7 +232,13 @@ class Api:
             raise NoCluster.because(what, broken) from broken
         if response.is_error:
             raise of_status(response.status_code, _body(response), what)
-        return _body(response)
+        try:
+            answer = response.json()
+        except ValueError as strange:
+            raise ApiUnreachable.because(f"{what}: what answered is no API server", strange) from strange
+        if not isinstance(answer, dict):
+            raise ApiUnreachable(what, why=f"what answered is no API server: it sent a {type(answer).__name__}")
+        return answer
 
 
 def configuration(kubeconfig: Path | None = None, context: str | None = None) -> SingleConfig:

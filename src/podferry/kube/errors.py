@@ -27,6 +27,13 @@ class NotFound(ApiFailed):
     code = "PF282"
 
 
+class NotServed(ApiFailed):
+    """Nobody serves this path: a kind that is not installed, an API server that has just started, a proxy in between. It says
+    nothing of whether the object is there."""
+
+    code = "PF288"
+
+
 class Conflict(ApiFailed):
     """The object has changed since it was read, or a precondition does not hold."""
 
@@ -60,7 +67,9 @@ class NoCluster(Refused):
 def of_status(status: int, body: dict[str, Any], what: str) -> ApiFailed:
     """The error of an answer with HTTP status `status` whose body is a `Status` object (or nothing that helps)."""
     reason, message = str(body.get("reason", "")), str(body.get("message", "")) or f"HTTP {status}"
-    kind = {404: NotFound, 403: Forbidden, 410: Expired, 422: ApiFailed}.get(status, ApiFailed)
+    kind = {404: NotServed, 403: Forbidden, 410: Expired, 422: ApiFailed}.get(status, ApiFailed)
+    if status == 404 and reason == "NotFound" and (body.get("details") or {}).get("name"):
+        kind = NotFound  # the API server itself says so, and of which object
     if status == 409:
         kind = AlreadyExists if reason == "AlreadyExists" else Conflict
     error = kind(what, why=message)

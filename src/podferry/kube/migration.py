@@ -34,6 +34,7 @@ QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
 POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
 COMPLETED, FAILED, CANCELLED = "Completed", "Failed", "Cancelled"
+READABLE = "Readable"
 
 
 class MigrationUnreadable(Failed):
@@ -214,7 +215,7 @@ class MigrationStatus(Part):
         list[Condition],
         Field(
             description="Eligible, Scheduled, TargetRequested, TargetCreated, Poised, Resumed, HandedOver; at the end "
-            "Completed, Failed and Cancelled.",
+            "Completed, Failed and Cancelled. Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = []

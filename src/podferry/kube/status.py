@@ -15,12 +15,6 @@ Change = Callable[[Migration], bool]
 """Changes the Migration in place, as it is now. False where there is nothing to change: then nothing is written."""
 
 
-async def read(api: Api, namespace: str, name: str) -> Migration | None:
-    """The Migration as it is now, or None where there is none."""
-    body = await api.find(MIGRATIONS, name, namespace)
-    return None if body is None else Migration.from_json(body)
-
-
 async def change(api: Api, migration: Migration, change: Change) -> Migration:
     """Apply `change` to the newest state of `migration` and return what is there now. Raises `NotFound` where it is gone.
 
