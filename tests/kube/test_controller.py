@@ -12,9 +12,11 @@ import pytest
 from podferry.controller import troubles
 from podferry.controller.pods import PLACEHOLDER
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
+from podferry.kube.errors import Conflict
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     NAME_ANNOTATION,
+    POISED,
     ROLE_LABEL,
     TARGET_REQUESTED,
     UID_LABEL,
@@ -112,15 +114,41 @@ async def test_a_source_that_its_owner_does_not_let_go_is_taken_from_it(world: W
     assert {name: left["metadata"][name] for name in about} == about
 
 
-async def test_nothing_but_the_source_is_seen_of_a_pod_before_the_hand_over(world: World) -> None:
-    await world.pod(labels={"app": "train"})
+async def test_the_target_has_its_labels_before_the_job_runs_in_it_and_is_nobodys_yet(world: World) -> None:
+    """NetworkPolicies and Services select by labels; owners go by the controller's reference."""
+    await world.pod(labels={"app": "train", "tier": "batch"})
     world.controller()
     await world.migrate()
     await world.agents_poise()
-    seen = (await world.api.list(PODS, world.namespace, labels="app=train"))[0]
-    assert [one["metadata"]["name"] for one in seen] == ["train"]
+    seen = (await world.api.list(PODS, world.namespace, labels="app=train,tier=batch"))[0]
+    (target,) = [one for one in seen if one["metadata"]["name"] != "train"]
+    assert [one["kind"] for one in target["metadata"]["ownerReferences"] if one.get("controller")] == ["Migration"]
+    assert not target["metadata"].get("finalizers")
     ours = {one["metadata"]["labels"].get(ROLE_LABEL) for one in await pods(world)}
     assert ours == {None, "target"}, "the placeholder has gone by then"
+
+
+async def test_a_controller_that_died_before_the_target_had_its_labels_is_made_good(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.pod(labels={"app": "train"})
+    died = anyio.Event()
+
+    def die(source: object, target: object) -> None:
+        scope.cancel()
+        died.set()
+        raise Conflict("killed here")
+
+    monkeypatch.setattr("podferry.controller.pods.wear_labels", die)
+    scope = world.controller()
+    await world.migrate()
+
+    world.tasks.start_soon(world.agents_poise)
+    await died.wait()
+    monkeypatch.undo()
+    world.controller()
+    await world.reached(lambda one: one.status.holds(POISED))
+    assert len((await world.api.list(PODS, world.namespace, labels="app=train"))[0]) == 2
 
 
 async def test_a_pod_that_may_not_move_is_refused_with_reason_and_remedy(world: World) -> None:

@@ -282,6 +282,36 @@ async def test_a_rollout_after_the_move_replaces_the_moved_pod(world: World) -> 
     await world.until(replaced)
 
 
+@pytest.mark.parametrize("kind", ["job", "deployment"])
+async def test_an_owner_does_not_count_the_target_by_its_labels(world: World, kind: str) -> None:
+    """From its making on the target has the labels that the owner selects by; until the hand-over it is not the owner's, though,
+    also while the job runs there already."""
+    await (deployment(world, 2) if kind == "deployment" else job(world, completions=2, parallelism=2))
+    world.controller()
+    pods = await running(world, 2)
+    await world.migrate(pods[0]["metadata"]["name"])
+    migration = await world.agents_poise()
+    assert migration.status.target_pod is not None
+    census = Census(world)
+    target = await owned_pod(world, migration)
+    assert pods[0]["metadata"]["labels"].items() <= target["metadata"]["labels"].items()
+    world.resumed.add(target["metadata"]["uid"])
+    await world._play(target)
+    assert len(await running(world, 3)) == 3, "both run and are ready, the target beside the owner's two"
+    await anyio.sleep(BATCH)
+    owner = JOBS if kind == "job" else REPLICASETS
+    ((one,), _) = await world.api.list(owner, world.namespace)
+    assert one["status"].get("active", one["status"].get("replicas")) == 2
+    assert len(await running(world, 3)) == 3, "none was removed"
+    await world.agents_resume()
+    await world.agents_part()
+    assert (await world.ended()).status.phase == "Completed"
+    await anyio.sleep(BATCH)
+    left = {one["metadata"]["uid"] for one in await running(world, 2)}
+    assert left == {target["metadata"]["uid"], pods[1]["metadata"]["uid"]}
+    assert len(census.seen) == 3, "nobody else ever came"
+
+
 STEPS = ("take_place", "step_aside", "dismiss")
 MARKS = {"take_place": HANDED_OVER_ANNOTATION, "step_aside": LEAVING_ANNOTATION}
 

@@ -186,6 +186,16 @@ def test_the_target_takes_the_place_in_one_patch_and_the_source_leaves_it_in_one
     assert (leave["uid"], leave["resourceVersion"]) == ("s1", "7")
 
 
+def test_the_target_wears_the_sources_labels_but_for_ours() -> None:
+    target = {"metadata": {"uid": "t1", "resourceVersion": "5", "labels": {UID_LABEL: "m1", ROLE_LABEL: "target"}}}
+    patch = pods.wear_labels(source(), target)
+    assert patch is not None
+    labels = {"app": "train", "batch.kubernetes.io/job-completion-index": "0"}
+    assert patch == {"metadata": {"uid": "t1", "resourceVersion": "5", "labels": labels}}
+    target["metadata"]["labels"] |= labels  # type: ignore[index, operator]
+    assert pods.wear_labels(source(), target) is None
+
+
 def test_the_source_steps_aside_from_its_owner_with_its_labels_alone() -> None:
     aside = pods.step_aside(source(), "2026-11-27T19:00:00Z")["metadata"]
     assert aside["labels"] == {"app": None, "batch.kubernetes.io/job-completion-index": None}
@@ -251,7 +261,8 @@ def test_only_readiness_is_taken_from_the_source() -> None:
     ],
 )
 def test_a_refused_pod_has_a_word_and_the_servers_words(status: int, reason: str, message: str, word: str) -> None:
-    error = of_status(status, {"reason": reason, "message": message}, "cannot create Pod default/train")
+    body = {"reason": reason, "message": message, "details": {"name": "x"}}
+    error = of_status(status, body, "cannot create Pod default/train")
     end = troubles.of_creation(error, "the target pod")
     assert (end.outcome, end.reason) == ("rolled-back", word)
     assert message in end.message

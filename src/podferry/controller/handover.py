@@ -1,12 +1,12 @@
 """The hand-over: the cluster follows the job to its new pod, in an order that no owner can misunderstand.
 
-The job runs on the target by now, and its original is frozen. (1) The source is marked as the one to go, should
-anybody find one pod too many, and leaves its Services. (2) One patch gives the target the source's labels, owners and
-finalizers. (3) One patch takes the labels off the source, and its owner lets it go. (4) The source is deleted. Between
-(2) and (3) the owner sees two pods, for some milliseconds. It never sees none, so it starts no replacement; and should
-it act just then, it removes the pod that is not ready (kube-controller-manager, `controller.ActivePods`), which is the
-source, and a Job takes its tracking finalizer off before it deletes (`deleteJobPods`), so that nothing is counted as
-failed.
+The job runs on the target by now, and its original is frozen. (1) The source is marked as the one to go, should anybody
+find one pod too many, and leaves its Services. (2) One patch gives the target the source's owners and finalizers (its
+labels it has since it was made). (3) One patch takes the labels off the source, and its owner lets it go. (4) The
+source is deleted. Between (2) and (3) the owner sees two pods, for some milliseconds. It never sees none, so it starts
+no replacement; and should it act just then, it removes the pod that is not ready (kube-controller-manager,
+`controller.ActivePods`), which is the source, and a Job takes its tracking finalizer off before it deletes
+(`deleteJobPods`), so that nothing is counted as failed.
 
 That the owner lets the source go, and nobody takes it away from it, is for that case: it waits to see the deletion that
 it has asked for, and sees it only of a pod that it owns (`DeletionObserved`). Were the source nobody's when the request

@@ -1,7 +1,9 @@
 """The pods that a migration makes, and the patches that hand the source's place to the target's. All of it is pure.
 
-The target is a clone of the source without anything that would make somebody take it for the source too soon: no labels (Services,
-ReplicaSets and Jobs select by them), no owner, no finalizers. It gets these at the hand-over, in one patch.
+The target is a clone of the source that nobody counts in the source's place yet: its controller is the Migration, so that no
+ReplicaSet or Job adopts it whatever its labels (kube-controller-manager, `BaseControllerRefManager.ClaimObject`), and it has no
+finalizers. It gets the source's labels as soon as it exists, so that NetworkPolicies hold before the job runs in it; owner and
+finalizers come at the hand-over, in one patch.
 """
 
 from __future__ import annotations
@@ -78,6 +80,14 @@ def target_pod(source: Json, migration: Migration, node: str, now: datetime.date
     }
 
 
+def wear_labels(source: Json, target: Json) -> Json | None:
+    """The target gets the source's labels; None where it has them. An update after the creation: admission that injects by labels
+    has worked on the source already, and must not work on its clone once more.
+    """
+    wanted, worn = _own_labels(source), target["metadata"].get("labels") or {}
+    return None if wanted.items() <= worn.items() else _patch(target, labels=wanted)
+
+
 def placeholder_pod(source: Json, migration: Migration, image: str) -> Json:
     """A pod that asks the scheduler for what the source needs, anywhere but on the source's node, and holds the room."""
     wanted = source["spec"]
@@ -145,6 +155,12 @@ def _labels(migration: Migration, role: str) -> dict[str, str]:
     return {UID_LABEL: migration.uid, ROLE_LABEL: role}
 
 
+def _own_labels(source: Json) -> Json:
+    """The source's labels, but for those that say that it moves."""
+    labels = source["metadata"].get("labels") or {}
+    return {name: value for name, value in labels.items() if name not in (UID_LABEL, ROLE_LABEL)}
+
+
 def _ours(migration: Migration) -> Json:
     """The Migration controls the pods that it makes: nobody adopts them, and they go with it."""
     return {
@@ -205,8 +221,9 @@ def take_place(source: Json, target: Json, *, blocking: bool = True) -> Json:
     deletion in the foreground waits for it.
     """
     about = source["metadata"]
-    labels = {name: value for name, value in (about.get("labels") or {}).items() if name not in (UID_LABEL, ROLE_LABEL)}
-    patch = _patch(target, labels={**labels, ROLE_LABEL: TARGET}, annotations={HANDED_OVER_ANNOTATION: about["uid"]})
+    patch = _patch(
+        target, labels={**_own_labels(source), ROLE_LABEL: TARGET}, annotations={HANDED_OVER_ANNOTATION: about["uid"]}
+    )
     owners = [dict(one) for one in about.get("ownerReferences") or []]
     for one in owners if not blocking else []:
         one.pop("blockOwnerDeletion", None)

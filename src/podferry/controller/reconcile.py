@@ -221,6 +221,9 @@ class Reconciler:
             await self._books.say(migration, TARGET_CREATED, False, trouble.reason, trouble.message)
             return await self._abort(migration, trouble, source)
 
+        if (labels := pods.wear_labels(source, target)) is not None:
+            target = await self._api.patch(PODS, target["metadata"]["name"], labels, migration.namespace)
+
         def made(now: Migration) -> bool:
             now.status.target_pod = PodReference(name=target["metadata"]["name"], uid=target["metadata"]["uid"])
             now.status.say(TARGET_CREATED, True, "PodCreated", target["metadata"]["name"])
