@@ -34,6 +34,7 @@ from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Growing, Runs
 from podferry.memory.reader import Data, Reader
 from podferry.memory.thin_images import Population, complete, population, possible, worth_sparing
+from podferry.memory.timer_images import put_right
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.model import Dump
@@ -294,6 +295,7 @@ class Leaving:
         directory = self._scratch / "images"
         if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
             self._dumped = Dump.THIN
+        put_right(directory)
         images = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
         for name, path in self._enclosed.items():
             with suppress(OSError):

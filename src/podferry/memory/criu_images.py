@@ -33,6 +33,7 @@ _PAGEMAP_MAGIC = 0x56084025
 _PSTREE_MAGIC = 0x50273030
 _MM_MAGIC = 0x57492820
 _MNTS_MAGIC = 0x55563928
+FILES_MAGIC = 0x56303138
 _LARGEST_IMAGE = 1 << 30
 _MOST_TASKS = 1 << 22
 _UINT32 = (1 << 32) - 1
@@ -196,6 +197,16 @@ def without_deleted_sources(mounts: bytes) -> bytes:
     for entry in stale:
         entry.ClearField("deleted")
     return _image(_MNTS_MAGIC, entries) if stale else mounts
+
+
+def parse_entries(path: Path, magic: int, kind: type[Entry]) -> list[Entry]:
+    """The entries of an image of one kind. Fields that are not in our .proto files stay in them, and are written again."""
+    return [_parse(kind(), message) for message in _messages(path, magic)]
+
+
+def write_entries(path: Path, magic: int, entries: Iterable[Message]) -> None:
+    """Write an image anew."""
+    path.write_bytes(_image(magic, entries))
 
 
 def _image(magic: int, messages: Iterable[Message]) -> bytes:

@@ -69,3 +69,31 @@ class MntEntry(_message.Message):
     deleted: bool
     ext_key: str
     def __init__(self, deleted: _Optional[bool] = ..., ext_key: _Optional[str] = ...) -> None: ...
+
+class TimerfdEntry(_message.Message):
+    __slots__ = ("clockid", "ticks", "settime_flags", "vsec", "vnsec", "isec", "insec")
+    CLOCKID_FIELD_NUMBER: _ClassVar[int]
+    TICKS_FIELD_NUMBER: _ClassVar[int]
+    SETTIME_FLAGS_FIELD_NUMBER: _ClassVar[int]
+    VSEC_FIELD_NUMBER: _ClassVar[int]
+    VNSEC_FIELD_NUMBER: _ClassVar[int]
+    ISEC_FIELD_NUMBER: _ClassVar[int]
+    INSEC_FIELD_NUMBER: _ClassVar[int]
+    clockid: int
+    ticks: int
+    settime_flags: int
+    vsec: int
+    vnsec: int
+    isec: int
+    insec: int
+    def __init__(self, clockid: _Optional[int] = ..., ticks: _Optional[int] = ..., settime_flags: _Optional[int] = ..., vsec: _Optional[int] = ..., vnsec: _Optional[int] = ..., isec: _Optional[int] = ..., insec: _Optional[int] = ...) -> None: ...
+
+class FileEntry(_message.Message):
+    __slots__ = ("type", "id", "tfd")
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TFD_FIELD_NUMBER: _ClassVar[int]
+    type: int
+    id: int
+    tfd: TimerfdEntry
+    def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., tfd: _Optional[_Union[TimerfdEntry, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,70 @@
+"""Jobs in each situation of the matrix: there and back and there again, or refused before anything is touched.
+
+The matrix is long: a run takes a tenth of it, another one each time (`PODFERRY_SEED` repeats a choice), and the marker `slow` all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+from matrix import SITUATIONS, Situation
+from moving import A, B, Cluster, Witness, other
+
+from podferry.lab import Lab
+
+pytestmark = pytest.mark.lab
+MODES = ("live", "stop", "postcopy")
+SEED = int(os.environ.get("PODFERRY_SEED") or random.randrange(1 << 16))
+TENTH = {one.name for one in random.Random(SEED).sample(SITUATIONS, max(3, len(SITUATIONS) // 10))}
+
+
+@pytest.fixture(scope="module")
+def cluster(lab: Lab) -> Cluster:
+    return Cluster(lab)
+
+
+@pytest.fixture
+def name(cluster: Cluster, situation: Situation) -> Iterator[str]:
+    name = situation.name.replace("_", "-")
+    yield name
+    cluster.stop(name)
+
+
+@pytest.mark.parametrize(
+    "situation",
+    [pytest.param(one, id=one.name, marks=() if one.name in TENTH else pytest.mark.slow) for one in SITUATIONS],
+)
+def test_situation(cluster: Cluster, name: str, situation: Situation) -> None:
+    print(f"PODFERRY_SEED={SEED} chooses this again")
+    cluster.start(name, "situations", situation.name)
+    cluster.goes_on(A, name)
+    if situation.refused:
+        refused(cluster, name, situation)
+    else:
+        there_and_back(cluster, name)
+
+
+def there_and_back(cluster: Cluster, name: str) -> None:
+    """One move in each mode."""
+    here = A
+    with Witness(cluster, name) as witness:
+        for mode in MODES:
+            record = cluster.migrate(name, source=here, mode=mode)
+            assert record["outcome"] == "completed", (record["reason"], record["error"], cluster.lines(here, name)[-2:])
+            here = other(here)
+            cluster.goes_on(here, name)
+        witness.testify(name)
+
+
+def refused(cluster: Cluster, name: str, situation: Situation) -> None:
+    """`check` says no, as does a migration, with a reason and a remedy; and the job has felt nothing."""
+    answer = cluster.agent(A).call("check", name=name, to=B, mode="live")
+    said = " ".join(f"{one['what']}: {one['why']}" for one in answer["refusals"])
+    assert situation.refused in said
+    assert all(one["remedy"] for one in answer["refusals"])
+    record = cluster.migrate(name, source=A, mode="live")
+    assert record["outcome"] == "refused", record
+    cluster.goes_on(A, name)

@@ -1,0 +1,103 @@
+"""Timers in CRIU's images: armed timers stay armed, disarmed ones disarmed, and none comes too early."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from podferry.errors import PeerMisbehaved
+from podferry.memory.criu_images import FILES_MAGIC, parse_entries, write_entries
+from podferry.memory.timer_images import ABSOLUTE, SECOND, put_right
+from podferry.protos.pagemap_pb2 import FileEntry, TimerfdEntry
+
+pytestmark = pytest.mark.unit
+
+REALTIME, MONOTONIC, BOOTTIME, REALTIME_ALARM = 0, 1, 7, 8
+MS = 10**6
+PERIODIC = (0, 10 * MS)
+
+
+def timer(
+    clock: int = MONOTONIC,
+    *,
+    left: tuple[int, int] = (0, 0),
+    interval: tuple[int, int] = (0, 0),
+    ticks: int = 0,
+    flags: int = 0,
+) -> FileEntry:
+    tfd = TimerfdEntry(
+        clockid=clock,
+        ticks=ticks,
+        settime_flags=flags,
+        vsec=left[0],
+        vnsec=left[1],
+        isec=interval[0],
+        insec=interval[1],
+    )
+    return FileEntry(type=17, id=3, tfd=tfd)
+
+
+def after(tmp_path: Path, entry: FileEntry, now: int = 0) -> TimerfdEntry:
+    write_entries(tmp_path / "files.img", FILES_MAGIC, [entry])
+    put_right(tmp_path, lambda: now)
+    (found,) = parse_entries(tmp_path / "files.img", FILES_MAGIC, FileEntry)
+    assert (found.type, found.id) == (17, 3)
+    return found.tfd
+
+
+@pytest.mark.parametrize("clock", [REALTIME, MONOTONIC, BOOTTIME, REALTIME_ALARM, 9])
+def test_a_periodic_timer_that_expired_goes_on(tmp_path: Path, clock: int) -> None:
+    found = after(tmp_path, timer(clock, interval=PERIODIC, ticks=1))
+    assert (found.vsec, found.vnsec, found.ticks) == (0, 10 * MS, 1)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        timer(),
+        timer(interval=PERIODIC),  # timerfd_settime with an interval and no value disarms
+        timer(ticks=1),  # a single expiration that nobody has read yet
+        timer(left=(1, 2), interval=PERIODIC, ticks=1),
+    ],
+)
+def test_all_others_stay_as_they_are(tmp_path: Path, entry: FileEntry) -> None:
+    assert after(tmp_path, entry) == entry.tfd
+
+
+def test_a_point_in_time_on_a_clock_of_the_boot_is_what_is_left_until_it(tmp_path: Path) -> None:
+    found = after(tmp_path, timer(BOOTTIME, left=(5, 7), flags=ABSOLUTE))
+    assert (found.vsec, found.vnsec, found.settime_flags) == (5, 7, 0)
+
+
+@pytest.mark.parametrize("restored_after", [0, 200 * MS, 950 * MS, 3 * SECOND])
+@pytest.mark.parametrize("now", [1000 * SECOND, 1000 * SECOND + 100 * MS, 1000 * SECOND + 999 * MS])
+@pytest.mark.parametrize("left", [(0, 300 * MS), (4, 950 * MS)])
+@pytest.mark.parametrize("clock", [REALTIME, REALTIME_ALARM])
+def test_a_point_of_the_wall_clock_is_never_early_and_at_most_the_downtime_late(
+    tmp_path: Path, clock: int, left: tuple[int, int], now: int, restored_after: int
+) -> None:
+    found = after(tmp_path, timer(clock, left=left, flags=ABSOLUTE | 2), now)
+    assert found.settime_flags == ABSOLUTE | 2
+    meant = now + left[0] * SECOND + left[1]
+    criu_adds = (now + restored_after) // SECOND * SECOND
+    late = criu_adds + found.vsec * SECOND + found.vnsec - meant
+    assert 0 <= late < restored_after + SECOND
+
+
+def test_what_is_not_in_our_protos_is_kept(tmp_path: Path) -> None:
+    """Another kind of file, with fields that only CRIU knows; and the timer's own id and owner."""
+    other = bytes.fromhex("0801 1007 1a 02 0805".replace(" ", ""))
+    ours = timer(interval=PERIODIC, ticks=2).SerializeToString()
+    path = tmp_path / "files.img"
+    parts = b"".join(struct.pack("<I", len(one)) + one for one in (other, ours))
+    path.write_bytes(struct.pack("<II", 0x54564319, FILES_MAGIC) + parts)
+    assert put_right(tmp_path) == 1
+    assert other in path.read_bytes()
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "files.img").write_bytes(b"nothing of the kind")
+    with pytest.raises(PeerMisbehaved):
+        put_right(tmp_path)
