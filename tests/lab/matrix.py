@@ -33,4 +33,8 @@ TIMERS = (
     Situation("posix_timer_boottime", "a periodic timer_create on CLOCK_BOOTTIME"),
 )
 
-SITUATIONS = TIMERS
+MEMORY = (Situation("shared_mappings_by_the_thousand", "6000 shared anonymous mappings"),)
+
+PROCESSES = (Situation("starts_programs_all_the_time", "threads that start programs, one after another"),)
+
+SITUATIONS = (*TIMERS, *MEMORY, *PROCESSES)

@@ -9,6 +9,7 @@ import anyio
 import pytest
 from agent_rig import Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror, refuse
 
+from podferry.agent import sending, target
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Decision, Step
 from podferry.errors import Refused
@@ -184,3 +185,19 @@ def test_what_a_migration_needed_goes_with_its_end_and_its_record_stays(
         anyio.run(rig.agents["a"].op_cancel, None, rig.id)
     with pytest.raises(Refused, match="nothing to resolve"):
         anyio.run(rig.agents["a"].op_resolve, None, rig.id, "a")
+
+
+def test_a_state_of_more_files_than_a_message_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CRIU writes two files for each shared anonymous mapping: a job with 6000 of them once made a message too large to travel."""
+    monkeypatch.setattr(sending, "MOST_SUMS", 1)
+    rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
+    assert rig.records["a"]["outcome"] == "completed"
+    assert rig.phases("b")[-1] == "done"
+
+
+def test_a_source_that_announces_files_for_ever_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "MOST_SUMS", 1)
+    monkeypatch.setattr(target, "MOST_PARTS", 1)
+    rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
+    assert rig.records["a"]["outcome"] == "rolled-back"
+    assert "more files and spaces" in rig.records["a"]["reason"]

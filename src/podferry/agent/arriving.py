@@ -51,6 +51,7 @@ from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
 from podferry.node.restored_group import group_to_tell
 from podferry.node.upper import Receiver, refresh_root
+from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import StateEnd
 
 POISE_TIMEOUT = 60.0
@@ -78,6 +79,7 @@ class Arriving:
         self._log = -1
         self._log_end = 0
         self._images: dict[str, int] = {}
+        self._images_whole: dict[str, tuple[int, str]] = {}
         self._feeder: Process | None = None
         self._starter: Process | None = None
 
@@ -211,10 +213,15 @@ class Arriving:
             raise PeerMisbehaved(f"a file for directory {directory}, which a container has not")
         if offset + len(data) > LARGEST_IMAGE:
             raise PeerMisbehaved(f"the image {name} is larger than any")
+        if name in self._images_whole:
+            raise PeerMisbehaved(f"the image {name} goes on after its end")
         if name not in self._images:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             self._images[name] = os.open(self._need_incoming().images / name, flags, 0o600)
         os.pwrite(self._images[name], data, offset)
+        if last:  # there may be one for each mapping, and descriptors are few
+            self._images_whole[name] = _sum(self._images[name])
+            os.close(self._images.pop(name))
 
     async def verify(self, end: StateEnd) -> None:
         """Everything is here and whole, or an error says what is not."""
@@ -223,14 +230,13 @@ class Arriving:
     def _verify(self, end: StateEnd) -> None:
         store, images = self._need_store(), self._need_incoming().images
         sums = {one.name: one for one in end.files if one.directory == IMAGES}
-        if set(sums) != set(self._images):
-            raise PeerMisbehaved("other images arrived than were announced", why=f"{set(sums) ^ set(self._images)}")
-        for name, fd in self._images.items():
-            content = os.pread(fd, sums[name].size + 1, 0)
-            if len(content) != sums[name].size or xxhash.xxh3_128_hexdigest(content) != sums[name].digest:
+        if set(sums) != {*self._images, *self._images_whole}:
+            raise PeerMisbehaved(
+                "other images arrived than were announced", why=f"{set(sums) ^ set(self._images_whole)}"
+            )
+        for name, expected in sums.items():
+            if self._images_whole.get(name) != (expected.size, expected.digest):
                 raise Failed(f"the image {name} did not arrive whole")
-            os.close(fd)
-        self._images.clear()
         trees = {one.tree: one for one in end.trees}
         if self._upper is not None and UPPER in trees:
             came = self._upper.finish()
@@ -422,6 +428,15 @@ class Arriving:
         if self._store is None:
             raise Bug("pages came before the container was prepared")
         return self._store
+
+
+def _sum(fd: int) -> tuple[int, str]:
+    """Size and digest of a file as it is here."""
+    digest, size = xxhash.xxh3_128(), 0
+    while piece := os.pread(fd, MAX_PAYLOAD, size):
+        digest.update(piece)
+        size += len(piece)
+    return size, digest.hexdigest()
 
 
 def _reason(status: Json) -> str:

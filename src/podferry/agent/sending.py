@@ -11,7 +11,7 @@ from podferry.agent.ports import LOG, Change, LeavingJob
 from podferry.agent.story import Story
 from podferry.wire.channel import Channel
 from podferry.wire.frames import MAX_PAYLOAD, Drop, File, Pages, Tree
-from podferry.wire.messages import FileSum, SpaceSum, StateEnd
+from podferry.wire.messages import MOST_SUMS, FileSum, SpaceSum, StateEnd, StatePart
 
 
 class Sender:
@@ -61,7 +61,12 @@ class Sender:
                     last = offset + MAX_PAYLOAD >= len(data)
                     await self.channel.send(File(directory, name, offset, piece, last=last))
 
-    def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...]) -> StateEnd:
-        """What the target must have when everything has arrived."""
+    async def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...]) -> None:
+        """Say what the target must have when everything has arrived."""
         logs = (FileSum(directory, "log", size, "") for directory, size in self._log_bytes.items())
-        return StateEnd(self._story.id, (*self._files, *logs), spaces, job.tree_totals())
+        files = [*self._files, *logs]
+        id, last = self._story.id, max(len(files), len(spaces)) // MOST_SUMS * MOST_SUMS
+        for at in range(0, last, MOST_SUMS):
+            part = slice(at, at + MOST_SUMS)
+            await self.channel.send(StatePart(id, tuple(files[part]), spaces[part]))
+        await self.channel.send(StateEnd(id, tuple(files[last:]), spaces[last:], job.tree_totals()))

@@ -264,7 +264,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 await self._sender.files(self.job, last=True)
         with self.story.span("check what arrived", "target"):
             spaces = () if self._postcopy else self.job.memory_totals()
-            await letters.channel.send(self._sender.state_end(self.job, spaces))
+            await self._sender.state_end(self.job, spaces)
             await letters.expect(Ready)
 
     def _pass_the_right_to_run(self) -> None:

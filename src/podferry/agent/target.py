@@ -25,6 +25,7 @@ from podferry.model import Outcome
 from podferry.wire.channel import Channel
 from podferry.wire.frames import PAGE, Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
+    MOST_PARTS,
     Abort,
     Crashed,
     Done,
@@ -44,6 +45,8 @@ from podferry.wire.messages import (
     RoundEnd,
     Running,
     StateEnd,
+    StatePart,
+    whole_end,
 )
 
 GRACE = 10.0
@@ -79,6 +82,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._one_gives_up = anyio.Lock()
         self._still_here = False
         self._fetches: set[anyio.CancelScope] = set()
+        self._expected: list[StatePart] = []
         self._pages_lost = anyio.Event()
         if self.machine.ended:
             self._error = story.error
@@ -220,8 +224,12 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 case Poise() if self._may_be_poised(item):
                     self.journal.note(postcopy=item.postcopy)
                     helpers.start_soon(self._poise, channel, item.postcopy)
+                case StatePart():
+                    if len(self._expected) == MOST_PARTS:
+                        raise PeerMisbehaved("the source announces more files and spaces than any job has")
+                    self._expected.append(item)
                 case StateEnd():
-                    await self._verify(item)
+                    await self._verify(whole_end(self._expected, item))
                     await channel.send(Ready(self.story.id))
                 case Go():
                     self.journal.note(go=True)

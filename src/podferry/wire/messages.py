@@ -6,7 +6,7 @@ is `podferry.wire.session`'s business. Sizes are in bytes, memory in pages of 40
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from podferry import __version__
@@ -15,9 +15,9 @@ from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
-of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`."""
+of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`. 3: `StatePart`."""
 
 Id = Annotated[str, Limit(1, 128)]
 Name = Annotated[str, Limit(1, 317)]
@@ -25,6 +25,9 @@ Name = Annotated[str, Limit(1, 317)]
 Space = Annotated[int, Limit(0, 0xFFFFFFFF)]
 Round = Annotated[int, Limit(0, 0xFFFF)]
 Small = Annotated[int, Limit(0, 0xFF)]
+
+MOST_SUMS, MOST_PARTS = 2000, 512
+"""Files and spaces in one `StatePart`, which stays below the largest frame with names of 255 bytes; and parts in a migration."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,18 @@ class Poised:
 
 
 @dataclass(frozen=True)
+class StatePart:
+    """More that the target must hold, of what `StateEnd` will say: a message is bounded, and a job's files and processes are not."""
+
+    migration: Id
+    files: Annotated[tuple[FileSum, ...], Limit(0, MOST_SUMS)]
+    spaces: Annotated[tuple[SpaceSum, ...], Limit(0, MOST_SUMS)]
+
+
+@dataclass(frozen=True)
 class StateEnd:
-    """Everything has been sent; this is what the target must hold. In `postcopy`, `spaces` may be empty."""
+    """Everything has been sent; this is what the target must hold, with what was said in `StatePart`s. In `postcopy`, `spaces` may
+    be empty."""
 
     migration: Id
     files: tuple[FileSum, ...]
@@ -287,7 +300,7 @@ class Unknown:
 
 
 # fmt: off
-SOURCE_MESSAGES = (Offer, RoundEnd, Poise, StateEnd, Go, PagesEnd, PagesLost, Abort, Done, Query)
+SOURCE_MESSAGES = (Offer, RoundEnd, Poise, StatePart, StateEnd, Go, PagesEnd, PagesLost, Abort, Done, Query)
 TARGET_MESSAGES = (Accept, Refuse, RoundAck, Poised, Ready, Restoring, Running, PageWanted, Progress, Filled, Crashed,
                    GaveUp, Unknown)
 # fmt: on
@@ -297,6 +310,7 @@ Message = (
     | Offer
     | RoundEnd
     | Poise
+    | StatePart
     | StateEnd
     | Go
     | PagesEnd
@@ -322,6 +336,13 @@ Message = (
 MESSAGES: dict[str, type[Message]] = {
     kind.__name__: kind for kind in (Hello, Trouble, *SOURCE_MESSAGES, *TARGET_MESSAGES)
 }
+
+
+def whole_end(parts: list[StatePart], end: StateEnd) -> StateEnd:
+    """All that `end` and the parts before it say."""
+    files = (*(file for part in parts for file in part.files), *end.files)
+    spaces = (*(space for part in parts for space in part.spaces), *end.spaces)
+    return replace(end, files=files, spaces=spaces)
 
 
 def encode(message: Message) -> bytes:

@@ -40,6 +40,7 @@ from podferry.wire.messages import (
     RoundEnd,
     Running,
     StateEnd,
+    StatePart,
     Unknown,
 )
 
@@ -112,7 +113,7 @@ def _with(base: Mapping[Role, Row], *, source: Row | None = None, target: Row | 
     return {Role.SOURCE: base[Role.SOURCE] | (source or {}), Role.TARGET: base[Role.TARGET] | (target or {})}
 
 
-_BEFORE_GO: tuple[EventType, ...] = (*DATA, RoundEnd, Poise, StateEnd)
+_BEFORE_GO: tuple[EventType, ...] = (*DATA, RoundEnd, Poise, StatePart, StateEnd)
 
 TABLE: dict[State, dict[Role, Row]] = {
     State.IDLE: {Role.SOURCE: {Offer: State.OFFERED, Query: State.ASKED}, Role.TARGET: {}},
@@ -134,7 +135,10 @@ TABLE: dict[State, dict[Role, Row]] = {
     },
     State.STREAMING: _with(_flowing(State.STREAMING), source={Poise: State.POISING}),
     State.POISING: _with(_flowing(State.POISING), target={Poised: State.POISED}),
-    State.POISED: _with(_flowing(State.POISED), source={StateEnd: State.COMPLETE, Poise: State.POISING}),
+    State.POISED: _with(
+        _flowing(State.POISED),
+        source={StatePart: State.POISED, StateEnd: State.COMPLETE, Poise: State.POISING},
+    ),
     State.COMPLETE: {
         Role.SOURCE: {Abort: State.ABORTING},
         Role.TARGET: _stay(State.COMPLETE, RoundAck, Progress) | {Ready: State.READY, GaveUp: State.GIVEN_UP},

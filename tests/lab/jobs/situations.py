@@ -1,10 +1,13 @@
 """A job in one situation, by name: it counts, `COUNT TIME` on a line, while all is well; else it says why, and exits 7."""
 
 import ctypes
+import mmap
 import os
 import select
 import signal
+import subprocess
 import sys
+import threading
 import time
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -161,6 +164,40 @@ def posix_timer_realtime():
 @situation
 def posix_timer_boottime():
     posix_timer(time.CLOCK_BOOTTIME)
+
+
+# Memory.
+
+
+@situation
+def shared_mappings_by_the_thousand():
+    """CRIU writes two images for each."""
+    mappings = [mmap.mmap(-1, 8192) for _ in range(6000)]
+    for number, mapping in enumerate(mappings):
+        mapping[0] = number % 250
+        libc.mprotect(ctypes.addressof(ctypes.c_char.from_buffer(mapping)) + 4096, 4096, 0)
+
+    def step(number):
+        if mappings[number % 6000][0] != number % 6000 % 250:
+            bad("another mapping")
+
+    count(step)
+
+
+# Processes.
+
+
+@situation
+def starts_programs_all_the_time():
+    """A parent waits in vfork for a child that may be frozen before it has become another program."""
+
+    def start():
+        while True:
+            subprocess.run(["/bin/true"], check=True)
+
+    for _ in range(3):
+        threading.Thread(target=start, daemon=True).start()
+    count(nothing)
 
 
 if __name__ == "__main__":
