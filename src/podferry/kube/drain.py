@@ -22,7 +22,7 @@ MOST_PODS = 1000
 class DrainUnreadable(Failed):
     """A NodeDrain that does not keep its own schema."""
 
-    code = "PF288"
+    code = "PF289"
 
 
 class NodeDrainSpec(Part):

@@ -17,7 +17,8 @@ from podferry.wire.frames import MAX_ADDRESS
 
 PROTOCOL = 3
 """The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
-of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`. 3: `StatePart`."""
+of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`.
+3: `StatePart`."""
 
 Id = Annotated[str, Limit(1, 128)]
 Name = Annotated[str, Limit(1, 317)]
@@ -163,7 +164,7 @@ class Poised:
 
 @dataclass(frozen=True)
 class StatePart:
-    """More that the target must hold, of what `StateEnd` will say: a message is bounded, and a job's files and processes are not."""
+    """More of what `StateEnd` says that the target must hold: a message is bounded, a job's files and processes are not."""
 
     migration: Id
     files: Annotated[tuple[FileSum, ...], Limit(0, MOST_SUMS)]
