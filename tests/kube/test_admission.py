@@ -104,7 +104,7 @@ async def _no_such_migration(target: Kubernetes, migration: Migration, pod: PodN
 
 async def _a_migration_to_another_node(target: Kubernetes, migration: Migration, pod: PodName, world: World) -> None:
     third = Kubernetes(world.api, f"{world.namespace}-c")
-    third._learn(migration, migration.uid)  # as a node would that reads all Migrations
+    third._known.learn(migration)  # as a node would that reads all Migrations
     await third.admit(migration.uid, pod, world.nodes[0], Mode.LIVE)
 
 
@@ -134,7 +134,7 @@ async def test_a_migration_that_goes_back_admits_nothing_though_the_watch_is_beh
     migration, pod, target = await begun(world)
     await world.api.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
     await world.ended()
-    target._learn(migration, migration.uid)
+    target._known.learn(migration)
     with pytest.raises(Refused, match="not Running"):
         await target.admit(migration.uid, pod, world.nodes[0], Mode.LIVE)
 
