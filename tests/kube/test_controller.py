@@ -120,7 +120,7 @@ async def test_the_target_has_its_labels_before_the_job_runs_in_it_and_is_nobody
     world.controller()
     await world.migrate()
     await world.agents_poise()
-    seen = (await world.api.list(PODS, world.namespace, labels="app=train,tier=batch"))[0]
+    seen = (await world.api.list(PODS, world.namespace, labels={"app": "train", "tier": "batch"}))[0]
     (target,) = [one for one in seen if one["metadata"]["name"] != "train"]
     assert [one["kind"] for one in target["metadata"]["ownerReferences"] if one.get("controller")] == ["Migration"]
     assert not target["metadata"].get("finalizers")
@@ -148,7 +148,7 @@ async def test_a_controller_that_died_before_the_target_had_its_labels_is_made_g
     monkeypatch.undo()
     world.controller()
     await world.reached(lambda one: one.status.holds(POISED))
-    assert len((await world.api.list(PODS, world.namespace, labels="app=train"))[0]) == 2
+    assert len((await world.api.list(PODS, world.namespace, labels={"app": "train"}))[0]) == 2
 
 
 async def test_a_pod_that_may_not_move_is_refused_with_reason_and_remedy(world: World) -> None:
@@ -540,7 +540,7 @@ async def test_the_placeholder_asks_for_what_the_pod_needs(world: World) -> None
     world.controller()
     await world.migrate()
     await world.reached(lambda one: one.status.phase == "Running")
-    (place,) = (await world.api.list(PODS, world.namespace, labels=f"{ROLE_LABEL}={PLACEHOLDER}"))[0]
+    (place,) = (await world.api.list(PODS, world.namespace, labels={ROLE_LABEL: PLACEHOLDER}))[0]
     assert place["spec"]["containers"][0]["resources"]["requests"] == {"cpu": "100m"}
     assert place["spec"]["nodeName"] == world.nodes[1]
 

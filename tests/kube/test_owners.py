@@ -420,7 +420,7 @@ async def test_an_owner_that_removes_the_source_just_when_it_leaves(
         await world.api.delete(PODS, moved["metadata"]["name"], world.namespace)
 
     async def another() -> bool:
-        pods = (await world.api.list(PODS, world.namespace, labels="app=train"))[0]
+        pods = (await world.api.list(PODS, world.namespace, labels={"app": "train"}))[0]
         known = {pod["metadata"]["uid"], moved["metadata"]["uid"]}
         return any(one["metadata"]["uid"] not in known and one["status"]["phase"] == "Running" for one in pods)
 

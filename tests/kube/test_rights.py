@@ -82,13 +82,15 @@ async def world(real_world: World) -> World:
 
 
 @asynccontextmanager
-async def as_account(world: World, kubeconfig: Path, name: str, node: str | None) -> AsyncIterator[Api]:
+async def as_account(
+    world: World, kubeconfig: Path, name: str, node: str | None, namespace: str = SYSTEM
+) -> AsyncIterator[Api]:
     """The API server as a service account of podferry's sees it, its token bound to a node as the kubelet binds that of a pod."""
     ask: dict[str, Any] = {"spec": {"expirationSeconds": 600}}
     if node is not None:
         uid = (await world.api.get(NODES, node))["metadata"]["uid"]
         ask["spec"]["boundObjectRef"] = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
-    path = Kind("v1", "ServiceAccount", "serviceaccounts").path(SYSTEM, name, "token")
+    path = Kind("v1", "ServiceAccount", "serviceaccounts").path(namespace, name, "token")
     made = await world.api._call("POST", path, body=ask, what="no token")
     token = made["status"]["token"]
     server = configuration(kubeconfig).cluster.server
@@ -296,12 +298,12 @@ async def only_trainer(world: World) -> Json:
     """The one pod, once it runs."""
 
     async def runs() -> bool:
-        found, _ = await world.api.list(PODS, world.namespace, labels="app=train")
+        found, _ = await world.api.list(PODS, world.namespace, labels={"app": "train"})
         here = [one for one in found if one["spec"].get("nodeName") and one["status"]["phase"] == "Running"]
         return len(found) == len(here) == 1
 
     await world.until(runs)
-    (pod,) = (await world.api.list(PODS, world.namespace, labels="app=train"))[0]
+    (pod,) = (await world.api.list(PODS, world.namespace, labels={"app": "train"}))[0]
     return pod
 
 
@@ -352,3 +354,44 @@ async def test_what_people_may_do_with_migrations(world: World, role: str, verb:
         await world.until(partial(may, verb))
     else:
         assert not await may(verb)
+
+
+async def test_nobody_but_the_controller_writes_podferrys_words_on_pods(world: World, control_plane: Path) -> None:
+    """Wherever podferry is installed: the policy knows the controller by what it may do, not by its name."""
+    role = {
+        "metadata": {"name": "tenant"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "admin"},
+        "subjects": [{"kind": "ServiceAccount", "name": "podferry-controller", "namespace": world.namespace}],
+    }
+    await world.api.create(KINDS["ServiceAccount"], {"metadata": {"name": "podferry-controller"}}, world.namespace)
+    await world.api.create(KINDS["RoleBinding"], role, world.namespace)
+    await world.pod("mine")
+    async with as_account(world, control_plane, "podferry-controller", None, world.namespace) as tenant:
+
+        async def may_write() -> bool:
+            try:
+                await tenant.patch(PODS, "mine", {"metadata": {"annotations": {"x": "y"}}}, world.namespace)
+            except Forbidden:
+                return False
+            return True
+
+        await world.until(may_write)
+        await tenant.patch(PODS, "mine", {"metadata": {"annotations": {"podferry.dev/priority": "3"}}}, world.namespace)
+        for about in (
+            {"annotations": {"podferry.dev/origin": "../../victim/pods/db-0?x="}},
+            {"annotations": {"podferry.dev/handed-over": "uid"}},
+            {"labels": {"podferry.dev/migration-uid": "uid"}},
+            {"labels": {"podferry.dev/role": "target"}},
+        ):
+
+            async def refused(about: Json = about) -> bool:
+                try:
+                    await tenant.patch(PODS, "mine", {"metadata": about}, world.namespace)
+                except Forbidden as error:
+                    return "podferry's controller's to write" in str(error)
+                return False
+
+            await world.until(refused)  # a policy takes effect a moment after it was made
+            body = {"metadata": {"name": "made", **about}, "spec": {"containers": [{"name": "x", "image": "x"}]}}
+            with pytest.raises(Forbidden, match="podferry's controller's to write"):
+                await tenant.create(PODS, body, world.namespace)

@@ -264,7 +264,9 @@ class World:
         if "deletionTimestamp" in about:
             await self.api.delete(PODS, about["name"], self.namespace, uid=about["uid"], grace=0)
             return
-        waits = about.get("labels", {}).get(ROLE_LABEL) == TARGET and HANDED_OVER_ANNOTATION not in about["annotations"]
+        waits = about.get("labels", {}).get(ROLE_LABEL) == TARGET and HANDED_OVER_ANNOTATION not in (
+            about.get("annotations") or {}
+        )
         if pod.get("status", {}).get("phase") != "Pending" or (waits and about["uid"] not in self.resumed):
             return
         await self.report(pod, "Running", {"running": {"startedAt": timestamp()}}, ready=True)

@@ -18,6 +18,7 @@ from podferry.kube.migration import (
     ROLE_LABEL,
     UID_LABEL,
     Migration,
+    PodReference,
 )
 
 pytestmark = pytest.mark.unit
@@ -218,11 +219,15 @@ def test_a_pod_of_its_own_hands_over_labels_alone() -> None:
 def test_what_has_happened_is_seen_from_the_pods_alone() -> None:
     one = source()
     assert not pods.left_place(one)
-    assert not pods.took_place(one)
+    moving = migration()
+    moving.status.source_pod = PodReference(name="train", uid="s0")
+    assert not pods.took_place(one, moving)
     one["metadata"] |= {"labels": {UID_LABEL: "m1"}, "ownerReferences": [], "finalizers": []}
     assert pods.left_place(one)
+    one["metadata"]["annotations"][HANDED_OVER_ANNOTATION] = "somebody else's"
+    assert not pods.took_place(one, moving)
     one["metadata"]["annotations"][HANDED_OVER_ANNOTATION] = "s0"
-    assert pods.took_place(one)
+    assert pods.took_place(one, moving)
 
 
 def test_a_second_clone_has_not_taken_its_place_yet() -> None:

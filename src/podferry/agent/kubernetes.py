@@ -68,7 +68,7 @@ class Kubernetes:
                 self._tasks.start_soon(self._follow, side, queue)
 
     async def _follow(self, side: str, queue: Queues[Key]) -> None:
-        async for what, body in follow(self._api, MIGRATIONS, fields=f"status.{side}={self._node}"):
+        async for what, body in follow(self._api, MIGRATIONS, fields={f"status.{side}": self._node}):
             if what != "DELETED":
                 self._known.see(body)
             queue.put((body["metadata"]["namespace"], body["metadata"]["name"]))

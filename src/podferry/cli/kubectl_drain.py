@@ -95,7 +95,7 @@ async def _follow(api: Api, drain: NodeDrain, show: Show) -> NodeDrain:
                     return
 
         tasks.start_soon(until_interrupt)
-        async for what, body in follow(api, NODE_DRAINS, fields=f"metadata.name={drain.name}"):
+        async for what, body in follow(api, NODE_DRAINS, fields={"metadata.name": drain.name}):
             if body["metadata"]["uid"] != drain.uid:
                 continue
             if what == "DELETED":
@@ -168,7 +168,7 @@ async def preview(where: Where, node: str, *, evict_others: bool) -> list[Json]:
     async with where.open() as (api, _):
         if await api.find(NODES, node) is None:
             raise UsageError(f"there is no node {node}", remedy="kubectl get nodes")
-        found, _ = await api.list(PODS, fields=f"spec.nodeName={node}")
+        found, _ = await api.list(PODS, fields={"spec.nodeName": node})
         leaving = {one["metadata"]["uid"]: one for one in found if drains.has_to_leave(one)}
         survey = Surveyor(drains.Snapshot(api))
         obstacles = {uid: eligibility.obstacles(pod, await survey.around(pod)) for uid, pod in leaving.items()}

@@ -168,7 +168,7 @@ async def _cancel(api: Api, migration: Migration) -> None:
 
 async def _changes(api: Api, migration: Migration) -> AsyncIterator[Migration]:
     """How it changes from now on, to its deletion."""
-    fields = f"metadata.name={migration.name}"
+    fields = {"metadata.name": migration.name}
     async for what, thing in follow(api, MIGRATIONS, migration.namespace, fields=fields, since=migration.to_json()):
         if thing["metadata"]["uid"] != migration.uid:
             continue

@@ -16,11 +16,11 @@ from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, DrainPhase, Limits, Plan, PodState, plan
 from podferry.core.migration import MigrationPhase
 from podferry.errors import PodferryError
-from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Json, Kind
+from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fields, Json, Kind, Labels
 from podferry.kube.drain import MOST_PODS, PRIORITY_ANNOTATION, NodeDrain, PodDrain
 from podferry.kube.errors import ApiFailed, Conflict, NotFound
 from podferry.kube.events import Events
-from podferry.kube.migration import API_VERSION, ROLE_LABEL, UID_LABEL, Migration, timestamp
+from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, timestamp
 
 LOOK_AGAIN = 3.0
 SHORTENED = 200
@@ -43,9 +43,11 @@ class Snapshot:
         found: Json | None = self._known[key]
         return found
 
-    async def list(self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = "") -> Any:
+    async def list(
+        self, kind: Kind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
+    ) -> Any:
         """As `Api.list`, once."""
-        key = kind, namespace, labels, fields
+        key = kind, namespace, *((labels or {}).items()), *((fields or {}).items())
         if key not in self._known:
             self._known[key] = await self._api.list(kind, namespace, labels=labels, fields=fields)
         return self._known[key]
@@ -111,7 +113,7 @@ class Drains:
 
     async def _pods(self, node: str) -> dict[str, Json]:
         """The pods that have to leave the node, by uid."""
-        found, _ = await self._api.list(PODS, fields=f"spec.nodeName={node}")
+        found, _ = await self._api.list(PODS, fields={"spec.nodeName": node})
         return {one["metadata"]["uid"]: one for one in found if has_to_leave(one)}
 
     async def _judge(self, drain: NodeDrain, here: dict[str, Json], migrations: list[Migration]) -> list[DrainedPod]:
@@ -134,7 +136,7 @@ class Drains:
         if "deletionTimestamp" in about:
             settling = "it is being deleted"
         elif labels.get(ROLE_LABEL) in (pods.TARGET, pods.PLACEHOLDER):
-            live = any(one.uid == labels.get(UID_LABEL) and not one.ended for one in migrations)
+            live = any(not one.ended and pods.made_by(pod, one) for one in migrations)
             settling = "it is just arriving" * live
         obstacles = [] if settling or moving else eligibility.obstacles(pod, await survey.around(pod))
         return DrainedPod(

@@ -63,7 +63,8 @@ def containers(pod: Json) -> list[Json]:
     return sidecars + list(pod["spec"]["containers"])
 
 
-def _unfit(reason: str, what: str, *, why: str = "", remedy: str = "") -> PodUnfit:
+def unfit(reason: str, what: str, *, why: str = "", remedy: str = "") -> PodUnfit:
+    """An obstacle, by the word for programs and in words for people."""
     error = PodUnfit(what, why=why, remedy=remedy)
     error.reason = reason
     return error
@@ -72,10 +73,10 @@ def _unfit(reason: str, what: str, *, why: str = "", remedy: str = "") -> PodUnf
 def _runs(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     status = pod.get("status") or {}
     if "deletionTimestamp" in pod["metadata"]:
-        yield _unfit("PodTerminating", "the pod is being deleted", remedy="nothing; it will not need to move")
+        yield unfit("PodTerminating", "the pod is being deleted", remedy="nothing; it will not need to move")
         return
     if status.get("phase") != "Running":
-        yield _unfit(
+        yield unfit(
             "PodNotRunning",
             "the pod does not run",
             why=f"it is {status.get('phase', 'unknown')}",
@@ -86,14 +87,14 @@ def _runs(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     states = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
     running = {one["name"] for one in states if "running" in (one.get("state") or {})}
     if missing := sorted(wanted - running):
-        yield _unfit(
+        yield unfit(
             "ContainerNotRunning",
             "not all of the pod's containers run",
             why=", ".join(missing),
             remedy="wait until they run; a container that has ended cannot be moved",
         )
     if busy := sorted(running - wanted):
-        yield _unfit(
+        yield unfit(
             "InitContainerRunning", "an init container is still at work", why=", ".join(busy), remedy="wait for its end"
         )
 
@@ -102,7 +103,7 @@ def _runtime(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     name = pod["spec"].get("runtimeClassName")
     handler = (around.runtime_class or {}).get("handler") if name else None
     if handler != HANDLER and not (name == HANDLER and around.runtime_class is None):
-        yield _unfit(
+        yield unfit(
             "RuntimeClassMissing",
             "the pod was not started through podferry",
             why=f"its runtimeClassName is {name!r}" if name else "it has no runtimeClassName",
@@ -112,7 +113,7 @@ def _runtime(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
 
 def _owner(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     if "kubernetes.io/config.mirror" in (pod["metadata"].get("annotations") or {}):
-        yield _unfit(
+        yield unfit(
             "StaticPod", "the pod is static: its node's kubelet made it", remedy="static pods stay on their node"
         )
         return
@@ -126,20 +127,18 @@ def _owner(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         case "ReplicaSet":
             pass
         case "StatefulSet":
-            yield _unfit(
+            yield unfit(
                 "StatefulSet",
                 "the pod belongs to a StatefulSet",
                 why=f"{name} allows one pod of each name, and two are needed for a moment",
                 remedy="not possible yet; a Deployment's or a Job's pod can move",
             )
         case "DaemonSet":
-            yield _unfit(
-                "DaemonSet", "the pod belongs to its node", why=f"{name} has one on each", remedy="none needed"
-            )
+            yield unfit("DaemonSet", "the pod belongs to its node", why=f"{name} has one on each", remedy="none needed")
         case "Node":
-            yield _unfit("StaticPod", "the pod is static: its node's kubelet made it", remedy="it stays on its node")
+            yield unfit("StaticPod", "the pod is static: its node's kubelet made it", remedy="it stays on its node")
         case _:
-            yield _unfit(
+            yield unfit(
                 "UnknownOwner",
                 "podferry does not know how to hand the pod over",
                 why=f"it belongs to {name} ({reference.get('apiVersion', '')})",
@@ -149,34 +148,32 @@ def _owner(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
 
 def _job(name: str, job: Json | None) -> Iterator[PodUnfit]:
     if job is None:
-        yield _unfit("OwnerGone", "the pod's owner is gone", why=name, remedy="nothing; the pod will go too")
+        yield unfit("OwnerGone", "the pod's owner is gone", why=name, remedy="nothing; the pod will go too")
     elif "deletionTimestamp" in job["metadata"]:
-        yield _unfit(
-            "OwnerTerminating", "the pod's owner is being deleted", why=name, remedy="nothing; the pod will go"
-        )
+        yield unfit("OwnerTerminating", "the pod's owner is being deleted", why=name, remedy="nothing; the pod will go")
     elif job["spec"].get("suspend"):
-        yield _unfit("JobSuspended", "the job is suspended", why=name, remedy="resume it; its pods start anew then")
+        yield unfit("JobSuspended", "the job is suspended", why=name, remedy="resume it; its pods start anew then")
 
 
 def _shares(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     spec = pod["spec"]
     for key, what in (("hostNetwork", "network"), ("hostPID", "processes"), ("hostIPC", "IPC")):
         if spec.get(key):
-            yield _unfit(
+            yield unfit(
                 key[0].upper() + key[1:],
                 f"the pod shares its node's {what}",
                 why=f"{key}: true",
                 remedy=f"run it without {key}",
             )
     if spec.get("shareProcessNamespace"):
-        yield _unfit(
+        yield unfit(
             "ShareProcessNamespace",
             "the pod's containers share one process namespace",
             why="its first process belongs to the sandbox, which does not move",
             remedy="run it without shareProcessNamespace",
         )
     if spec.get("hostUsers") is False:
-        yield _unfit(
+        yield unfit(
             "UserNamespace",
             "the pod has a user namespace of its own",
             why="hostUsers: false; its mapping belongs to the node",
@@ -187,7 +184,7 @@ def _shares(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
 def _placement(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     name, labels = pod["spec"].get("nodeName"), ((around.node or {}).get("metadata") or {}).get("labels") or {}
     if name and (why := placement.pin(pod, name, labels)):
-        yield _unfit(
+        yield unfit(
             "PinnedToNode",
             "the pod's own rules allow no node but the one it is on",
             why=why,
@@ -201,7 +198,7 @@ def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         name = volume["name"]
         kind = next((one for one in volume if one != "name"), "emptyDir")
         if kind == "hostPath":
-            yield _unfit(
+            yield unfit(
                 "HostPath",
                 "the pod uses a directory of its node",
                 why=f"volume {name}: {volume[kind].get('path')}",
@@ -210,7 +207,7 @@ def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         elif kind == "persistentVolumeClaim":
             yield from _claim(name, volume[kind]["claimName"], around.claims)
         elif kind not in MOVABLE_VOLUMES:
-            yield _unfit(
+            yield unfit(
                 "VolumeNotShared",
                 "the pod uses a volume that only one node can have",
                 why=f"volume {name} ({kind})",
@@ -224,26 +221,26 @@ def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         if mount["name"] in scratch and (mount.get("subPath") or mount.get("subPathExpr"))
     }
     if parts:
-        yield _unfit(
+        yield unfit(
             "SubPath",
             "a container has only a part of an emptyDir mounted",
             why=", ".join(sorted(parts)),
             remedy="mount the whole volume: a subPath of an emptyDir cannot move yet",
         )
     if blocks := [one["name"] for one in containers(pod) if one.get("volumeDevices")]:
-        yield _unfit("BlockVolume", "the pod uses raw block volumes", why=", ".join(blocks), remedy="use a file system")
+        yield unfit("BlockVolume", "the pod uses raw block volumes", why=", ".join(blocks), remedy="use a file system")
 
 
 def _claim(volume: str, name: str, claims: Mapping[str, Json]) -> Iterator[PodUnfit]:
     claim = claims.get(name)
     if claim is None:
-        yield _unfit(
+        yield unfit(
             "VolumeMissing", "a claim of the pod does not exist", why=f"volume {volume}: {name}", remedy="create it"
         )
         return
     modes = claim.get("status", {}).get("accessModes") or claim["spec"].get("accessModes") or []
     if not SHARED_ACCESS & set(modes):
-        yield _unfit(
+        yield unfit(
             "VolumeNotShared",
             "the pod uses a volume that only one node can have",
             why=f"volume {volume}: claim {name} is {', '.join(modes) or 'without an access mode'}",
@@ -255,27 +252,27 @@ def _devices(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     for one in containers(pod):
         named = {**(one.get("resources", {}).get("requests") or {}), **(one.get("resources", {}).get("limits") or {})}
         if extended := sorted(name for name in named if not name.startswith(NATIVE_RESOURCES)):
-            yield _unfit(
+            yield unfit(
                 "Devices",
                 "the pod uses devices of its node",
                 why=f"container {one['name']}: {', '.join(extended)}",
                 remedy="a job with devices cannot move yet",
             )
         if (one.get("securityContext") or {}).get("privileged"):
-            yield _unfit(
+            yield unfit(
                 "Privileged",
                 "a container of the pod is privileged",
                 why=f"{one['name']} sees its node's devices",
                 remedy="name the capabilities that it needs instead",
             )
     if pod["spec"].get("resourceClaims"):
-        yield _unfit("Devices", "the pod has claims on devices", why="resourceClaims", remedy="it cannot move yet")
+        yield unfit("Devices", "the pod has claims on devices", why="resourceClaims", remedy="it cannot move yet")
 
 
 def _debugged(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     states = (pod.get("status") or {}).get("ephemeralContainerStatuses") or []
     if names := [one["name"] for one in states if "running" in (one.get("state") or {})]:
-        yield _unfit(
+        yield unfit(
             "EphemeralContainer",
             "somebody is debugging the pod",
             why=f"ephemeral containers run: {', '.join(names)}",
@@ -286,7 +283,7 @@ def _debugged(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
 def _busy(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     claimed = (pod["metadata"].get("labels") or {}).get(UID_LABEL)
     if claimed in around.under_way:
-        yield _unfit(
+        yield unfit(
             "AlreadyMigrating",
             "the pod is on its way already",
             why=f"by the Migration with uid {claimed}",

@@ -37,13 +37,13 @@ class HandOver:
         """`readiness`: seconds for the target to be called ready; `release`: for an owner to let the source go."""
         self._api, self._readiness, self._release = api, readiness, release
 
-    def trouble(self, source: Json | None, target: Json | None) -> Ending | None:
+    def trouble(self, migration: Migration, source: Json | None, target: Json | None) -> Ending | None:
         """Somebody wanted the pod gone, or the target is gone, before the owner had it."""
         if target is None or "deletionTimestamp" in target["metadata"]:
             return troubles.ending(
                 Outcome.FAILED, troubles.TARGET_POD_GONE, "the target pod was deleted: the job went with it"
             )
-        if pods.took_place(target):
+        if pods.took_place(target, migration):
             return None
         if source is None or "deletionTimestamp" in source["metadata"]:
             return troubles.ending(
@@ -56,7 +56,7 @@ class HandOver:
     async def step(self, migration: Migration, source: Json | None, target: Json | None) -> float | None:
         """The next of the four. None once the owner has the target and the source is nobody's; else when to come again."""
         assert target is not None
-        if not pods.took_place(target):
+        if not pods.took_place(target, migration):
             assert source is not None
             if self._wait(migration, target):
                 return SOON

@@ -24,6 +24,7 @@ from podferry.kube.migration import (
     UID_LABEL,
     Migration,
 )
+from podferry.kube.paths import is_subdomain
 
 Json = dict[str, Any]
 
@@ -145,10 +146,56 @@ def name_of(source: Json, migration: Migration, role: str) -> str:
 
 
 def _origin(source: Json) -> str:
-    """What the names of a pod and of its successors begin with."""
+    """What the names of a pod and of its successors begin with. A user can write the annotation: one that is no name is ignored."""
     about = source["metadata"]
-    earlier = (about.get("annotations") or {}).get(ORIGIN_ANNOTATION)
-    return str(earlier or (about.get("generateName") or "").rstrip("-") or about["name"])
+    earlier = str((about.get("annotations") or {}).get(ORIGIN_ANNOTATION) or "")
+    if is_subdomain(earlier):
+        return earlier
+    return str((about.get("generateName") or "").rstrip("-.") or about["name"])
+
+
+# What is ours. Labels, annotations and names say nothing of it: whoever may write pods can write them.
+
+
+def made_by(pod: Json, migration: Migration) -> bool:
+    """Whether the Migration made the pod: it controls it, or the controller noted the pod's uid when it had made it."""
+    about, noted = pod["metadata"], migration.status.target_pod
+    controllers = [one["uid"] for one in about.get("ownerReferences") or [] if one.get("controller")]
+    return controllers == [migration.uid] or (noted is not None and noted.uid == about["uid"])
+
+
+def as_made(pod: Json, wanted: Json) -> bool:
+    """Whether a pod that has the name of `wanted` is the one that an earlier try of ours made of it, and has not begun to run.
+
+    A pod that somebody made before us under a name that he foresaw may run anything: its containers must be those that we ask
+    for, and none may have started. What the API server filled in is not compared.
+    """
+    about, want = pod["metadata"], wanted["metadata"]
+    states = [*((pod.get("status") or {}).get("containerStatuses") or [])]
+    states += (pod.get("status") or {}).get("initContainerStatuses") or []
+    begun = any(set(one.get("state") or {}) & {"running", "terminated"} for one in states)
+    mine = {key: value for key, value in wanted["spec"].items() if key != "activeDeadlineSeconds"}  # it runs down
+    return (
+        not begun
+        and (about.get("labels") or {}).items() >= want["labels"].items()
+        and about.get("ownerReferences") == want["ownerReferences"]
+        and _holds(pod["spec"], mine)
+    )
+
+
+def _holds(found: Any, wanted: Any) -> bool:
+    """Whether `found` is `wanted` with defaults filled in: maps may have more keys, lists must have as many elements."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(
+            _holds(found.get(key), value) for key, value in wanted.items() if value not in (None, [], {})
+        )
+    if isinstance(wanted, list):
+        return (
+            isinstance(found, list)
+            and len(found) == len(wanted)
+            and all(_holds(*pair) for pair in zip(found, wanted, strict=True))
+        )
+    return bool(found == wanted)
 
 
 def _labels(migration: Migration, role: str) -> dict[str, str]:
@@ -211,7 +258,7 @@ def not_ready(source: Json, now: str) -> Json:
             one = {**one, "status": "False", "reason": "Migrated", "message": message, "lastTransitionTime": now}  # noqa: PLW2901
         conditions.append(one)
     return {
-        "metadata": {"resourceVersion": source["metadata"]["resourceVersion"]},
+        "metadata": {name: source["metadata"][name] for name in ("resourceVersion", "uid")},
         "status": {"conditions": conditions},
     }
 
@@ -253,9 +300,12 @@ def leave_place(source: Json) -> Json:
     return patch
 
 
-def took_place(target: Json) -> bool:
-    """Whether the owner has the target already."""
-    return HANDED_OVER_ANNOTATION in (target["metadata"].get("annotations") or {})
+def took_place(target: Json, migration: Migration) -> bool:
+    """Whether the owner has the target already: it names the source that it followed, and the Migration controls it no more."""
+    about, source = target["metadata"], migration.status.source_pod
+    followed = (about.get("annotations") or {}).get(HANDED_OVER_ANNOTATION)
+    mine = any(one["uid"] == migration.uid for one in about.get("ownerReferences") or [])
+    return source is not None and followed == source.uid and not mine
 
 
 def left_place(source: Json) -> bool:

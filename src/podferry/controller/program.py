@@ -73,13 +73,13 @@ class Controller:
                 queue.put(one["metadata"]["name"])
 
     async def _pods(self, queue: Queues[Key]) -> None:
-        async for _, pod in follow(self._api, PODS, labels=UID_LABEL):
+        async for _, pod in follow(self._api, PODS, labels={UID_LABEL: None}):
             uid = pod["metadata"]["labels"].get(UID_LABEL, "")
             if uid in self._of_uid:
                 queue.put(self._of_uid[uid])
 
     async def _requests(self, queue: Queues[str]) -> None:
-        async for what, one in follow(self._api, SIGNING_REQUESTS, fields=f"spec.signerName={SIGNER}"):
+        async for what, one in follow(self._api, SIGNING_REQUESTS, fields={"spec.signerName": SIGNER}):
             if what != "DELETED":
                 queue.put(one["metadata"]["name"])
 

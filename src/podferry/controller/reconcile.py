@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from podferry.controller import eligibility, pods, troubles
 from podferry.controller.books import Books, clock
+from podferry.controller.eligibility import PodUnfit
 from podferry.controller.handover import HandOver
 from podferry.controller.surroundings import Surveyor
 from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase
@@ -36,6 +37,7 @@ from podferry.kube.migration import (
     PodReference,
     timestamp,
 )
+from podferry.kube.paths import is_subdomain
 from podferry.model import Outcome
 
 E, P = MigrationEvent, MigrationPhase
@@ -100,10 +102,9 @@ class Reconciler:
         if cancelled := troubles.of_cancel(migration):
             await self._books.fire(migration, E.WITHDRAWN, ending=cancelled)
             return 0.0
-        source = await self._api.find(PODS, migration.spec.pod_name, migration.namespace)
-        if source is None:
-            missing = Refused(f"there is no pod {migration.spec.pod_name}", remedy="kubectl get pods")
-            return await self._refuse(migration, "PodNotFound", [missing])
+        source = await self._named_pod(migration)
+        if isinstance(source, PodUnfit):
+            return await self._refuse(migration, source.reason, [source])
         around = await self._survey.around(source, migration)
         if found := eligibility.obstacles(source, around):
             return await self._refuse(migration, found[0].reason, list(found))
@@ -125,6 +126,15 @@ class Reconciler:
         await self._books.tell_of_pod(source, "MigrationStarted", f"Migration {migration.name} looks for another node")
         return 0.0
 
+    async def _named_pod(self, migration: Migration) -> Json | PodUnfit:
+        """The pod that the Migration names; or what is wrong with the names in it."""
+        for name in filter(None, (migration.spec.pod_name, migration.spec.target_node)):
+            if not is_subdomain(name):  # written before the API server checked names
+                return eligibility.unfit("NameInvalid", f"{name[:100]!r} is not the name of an object")
+        found = await self._api.find(PODS, migration.spec.pod_name, migration.namespace)
+        missing = f"there is no pod {migration.spec.pod_name}"
+        return found or eligibility.unfit("PodNotFound", missing, remedy="kubectl get pods")
+
     async def _refuse(self, migration: Migration, reason: str, why: list[Refused]) -> float:
         words = "; ".join(str(one) for one in why)
         remedy = "; ".join(one.remedy for one in why if one.remedy)
@@ -142,17 +152,9 @@ class Reconciler:
         if trouble := await self._beforehand(migration, source):
             return await self._undo(migration, trouble)
         assert source is not None
-        placeholder = await self._api.find(PODS, pods.name_of(source, migration, pods.PLACEHOLDER), migration.namespace)
-        if placeholder is None:
-            try:
-                body = pods.placeholder_pod(source, migration, self._settings.image)
-                placeholder = await self._api.create(PODS, body, migration.namespace)
-            except AlreadyExists:
-                return 0.0
-            except ApiFailed as refused:
-                if transient(refused) and "webhook" not in refused.why:
-                    raise
-                return await self._undo(migration, troubles.of_creation(refused, "a pod that looks for a node"))
+        placeholder = await self._placeholder(migration, source)
+        if isinstance(placeholder, Ending):
+            return await self._undo(migration, placeholder)
         if node := placeholder["spec"].get("nodeName"):
 
             def placed(now: Migration) -> None:
@@ -167,6 +169,22 @@ class Reconciler:
         if trouble := troubles.of_waiting(placeholder, "the pod", self._settings.scheduling, clock()):
             return await self._undo(migration, trouble)
         return LOOK_AGAIN
+
+    async def _placeholder(self, migration: Migration, source: Json) -> Json | Ending:
+        """The pod that looks for a node, made if it is not there; or why it cannot be."""
+        body = pods.placeholder_pod(source, migration, self._settings.image)
+        found = await self._api.find(PODS, body["metadata"]["name"], migration.namespace)
+        if found is not None:
+            mine = pods.made_by(found, migration)
+            return found if mine else troubles.of_taken_name(body, "a pod that looks for a node")
+        try:
+            return await self._api.create(PODS, body, migration.namespace)
+        except AlreadyExists as faster:
+            raise Conflict.because("another controller was faster", faster) from faster
+        except ApiFailed as refused:
+            if transient(refused) and "webhook" not in refused.why:
+                raise
+            return troubles.of_creation(refused, "a pod that looks for a node")
 
     # Running: the agents work; here the target pod is made, and whatever may go wrong around is watched.
 
@@ -205,15 +223,17 @@ class Reconciler:
 
     async def _make_target(self, migration: Migration, source: Json) -> float:
         node = migration.status.target_node or ""
-        await self._api.delete(PODS, pods.name_of(source, migration, pods.PLACEHOLDER), migration.namespace, grace=0)
+        name = pods.name_of(source, migration, pods.PLACEHOLDER)
+        placeholder = await self._api.find(PODS, name, migration.namespace)
+        if placeholder is not None and pods.made_by(placeholder, migration):
+            await self._api.delete(PODS, name, migration.namespace, uid=placeholder["metadata"]["uid"], grace=0)
         body = pods.target_pod(source, migration, node, clock())
         try:
             target = await self._api.create(PODS, body, migration.namespace)
         except AlreadyExists:
             target = await self._api.get(PODS, body["metadata"]["name"], migration.namespace)
-            if not troubles.claims(target, migration):
-                taken = ApiFailed("the target pod's name is taken", why=body["metadata"]["name"])
-                return await self._abort(migration, troubles.of_creation(taken, "the target pod"), source)
+            if not pods.as_made(target, body):
+                return await self._abort(migration, troubles.of_taken_name(body, "the target pod"), source)
         except ApiFailed as refused:
             if transient(refused) and "webhook" not in refused.why:
                 raise
@@ -277,7 +297,7 @@ class Reconciler:
     async def _handing_over(self, migration: Migration) -> float | None:
         source, target = await self._books.source(migration), await self._books.target(migration)
         if not migration.status.holds(HANDED_OVER):
-            if trouble := self._hand_over.trouble(source, target):
+            if trouble := self._hand_over.trouble(migration, source, target):
                 await self._books.say(migration, HANDED_OVER, False, trouble.reason, trouble.message)
                 return await self._undo(migration, trouble)
             again = await self._hand_over.step(migration, source, target)
@@ -320,12 +340,13 @@ class Reconciler:
         end = migration.status.ending
         assert end is not None
         source, target = await self._books.source(migration), await self._books.target(migration)
-        mine, _ = await self._api.list(PODS, migration.namespace, labels=f"{UID_LABEL}={migration.uid}")
-        kept = target if target is not None and pods.took_place(target) else None
+        mine, _ = await self._api.list(PODS, migration.namespace, labels={UID_LABEL: migration.uid})
+        kept = target if target is not None and pods.took_place(target, migration) else None
         away = [
             one
             for one in mine
             if (one["metadata"]["labels"].get(ROLE_LABEL) in (pods.TARGET, pods.PLACEHOLDER))
+            and pods.made_by(one, migration)
             and (kept is None or one["metadata"]["uid"] != kept["metadata"]["uid"])
             and (source is None or one["metadata"]["uid"] != source["metadata"]["uid"])
         ]

@@ -15,7 +15,9 @@ from podferry.kube.client import (
     NODES,
     REPLICASETS,
     RUNTIME_CLASSES,
+    Fields,
     Kind,
+    Labels,
 )
 from podferry.kube.errors import Forbidden
 from podferry.kube.migration import Ending, Migration
@@ -33,7 +35,7 @@ class Readable(Protocol):
         """One object, or None where there is none."""
 
     async def list(
-        self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = ""
+        self, kind: Kind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
     ) -> tuple[list[Json], str]:
         """The objects of a kind, and their version."""
 
@@ -95,7 +97,7 @@ class Surveyor:
     async def warnings(self, pod: Json) -> list[Json]:
         """What the kubelet and others have warned of about a pod; nothing where that may not be read."""
         about = pod["metadata"]
-        fields = f"regarding.uid={about['uid']},type=Warning"
+        fields = {"regarding.uid": about["uid"], "type": "Warning"}
         try:
             return (await self._api.list(EVENTS, about["namespace"], fields=fields))[0]
         except Forbidden:

@@ -21,6 +21,7 @@ UNSCHEDULABLE, QUOTA_EXCEEDED, WEBHOOK_DENIED, POD_INVALID = (
     "WebhookDenied",
     "PodInvalid",
 )
+NAME_TAKEN = "NameTaken"
 VOLUME_MISSING, TARGET_POD_FAILED, TARGET_POD_GONE = "VolumeMissing", "TargetPodFailed", "TargetPodGone"
 TARGET_POD_STUCK = "TargetPodStuck"
 TARGET_NODE_LOST, SOURCE_NODE_LOST, SOURCE_SILENT = "TargetNodeLost", "SourceNodeLost", "SourceAgentSilent"
@@ -76,6 +77,17 @@ def of_creation(error: PodferryError, what: str) -> Ending:
     }
     return ending(
         Outcome.ROLLED_BACK, reason, f"{what} was refused: {why}", remedy=remedies.get(reason, ""), code=error.code
+    )
+
+
+def of_taken_name(body: Json, what: str) -> Ending:
+    """There is a pod already of the name that `what` was to have, and the Migration did not make it."""
+    name = body["metadata"]["name"]
+    return ending(
+        Outcome.ROLLED_BACK,
+        NAME_TAKEN,
+        f"{what} was not created: pod {name} exists, and podferry did not make it",
+        remedy=f"see who made pod {name}, remove it, and migrate again",
     )
 
 

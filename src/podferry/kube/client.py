@@ -23,8 +23,13 @@ from lightkube.core.exceptions import ConfigError
 
 from podferry import __version__
 from podferry.kube.errors import ApiUnreachable, NoCluster, NotFound, of_status
+from podferry.kube.paths import of_fields, of_labels, segment
 
 Json = dict[str, Any]
+Labels = Mapping[str, str | None]
+"""What a label selector demands; None: that the label is there."""
+Fields = Mapping[str, str]
+"""What a field selector demands."""
 
 PATIENCE = 10.0
 WATCH_SECONDS = 290
@@ -43,11 +48,16 @@ class Kind:
     plural: str
     namespaced: bool = True
 
-    def path(self, namespace: str = "", name: str = "", part: str = "") -> str:
-        """The path of the collection (of all namespaces where none is named), of an object, or of a part of it such as `status`."""
+    def path(self, namespace: str = "", name: str | None = None, part: str = "") -> str:
+        """The path of the collection (of all namespaces where none is named), of an object, or of a part of it such as `status`.
+
+        Raises `NameRefused` where a name would lead elsewhere, or an object is named without its namespace.
+        """
         root = f"/apis/{self.api}" if "/" in self.api else f"/api/{self.api}"
-        place = f"/namespaces/{namespace}" if self.namespaced and namespace else ""
-        return "/".join([f"{root}{place}/{self.plural}", *filter(None, (name, part))])
+        if self.namespaced and (namespace or name is not None):
+            root += f"/namespaces/{segment(namespace)}"
+        object_path = [] if name is None else [segment(name), *([part] if part else [])]
+        return "/".join([root, self.plural, *object_path])
 
 
 PODS = Kind("v1", "Pod", "pods")
@@ -103,7 +113,7 @@ class Api:
             return None
 
     async def list(
-        self, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = ""
+        self, kind: Kind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
     ) -> tuple[list[Json], str]:
         """The objects of a kind, of one namespace or of all, and the version that a watch may begin at."""
         items: list[Json] = []
@@ -183,7 +193,13 @@ class Api:
         await self._call("POST", PODS.path(namespace, name, "eviction"), body=body, what=what)
 
     async def watch(
-        self, kind: Kind, version: str, namespace: str = "", *, labels: str = "", fields: str = ""
+        self,
+        kind: Kind,
+        version: str,
+        namespace: str = "",
+        *,
+        labels: Labels | None = None,
+        fields: Fields | None = None,
     ) -> AsyncGenerator[tuple[str, Json], None]:
         """What happens from `version` on, as (ADDED | MODIFIED | DELETED | BOOKMARK, object), until the server ends it.
 
@@ -263,8 +279,9 @@ def _body(response: httpx2.Response) -> Json:
     return body if isinstance(body, dict) else {}
 
 
-def _selectors(labels: str, fields: str) -> dict[str, str]:
-    return {name: value for name, value in (("labelSelector", labels), ("fieldSelector", fields)) if value}
+def _selectors(labels: Labels | None, fields: Fields | None) -> dict[str, str]:
+    chosen = {"labelSelector": of_labels(labels or {}), "fieldSelector": of_fields(fields or {})}
+    return {name: value for name, value in chosen.items() if value}
 
 
 def _named(kind: Kind, name: str, namespace: str) -> str:

@@ -15,6 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
 from podferry.errors import Failed
+from podferry.kube.paths import LONGEST, SUBDOMAIN
 from podferry.model import Mode
 
 GROUP, VERSION = "podferry.dev", "v1alpha1"
@@ -59,6 +60,15 @@ def _rule(rule: str, message: str) -> Schema:
 FIXED = "self == oldSelf"
 
 
+# For the API server alone: a name that was stored before it was checked is refused in words (`kube.paths`), not unreadable.
+NAME: Schema = {"maxLength": LONGEST, "pattern": SUBDOMAIN}
+
+
+def _named(description: str) -> Any:
+    """A field that holds the name of an object."""
+    return Field(description=description, json_schema_extra=NAME)
+
+
 class MigrationSpec(Part):
     """What is asked for."""
 
@@ -67,16 +77,14 @@ class MigrationSpec(Part):
         Field(
             description="The pod to move, in the Migration's own namespace.",
             min_length=1,
-            max_length=253,
-            json_schema_extra=_rule(FIXED, "podName cannot be changed"),
+            json_schema_extra=NAME | _rule(FIXED, "podName cannot be changed"),
         ),
     ]
     target_node: Annotated[
         str | None,
         Field(
             description="The node to move it to. Without it the scheduler chooses, as it would for a new pod.",
-            max_length=253,
-            json_schema_extra=_rule(FIXED, "targetNode cannot be changed"),
+            json_schema_extra=NAME | _rule(FIXED, "targetNode cannot be changed"),
         ),
     ] = None
     node_selector: Annotated[
@@ -139,7 +147,7 @@ class MigrationSpec(Part):
 class PodReference(Part):
     """A pod."""
 
-    name: Annotated[str, Field(description="Its name.")]
+    name: Annotated[str, _named("Its name.")]
     uid: Annotated[str, Field(description="Its uid: another pod of the same name is not it.")]
 
 
@@ -201,8 +209,8 @@ class MigrationStatus(Part):
 
     phase: Annotated[MigrationPhase, Field(description="How far it is.")] = MigrationPhase.PENDING
     observed_generation: Annotated[int | None, Field(description="The spec's generation that this is about.")] = None
-    source_node: Annotated[str | None, Field(description="The node that the pod leaves.")] = None
-    target_node: Annotated[str | None, Field(description="The node that it goes to.")] = None
+    source_node: Annotated[str | None, _named("The node that the pod leaves.")] = None
+    target_node: Annotated[str | None, _named("The node that it goes to.")] = None
     source_pod: Annotated[PodReference | None, Field(description="The pod that leaves.")] = None
     target_pod: Annotated[PodReference | None, Field(description="The pod that takes its place.")] = None
     owner: Annotated[OwnerReference | None, Field(description="What the pod belongs to.")] = None

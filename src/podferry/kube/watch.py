@@ -15,7 +15,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from podferry.errors import PodferryError
-from podferry.kube.client import Api, Json, Kind
+from podferry.kube.client import Api, Fields, Json, Kind, Labels
 from podferry.kube.errors import Expired
 
 RETRY_FIRST, RETRY_LAST = 0.5, 30.0
@@ -25,7 +25,13 @@ Change = tuple[str, Json]
 
 
 async def follow(
-    api: Api, kind: Kind, namespace: str = "", *, labels: str = "", fields: str = "", since: Json | None = None
+    api: Api,
+    kind: Kind,
+    namespace: str = "",
+    *,
+    labels: Labels | None = None,
+    fields: Fields | None = None,
+    since: Json | None = None,
 ) -> AsyncIterator[Change]:
     """Every object that there is (as ADDED) and then every change, for ever; what was missed is made good by listing anew.
 
