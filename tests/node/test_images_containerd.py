@@ -14,12 +14,13 @@ from pathlib import Path
 import grpc
 import images_gate
 import pytest
-from images_containerd import ContainerdNode, Image, Registry, file, make_image, program
+from images_containerd import NAMESPACE, ContainerdNode, Image, Registry, file, make_image, program
 from images_rig import LOCAL, NETWORK, picture, scratch
 
 from podferry.errors import CommandFailed
 from podferry.images import images_report, layout
 from podferry.images.mounts import unmount
+from podferry.node.containerd import Containerd
 from podferry.node.process import run
 
 pytestmark = pytest.mark.node
@@ -206,6 +207,12 @@ def test_a_layer_that_reaches_outside_stays_inside(nodes: list[ContainerdNode], 
     assert not list(root.glob("*escape*")) + list((root / "snapshots").glob("*escape*"))
 
 
+def staying_on(node: ContainerdNode, image: Image) -> dict[str, str]:
+    """The layers that are not shared, as the node's agent asks for them through containerd, and why."""
+    with Containerd(node.socket, NAMESPACE) as client:
+        return client.staying(node.snapshotter, image.chains)
+
+
 def test_a_layer_with_a_device_node_works_here_and_is_not_shared(
     nodes: list[ContainerdNode], registry: Registry
 ) -> None:
@@ -220,6 +227,26 @@ def test_a_layer_with_a_device_node_works_here_and_is_not_shared(
     there = names(nodes[0].share / layout.LAYERS)
     assert layout.name_of(image.chains[1]) not in there
     assert "etc/disk" in nodes[0].log()
+    staying = staying_on(nodes[0], image)
+    assert list(staying) == [image.chains[1]]
+    assert "it holds a device node: 'etc/disk' (8:0)" in staying[image.chains[1]]
+
+
+def test_a_layer_with_the_console_that_many_images_have_is_shared(
+    nodes: list[ContainerdNode], registry: Registry
+) -> None:
+    def console(tar: tarfile.TarFile) -> None:
+        file(tar, "dev/console", type=tarfile.CHRTYPE, devmajor=5, devminor=1)
+
+    image = make_image(f"console-{os.urandom(3).hex()}", base, console)
+    reference = registry.add(image)
+    nodes[0].pull(reference)
+    published(nodes[0], image)
+    nodes[1].pull(reference)
+    for node in nodes:
+        assert node.run(reference, "/bin/cat", "/etc/changed") == "lower"
+        assert staying_on(node, image) == {}
+    assert layout.name_of(image.chains[1]) in names(nodes[0].share / layout.LAYERS)
 
 
 @pytest.mark.parametrize("victim", ["snapshotter", "containerd"])

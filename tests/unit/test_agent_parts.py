@@ -135,7 +135,11 @@ def stdio(**fields: Any) -> dict[str, Any]:
 
 def test_an_offer_travels() -> None:
     offered = Offered(
-        RECORD, ("lower", "upper"), Stdio("", "file:///var/log/a", "file:///var/log/a"), ("--file-locks",)
+        RECORD,
+        ("lower", "upper"),
+        Stdio("", "file:///var/log/a", "file:///var/log/a"),
+        ("--file-locks",),
+        {"upper": "it holds a device node"},
     )
     assert Offered.from_dict(json.loads(json.dumps(offered.to_dict())), "job") == offered
     here = offered.record_here(Path("/here/podferry-runc"))
@@ -147,6 +151,9 @@ def test_an_offer_travels() -> None:
     ("data", "name"),
     [
         ({}, "job"),
+        (offer(staying={"upper": 5}), "job"),
+        (offer(staying={"upper": "x" * 256}), "job"),
+        (offer(staying=["upper"]), "job"),
         (offer(), "other"),
         (offer(replace(RECORD, id="../job")), "../job"),
         (offer(replace(RECORD, id="a/b")), "a/b"),

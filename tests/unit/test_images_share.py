@@ -333,6 +333,25 @@ def test_what_must_not_be_shared_is_named(share: PosixShare, clock: Clock, sourc
 
 
 @needs_root
+@pytest.mark.parametrize("kind", [stat.S_IFCHR, stat.S_IFBLK])
+def test_device_nodes_that_every_containers_own_dev_hides_are_shared(
+    share: PosixShare, clock: Clock, source: Path, kind: int
+) -> None:
+    (source / "dev").mkdir()
+    os.mknod(source / "dev/console", kind | 0o600, os.makedev(5, 1))
+    one = store(share, clock)
+    layer = one.publish(CHAIN, source)
+    there = share.path(f"{layer.at}/fs/dev/console")
+    assert there.lstat().st_rdev == os.makedev(5, 1)
+    one.check(layer)
+    there.unlink()
+    os.mknod(there, kind | 0o600, os.makedev(8, 0))
+    os.utime(there, ns=((source / "dev/console").stat().st_mtime_ns,) * 2)
+    with pytest.raises(LayerDamaged, match="dev/console"):
+        one.check(layer)
+
+
+@needs_root
 def test_whiteouts_and_opaque_directories_come_through(share: PosixShare, clock: Clock, source: Path) -> None:
     os.mknod(source / "gone", stat.S_IFCHR, 0)
     os.setxattr(source / "etc", "trusted.overlay.opaque", b"y")

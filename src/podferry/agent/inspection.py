@@ -123,7 +123,7 @@ class Inspection:
         log_file(stdio)
         cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
         return View(
-            Offered(record, layers, stdio, DUMP_FLAGS),
+            Offered(record, layers, stdio, DUMP_FLAGS, self._containerd.staying(record.snapshotter, layers)),
             task,
             upper,
             with_unsaved(container_facts(record, task, cgroup, upper)),
@@ -158,10 +158,11 @@ class Inspection:
                 )
             )
         if missing := self._containerd.find_layers(record.snapshotter, offered.layers):
+            stays = f", which stays on the source's disk: {reason}" if (reason := offered.staying.get(missing)) else ""
             found.append(
                 Refused(
                     f"the image {record.image} is not on {self._config.node}",
-                    why=f"its snapshotter {record.snapshotter} does not find the layer {missing}",
+                    why=f"its snapshotter {record.snapshotter} does not find the layer {missing}{stays}",
                     remedy=f"pull {record.image} there, for the snapshotter {record.snapshotter}",
                 )
             )

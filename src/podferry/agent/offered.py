@@ -22,7 +22,8 @@ from podferry.node.records import RUNC_V2, Container, Opaque, Stdio
 from podferry.protos import runc_pb2
 
 MOST_LAYERS, LONGEST = 500, 255
-"""overlayfs takes no more layers (OVL_MAX_STACK in fs/overlayfs/ovl_entry.h); characters of a layer's name."""
+"""overlayfs takes no more layers (OVL_MAX_STACK in fs/overlayfs/ovl_entry.h); characters of a layer's name, and of the
+reason why one stays."""
 
 MOST_REASONS = 16
 
@@ -39,12 +40,13 @@ _SCHEME = "file://"
 @dataclass(frozen=True)
 class Offered:
     """A container as it is offered. `layers` are the chain ids of its image, the lowest first: what its root stands on.
-    `flags` are those of the dump and the restore."""
+    `flags` are those of the dump and the restore; `staying` says of layers that are not shared why not."""
 
     record: Container
     layers: tuple[str, ...] = ()
     stdio: Stdio = field(default_factory=Stdio)
     flags: tuple[str, ...] = ()
+    staying: dict[str, str] = field(default_factory=dict)
 
     def record_here(self, wrapper: Path) -> Container:
         """The record as this node keeps it, made anew: with this node's podferry-runc and runtime.
@@ -96,6 +98,7 @@ class Offered:
             "layers": list(self.layers),
             "stdio": asdict(self.stdio),
             "flags": list(self.flags),
+            "staying": self.staying,
         }
 
     @staticmethod
@@ -104,7 +107,8 @@ class Offered:
         try:
             record = Container.from_bytes(base64.b64decode(data["record"], validate=True))
             stdio, layers, flags = Stdio(**data["stdio"]), tuple(data["layers"]), tuple(data["flags"])
-        except (KeyError, TypeError, binascii.Error) as error:
+            staying = dict(data.get("staying", {}))
+        except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise PeerMisbehaved.because("not an offer of a container", error) from error
         if record.id != name or not _ID.fullmatch(name):
             raise PeerMisbehaved("an offer names one container and holds another", why=f"{name!r}, {record.id!r}")
@@ -112,7 +116,9 @@ class Offered:
             raise PeerMisbehaved("not an offer of a container", why=f"flags {flags!r}")
         if len(layers) > MOST_LAYERS or not all(isinstance(one, str) and len(one) <= LONGEST for one in layers):
             raise PeerMisbehaved("not an offer of a container", why="its layers are not a list of names")
-        offered = Offered(record, layers, stdio, flags)
+        if not all(isinstance(one, str) and len(one) <= LONGEST for one in (*staying, *staying.values())):
+            raise PeerMisbehaved("not an offer of a container", why="its reasons why layers stay are no texts")
+        offered = Offered(record, layers, stdio, flags, staying)
         spec = record.spec_json()
         if spec.get("hooks"):
             raise Refused(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from podferry.node.process import run
 
-MS_RDONLY = 1  # linux/mount.h
+MS_RDONLY, MS_NODEV = 1, 4  # linux/mount.h
 MNT_DETACH = 2
 NO_LOOP = "where there is no /dev/loop-control: modprobe loop"
 
@@ -18,16 +18,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def mount_image(image: Path, at: Path) -> None:
-    """Mount an EROFS image read-only, from the file itself or, before Linux 6.12, through a loop device.
+    """Mount an EROFS image read-only, from the file itself or, before Linux 6.12, through a loop device. Device nodes in it
+    cannot be opened there.
 
     Raises OSError, or `CommandFailed` from mount(8).
     """
     try:
-        _mount(str(image), str(at), "erofs", MS_RDONLY)
+        _mount(str(image), str(at), "erofs", MS_RDONLY | MS_NODEV)
     except OSError as error:
         if error.errno not in (errno.ENOTBLK, errno.EINVAL):
             raise
-        run(["mount", "-t", "erofs", "-o", "ro,loop", image, at], timeout=60.0, remedy=NO_LOOP)
+        run(["mount", "-t", "erofs", "-o", "ro,nodev,loop", image, at], timeout=60.0, remedy=NO_LOOP)
 
 
 def unmount(at: Path) -> None:

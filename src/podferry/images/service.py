@@ -22,7 +22,9 @@ from podferry.images.metadata import (
     SnapshotInvalid,
     SnapshotMissing,
 )
+from podferry.images.publisher import STAYS
 from podferry.images.snapshotter import Mount, Snapshotter
+from podferry.node.containerd import LAYER_STAYS
 from podferry.protos import snapshots_pb2 as pb
 from podferry.protos import snapshots_pb2_grpc, types_pb2
 
@@ -30,6 +32,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 PAGE = 100  # snapshots in one message of a list
+LONGEST_REASON = 240  # characters in a label
 SAID = 2  # lines of what a command said, in an error that containerd passes on
 STATUS = {
     SnapshotMissing: grpc.StatusCode.NOT_FOUND,
@@ -151,7 +154,17 @@ def _info(snapshot: Snapshot) -> pb.Info:
         kind=int(snapshot.kind),  # type: ignore[arg-type]  # the stubs want their own enum
         created_at=_timestamp(snapshot.created),
         updated_at=_timestamp(snapshot.updated),
-        labels=snapshot.labels,
+        labels=_labels(snapshot),
+    )
+
+
+def _labels(snapshot: Snapshot) -> dict[str, str]:
+    """Its labels, and one of ours on a layer that is not shared: why not, for who asks on behalf of another node."""
+    stays = snapshot.note.startswith(STAYS)
+    return (
+        {**snapshot.labels, LAYER_STAYS: snapshot.note.removeprefix(STAYS)[:LONGEST_REASON]}
+        if stays
+        else snapshot.labels
     )
 
 

@@ -30,6 +30,8 @@ FILES = "fs"
 MANIFEST = "manifest"
 COPIERS = 8  # files in flight: a network file system answers late, but many at once
 KEPT = ("trusted.overlay.opaque", "trusted.overlay.redirect", "security.capability")
+HIDDEN = "dev/"
+"""Where device nodes may be, as many images have them: every container's own /dev lies over it, so none can be opened."""
 KEPT_PREFIXES = ("user.", "system.posix_acl_")
 """Extended attributes that belong to a layer; others are the file system's own notes."""
 
@@ -52,6 +54,18 @@ class Found:
         """The manifest's line for it: everything of the entry that a container can see."""
         if self.link is not None:
             fields: list[Any] = [self.path, "link", self.link]
+        elif is_device(self.about):
+            about = self.about
+            number = [os.major(about.st_rdev), os.minor(about.st_rdev)]
+            fields = [
+                self.path,
+                about.st_mode,
+                about.st_uid,
+                about.st_gid,
+                int(about.st_mtime),
+                number,
+                self.attributes,
+            ]
         else:
             about = self.about
             size = about.st_size if stat.S_ISREG(about.st_mode) else 0
@@ -101,12 +115,16 @@ def survey(root: Path) -> tuple[int, int]:
 
 def check_fit(found: Found) -> None:
     """Raise `LayerUnfit` for an entry that has no place in a shared layer."""
-    device = found.kind in (stat.S_IFCHR, stat.S_IFBLK)
-    if device and not is_whiteout(found.about):
+    if is_device(found.about) and not found.path.startswith(HIDDEN):
         number = f"{os.major(found.about.st_rdev)}:{os.minor(found.about.st_rdev)}"
         raise LayerUnfit("the layer cannot be shared", why=f"it holds a device node: {found.path!r} ({number})")
     if found.kind == stat.S_IFSOCK:
         raise LayerUnfit("the layer cannot be shared", why=f"it holds a socket: {found.path!r}")
+
+
+def is_device(about: os.stat_result) -> bool:
+    """Whether this entry is a device node, and no whiteout."""
+    return stat.S_IFMT(about.st_mode) in (stat.S_IFCHR, stat.S_IFBLK) and not is_whiteout(about)
 
 
 def is_whiteout(about: os.stat_result) -> bool:

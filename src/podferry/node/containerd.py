@@ -36,6 +36,8 @@ FIND_TIMEOUT = 90.0
 COLLECTED = 3
 """How often layers are looked for that containerd's garbage collector takes away again before they are used."""
 LAYER = "containerd.io/snapshot.ref"
+LAYER_STAYS = "podferry.dev/layer-stays"
+"""The label by which podferry-snapshotter says of a layer that it is not shared, and why."""
 """The label that names the layer which a snapshot is to become."""
 
 Answer = TypeVar("Answer", bound=Message)
@@ -158,6 +160,11 @@ class Containerd:
         while key := self.snapshot(snapshotter, key).parent:
             layers.insert(0, key)
         return tuple(layers)
+
+    def staying(self, snapshotter: str, layers: Sequence[str]) -> dict[str, str]:
+        """Those of `layers` that a snapshotter which shares layers keeps on this node, and why."""
+        labels = {chain: self.snapshot(snapshotter, chain).labels for chain in layers}
+        return {chain: of[LAYER_STAYS] for chain, of in labels.items() if LAYER_STAYS in of}
 
     def find_layers(self, snapshotter: str, layers: Sequence[str]) -> str | None:
         """The first of an image's `layers` (chain ids, the lowest first) that this node cannot have; None where it has all.
