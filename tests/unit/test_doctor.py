@@ -63,6 +63,7 @@ NODE_HOST = NodeHost(
         cgroup=CgroupKind.V2,
         memory_available=16 * GIB,
         disk_free=60 * GIB,
+        run_free=10 * GIB,
         lazy_pages=True,
         pagemap_scan=True,
         wp_async=True,

@@ -43,7 +43,7 @@ def node_host(config: Config) -> NodeHost:
     """What is here of an agent's node; `config` says where things are to be."""
     top = outside.root()
     socket = top / str(config.containerd).lstrip("/")
-    facts = node_facts(host.existing(config.state), containerd=version("containerd"))
+    facts = node_facts(host.existing(config.state), host.existing(config.run), containerd=version("containerd"))
     return NodeHost(
         privileges=host.privileges(),
         kernel=kernel(),

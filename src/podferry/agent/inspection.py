@@ -134,7 +134,7 @@ class Inspection:
 
     def node_facts(self) -> NodeFacts:
         """What this node is and has."""
-        return node_facts(self._config.state, containerd=self._containerd.version())
+        return node_facts(self._config.state, self._config.run, containerd=self._containerd.version())
 
     def weigh(self, offer: Offer, offered: Offered) -> tuple[NodeFacts, list[Refused]]:
         """Can this node take what is offered? Its facts, and every reason why not. Raises `PeerMisbehaved`."""

@@ -24,8 +24,9 @@ LAZY_FEATURES = (
 )
 
 
-def node_facts(root: Path, *, containerd: str = "", runc: str = "runc", criu: str = "criu") -> NodeFacts:
-    """The facts of this node. `root` is the directory for whose file system free space is asked; `containerd` its version."""
+def node_facts(root: Path, held: Path, *, containerd: str = "", runc: str = "runc", criu: str = "criu") -> NodeFacts:
+    """The facts of this node. `root` is the directory for whose file system free space is asked, `held` the one that
+    holds memory on its way; `containerd` its version."""
     model, flags = _processor(Path("/proc/cpuinfo").read_text())
     kernel = tracker.probe()
     return NodeFacts(
@@ -42,6 +43,7 @@ def node_facts(root: Path, *, containerd: str = "", runc: str = "runc", criu: st
         cgroup=cgroup_kind(),
         memory_available=memory_available(),
         disk_free=shutil.disk_usage(root).free,
+        run_free=shutil.disk_usage(held).free,
         lazy_pages=has_lazy_pages(),
         pagemap_scan=kernel.pagemap_scan,
         wp_async=kernel.wp_async,

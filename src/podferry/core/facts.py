@@ -25,9 +25,10 @@ class CgroupKind(StrEnum):
 class NodeFacts:
     """A node. Versions are empty where the program is missing; sizes are in bytes.
 
-    `cpu_flags` are the processor's features as /proc/cpuinfo names them; `clock` is the node's wall clock, in seconds
-    since 1970; `lazy_pages` says whether restored tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and
-    `soft_dirty` are what memory trackers need; `thin_dump` says whether CRIU's dump can leave private memory where it is.
+    `cpu_flags` are the processor's features as /proc/cpuinfo names them; `run_free` is what fits into the directory that
+    holds memory on its way; `clock` is the node's wall clock, in seconds since 1970; `lazy_pages` says whether restored
+    tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and `soft_dirty` are what memory trackers need; `thin_dump`
+    says whether CRIU's dump can leave private memory where it is.
     """
 
     kernel: str
@@ -43,6 +44,7 @@ class NodeFacts:
     cgroup: CgroupKind
     memory_available: int
     disk_free: int
+    run_free: int
     lazy_pages: bool
     pagemap_scan: bool
     wp_async: bool

@@ -173,11 +173,19 @@ def _room(question: Question) -> Iterator[Refused]:
     if target is None:
         return
     memory = container.anonymous + container.shared + container.tmpfs + MEMORY_RESERVE
+    # Post-copy fetches memory as it is filled; CRIU's images wait there in every mode.
+    waits = container.shared + container.tmpfs + (0 if question.mode is Mode.POSTCOPY else container.anonymous)
     if memory > target.memory_available:
         yield NoRoom(
             "the target has too little memory",
             why=f"the job needs {memory >> 20} MiB, {target.memory_available >> 20} MiB are available",
             remedy="free memory there, or choose another node",
+        )
+    elif waits > target.run_free:
+        yield NoRoom(
+            "the directory of the target's agent for memory on its way is too small (`run`, /run/podferry as a rule)",
+            why=f"{waits >> 20} MiB of the job would wait there, {target.run_free >> 20} MiB are free",
+            remedy="mount a larger tmpfs there (docs/agent.md), use postcopy, or choose another node",
         )
     disk = container.upper + DISK_RESERVE
     if disk > target.disk_free:

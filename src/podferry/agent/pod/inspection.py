@@ -136,7 +136,7 @@ class PodInspection:
 
     def node_facts(self) -> NodeFacts:
         """What this node is and has."""
-        return node_facts(self._config.state, containerd=self._containerd.version())
+        return node_facts(self._config.state, self._config.run, containerd=self._containerd.version())
 
     def pod(self, pod: PodName, names: Sequence[str]) -> PodView:
         """Look at the containers `names` of a pod. Raises `UsageError` where it is not here, `Refused` where one does not run."""
