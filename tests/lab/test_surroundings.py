@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from podferry.lab import Lab, containers, site
+from podferry.lab import Lab, containers, site, state
+from podferry.lab.debian import bootstrap
 from podferry.lab.downloads import downloads
 from podferry.lab.progress import quiet
 from podferry.node.process import Completed, run
@@ -280,3 +282,23 @@ def test_the_machine_is_as_before_while_a_lab_runs(own_lab: Lab) -> None:
     during = machine()
     assert {name for name in before["settings"] if before["settings"][name] != during["settings"].get(name)} == set()  # type: ignore
     assert {**during, "settings": 0} == {**before, "settings": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "file"),
+    [
+        ("libopenmpi-dev", "usr/bin/mpicc"),
+        ("mariadb-server", "usr/sbin/mariadbd"),
+        ("nginx,postgresql", "usr/sbin/nginx"),
+    ],
+)
+def test_images_of_packages_whose_configuration_needs_an_order(package: str, file: str) -> None:
+    with tempfile.TemporaryDirectory(dir=state.CACHE) as place:
+        root = Path(place) / "root"
+        bootstrap(package.split(","), root, state.CACHE / "debs", quiet)
+        assert (root / file).exists()
+        assert not (root / "usr/sbin/policy-rc.d").exists()
+        assert "half-configured" not in (root / "var/lib/dpkg/status").read_text()
+        running = [one for one in Path("/proc").glob("[0-9]*/root") if os.path.realpath(one).startswith(place)]
+        assert not running, "a package started something"

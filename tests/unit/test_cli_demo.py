@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from podferry.cli import demo, job
+from podferry.cli import demo, job, main
 from podferry.cli.app import run
 from podferry.errors import Failed
-from podferry.lab import Lab, containers
+from podferry.lab import Lab, containers, images
 from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
@@ -92,3 +94,24 @@ def test_a_difference_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     for other in ({"final checksum": "ac"}, {}, {"final checksum": "ab", "more": "x"}):
         with pytest.raises(Failed):
             demo.compare({"final checksum": "ab"}, other)
+
+
+def test_a_terminal_that_lacks_characters_gets_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What prints the proof of a demo must not fail where the locale is de_DE without UTF-8."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="iso8859-1"))
+    monkeypatch.setattr(sys, "argv", ["podferry", "version"])
+    with pytest.raises(SystemExit):
+        main()
+    demo.compare({"final checksum": "5a"}, {"final checksum": "5a"})
+    sys.stdout.flush()
+    assert b"? equal" in printed.getvalue()
+
+
+def test_the_demo_says_what_is_built_and_how_long_that_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "place", lambda kind, recipe, suffix="": Path("/nowhere"))
+    monkeypatch.setattr(images, "architecture", lambda: "amd64")
+    both = sum(one.seconds for one in images.ALL)
+    assert f"node image and job image, usually in {both} s" in demo._first()
+    monkeypatch.setattr(images, "place", lambda kind, recipe, suffix="": Path("/"))
+    assert demo._first() == "Its images are there already."

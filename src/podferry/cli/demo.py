@@ -99,11 +99,11 @@ def demo(
 
 
 def _first() -> str:
-    """What is built before the lab starts, and how long that usually takes."""
+    """What is built before the lab starts, and how long that usually takes in all."""
     if not (missing := images.unbuilt()):
         return "Its images are there already."
-    listed = ", ".join(f"{one.name} (usually {one.seconds} s)" for one in missing)
-    return f"Built first, and kept in {CACHE} for the next time: {listed}."
+    names, seconds = " and ".join(one.name for one in missing), sum(one.seconds for one in missing)
+    return f"Built first, and kept in {CACHE} for the next time: {names}, usually in {seconds} s."
 
 
 def _act(lab: Lab, mode: Mode, count: int, html: Path | None) -> None:
