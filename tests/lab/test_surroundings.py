@@ -297,7 +297,7 @@ def test_images_of_packages_whose_configuration_needs_an_order(package: str, fil
     with tempfile.TemporaryDirectory(dir=state.CACHE) as place:
         root = Path(place) / "root"
         bootstrap(package.split(","), root, state.CACHE / "debs", quiet)
-        assert (root / file).exists()
+        assert os.path.lexists(root / file)  # mpicc is a link to an absolute path
         assert not (root / "usr/sbin/policy-rc.d").exists()
         assert "half-configured" not in (root / "var/lib/dpkg/status").read_text()
         running = [one for one in Path("/proc").glob("[0-9]*/root") if os.path.realpath(one).startswith(place)]
