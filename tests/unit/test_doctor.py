@@ -148,7 +148,7 @@ LAB: list[tuple[str, Callable[[LabHost], LabHost], dict[str, Verdict]]] = [
     ),
     ("little memory", having(memory=500 << 20), {"memory": BLOCKED}),
     ("hardly enough memory", having(memory=GIB), {"memory": LIMITED}),
-    ("little for Kubernetes", having(memory=2 * GIB, kubernetes=True), {"memory": BLOCKED}),
+    ("little for Kubernetes", having(memory=GIB, kubernetes=True), {"memory": BLOCKED}),
     ("on an overlay", disk(kind="overlay"), {"disk": BLOCKED}),
     ("on a tmpfs", disk(kind="tmpfs"), {"disk": BLOCKED}),
     ("on NFS", disk(kind="nfs4"), {"disk": BLOCKED}),
