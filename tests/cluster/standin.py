@@ -1,7 +1,7 @@
 """An agent whose Kubernetes side is a directory: what the controller would do, the test does. Runs on a node, as a program.
 
 `python3 standin.py CONFIG DIRECTORY`. Orders are files `ID.order` in the directory; what the agent asks for appears as
-`ID.wants-pod`, `ID.wants-hand-over` and `ID.given-back`, the answers are `ID.pod` and `ID.handed-over`, and the record of an
+`ID.admitted`, `ID.wants-pod`, `ID.wants-hand-over` and `ID.given-back`, the answers are `ID.pod` and `ID.handed-over`, and the record of an
 ended half is `ID.ROLE`. All are JSON, made by a rename.
 """
 
@@ -20,7 +20,7 @@ from podferry.agent.pod.ports import PodName, PodOrder
 from podferry.agent.service import Agent
 from podferry.agent.source import Order
 from podferry.core.precopy import Policy
-from podferry.errors import Failed, PodferryError
+from podferry.errors import Failed, PodferryError, Refused
 from podferry.model import Mode
 
 LOOK_EVERY = 0.01
@@ -35,6 +35,14 @@ class Directory:
 
     def address(self, node: str) -> str | None:
         return None
+
+    def lives_at(self, host: str) -> bool:
+        return False
+
+    async def admit(self, id: str, pod: PodName, source: str, mode: Mode) -> None:
+        if (self.path / f"{id}.admitted").exists():
+            raise Refused(f"{source} offers {id} twice")
+        self.say(id, "admitted", {"pod": str(pod), "source": source, "mode": mode})
 
     async def target_pod(self, id: str) -> PodName:
         self.say(id, "wants-pod", {})

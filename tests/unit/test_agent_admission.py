@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +16,10 @@ from agent_rig import RECORD, Rig
 from podferry.agent import service
 from podferry.agent.admission import demand_allowed, demand_peer
 from podferry.agent.config import Config
+from podferry.agent.kubernetes import Kubernetes
 from podferry.agent.offered import Offered
 from podferry.agent.pod.offered import OfferedPod, PodPart
-from podferry.agent.pod.ports import PodName
+from podferry.agent.pod.ports import Cluster, PodName
 from podferry.core.phases import SourcePhase
 from podferry.errors import PeerUntrusted, Refused
 from podferry.model import Mode
@@ -113,3 +116,25 @@ def test_one_name_is_weighed_once_at_a_time(tmp_path: Path) -> None:
 
     with pytest.raises(Exception, match="twice at once"):
         anyio.run(twice)
+
+
+def _stand_in() -> type:
+    path = Path(__file__).parents[1] / "cluster/standin.py"
+    spec = importlib.util.spec_from_file_location("standin", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: type = module.Directory
+    return found
+
+
+@pytest.mark.parametrize("kind", [Kubernetes, _stand_in()], ids=["real", "stand-in"])
+def test_whoever_plays_the_cluster_has_all_that_the_agent_asks(kind: type) -> None:
+    """The port's methods, with their parameters: a stand-in that lacks one hides what the real one is asked."""
+    for name, method in inspect.getmembers(Cluster, inspect.isfunction):
+        if not name.startswith("_"):
+            own = getattr(kind, name, None)
+            assert own is not None, name
+            assert list(inspect.signature(own).parameters) == list(inspect.signature(method).parameters), name
+            assert inspect.iscoroutinefunction(own) == inspect.iscoroutinefunction(method), name

@@ -36,9 +36,11 @@ from podferry.agent.nodefacts import version
 from podferry.agent.offered import Offered
 from podferry.agent.ports import IMAGES, LOG, UPPER, Json, Line
 from podferry.agent.relay import Relay
+from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused, TimedOut
 from podferry.memory.criu_images import missing
+from podferry.memory.image_rights import demand_no_more
 from podferry.memory.store import PageStore
 from podferry.memory.store import Totals as StoreTotals
 from podferry.memory.uffd import PAGE
@@ -237,6 +239,7 @@ class Arriving:
         for name, expected in sums.items():
             if self._images_whole.get(name) != (expected.size, expected.digest):
                 raise Failed(f"the image {name} did not arrive whole")
+        self._judge_images()
         trees = {one.tree: one for one in end.trees}
         if self._upper is not None and UPPER in trees:
             came = self._upper.finish()
@@ -258,6 +261,10 @@ class Arriving:
             raise Failed("memory is missing", why=f"of the processes {sorted(lacking)}, nothing was said of some pages")
         store.sync()
         return store.close()
+
+    def _judge_images(self) -> None:
+        """Refuse images that give the container more than its spec. The job stands still meanwhile."""
+        demand_no_more(self._need_incoming().images, rights_of(self._offer.record.spec_json(), os.path.exists))
 
     def _files_came(self) -> None:
         """The upper layer is as it was on the source; its overlay is mounted already."""

@@ -28,7 +28,7 @@ Entry = TypeVar("Entry", bound=Message)
 
 PE_LAZY, PE_PRESENT = 2, 4
 
-_COMMON_MAGIC = 0x54564319
+COMMON_MAGIC = 0x54564319
 _PAGEMAP_MAGIC = 0x56084025
 _PSTREE_MAGIC = 0x50273030
 _MM_MAGIC = 0x57492820
@@ -161,7 +161,7 @@ def add_guards(images: Path, pid: int, guards: Runs) -> None:
     for start, end in guards:
         mm.vmas.add(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=_GUARD, fd=-1)
     data = mm.SerializeToString()
-    path.write_bytes(struct.pack("<III", _COMMON_MAGIC, _MM_MAGIC, len(data)) + data)
+    path.write_bytes(struct.pack("<III", COMMON_MAGIC, _MM_MAGIC, len(data)) + data)
 
 
 def _mm(path: Path) -> pagemap_pb2.MmEntry:
@@ -192,7 +192,7 @@ def without_deleted_sources(mounts: bytes) -> bytes:
     What was mounted into the container may have been deleted since: a file of a ConfigMap (`subPath`) that has changed. CRIU would
     make the file anew and delete it again; the target's is there.
     """
-    entries = [_parse(pagemap_pb2.MntEntry(), message) for message in _messages_of(mounts, "mountpoints", _MNTS_MAGIC)]
+    entries = [_parse(pagemap_pb2.MntEntry(), message) for message in messages_of(mounts, "mountpoints", _MNTS_MAGIC)]
     stale = [entry for entry in entries if entry.deleted and entry.ext_key]
     for entry in stale:
         entry.ClearField("deleted")
@@ -212,16 +212,17 @@ def write_entries(path: Path, magic: int, entries: Iterable[Message]) -> None:
 def _image(magic: int, messages: Iterable[Message]) -> bytes:
     encoded = [message.SerializeToString() for message in messages]
     body = b"".join(struct.pack("<I", len(data)) + data for data in encoded)
-    return struct.pack("<II", _COMMON_MAGIC, magic) + body
+    return struct.pack("<II", COMMON_MAGIC, magic) + body
 
 
 def _messages(path: Path, magic: int) -> Iterator[bytes]:
     """The protobuf messages of an image. Memory stays at one image's size, which is bounded."""
-    return _messages_of(_read(path), str(path), magic)
+    return messages_of(read_image(path), str(path), magic)
 
 
-def _messages_of(data: bytes, path: str, magic: int) -> Iterator[bytes]:
-    if len(data) < 8 or struct.unpack_from("<II", data) != (_COMMON_MAGIC, magic):
+def messages_of(data: bytes, path: str, magic: int, *, first_alone: bool = False) -> Iterator[bytes]:
+    """The protobuf messages of an image; the first alone where what follows it is of another kind."""
+    if len(data) < 8 or struct.unpack_from("<II", data) != (COMMON_MAGIC, magic):
         raise PeerMisbehaved(f"{path} is not the image it is named for")
     at = 8
     while at < len(data):
@@ -230,10 +231,13 @@ def _messages_of(data: bytes, path: str, magic: int) -> Iterator[bytes]:
         if end > len(data):
             raise PeerMisbehaved(f"{path} is cut short")
         yield data[body:end]
+        if first_alone:
+            return
         at = end
 
 
-def _read(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
+    """What an image holds: a plain file of a bounded size, or `PeerMisbehaved`."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:

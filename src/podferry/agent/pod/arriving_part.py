@@ -22,8 +22,10 @@ from podferry.agent.helpers import ended, process_of
 from podferry.agent.journal import Part
 from podferry.agent.nodefacts import version
 from podferry.agent.pod.offered import LAST_WORDS, PAYLOADS, PodPart
+from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, TimedOut
+from podferry.memory.image_rights import demand_no_more
 from podferry.memory.store import PageStore
 from podferry.node import payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
@@ -50,6 +52,7 @@ class ArrivingPart(Arriving):
         super().__init__(config, containerd, journal, None)
         self.name, self._flags = part.name, part.flags
         self._container: Container | None = None
+        self._judged = False
         if "uid" in journal.facts:
             self.key = pod_key(journal.facts["uid"], part.name)
 
@@ -101,6 +104,13 @@ class ArrivingPart(Arriving):
         self._upper = Receiver(upper)
         return record
 
+    def _judge_images(self) -> None:
+        """Before GO where the kubelet has made the container by then, the first of a pod; the others before they are restored."""
+        if self._container is not None:
+            rights = rights_of(self._container.spec_json(), os.path.exists)
+            demand_no_more(self._need_incoming().images, rights, also=(LAST_WORDS, PAYLOADS))
+            self._judged = True
+
     def _files_came(self) -> None:
         """They are told to the overlay when it is there."""
 
@@ -113,6 +123,8 @@ class ArrivingPart(Arriving):
                 "the agent was restarted before the container was restored", why="podferry-runc has ended with it"
             )
         record = await self.made(RESTORE_TIMEOUT)
+        if not self._judged:
+            await to_thread.run_sync(self._judge_images)
         await to_thread.run_sync(self._write_files, record)
         incoming = self._incoming
         restoring = Process.of(incoming.wrapper)
