@@ -1,8 +1,8 @@
 """An agent whose Kubernetes side is a directory: what the controller would do, the test does. Runs on a node, as a program.
 
 `python3 standin.py CONFIG DIRECTORY`. Orders are files `ID.order` in the directory; what the agent asks for appears as
-`ID.admitted`, `ID.wants-pod`, `ID.wants-hand-over` and `ID.given-back`, the answers are `ID.pod` and `ID.handed-over`, and the record of an
-ended half is `ID.ROLE`. All are JSON, made by a rename.
+`ID.admitted`, `ID.wants-pod`, `ID.wants-hand-over` and `ID.given-back`, the answers are `ID.pod` and `ID.handed-over`, and the
+record of an ended half is `ID.ROLE`. All are JSON, made by a rename.
 """
 
 from __future__ import annotations
