@@ -272,6 +272,29 @@ def test_a_mount_that_shows_more_is_refused(attack: str, images: Path) -> None:
     assert against(images, rights())
 
 
+@pytest.mark.parametrize(
+    ("entry", "fine"),
+    [
+        (
+            mounted(mountpoint=b"/sys/fs/cgroup", flags=0xE),
+            True,
+        ),  # cgroup v1: runc leaves the directory of the trees writable
+        (mounted(mountpoint=b"/sys/fs/cgroup/cpu", fstype=12, ext_key=b"/sys/fs/cgroup/cpu", flags=0xF), True),
+        (mounted(mountpoint=b"/sys/fs/cgroup/cpu", fstype=12, ext_key=b"/sys/fs/cgroup/cpu", flags=0xE), False),
+        (mounted(mountpoint=b"/sys/fs/cgroup", fstype=23, flags=0xF), True),
+        (mounted(mountpoint=b"/sys/fs/cgroup", fstype=23, flags=0xE), False),
+        (mounted(mountpoint=b"/sys/fs/cgroup", flags=0x6), False),
+    ],
+)
+def test_groups_that_may_only_be_read_are_not_written(entry: pb.MountEntry, fine: bool, images: Path) -> None:
+    (path,) = images.glob("mountpoints-*.img")
+    add(path, entry)
+    spec = copy.deepcopy(SPEC)
+    options = ["nosuid", "noexec", "nodev", "relatime", "ro"]
+    spec["mounts"].append({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options})
+    assert (against(images, rights_of(spec, lambda path: path != "/proc/kcore")) == []) == fine
+
+
 def test_what_the_spec_covers_is_covered(images: Path) -> None:
     (path,) = images.glob("mountpoints-*.img")
     all_of_them = read(path)

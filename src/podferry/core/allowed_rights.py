@@ -6,6 +6,8 @@ passes they are held against the spec of the container that was made here.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +78,17 @@ class Rights:
     """The kinds that are its own, and the paths of those that somebody else has made for it."""
     mounts: Mapping[str, int]
     """Where it has mounts, and with which flags at least."""
+    cgroups: frozenset[str]
+    """Which of these show groups: with cgroup v1 a memory file system that has one mount below it for each tree."""
     demanded: frozenset[str]
     """Where something must be mounted, since what is there may not be seen or written."""
+
+    def mount_flags(self, place: str, *, of_a_group: bool) -> int:
+        """The flags that a mount at `place` must have; `of_a_group` says whether groups are what it shows."""
+        if of_a_group:
+            above = [self.mounts[one] for one in self.cgroups if place == one or place.startswith(f"{one}/")]
+            return functools.reduce(operator.or_, above, self.mounts.get(place, 0))
+        return self.mounts.get(place, 0) & ~(READ_ONLY if place in self.cgroups else 0)
 
     def has(self, capability: str) -> bool:
         """Whether its processes can come by this capability."""
@@ -116,6 +127,7 @@ def rights_of(spec: Mapping[str, Any], exists: Callable[[str], bool]) -> Rights:
         oom_score_adj=process.get("oomScoreAdj"),
         namespaces={one["type"]: one.get("path") or "" for one in linux.get("namespaces") or []},
         mounts=mounts,
+        cgroups=frozenset(one["destination"] for one in spec.get("mounts") or [] if one.get("type") == "cgroup"),
         demanded=frozenset(path for path in (*masked, *read_only) if path in _EVERYWHERE and exists(path)),
     )
 

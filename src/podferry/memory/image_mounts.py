@@ -34,7 +34,7 @@ def mounts_against(entries: Iterable[pb.MountEntry], rights: Rights) -> Iterator
                 yield f"{where} is of the kind {one.fstype}, which CRIU may not mount"
             if place not in rights.mounts and not may_mount:
                 yield f"{where} is not in the spec"
-        demanded = rights.mounts.get(place, 0)
+        demanded = rights.mount_flags(place, of_a_group=one.fstype in (_CGROUP, _CGROUP2))
         if (lacking := demanded & ~(one.flags | one.sb_flags)) and not may_mount:
             yield f"{where} lacks the flags {lacking:#x} that the spec has"
     if (lost := sorted(rights.demanded - seen)) and not may_mount:
