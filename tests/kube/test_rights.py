@@ -37,7 +37,7 @@ from podferry.kube.client import (
 from podferry.kube.drain import NodeDrain
 from podferry.kube.errors import AlreadyExists, Forbidden
 from podferry.kube.migration import EnginePhases, Migration, Progress
-from podferry.wire.pki import NODE_LIFE
+from podferry.wire.pki import AGENT_LIFE
 from podferry.wire.tls import Credentials
 
 from .world import QUICK, World
@@ -148,17 +148,28 @@ async def test_a_certificate_is_renewed_before_it_ends_and_when_the_authority_is
                 return crt.read_bytes() != first
 
             with monkeypatch.context() as patch:
-                patch.setattr(certificate, "RENEW", NODE_LIFE + timedelta(minutes=1))
+                patch.setattr(certificate, "RENEW", AGENT_LIFE + timedelta(minutes=1))
                 await world.until(renewed)
         old = await certificate.bundle(agent, SYSTEM)
         await world.api.delete(Kind("v1", "Secret", "secrets"), certificate.BUNDLE, SYSTEM)
         async with the_controller(world, control_plane):
+            ca = tmp_path / "ca.crt"
+
+            async def both_are_trusted() -> bool:
+                return ca.read_bytes() == await certificate.bundle(agent, SYSTEM) != old
+
+            await world.until(both_are_trusted)
+            assert ca.read_bytes().endswith(old)
+            before = crt.read_bytes()
+            await anyio.sleep(1.0)
+            assert crt.read_bytes() == before, "until all trust the new authority, the old one's certificate is shown"
+            monkeypatch.setattr(certificate, "OVERLAP", timedelta(hours=-2))
 
             async def of_the_new_authority() -> bool:
-                published = await certificate.bundle(agent, SYSTEM)
-                return published != old and certificate.usable(tmp_path, here, published) is None
+                return crt.read_bytes() != before
 
             await world.until(of_the_new_authority)
+            assert certificate.usable(tmp_path, here, ca.read_bytes()) is None
             assert Credentials.load(tmp_path).node == here
         tasks.cancel_scope.cancel()
 

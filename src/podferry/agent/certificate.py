@@ -21,13 +21,16 @@ from cryptography.x509.oid import NameOID
 
 from podferry.errors import Failed, PodferryError, TimedOut
 from podferry.kube.client import CONFIGMAPS, SIGNING_REQUESTS, Api
-from podferry.wire.pki import CA_CERTIFICATE, NODE_CERTIFICATE, NODE_KEY
+from podferry.wire.pki import AGENT_LIFE, BACKDATED, CA_CERTIFICATE, NODE_CERTIFICATE, NODE_KEY
 
 SIGNER, BUNDLE = "podferry.dev/agent", "podferry-ca"
-RENEW = datetime.timedelta(days=90)
+RENEW = AGENT_LIFE * 2 / 3
+"""Time left at which a certificate is renewed: a controller may be away for days, and nobody notices."""
+OVERLAP = datetime.timedelta(hours=1)
+"""How long a new authority is trusted before a certificate of it is shown: by then every agent trusts it."""
 PATIENCE = 120.0
 LOOK_AGAIN = 0.5
-CHECK_EVERY = 3600.0
+CHECK_EVERY = 300.0
 
 
 async def ensure(api: Api, namespace: str, node: str, directory: Path) -> None:
@@ -45,12 +48,16 @@ async def ensure(api: Api, namespace: str, node: str, directory: Path) -> None:
 
 
 async def keep(api: Api, namespace: str, node: str, directory: Path) -> None:
-    """Renew it in time, and when the authority has changed. For ever; connections read the files anew."""
+    """Trust whom the controller publishes, and renew the certificate in time. For ever; connections read the files anew.
+
+    A change of the authority overlaps: both are trusted at once, and only then a certificate of the new one is asked for.
+    """
     log = structlog.get_logger()
     while True:
         try:
-            authority = await bundle(api, namespace)
-            if (why := usable(directory, node, authority)) is not None:
+            authorities = await bundle(api, namespace)
+            _trust(directory, authorities)
+            if (why := usable(directory, node, authorities)) is not None:
                 log.info("a new certificate", reason=why)
                 await obtain(api, namespace, node, directory)
         except PodferryError as error:
@@ -58,30 +65,51 @@ async def keep(api: Api, namespace: str, node: str, directory: Path) -> None:
         await anyio.sleep(CHECK_EVERY)
 
 
-def usable(directory: Path, node: str, authority: bytes | None = None) -> str | None:
-    """Why what `directory` holds will not do; None where it does."""
+def _trust(directory: Path, authorities: bytes) -> None:
     try:
-        authorities = (directory / CA_CERTIFICATE).read_bytes()
-        root = x509.load_pem_x509_certificate(authorities)
+        x509.load_pem_x509_certificates(authorities)
+    except ValueError as wrong:
+        raise Failed.because("what the controller publishes is no authority", wrong) from wrong
+    place = directory / CA_CERTIFICATE
+    if place.exists() and place.read_bytes() != authorities:
+        _write(place, authorities)
+
+
+def usable(directory: Path, node: str, authorities: bytes | None = None) -> str | None:
+    """Why what `directory` holds will not do; None where it does. `authorities` are those published, the current one first."""
+    try:
+        trusted = x509.load_pem_x509_certificates((directory / CA_CERTIFICATE).read_bytes())
         certificate = x509.load_pem_x509_certificate((directory / NODE_CERTIFICATE).read_bytes())
         key = serialization.load_pem_private_key((directory / NODE_KEY).read_bytes(), password=None)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        certificate.verify_directly_issued_by(root)
+        issuers = trusted if authorities is None else x509.load_pem_x509_certificates(authorities)
     except OSError:
         return "there is none"
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as cause:
+    except (ValueError, TypeError, x509.ExtensionNotFound) as cause:
         return f"it is damaged: {cause}"
+    now = datetime.datetime.now(datetime.UTC)
+    signed = [one for one in issuers if _signed_by(certificate, one)]
+    long_trusted = issuers[0].not_valid_before_utc + BACKDATED + OVERLAP < now
     wrong = {
-        "the authority has changed": authority is not None and authority != authorities,
+        "the authority has changed": not signed
+        or (authorities is not None and signed[0] != issuers[0] and long_trusted),
         "the key is not the certificate's": key.public_key() != certificate.public_key(),
         "it is another node's": names.get_values_for_type(x509.DNSName) != [node],
-        "it ends soon": certificate.not_valid_after_utc - RENEW < datetime.datetime.now(datetime.UTC),
+        "it ends soon": certificate.not_valid_after_utc - RENEW < now,
     }
     return next((why for why, so in wrong.items() if so), None)
 
 
+def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 async def bundle(api: Api, namespace: str) -> bytes:
-    """podferry's authority, as the controller publishes it."""
+    """podferry's authorities, as the controller publishes them, the current one first."""
     published = await api.get(CONFIGMAPS, BUNDLE, namespace)
     return str(published["data"]["ca.crt"]).encode()
 

@@ -3,13 +3,14 @@ own authority.
 
 An agent's key never leaves its node. Who asks is known from the API server, not from the request: the user must be
 the agents' service account, and the node that its token is bound to (Kubernetes 1.32) must be the name that it asks
-for. The addresses are the Node object's.
+for. The addresses are the Node object's; a node that is gone gets no certificate, and the one that it has ends within a week.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
 from typing import Any
 
 import structlog
@@ -21,7 +22,7 @@ from podferry.errors import Refused
 from podferry.kube.client import CONFIGMAPS, NODES, SECRETS, SIGNING_REQUESTS, Api
 from podferry.kube.errors import AlreadyExists
 from podferry.kube.migration import timestamp
-from podferry.wire.pki import Authority
+from podferry.wire.pki import AGENT_LIFE, Authority, with_former
 
 Json = dict[str, Any]
 
@@ -29,6 +30,7 @@ SIGNER = "podferry.dev/agent"
 AGENT_ACCOUNT = "podferry-agent"
 SECRET = BUNDLE = "podferry-ca"
 NODE_EXTRA = "authentication.kubernetes.io/node-name"
+NODE_UID_EXTRA = "authentication.kubernetes.io/node-uid"
 USAGES = frozenset({"digital signature", "key encipherment", "server auth", "client auth"})
 
 
@@ -45,8 +47,8 @@ async def authority(api: Api, namespace: str) -> Authority:
             secret = await api.get(SECRETS, SECRET, namespace)
     certificate, key = (base64.b64decode(secret["data"][name]) for name in ("tls.crt", "tls.key"))
     found = Authority.from_pem(certificate, key, f"the Secret {namespace}/{SECRET} holds no usable authority")
-    public = {"ca.crt": certificate.decode()}
     bundle = await api.find(CONFIGMAPS, BUNDLE, namespace)
+    public = {"ca.crt": with_former(certificate, str(((bundle or {}).get("data") or {}).get("ca.crt", "")))}
     if bundle is None:
         with contextlib.suppress(AlreadyExists):
             await api.create(CONFIGMAPS, {"metadata": {"name": BUNDLE}, "data": public}, namespace)
@@ -77,24 +79,36 @@ class Signer:
             return
         try:
             node, key = self.judge(request["spec"])
+            found = await self._node(node, request["spec"])
         except Refused as refusal:
             self._log.warning("a certificate was denied", request=name, error=str(refusal))
             if "Approved" not in said:
                 await self._decide(request, "Denied", "NotAnAgent", str(refusal))
             return
-        found = await self._api.find(NODES, node)
         addresses = [
             one["address"]
-            for one in ((found or {}).get("status") or {}).get("addresses") or []
+            for one in (found.get("status") or {}).get("addresses") or []
             if one["type"] in ("InternalIP", "ExternalIP")
         ]
         if "Approved" not in said:
             request = await self._decide(request, "Approved", "AgentOfItsNode", f"the agent of node {node}")
-        certificate = self._authority.certify(node, addresses, key)
+        certificate = self._authority.certify(
+            node, addresses, key, not_after=datetime.datetime.now(datetime.UTC) + AGENT_LIFE
+        )
         pem = certificate.public_bytes(serialization.Encoding.PEM)
         status = {**(request.get("status") or {}), "certificate": _encode(pem)}
         await self._api.replace(SIGNING_REQUESTS, {**request, "status": status}, "status")
         self._log.info("a certificate was signed", node=node)
+
+    async def _node(self, name: str, spec: Json) -> Json:
+        """The node as it is now. Raises `Refused` where it is gone, or another one has its name."""
+        found = await self._api.find(NODES, name)
+        if found is None:
+            raise Refused(f"the cluster has no node {name}")
+        told = (spec.get("extra") or {}).get(NODE_UID_EXTRA) or []
+        if told and told != [found["metadata"]["uid"]]:
+            raise Refused(f"the agent belonged to another node of the name {name}")
+        return found
 
     def judge(self, spec: Json) -> tuple[str, ec.EllipticCurvePublicKey]:
         """The node and the key that a request may be signed for. Raises `Refused` saying what is wrong."""

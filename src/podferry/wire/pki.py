@@ -26,6 +26,9 @@ NODE_CERTIFICATE, NODE_KEY = "node.crt", "node.key"
 
 AUTHORITY_LIFE = datetime.timedelta(days=3650)
 NODE_LIFE = datetime.timedelta(days=365)
+AGENT_LIFE = datetime.timedelta(days=7)
+"""Of certificates that are renewed by themselves, as in a cluster: that of a node that is gone is soon worth nothing."""
+MOST_AUTHORITIES = 3
 BACKDATED = datetime.timedelta(hours=1)
 """Certificates begin this much in the past, so that a node whose clock is late can use them at once."""
 
@@ -171,6 +174,23 @@ class Authority:
             )
             .sign(self.key, hashes.SHA256())
         )
+
+
+def with_former(current: bytes, published: str, *, now: datetime.datetime | None = None) -> str:
+    """What to trust: the authority `current` (PEM) first, then of those `published` before it those with living certificates.
+
+    An authority is no longer trusted once every certificate that it signed before `current` began has ended.
+    """
+    now = now or _now()
+    newest = x509.load_pem_x509_certificate(current)
+    kept = [newest]
+    if newest.not_valid_before_utc + BACKDATED + AGENT_LIFE > now:
+        try:
+            former = x509.load_pem_x509_certificates(published.encode())
+        except ValueError:
+            former = []
+        kept += [one for one in former if one != newest and one.not_valid_after_utc > now][: MOST_AUTHORITIES - 1]
+    return "".join(one.public_bytes(serialization.Encoding.PEM).decode() for one in kept)
 
 
 def _now() -> datetime.datetime:
