@@ -17,7 +17,10 @@ from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
 
 pytestmark = pytest.mark.unit
-NOW = datetime.datetime.now(datetime.UTC)
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def pem(authority: Authority) -> bytes:
@@ -25,16 +28,16 @@ def pem(authority: Authority) -> bytes:
 
 
 def certified(authority: Authority, node: str, into: Path, left: datetime.timedelta = AGENT_LIFE) -> Path:
-    authority.issue(node, ["127.0.0.1"], into, not_after=NOW + left)
+    authority.issue(node, ["127.0.0.1"], into, not_after=now() + left)
     return into
 
 
 def test_a_certificate_is_renewed_long_before_it_ends(tmp_path: Path) -> None:
     authority = Authority.new()
-    minute = datetime.timedelta(minutes=1)
+    hour = datetime.timedelta(hours=1)
     assert usable(certified(authority, "a", tmp_path / "new"), "a") is None
-    assert usable(certified(authority, "a", tmp_path / "fine", RENEW + minute), "a") is None
-    assert usable(certified(authority, "a", tmp_path / "late", RENEW - minute), "a") == "it ends soon"
+    assert usable(certified(authority, "a", tmp_path / "fine", RENEW + hour), "a") is None
+    assert usable(certified(authority, "a", tmp_path / "late", RENEW - hour), "a") == "it ends soon"
     assert usable(tmp_path / "new", "b") == "it is another node's"
     assert usable(tmp_path / "none", "a") == "there is none"
 
@@ -58,7 +61,7 @@ def test_a_former_authority_is_trusted_as_long_as_its_certificates_live() -> Non
     assert both.encode() == pem(new) + pem(old)
     assert with_former(pem(new), both) == both, "published again, it is the same"
     assert with_former(pem(newest), both).encode() == pem(newest) + pem(new) + pem(old)
-    assert with_former(pem(new), both, now=NOW + AGENT_LIFE + BACKDATED).encode() == pem(new)
+    assert with_former(pem(new), both, now=now() + AGENT_LIFE + BACKDATED).encode() == pem(new)
     assert with_former(pem(new), "no certificate").encode() == pem(new)
     assert len(x509.load_pem_x509_certificates(with_former(pem(old), both * 5).encode())) <= 3
 
