@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,10 @@ from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracker import Kind, Round, SpaceRound
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
-from podferry.node.checkpoint import Hold
+from podferry.node.checkpoint import Hold, Process
 from podferry.node.containerd import ContainerdFailed, NotFound
 from podferry.node.gate import Gate
+from podferry.node.process import spawn
 from podferry.node.records import Container, Opaque, Status, Task
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -250,3 +252,52 @@ async def test_a_pod_is_slowed_down_as_a_whole_or_not_at_all(tmp_path: Path) -> 
     parts[1].demand_quota.side_effect = None
     await pod.slow_down(0.5)
     assert [part.slow_down.await_count for part in parts] == [1, 1]
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(("word", "number"), [("15", 15), ("HUP", 1), ("SIGUSR1", 10)])
+async def test_a_signal_that_was_refused_while_the_job_stood_still_is_sent_when_it_goes_on(
+    word: str, number: int, same: bool, tmp_path: Path
+) -> None:
+    """To the container's first process, and to no other that has its pid by now."""
+    child = spawn(["sleep", "60"])
+    try:
+        init = Process.of(child.pid)
+        assert init is not None
+        door = tmp_path / "c0ffee"
+        door.write_text("guarded\n")
+        door.with_name("c0ffee.signal").write_text(f"{word}\n")
+        ledger = Ledger()
+        ledger.add("door", {"path": str(door), "init": asdict(init if same else replace(init, started=1))})
+        assert await ledger.unwind(handlers()) == []
+        assert list(tmp_path.iterdir()) == []
+        if same:
+            assert child.wait(20) == -number
+        else:
+            assert init.alive()
+    finally:
+        child.kill()
+        child.wait()
+
+
+async def test_somebody_who_came_in_at_the_last_moment_is_not_frozen_with_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An `exec` that had passed podferry-runc before the door was shut: CRIU could not dump it."""
+    cgroup = made(tmp_path / "group")
+    job = leaving(tmp_path, cgroup, Journal(tmp_path / "journal"))
+    inside, seen = [(7,), ()], []
+
+    def guests(first: int, pids: object) -> tuple[int, ...]:
+        assert files(cgroup)["freeze"].read_text() == "FROZEN", "only then nobody can come any more"
+        return inside.pop(0)
+
+    def show_out(first: int, pids: object) -> int:
+        seen.append(files(cgroup)["freeze"].read_text())
+        return 1
+
+    monkeypatch.setattr("podferry.agent.leaving.guests", guests)
+    monkeypatch.setattr("podferry.agent.leaving.show_out", show_out)
+    await job.freeze()
+    assert (seen, inside) == (["THAWED"], [])
+    assert files(cgroup)["freeze"].read_text() == "FROZEN"

@@ -342,6 +342,44 @@ def test_nobody_comes_in_while_a_container_leaves(bench: Bench) -> None:
     assert bench.called()[-1] == "c0ffee"
 
 
+def guard(bench: Bench) -> Path:
+    """The container c0ffee of a pod stands still to be moved."""
+    door = bench.run / "leaving/c0ffee"
+    door.parent.mkdir(parents=True)
+    door.write_text("guarded\n")
+    return door
+
+
+def test_a_probe_that_comes_in_while_a_pod_stands_still_has_no_result(bench: Bench) -> None:
+    """The kubelet counts a command that fails or takes too long against the container; that there can be none it throws away."""
+    guard(bench)
+    status, said = bench.end(*GLOBALS, "exec", "--process", "/tmp/p", "--detach", "--pid-file", "/p", "c0ffee")
+    assert (status, bench.call.exists()) == (1, False)
+    assert "stands still to be moved" in said
+    assert "stands still" in bench.logged()[-1]["msg"]
+
+
+@pytest.mark.parametrize("words", [["15"], ["--all", "SIGHUP"], ["9"], [], ["KILL"]])
+def test_a_container_of_a_pod_that_stands_still_is_not_killed(bench: Bench, words: list[str]) -> None:
+    door = guard(bench)
+    options, signals = [one for one in words if one.startswith("-")], [one for one in words if not one.startswith("-")]
+    kill = [*GLOBALS, "kill", *options, "c0ffee", *signals]
+    status, said = bench.end(*kill)
+    assert (status, bench.call.exists()) == (1, False)
+    assert "not killed before that has ended" in said
+    assert not {"not running", "no such process", "already finished"} & {said}, "containerd would take that for its end"
+    kept = door.with_name("c0ffee.signal")
+    first = None if signals in (["9"], ["KILL"]) else (signals or ["15"])[0]
+    assert (kept.read_text().strip() if kept.exists() else None) == first
+    bench.end(*GLOBALS, "kill", "c0ffee", "9")
+    bench.end(*GLOBALS, "kill", "c0ffee", "2")
+    assert kept.read_text().strip() == (first or "2"), "the first one counts"
+    assert bench.end(*GLOBALS, "kill", "another", "9") == (0, "")
+    door.unlink()
+    assert bench.end(*kill) == (0, "")
+    assert bench.called()[-len(words) - 2 :] == kill[-len(words) - 2 :]
+
+
 def test_the_sandbox_of_a_pod_is_never_touched(bench: Bench) -> None:
     mark(bench, "departed", UID)
     assert bench.end(*create_of(bench, "", migration="move-1"), PODFERRY_PATIENCE="0") == (0, "")

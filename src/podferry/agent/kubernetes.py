@@ -17,6 +17,7 @@ from podferry.agent.addresses import Addresses
 from podferry.agent.claims import claim, is_decided
 from podferry.agent.known import Key, Known
 from podferry.agent.pod.ports import PodMigration, PodName, PodOrder, Pods
+from podferry.agent.pod.probes import network_probes
 from podferry.agent.source import Order
 from podferry.agent.telling import Reporter, say_resumed
 from podferry.core.migration import MigrationPhase
@@ -130,6 +131,7 @@ class Kubernetes:
                     containers=container_names(pod),
                     target=status.target_node,
                     order=order_of(migration),
+                    probes=network_probes(pod),
                 )
             )
         except NotFound:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,10 +40,10 @@ from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
-from podferry.node.checkpoint import CRIU_CONF, Hold
+from podferry.node.checkpoint import CRIU_CONF, Hold, Process
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.gate import Gate
-from podferry.node.guests import show_out
+from podferry.node.guests import guests, show_out
 from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.upper import Source as UpperSource
@@ -51,6 +52,8 @@ from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
 
+FREEZES = 3
+"""How often somebody who came in at the last moment is sent out again."""
 RECENT_LOOKS = 8
 """How far back it is asked what the job uses of the processors, before it is slowed down."""
 
@@ -80,7 +83,10 @@ class Leaving:
         output: Output | None = None,
         enclosed: Mapping[str, Path] | None = None,
         conf: Path = CRIU_CONF,
+        guarded: bool = False,
     ) -> None:
+        """`guarded`: while it stands still nobody kills it, and nobody's `exec` counts against it: the kubelet has it, and takes
+        what does not answer for dead."""
         self._containerd, self._journal, self._offered, self._task = containerd, journal, offered, task
         self._runc_root = containerd.runc_root(offered.record)
         self._cgroup = Cgroup.of_container(self._runc_root, offered.record.id)
@@ -89,7 +95,7 @@ class Leaving:
         self._enclosed = dict(enclosed or {})
         self._output, self._conf = output or Output(offered.log), conf
         self._scratch = config.outgoing / journal.directory.name
-        self._door = config.run / "leaving" / offered.record.id
+        self._door, self._guarded = config.run / "leaving" / offered.record.id, guarded
         self._readers: dict[int, Reader] = {}
         self._pids: dict[int, int] = {}
         self._spaces: dict[int, int] = {}
@@ -101,6 +107,11 @@ class Leaving:
         self._hold: Hold | None = None
         self._dumped = Dump.ORDINARY
         self._owed: Owed | None = None
+
+    @property
+    def cgroup(self) -> Cgroup:
+        """Its control group."""
+        return self._cgroup
 
     # Memory.
 
@@ -233,19 +244,31 @@ class Leaving:
     async def freeze(self) -> None:
         """Stop every task. A job that was slowed down is not any more: CRIU works in its processes, and must not wait."""
         self._journal.acquire("freeze", cgroup=self._cgroup.to_dict())
-        await to_thread.run_sync(self._cgroup.freeze)
+        await to_thread.run_sync(self._freeze_without_guests)
         if self._quota is not None:
             self._cgroup.set_cpu_quota(self._quota)
             self._journal.release("quota")
 
+    def _freeze_without_guests(self) -> None:
+        """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
+        for _ in range(FREEZES):
+            self._cgroup.freeze()
+            if not guests(self._task.pid, self._cgroup.pids()):
+                return
+            self._cgroup.thaw()
+            show_out(self._task.pid, self._cgroup.pids)
+        self._cgroup.freeze()
+
     async def shut_the_door(self) -> None:
         """What `exec` started in the container ends, since CRIU could not dump it, and podferry-runc lets nobody in any more."""
-        self._journal.acquire("door", path=str(self._door))
+        first = Process.of(self._task.pid) if self._guarded else None
+        init = {"init": asdict(first)} if first is not None else {}
+        self._journal.acquire("door", path=str(self._door), **init)
         await to_thread.run_sync(self._shut_the_door)
 
     def _shut_the_door(self) -> None:
         self._door.parent.mkdir(parents=True, exist_ok=True)
-        self._door.touch()
+        self._door.write_text("guarded\n" if self._guarded else "")
         show_out(self._task.pid, self._cgroup.pids)
 
     async def stand_by(self) -> None:
@@ -456,9 +479,30 @@ def kill_frozen(journal: Journal | Part) -> None:
         hold.commit()
         reap(hold.runc)
     if (facts := journal.held("door")) is not None:
-        Path(facts["path"]).unlink(missing_ok=True)
+        open_door(facts)
     for kind in ("hold", "freeze", "quota", "door"):
         journal.release(kind)
+
+
+def open_door(facts: Mapping[str, Any]) -> None:
+    """Let people in again. A signal that podferry-runc refused while the container stood still is sent now, where there is somebody
+    to get it: containerd, which was asked to stop the container, sends it once only, and kills when its patience is over."""
+    door = Path(facts["path"])
+    door.unlink(missing_ok=True)
+    refused = door.with_name(f"{door.name}.signal")
+    with suppress(FileNotFoundError):
+        wanted = signal_of(refused.read_text().strip())
+        refused.unlink()
+        if wanted is not None and "init" in facts:
+            Process(**facts["init"]).send(wanted)
+
+
+def signal_of(word: str) -> signal.Signals | None:
+    """A signal as `runc kill` takes it: 15, TERM or SIGTERM. None for what is none."""
+    try:
+        return signal.Signals(int(word)) if word.isdigit() else signal.Signals[f"SIG{word.upper().removeprefix('SIG')}"]
+    except (ValueError, KeyError):
+        return None
 
 
 def handlers() -> dict[str, Handler]:
@@ -484,7 +528,7 @@ def handlers() -> dict[str, Handler]:
             cgroup.set_cpu_quota(CpuQuota.from_dict(facts["quota"]))
 
     return {
-        "door": threaded(lambda facts: Path(facts["path"]).unlink(missing_ok=True)),
+        "door": threaded(open_door),
         "outgoing": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
         "hold": threaded(roll_back),
         "freeze": threaded(thaw),

@@ -87,9 +87,13 @@ class Process:
 
     def kill(self) -> None:
         """Send SIGKILL, unless it has ended."""
+        self.send(signal.SIGKILL)
+
+    def send(self, what: signal.Signals) -> None:
+        """Send a signal, unless it has ended."""
         with self._pidfd() as pidfd, contextlib.suppress(ProcessLookupError):
             if pidfd is not None:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(pidfd, what)
 
     @contextlib.contextmanager
     def _pidfd(self) -> Iterator[int | None]:

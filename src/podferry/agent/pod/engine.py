@@ -190,7 +190,7 @@ class PodEngine:
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
             hand_over = partial(self._cluster.hand_over, order.id)
-            job = view.leaving(self._config, self._containerd, journal, choice.kind, hand_over)
+            job = view.leaving(self._config, self._containerd, journal, choice.kind, hand_over, order.probes)
             return view.offer(order.id, order.order.mode), job
 
         self._start(partial(source.run, propose))

@@ -16,6 +16,7 @@ from podferry.agent.offered import Offered
 from podferry.agent.pod.leaving import HandOver, LeavingPod
 from podferry.agent.pod.offered import LAST_WORDS, OfferedPod, PodPart
 from podferry.agent.pod.ports import PodName
+from podferry.agent.pod.probes import Probe
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import ContainerBound, Question, refusals, unthrottled, warnings
 from podferry.errors import Refused, UsageError
@@ -92,7 +93,13 @@ class PodView:
         return self.tracker if mode is Mode.LIVE else Choice(Kind.NONE, f"mode {mode} tracks nothing")
 
     def leaving(
-        self, config: Config, containerd: Containerd, journal: Journal, kind: Kind, hand_over: HandOver
+        self,
+        config: Config,
+        containerd: Containerd,
+        journal: Journal,
+        kind: Kind,
+        hand_over: HandOver,
+        probes: Sequence[Probe] = (),
     ) -> LeavingPod:
         """The pod, ready to be moved."""
         parts = [
@@ -108,6 +115,7 @@ class PodView:
                 output=Output(member.container.log, fifos(member.task)),
                 enclosed=self._last_words(member, config.kubelet),
                 conf=POD_CONF,
+                guarded=True,
             )
             for number, member in enumerate(self.members)
         ]
@@ -119,8 +127,15 @@ class PodView:
         def payloads_open_in(images: Sequence[bytes]) -> bytes:
             return payloads.pack(payloads.open_in(images, self.pod.uid, config.kubelet))
 
-        departed = config.departed / self.pod.uid
-        return LeavingPod(journal, parts, hand_over, volumes=mounted, payloads=payloads_open_in, departed=departed)
+        return LeavingPod(
+            journal,
+            parts,
+            hand_over,
+            volumes=mounted,
+            payloads=payloads_open_in,
+            departed=config.departed / self.pod.uid,
+            probes=probes,
+        )
 
     def _last_words(self, member: Member, kubelet: Path) -> dict[str, Path]:
         path = cri.termination_message(member.spec, self.pod.uid, member.container.name, kubelet)

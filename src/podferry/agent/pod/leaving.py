@@ -6,8 +6,10 @@ the original only the processes are killed here; records, snapshots and the sand
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,20 +18,27 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from podferry.agent.helpers import gathered
+from podferry.agent.helpers import gathered, helper_environment, kill_helper, python
 from podferry.agent.journal import Journal
 from podferry.agent.leaving import Leaving, Remains, tree_total
 from podferry.agent.pod.offered import PAYLOADS
 from podferry.agent.pod.parts import container_of_space, directory_of, joined, numbered, space_of, split
+from podferry.agent.pod.probes import Probe
 from podferry.agent.ports import IMAGES, Change, Debt
 from podferry.core.undo import Handler
+from podferry.errors import Failed
 from podferry.memory.criu_images import without_deleted_sources
 from podferry.model import Dump
+from podferry.node import outside
+from podferry.node.checkpoint import Process
 from podferry.node.payloads import OPEN_FILES
+from podferry.node.process import spawn
 from podferry.node.upper import Source as TreeSource
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
 
+STAND_IN = "stand-in"
+"""The process that answers probes (`podferry.agent.answering`), in the ledger."""
 _MOUNTS = re.compile(r"mountpoints-\d+\.img")
 
 HandOver = Callable[[], Awaitable[None]]
@@ -90,6 +99,9 @@ class HeldPod:
         self._journal.release("departed")
         for part in self._parts:
             await part.kill()
+        if (facts := self._journal.held(STAND_IN)) is not None:
+            await to_thread.run_sync(kill_helper, facts)
+            self._journal.release(STAND_IN)
 
     async def runs(self) -> bool:
         """Whether every container is there and has not ended."""
@@ -120,8 +132,10 @@ class LeavingPod(HeldPod):
         volumes: Sequence[tuple[Path, Mapping[int, Sequence[str]]]],
         payloads: Callable[[Sequence[bytes]], bytes],
         departed: Path,
+        probes: Sequence[Probe] = (),
     ) -> None:
         super().__init__(journal, parts, hand_over)
+        self._probes = probes
         self._payloads = payloads
         self._volumes = [(TreeSource(path), mounted) for path, mounted in volumes]
         self._departed = departed
@@ -193,8 +207,21 @@ class LeavingPod(HeldPod):
     # The freeze.
 
     async def stand_by(self) -> None:
-        """Begin what the dumps need while the containers still run."""
+        """Begin what the dumps need while the containers still run, and what answers probes when they do not."""
         await gathered(*(part.stand_by for part in self._parts))
+        if self._probes:
+            await to_thread.run_sync(self._start_stand_in)
+
+    def _start_stand_in(self) -> None:
+        what = {
+            "cgroups": [part.cgroup.to_dict() for part in self._parts],
+            "probes": [asdict(one) for one in self._probes],
+        }
+        argv = outside.surviving([*python("podferry.agent.answering"), json.dumps(what)])
+        process = Process.of(spawn(argv, env=helper_environment()).pid)
+        if process is None:
+            raise Failed("what answers the pod's liveness probes while it stands still died at once")
+        self._journal.acquire(STAND_IN, **asdict(process))
 
     async def shut_the_door(self) -> None:
         """What `exec` started in the containers ends, and nobody comes in any more."""
@@ -257,4 +284,4 @@ def handlers() -> dict[str, Handler]:
     async def come_back(facts: Mapping[str, Any]) -> None:
         Path(facts["path"]).unlink(missing_ok=True)
 
-    return {"departed": come_back}
+    return {"departed": come_back, STAND_IN: lambda facts: to_thread.run_sync(kill_helper, facts)}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from podferry.agent.pod.probes import Probe
 from podferry.agent.source import Order
 from podferry.errors import PodferryError
 from podferry.model import Mode
@@ -37,7 +38,7 @@ class PodOrder:
     """Move `pod`, which runs here, to the node `target`. `id` is the Migration's uid.
 
     `containers` are the names of those that must run on the target, in the order in which the kubelet starts them: restartable
-    init containers (sidecars) first, then the containers of the spec.
+    init containers (sidecars) first, then the containers of the spec. `probes` are its liveness probes that come by the network.
     """
 
     id: str
@@ -45,6 +46,7 @@ class PodOrder:
     containers: tuple[str, ...]
     target: str
     order: Order = field(default_factory=Order)
+    probes: tuple[Probe, ...] = ()
 
 
 @dataclass(frozen=True)
