@@ -15,6 +15,7 @@ from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
 from podferry.kube.errors import Conflict
 from podferry.kube.events import Events
 from podferry.kube.migration import (
+    HANDED_OVER,
     NAME_ANNOTATION,
     POISED,
     ROLE_LABEL,
@@ -80,6 +81,93 @@ async def test_a_wait_that_runs_out_of_time_shows_how_everything_looks(world: Wo
     shown = str(waited.value)
     for words in ("pigs_fly", "return False", "Pod {'name': 'train'", "'app': 'train'", "is Running", "Migration {"):
         assert words in shown
+
+
+async def handed_over(world: World, source: str, target: str, **spec: object) -> Json:
+    """A move whose owner has the target while the halves of the engine are in these phases. Returns the target pod."""
+    await world.pod()
+    world.controller()
+    await world.migrate(**spec)
+    await world.agents_poise()
+    await world.agents_resume(source=source)
+    migration = await world.reached(lambda one: one.status.holds(HANDED_OVER))
+    assert migration.status.target_pod is not None
+
+    def phases(now: Migration) -> bool:
+        now.status.engine = EnginePhases(source=source, target=target)
+        return True
+
+    await world.set(phases)
+    return await world.api.get(PODS, migration.status.target_pod.name, world.namespace)
+
+
+@pytest.mark.parametrize("source", ["serve", "lost-contact"])
+async def test_a_job_that_died_before_it_had_its_memory_has_not_moved(world: World, source: str) -> None:
+    await handed_over(world, source, "died", mode="postcopy")
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("Failed", ("True", "JobDied"))
+    assert said(migration, "Completed") == ("False", "JobDied")
+
+
+@pytest.mark.parametrize("source", ["serve", "lost-contact"])
+async def test_a_target_pod_that_goes_before_the_job_has_its_memory_has_not_moved_it(world: World, source: str) -> None:
+    target = await handed_over(world, source, "fill", mode="postcopy")
+    about = target["metadata"]
+    await world.api.delete(PODS, about["name"], world.namespace, uid=about["uid"], grace=0)
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("Failed", ("True", "TargetPodGone"))
+
+
+@pytest.mark.parametrize("source", ["serve", "lost-contact"])
+async def test_a_sources_node_that_is_lost_before_the_job_has_its_memory_takes_the_job_along(
+    world: World, source: str
+) -> None:
+    await handed_over(world, source, "fill", mode="postcopy")
+    fence = [{"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute", "value": "nodeshutdown"}]
+    await world.api.patch(NODES, world.nodes[0], {"spec": {"taints": fence}})
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Failed")) == ("Failed", ("True", "SourceNodeLost"))
+
+
+@pytest.mark.parametrize(("source", "target"), [("lost-contact", "done"), ("serve", "done"), ("drain", "fill")])
+async def test_a_job_that_has_all_its_memory_has_moved_though_the_sources_agent_says_nothing(
+    world: World, source: str, target: str
+) -> None:
+    await handed_over(world, source, target, mode="postcopy")
+    migration = await world.ended()
+    assert migration.status.phase == "Completed"
+    assert "has not said" in (migration.status.message or "")
+
+
+async def test_a_job_that_was_resolved_to_go_on_at_the_source_keeps_its_pod_there(world: World) -> None:
+    await handed_over(world, "lost-contact", "resume", mode="postcopy")
+    await world.agents_end("rolled-back", message="a person decided")
+    migration = await world.ended()
+    assert migration.status.phase == "RolledBack"
+    assert "deletionTimestamp" not in (await world.api.get(PODS, "train", world.namespace))["metadata"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "threshold", "phase"),
+    [
+        ({"mode": "stop"}, 1, "Refused"),
+        ({"mode": "postcopy"}, 1, "Refused"),
+        ({"allowPostCopy": True}, 1, "Refused"),
+        ({"mode": "stop"}, 2, "Scheduling"),
+        ({"mode": "live"}, 1, "Scheduling"),
+    ],
+)
+async def test_a_probe_whose_first_failure_restarts_the_container_is_refused_where_the_pod_may_stand_still_for_long(
+    world: World, spec: Json, threshold: int, phase: str
+) -> None:
+    probe = {"exec": {"command": ["true"]}, "failureThreshold": threshold}
+    await world.pod(containers=[{"name": "main", "image": "train", "livenessProbe": probe}])
+    world.controller()
+    await world.migrate(**spec)
+    migration = await world.reached(lambda one: one.status.phase != "Pending")
+    assert (migration.status.phase in ("Scheduling", "Running")) is (phase == "Scheduling")
+    if phase == "Refused":
+        assert said(migration, "Eligible") == ("False", "ImpatientProbe")
 
 
 async def test_it_moves_back_under_a_name_of_the_same_family(world: World) -> None:

@@ -146,5 +146,5 @@ def test_every_trouble_is_in_the_table_of_what_goes_wrong() -> None:
     words = [troubles.UNSCHEDULABLE, troubles.QUOTA_EXCEEDED, troubles.WEBHOOK_DENIED, troubles.NAMESPACE_TERMINATING]
     words += [troubles.TARGET_POD_GONE, troubles.TARGET_POD_FAILED, troubles.TARGET_NODE_LOST, troubles.POD_DELETED]
     words += [troubles.JOB_SUSPENDED, troubles.CANCEL_REQUESTED, troubles.TIMED_OUT, troubles.VOLUME_MISSING]
-    words += [troubles.TARGET_POD_STUCK]
+    words += [troubles.TARGET_POD_STUCK, troubles.JOB_DIED, troubles.SOURCE_NODE_LOST]
     assert [one for one in words if f"`{one}`" not in page] == []

@@ -11,12 +11,15 @@ from typing import Any
 
 from podferry.controller import placement
 from podferry.errors import Refused
-from podferry.kube.migration import UID_LABEL
+from podferry.kube.migration import UID_LABEL, MigrationSpec
+from podferry.model import Mode
 
 Json = dict[str, Any]
 
 HANDLER = "podferry"
 SHARED_ACCESS = frozenset({"ReadWriteMany", "ReadOnlyMany"})
+DEFAULT_THRESHOLD, LEAST_THRESHOLD = 3, 2
+"""Failures of a liveness probe after which the kubelet restarts a container: Kubernetes' default, and what a long stop takes."""
 NATIVE_RESOURCES = ("cpu", "memory", "ephemeral-storage", "hugepages-")
 
 # Volumes that the kubelet makes anew on any node, or that any node can mount at the same time.
@@ -61,6 +64,28 @@ def containers(pod: Json) -> list[Json]:
     """The containers that run as long as the pod does: sidecars and the main ones."""
     sidecars = [one for one in pod["spec"].get("initContainers") or [] if one.get("restartPolicy") == "Always"]
     return sidecars + list(pod["spec"]["containers"])
+
+
+def impatient_probe(pod: Json, spec: MigrationSpec) -> PodUnfit | None:
+    """A liveness probe that has the container restarted at its first failure, where the pod may stand still for long. One that is
+    under way when the pod is frozen fails, whoever answers those that come later (`podferry.agent.answering`).
+    """
+    if spec.mode is Mode.LIVE and not spec.allow_post_copy:
+        return None
+    hasty = [
+        one["name"]
+        for one in containers(pod)
+        if (probe := one.get("livenessProbe"))
+        and int(probe.get("failureThreshold") or DEFAULT_THRESHOLD) < LEAST_THRESHOLD
+    ]
+    if not hasty:
+        return None
+    return unfit(
+        "ImpatientProbe",
+        f"the kubelet restarts the pod's containers when a liveness probe fails once, and in mode {spec.mode} one may",
+        why=", ".join(hasty),
+        remedy="a failureThreshold of 2 or more, which counts from the pod's next start; or mode live",
+    )
 
 
 def unfit(reason: str, what: str, *, why: str = "", remedy: str = "") -> PodUnfit:

@@ -108,7 +108,8 @@ class Reconciler:
         around = await self._survey.around(source, migration)
         if found := eligibility.obstacles(source, around):
             return await self._refuse(migration, found[0].reason, list(found))
-        if wrong := await self._survey.target_node(source, migration):
+        impatient = eligibility.impatient_probe(source, migration.spec)
+        if wrong := impatient or await self._survey.target_node(source, migration):
             return await self._refuse(migration, wrong.reason, [wrong])
         if not troubles.claims(source, migration):
             claim = pods.claim(source, migration)
@@ -303,36 +304,42 @@ class Reconciler:
             again = await self._hand_over.step(migration, source, target)
             if again is not None:
                 return again
-            migration = await self._books.say(migration, HANDED_OVER, True, "OwnerHasTarget")
+            await self._books.say(migration, HANDED_OVER, True, "OwnerHasTarget")
             return 0.0
+        return await self._handed_over(migration, source, target)
+
+    async def _handed_over(self, migration: Migration, source: Json | None, target: Json | None) -> float:
+        """What is left is the source's end, and the truth about the job's."""
         over, engine = migration.status.engine_ending, migration.status.engine or EnginePhases()
-        spent = over is not None or engine.source in SPENT or await self._farewell_is_over(migration)
-        if spent and source is not None and "deletionTimestamp" not in source["metadata"]:
+        if over is not None and over.outcome not in (Outcome.COMPLETED, Outcome.FAILED):
+            return await self._undo(migration, over)  # somebody resolved it so: the job runs on in the source's pod
+        gone = troubles.gone_or_fenced(await self._api.find(NODES, migration.status.source_node or ""))
+        lost = troubles.of_resumed(migration, target, source_gone=gone) if over is None else None
+        silent = gone or self._farewell_is_over(migration)
+        if (
+            (over or lost or silent or engine.source in SPENT)
+            and source is not None
+            and "deletionTimestamp" not in source["metadata"]
+        ):
             await self._hand_over.dismiss(source)
-        if over is not None and over.outcome == Outcome.FAILED:
-            return await self._undo(migration, over)
-        if over is None and not await self._farewell_is_over(migration):
+        if failed := lost or (over if over is not None and over.outcome == Outcome.FAILED else None):
+            return await self._undo(migration, failed)
+        if over is None and not silent:
             return LOOK_AGAIN
         await self._books.release(target)
-        downtime = f", stopped for {migration.status.downtime}" if migration.status.downtime else ""
-        done = troubles.ending(Outcome.COMPLETED, "Moved", f"moved to {migration.status.target_node}{downtime}")
+        how = f", stopped for {migration.status.downtime}" if migration.status.downtime else ""
+        if over is None:
+            how += f"; the agent of {migration.status.source_node} has not said that the original is gone there"
+        done = troubles.ending(Outcome.COMPLETED, "Moved", f"moved to {migration.status.target_node}{how}")
         await self._books.fire(migration, E.HANDED_OVER, ending=done)
         return 0.0
 
-    async def _farewell_is_over(self, migration: Migration) -> bool:
-        """The source's agent has had its time to kill the frozen original and to say so, or will never say anything again."""
-        since, engine = migration.status.condition(HANDED_OVER), migration.status.engine
-        fetching = engine is not None and (
-            engine.source == SourcePhase.SERVE
-            or (engine.source == SourcePhase.LOST and engine.target == TargetPhase.FILL)
-        )
-        if (
-            not fetching
-            and since is not None
-            and troubles.age(since.last_transition_time, clock()) > self._settings.farewell
-        ):
-            return True
-        return troubles.gone_or_fenced(await self._api.find(NODES, migration.status.source_node or ""))
+    def _farewell_is_over(self, migration: Migration) -> bool:
+        """The source's agent has had its time to kill the original and to say so; while the target needs that, all the time."""
+        since = migration.status.condition(HANDED_OVER)
+        if troubles.fetching(migration.status.engine or EnginePhases()) or since is None:
+            return False
+        return troubles.age(since.last_transition_time, clock()) > self._settings.farewell
 
     # Undoing: what was made goes.
 

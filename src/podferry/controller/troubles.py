@@ -6,9 +6,10 @@ import datetime
 from typing import Any
 
 from podferry.core.migration import MIGRATION_ENDS
+from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import PodferryError
 from podferry.kube.errors import ApiFailed, Forbidden, NotFound
-from podferry.kube.migration import SCHEDULED, UID_LABEL, Ending, Migration, seconds
+from podferry.kube.migration import SCHEDULED, UID_LABEL, Ending, EnginePhases, Migration, seconds
 from podferry.model import Outcome
 
 Json = dict[str, Any]
@@ -23,7 +24,7 @@ UNSCHEDULABLE, QUOTA_EXCEEDED, WEBHOOK_DENIED, POD_INVALID = (
 )
 NAME_TAKEN = "NameTaken"
 VOLUME_MISSING, TARGET_POD_FAILED, TARGET_POD_GONE = "VolumeMissing", "TargetPodFailed", "TargetPodGone"
-TARGET_POD_STUCK = "TargetPodStuck"
+TARGET_POD_STUCK, JOB_DIED = "TargetPodStuck", "JobDied"
 TARGET_NODE_LOST, SOURCE_NODE_LOST, SOURCE_SILENT = "TargetNodeLost", "SourceNodeLost", "SourceAgentSilent"
 
 VERDICT_KEPT = 3600
@@ -168,6 +169,32 @@ def of_target_node(node: Json | None, name: str) -> Ending | None:
     if not ready(node):
         return ending(Outcome.ROLLED_BACK, TARGET_NODE_LOST, f"node {name} is not ready any more")
     return None
+
+
+def of_resumed(migration: Migration, target: Json | None, *, source_gone: bool) -> Ending | None:
+    """The owner has the target, and the source's agent has not said how it ended: what became of the job nevertheless. In
+    post-copy it runs there without all its memory for a while (`fetching`).
+    """
+    engine = migration.status.engine or EnginePhases()
+    waiting = engine.source in (SourcePhase.RESUME, SourcePhase.SERVE, SourcePhase.LOST)
+    if engine.target == TargetPhase.DIED and (waiting or source_gone):
+        return ending(Outcome.FAILED, JOB_DIED, "the job died on the target before it had all its memory")
+    if not fetching(engine):
+        return None
+    lacks = "the job on the target had not all its memory yet"
+    if source_gone:
+        return ending(Outcome.FAILED, SOURCE_NODE_LOST, f"the source's node is gone, and {lacks}")
+    phase = (target or {}).get("status", {}).get("phase")
+    if target is None or phase in ("Failed", "Succeeded"):
+        what = "is gone" if target is None else f"has ended ({phase})"
+        return ending(Outcome.FAILED, TARGET_POD_GONE, f"the target pod {what}, and {lacks}")
+    return None
+
+
+def fetching(engine: EnginePhases) -> bool:
+    """Whether the target may still need memory from the frozen original."""
+    lost = engine.source == SourcePhase.LOST and engine.target == TargetPhase.FILL
+    return lost or (engine.source == SourcePhase.SERVE and engine.target != TargetPhase.DONE)
 
 
 def of_time(migration: Migration, now: datetime.datetime, *, slack: float = 0.0) -> Ending | None:
