@@ -187,6 +187,17 @@ def test_the_target_takes_the_place_in_one_patch_and_the_source_leaves_it_in_one
     assert (leave["uid"], leave["resourceVersion"]) == ("s1", "7")
 
 
+@pytest.mark.parametrize("spec", [{"mode": "postcopy"}, {"allowPostCopy": True}, {"mode": "stop"}, {}])
+def test_in_post_copy_liveness_counts_only_once_the_job_has_answered_on_the_target(spec: Json) -> None:
+    before = source()
+    asks = {"httpGet": {"path": "/alive", "port": "web"}, "timeoutSeconds": 5}
+    before["spec"]["containers"][0]["livenessProbe"] = {**asks, "periodSeconds": 3, "failureThreshold": 2}
+    (main,) = pods.target_pod(before, migration(**spec), "b", NOW)["spec"]["containers"]
+    assert main["livenessProbe"] == before["spec"]["containers"][0]["livenessProbe"]
+    startup = {**asks, "periodSeconds": 1, "failureThreshold": pods.LONGEST_FETCH}
+    assert main.get("startupProbe") == (startup if "postcopy" in spec.values() or "allowPostCopy" in spec else None)
+
+
 def test_the_target_wears_the_sources_labels_but_for_ours() -> None:
     target = {"metadata": {"uid": "t1", "resourceVersion": "5", "labels": {UID_LABEL: "m1", ROLE_LABEL: "target"}}}
     patch = pods.wear_labels(source(), target)

@@ -25,6 +25,7 @@ from podferry.kube.migration import (
     Migration,
 )
 from podferry.kube.paths import is_subdomain
+from podferry.model import Mode
 
 Json = dict[str, Any]
 
@@ -35,6 +36,9 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 
 # What the API server, admission or the scheduler fill in, and will fill in again.
 FILLED_IN = ("nodeName", "priority", "overhead", "ephemeralContainers", "schedulingGates", "preemptionPolicy")
+OF_LIVENESS = frozenset({"initialDelaySeconds", "periodSeconds", "failureThreshold", "successThreshold"})
+LONGEST_FETCH = 86400
+"""Seconds that a job may take to answer after its resume in post-copy."""
 NOBODYS_SECURITY: Json = {
     "allowPrivilegeEscalation": False,
     "runAsNonRoot": True,
@@ -58,6 +62,8 @@ def target_pod(source: Json, migration: Migration, node: str, now: datetime.date
         spec["initContainers"] = sidecars
     for one in [*sidecars, *spec["containers"]]:
         one.pop("startupProbe", None)
+        if (migration.spec.mode is Mode.POSTCOPY or migration.spec.allow_post_copy) and "livenessProbe" in one:
+            one["startupProbe"] = _until_it_answers(one["livenessProbe"])
         (one.get("lifecycle") or {}).pop("postStart", None)
     if limit := spec.get("activeDeadlineSeconds"):
         begun = datetime.datetime.fromisoformat(source["status"]["startTime"])
@@ -79,6 +85,14 @@ def target_pod(source: Json, migration: Migration, node: str, now: datetime.date
         },
         "spec": spec,
     }
+
+
+def _until_it_answers(probe: Json) -> Json:
+    """In post-copy a job may stand still on the target too, until the pages that it needs have come. Its liveness probe counts only
+    once it has been answered there: a startup probe that asks the same, and has more patience than any move.
+    """
+    same = {name: value for name, value in probe.items() if name not in OF_LIVENESS}
+    return {**copy.deepcopy(same), "periodSeconds": 1, "failureThreshold": LONGEST_FETCH}
 
 
 def wear_labels(source: Json, target: Json) -> Json | None:
