@@ -40,7 +40,8 @@ DEFAULT_LINK = "1gbit"
 AGENT_SOCKET = "run/podferry/agent.sock"
 CONTAINERD_SOCKET = "run/containerd/containerd.sock"
 SNAPSHOTTER_SOCKET = "run/podferry/snapshotter.sock"
-READY_SECONDS = 60.0
+READY_SECONDS = 240.0
+"""A machine that is emulated, or short of processors, needs more than a minute to put an image into the registry."""
 
 # A mount is an event (poll on /proc/self/mountinfo); ctr itself waits for containerd's socket.
 # containerd that once found no snapshotter comes back to it only after a while, and pulls fail until then.

@@ -15,7 +15,7 @@ from podferry.lab.stepwise import Stepwise
 from podferry.node.process import Arg, Completed
 
 STAGE = Path(__file__).with_name("stage.sh")
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 # Join the cgroups before `--`, then become what follows it.
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
