@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml requirements.lock requirements-dev.lock scripts/setup
 	@touch $@
 
 demo: $(STAMP)  ## move a computing job between two nodes of the lab, and prove its result
-	$(VENV)/bin/podferry lab demo
+	$(VENV)/bin/podferry lab demo $(DEMO)
 
 demo-kubernetes: $(STAMP) ## move the pod of a Job between two nodes of a real Kubernetes; PODFERRY_KUBE_BIN has its programs
 	$(VENV)/bin/podferry lab demo --kubernetes

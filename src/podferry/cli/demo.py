@@ -29,7 +29,7 @@ from podferry.model import Mode, Outcome
 LAB = "demo"
 SOURCE, TARGET = "node-a", "node-b"
 MOVED, TWIN = "job", "twin"
-MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 1800, 3000, 50
+MEBIBYTES, LEAST_MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 16, 1800, 3000, 50
 MOVE_AT, LEAST_STEPS = 300, 900
 WAYS = {
     Mode.LIVE: "It moves to {} while it computes.",
@@ -48,6 +48,9 @@ def demo(
     steps_: Annotated[
         int, typer.Option("--steps", metavar="N", min=LEAST_STEPS, help="How long the job computes, in its own steps.")
     ] = STEPS,
+    memory: Annotated[
+        int, typer.Option(metavar="MIB", min=LEAST_MEBIBYTES, help="How much memory the job rewrites.")
+    ] = MEBIBYTES,
     name: Annotated[
         str, typer.Option("--lab", metavar="NAME", help="What its lab is called; it must not be up already.")
     ] = LAB,
@@ -65,8 +68,8 @@ def demo(
     Example: [bold]podferry lab demo --html demo.html[/]
     """
     require_root()
-    if kubernetes and (html is not None or mode is not Mode.LIVE):
-        raise UsageError("--kubernetes goes with neither --html nor --mode", remedy="leave them out")
+    if kubernetes and (html is not None or mode is not Mode.LIVE or memory != MEBIBYTES):
+        raise UsageError("--kubernetes goes with none of --html, --memory and --mode", remedy="leave them out")
     if kubernetes:
         daemons.directory()
     lab, began = Lab(name), time.monotonic()
@@ -87,7 +90,7 @@ def demo(
 
             act(lab, steps_)
         else:
-            _act(lab, mode, steps_, html)
+            _act(lab, mode, steps_, memory, html)
     finally:
         if keep:
             say(f"\nThe lab stays: podferry --lab {name} ps; podferry lab down --lab {name} removes it.")
@@ -106,13 +109,13 @@ def _first() -> str:
     return f"Built first, and kept in {CACHE} for the next time: {names}, usually in {seconds} s."
 
 
-def _act(lab: Lab, mode: Mode, count: int, html: Path | None) -> None:
+def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> None:
     say(
-        f"2. A job on {SOURCE} that rewrites {MEBIBYTES} MiB of memory all the time; each value depends on the ones before. "
+        f"2. A job on {SOURCE} that rewrites {memory} MiB of memory all the time; each value depends on the ones before. "
         f"The same job on {TARGET}, to compare with: it stays where it is."
     )
     source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
-    argv = ["python3", "-c", source, *map(str, (MEBIBYTES, count, CANDIDATES, EVERY))]
+    argv = ["python3", "-c", source, *map(str, (memory, count, CANDIDATES, EVERY))]
     for name, node in ((MOVED, SOURCE), (TWIN, TARGET)):
         containers.start(lab, node, name, argv)
     output = Output(lab, MOVED)
