@@ -129,7 +129,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="needs root: a lab is made of namespaces, mounts and cgroups")
     for item in items:
-        if any(item.get_closest_marker(tier) for tier in ("node", "lab", "cluster")):
+        if any(item.get_closest_marker(tier) for tier in ("node", "lab", "cluster", "machine")):
             item.add_marker(skip)
 
 
