@@ -94,3 +94,36 @@ async def test_where_all_memory_came_before_the_resume_a_job_that_is_gone_died_a
     job, journal = arriving(tmp_path, None, postcopy=False)
     assert await job.filled() == {"faults": 3}
     assert [entry.kind for entry in journal.ledger.entries] == ["feeder"]
+
+
+def restored(tmp_path: Path, log: str, started: dict[str, object]) -> Arriving:
+    """A container that was released, whose restore is over: CRIU has left `log`, containerd's answer was `started`."""
+    job, journal = arriving(tmp_path, Status.STOPPED, postcopy=False)
+    journal.note(released=True)
+    work = tmp_path / "incoming/job/work"
+    work.mkdir(parents=True)
+    (work / "restore.log").write_text(log)
+    (job.scratch / FEEDER_STATUS).write_text(json.dumps({"state": "done", "resumed_ns": 5_000_000_000}))
+    (job.scratch / "started.json").write_text(json.dumps(started))
+    return job
+
+
+REFUSED_TO_START = {"error": Failed("cannot start a stopped process").to_dict()}
+BEGUN = "(0.1) Running pre-restore scripts\n"
+RESUMED = BEGUN + "(0.2) Running pre-resume scripts\n"
+
+
+async def test_a_job_that_ended_before_containerd_could_start_it_has_run(tmp_path: Path) -> None:
+    """By what CRIU says, not by whether it is still there: else the source would run it a second time."""
+    assert await restored(tmp_path, RESUMED, REFUSED_TO_START).release() == 5.0
+
+
+async def test_a_job_whose_agent_and_starter_died_as_it_resumed_has_run(tmp_path: Path) -> None:
+    job = restored(tmp_path, RESUMED, {})
+    (job.scratch / "started.json").unlink()
+    assert await job.release() == 5.0
+
+
+async def test_a_job_that_criu_did_not_let_go_of_has_not_run(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="the restore failed"):
+        await restored(tmp_path, BEGUN, REFUSED_TO_START).release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -52,6 +53,7 @@ from podferry.node.newfile import check_new, create_new
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
 from podferry.node.restored_group import group_to_tell
+from podferry.node.restoring import Restoring
 from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import StateEnd
@@ -290,22 +292,50 @@ class Arriving:
         """Give the wrapper its verdict, and see the task started. Returns since when it runs."""
         if self._starter is None:
             await self._adopt()
-        if not (self.scratch / "started.json").exists():
+        if not self._journal.facts.get("released"):
             incoming = self._need_incoming()
-            self._journal.note(released=True)
+            wrapper = Process.of(incoming.wrapper)
+            self._journal.note(released=True, wrapper=[wrapper.pid, wrapper.started] if wrapper else None)
             await to_thread.run_sync(incoming.restore)
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
                 await self._starter_ended()
-        except TimeoutError:
-            raise TimedOut(
-                f"the restore has not ended after {RESTORE_TIMEOUT:.0f} s", evidence=self._restore_log()
-            ) from None
-        except PodferryError as error:
-            what = "the restore failed"
-            raise (self._incoming and self._incoming.failed(what)) or Failed.because(what, error) from error
+        except (TimeoutError, PodferryError) as error:
+            # containerd refuses to start what has ended already; what CRIU has resumed has run all the same.
+            if not await self._has_run():
+                raise self._not_restored("the restore", error) from error
         self._journal.release("starter")
-        return await self.resumed()
+        return await self._since()
+
+    async def _has_run(self) -> bool:
+        """Whether CRIU let go of the tasks, once that cannot change any more. Then this is the job's only life."""
+        restoring = Restoring(self._config.incoming / self.key / "work", self._wrapper())
+        found = await to_thread.run_sync(restoring.settle)
+        return self._resumed_at() > 0 if found is None else found
+
+    def _wrapper(self) -> Process | None:
+        facts = self._journal.facts.get("wrapper")
+        return Process(int(facts[0]), int(facts[1])) if facts else None
+
+    def _resumed_at(self) -> float:
+        """When CRIU told the page feeder that the tasks are about to run; 0 where it did not."""
+        with suppress(OSError, ValueError):
+            return float(json.loads((self.scratch / FEEDER_STATUS).read_text()).get("resumed_ns", 0)) / 1e9
+        return 0.0
+
+    async def _since(self) -> float:
+        """Since when a job that has run did so. Whether it still does, or has its memory, is for `filled` to find out."""
+        with suppress(PodferryError), anyio.move_on_after(END_TIMEOUT):
+            if self._feeder is None:
+                self._feeder = process_of(self._journal.held("feeder"))
+            await self._status_of_feeder("filling", "done")
+        return self._resumed_at() or time.monotonic()
+
+    def _not_restored(self, what: str, error: BaseException) -> PodferryError:
+        if isinstance(error, TimeoutError):
+            return TimedOut(f"{what} has not ended after {RESTORE_TIMEOUT:.0f} s", evidence=self._restore_log())
+        failed = f"{what} failed"
+        return (self._incoming and self._incoming.failed(failed)) or Failed.because(failed, error)
 
     async def resumed(self) -> float:
         """Since when it runs, as `release` returns it, for an agent that was restarted. Raises where it is gone."""

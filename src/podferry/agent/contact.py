@@ -64,7 +64,13 @@ class Contact:
         self.letters, start = letters, self._story.now()
         try:
             await letters.channel.send(Go(self._story.id))
-            return await self._hear(letters, Running, GaveUp)
+            match await self._hear(letters, Running, GaveUp, Crashed):
+                case (Running() | GaveUp()) as word:
+                    return word
+                case Crashed() as died:
+                    self._leave_to_a_person(str(self._died(died).error.error()))
+            await self.hang_up()
+            return None
         except Exception as error:  # noqa: BLE001 - whatever it is, only the target knows now
             await self._broken(error)
             return None

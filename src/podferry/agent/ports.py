@@ -60,6 +60,12 @@ class OriginalGone(Failed):
     code = "PF243"
 
 
+class JobDied(Failed):
+    """On the target: the job, or a part of it, has run there to an end, and cannot go on. The right to run does not come back."""
+
+    code = "PF244"
+
+
 class Debt(Protocol):
     """Post-copy on the source: the memory that the target has not got (`podferry.agent.owed`).
 
@@ -243,7 +249,8 @@ class ArrivingJob(Protocol):
         ...
 
     async def release(self) -> float:
-        """Restore it. It runs when this returns; where it raises, it never will.
+        """Restore it. It has run when this returns, and may have ended by itself since; where it raises, it has not, and never
+        will. `JobDied`: it has, and cannot go on.
 
         Returns since when it runs, in seconds of this node's monotonic clock.
         """

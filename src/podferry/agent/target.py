@@ -15,7 +15,7 @@ from anyio.abc import TaskGroup
 
 from podferry.agent.attempt import Attempt
 from podferry.agent.journal import Journal
-from podferry.agent.ports import ArrivingJob, Json, Line, is_log
+from podferry.agent.ports import ArrivingJob, JobDied, Json, Line, is_log
 from podferry.agent.story import Story
 from podferry.core.invariants import Sight
 from podferry.core.phases import TARGET_ENDS, TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
@@ -280,8 +280,12 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     async def _resume(self) -> None:
         await self.at_gate()
         with self.story.span("restore", "target"):
-            self._runs_since = await self.job.release()
-        self.fire(TargetEvent.RUNNING)
+            try:
+                self._runs_since = await self.job.release()
+            except JobDied:
+                await self.fire_anyway(TargetEvent.RUNNING)
+                raise
+        await self.fire_anyway(TargetEvent.RUNNING)  # it runs: a full disk does not take it back
         self._word_known.set()
 
     async def _fill(self) -> None:

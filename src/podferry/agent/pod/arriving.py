@@ -25,7 +25,7 @@ from podferry.agent.pod.arriving_part import ArrivingPart
 from podferry.agent.pod.offered import OfferedPod
 from podferry.agent.pod.parts import container_of_directory, container_of_space, demand_known, end_of
 from podferry.agent.pod.ports import Cluster
-from podferry.agent.ports import Json, Line
+from podferry.agent.ports import JobDied, Json, Line
 from podferry.agent.relay import PodRelay
 from podferry.core.undo import Handler
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
@@ -179,7 +179,15 @@ class ArrivingPod:
 
     async def release(self) -> float:
         """Have one container after another restored. All run when this returns; returns since when the last does."""
-        since = [await part.release() for part in self._parts]
+        since: list[float] = []
+        for part in self._parts:
+            try:
+                since.append(await part.release())
+            except PodferryError as error:
+                if any([await one.has_ended() for one in self._parts[: len(since)]]):
+                    what = "a container has run here to its end, and another cannot be restored"
+                    raise JobDied.because(what, error) from error
+                raise
         for part in self._parts:
             await to_thread.run_sync(part.mark_arrived)
         return max(since)

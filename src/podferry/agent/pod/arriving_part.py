@@ -24,7 +24,7 @@ from podferry.agent.nodefacts import version
 from podferry.agent.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
-from podferry.errors import Bug, Failed, TimedOut
+from podferry.errors import Bug, Failed
 from podferry.memory.image_rights import demand_no_more
 from podferry.memory.store import PageStore
 from podferry.node import payloads
@@ -116,8 +116,23 @@ class ArrivingPart(Arriving):
 
     async def release(self) -> float:
         """Have the container restored as soon as the kubelet has made it. Returns since when it runs."""
-        if self._journal.facts.get("released"):
-            return await self.resumed()
+        if not self._journal.facts.get("released"):
+            await self._let_it_be_restored()
+        restoring = self._wrapper()
+        stuck: TimeoutError | None = None
+        try:
+            with anyio.fail_after(RESTORE_TIMEOUT):
+                if restoring is not None:
+                    await ended(restoring)
+        except TimeoutError as error:
+            stuck = error
+        if not await self._has_run():
+            what = f"the restore of {self.name}"
+            raise self._not_restored(what, stuck or Failed("runc left no log of it"))
+        await self._started(self._journal.facts["container"])
+        return await self._since()
+
+    async def _let_it_be_restored(self) -> None:
         if self._incoming is None:
             raise Failed(
                 "the agent was restarted before the container was restored", why="podferry-runc has ended with it"
@@ -126,24 +141,13 @@ class ArrivingPart(Arriving):
         if not self._judged:
             await to_thread.run_sync(self._judge_images)
         await to_thread.run_sync(self._write_files, record)
-        incoming = self._incoming
-        restoring = Process.of(incoming.wrapper)
+        wrapper = Process.of(self._incoming.wrapper)
         self._journal.acquire("kubelet-task", id=record.id)
-        self._journal.note(released=True)
-        await to_thread.run_sync(incoming.restore)
-        try:
-            with anyio.fail_after(RESTORE_TIMEOUT):
-                if restoring is not None:
-                    await ended(restoring)
-        except TimeoutError:
-            raise TimedOut(
-                f"the restore of {self.name} has not ended after {RESTORE_TIMEOUT:.0f} s", evidence=self._restore_log()
-            ) from None
-        await self._started(record.id)
-        return await self.resumed()
+        self._journal.note(released=True, wrapper=[wrapper.pid, wrapper.started] if wrapper else None)
+        await to_thread.run_sync(self._incoming.restore)
 
     async def _started(self, id: str) -> None:
-        """containerd has made a task of what `runc restore` left."""
+        """Wait a while until containerd has made a task of what `runc restore` left. One that has ended may be gone already."""
         with anyio.move_on_after(START_TIMEOUT):
             while True:
                 with suppress(NotFound):
@@ -151,8 +155,6 @@ class ArrivingPart(Arriving):
                     if task.status in (Status.RUNNING, Status.STOPPED):
                         return
                 await anyio.sleep(LOOK_EVERY)
-        what = f"the restore of {self.name} failed"
-        raise self._need_incoming().failed(what) or Failed(what, why="runc left no log of it")
 
     def _write_files(self, record: Container) -> None:
         """The kubelet's log file begins with what the container printed on the source, and its root is told of its files."""

@@ -1,0 +1,75 @@
+"""Jobs that end as soon as they have been moved: each has run, once, and its end is its own."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+from moving import A, B, Cluster, Record, Witness, until
+
+from podferry.lab import Lab
+from podferry.node.records import Status
+
+pytestmark = pytest.mark.lab
+ENDS = {"0": 0, "3": 3, "exec": 5, "daemon": 6, "stop": 8, "fault": 128 + signal.SIGSEGV}
+"""How the job ends, and the exit status that containerd must have of it."""
+
+
+@pytest.fixture(scope="module")
+def cluster(lab: Lab) -> Cluster:
+    cluster = Cluster(lab)
+    cluster.install_gates()
+    return cluster
+
+
+@pytest.fixture
+def name(cluster: Cluster) -> Iterator[str]:
+    yield "brief"
+    cluster.open_gates()
+    cluster.stop("brief")
+
+
+def move(cluster: Cluster, name: str, mode: str, *, kill_agent: bool = False) -> Record:
+    """Move a job that looks out for a stop from the moment before the freeze on."""
+    gate = f"source-cut-over-{name}"
+    cluster.close_gate(gate)
+    going = cluster.begin(name, source=A, mode=mode)
+    cluster.reached(gate, going)
+    cluster.containerd(A).kill_task(name, signal.SIGUSR1)
+    cluster.open_gates(gate)
+    if kill_agent:
+        before = cluster.counted(A, name)
+        until(lambda: cluster.counted(B, name) > before or going.done(), "the job has run on the target")
+        cluster.kill(B, "agent")
+    return going.result()
+
+
+def ended_once(cluster: Cluster, witness: Witness, name: str, record: Record, how: str) -> None:
+    """It ran on the target to its end, which containerd knows, and on the source no more."""
+    assert record["outcome"] == "completed", (record["reason"], record["error"])
+    until(lambda: cluster.containerd(B).task(name).status is Status.STOPPED, f"{name} has ended")
+    assert cluster.containerd(B).wait_task(name, 10.0) == ENDS[how]
+    assert not cluster.lines(A, name)
+    witness.testify(name)
+    assert cluster.ended(B, name)["outcome"] == "completed"
+
+
+@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("mode", ["live", "postcopy"])
+@pytest.mark.parametrize("how", ENDS)
+def test_a_job_that_ends_as_soon_as_it_is_resumed(
+    cluster: Cluster, name: str, how: str, mode: str, attempt: int
+) -> None:
+    cluster.start(name, "brief", how)
+    with Witness(cluster, name) as witness:
+        record = move(cluster, name, mode)
+        ended_once(cluster, witness, name, record, how)
+
+
+@pytest.mark.parametrize("how", ["0", "3"])
+def test_the_targets_agent_is_killed_as_the_job_ends(cluster: Cluster, name: str, how: str) -> None:
+    cluster.start(name, "brief", how)
+    with Witness(cluster, name) as witness:
+        record = move(cluster, name, "live", kill_agent=True)
+        ended_once(cluster, witness, name, record, how)
