@@ -1,7 +1,10 @@
 """A migration's journal: what an agent needs to finish or undo it after it was killed.
 
-One directory a migration, one file of JSON lines in it, only ever appended to. A line that was torn by a crash is the last
-one and is dropped: what it would have recorded had not begun, since every line is written before the act it announces.
+One directory a migration, one file of JSON lines in it, only ever appended to. A line is whole with its newline; one that is not
+was torn by a crash or a full disk and is dropped: what it would have recorded had not begun, since every line is written before the
+act it announces. A write that is cut short is an error, and what it left is cut off before anything else is written: nothing that
+was written later may be hidden behind half a line. The first line names the format; journals without it are of format 1, which
+differs in nothing else.
 
 A killed agent loses nothing that it wrote; only a node that dies could, and its containers die with it. So a line is synced to
 disk only where it passes the right to run.
@@ -9,6 +12,7 @@ disk only where it passes the right to run.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,10 +21,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.undo import Acquired, Ledger
+from podferry.errors import Failed, PodferryError
 
 JOURNAL = "journal.jsonl"
 RECORD = "record.json"
+FORMAT = 2
+FORMATS = (1, 2)
+KEEP_SECONDS = 90 * 86400.0
+_BEGINS = b'{"t":'
 
 
 class Journal:
@@ -29,9 +39,8 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lines = _read(directory / JOURNAL)
+        self._lines, self._end = _read(directory / JOURNAL)
         self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._file, sum(len(_line(line)) for line in self._lines))
         self.ledger = Ledger()
         self.facts: dict[str, Any] = {}
         self.phase = ""
@@ -78,7 +87,15 @@ class Journal:
 
     def _append(self, line: dict[str, Any], *, sync: bool = False) -> None:
         line = {"t": round(time.time(), 6), **line}
-        os.write(self._file, _line(line))
+        data = (b"" if self._end else _line({"format": FORMAT})) + _line(line)
+        if os.fstat(self._file).st_size != self._end:
+            os.ftruncate(self._file, self._end)
+        written = os.write(self._file, data)
+        if written != len(data):
+            raise OSError(
+                errno.ENOSPC, f"only {written} of {len(data)} bytes were written", str(self.directory / JOURNAL)
+            )
+        self._end += written
         if sync:
             os.fsync(self._file)
         self._apply(line)
@@ -134,29 +151,59 @@ def journals(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path / JOURNAL).stat().st_mtime)
 
 
-def forget_old(root: Path, keep: int) -> None:
-    """Remove the oldest journals of ended migrations but for `keep`. The caller has none of them open."""
-    for path in journals(root)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+def forget_old(root: Path, keep: int, *, age: float = KEEP_SECONDS) -> None:
+    """Remove journals of migrations that have ended and hold nothing any more: all but the latest `keep`, and those that were last
+    written more than `age` seconds ago. What has not ended, or cannot be read, stays whatever its age."""
+    over = [path for path in journals(root) if _is_over(path)]
+    old = time.time() - age
+    for number, path in enumerate(over):
+        if number < len(over) - keep or (path / JOURNAL).stat().st_mtime < old:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_over(directory: Path) -> bool:
+    try:
+        journal = Journal(directory)
+    except (OSError, PodferryError):
+        return False
+    journal.close()
+    ends: frozenset[str] = SOURCE_ENDS if journal.facts.get("role") == "source" else TARGET_ENDS
+    return journal.phase in ends and not journal.ledger.entries
 
 
 def _line(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal, and where they end. Raises `Failed` where a later podferry has written it."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        return []
-    lines = []
-    for text in raw.split(b"\n"):
+        return [], 0
+    end = raw.rfind(b"\n") + 1
+    lines = [line for text in raw[:end].split(b"\n")[:-1] if (line := _parsed(text)) is not None]
+    for line in lines:
+        if (found := line.get("format", FORMAT)) not in FORMATS:
+            raise Failed(
+                f"the journal {path} is of format {found}",
+                why=f"this podferry reads formats {min(FORMATS)} to {max(FORMATS)}",
+                remedy="run the version of podferry-agent that wrote it until its migrations have ended",
+            )
+    return lines, end
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line. Agents before format 2 did not notice a write that was cut short: there half a line may stand before a whole one."""
+    start = 0
+    while start >= 0:
         try:
-            line = json.loads(text)
+            line = json.loads(text[start:])
         except ValueError:
-            break
-        lines.append(line)
-    return lines
+            start = text.find(_BEGINS, start + 1)
+        else:
+            return line if isinstance(line, dict) else None
+    return None
 
 
 __all__ = ["Acquired", "Journal", "Part", "forget_old", "journals"]

@@ -48,6 +48,7 @@ from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
 
 KEEP_RECORDS = 200
+FORGET_EVERY = 3600.0  # seconds
 
 Record = dict[str, Any]
 
@@ -87,12 +88,19 @@ class Agent:
         listener = listen(self.config.listen)
         async with anyio.create_task_group() as self._tasks:
             self._recover()
+            self._start(self._forget_old)
             if self._cluster is not None:
                 self._start(partial(to_thread.run_sync, self.pods.sweep))
             known = await to_thread.run_sync(known_addresses, self.config, self._cluster)
             serving = partial(serve, listener, self.credentials, self._converse, self._report, known=known)
             self._tasks.start_soon(serving)
             await control.serve(self.config.socket, ops, started=ready)
+
+    async def _forget_old(self) -> None:
+        """An agent that runs for months forgets old journals, too."""
+        while True:
+            await anyio.sleep(FORGET_EVERY)
+            await to_thread.run_sync(forget_old, self.config.migrations, KEEP_RECORDS)
 
     def _start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do something in the background. One migration's bug must not end the others."""
@@ -113,7 +121,14 @@ class Agent:
         forget_old(self.config.migrations, KEEP_RECORDS)
         moved_since: set[str] = set()
         for directory in reversed(journals(self.config.migrations)):
-            journal = Journal(directory)
+            try:
+                journal = Journal(directory)
+            except (
+                OSError,
+                PodferryError,
+            ) as error:  # of a later version, say: it is left alone, and the others are taken up
+                self.log.error("a journal cannot be read", migration=directory.name, error=str(error))
+                continue
             ends: frozenset[str] = SOURCE_ENDS if journal.facts.get("role") == "source" else TARGET_ENDS
             name = journal.facts.get("record", {}).get("name")
             ended, latest = journal.phase in ends, name not in moved_since

@@ -1,0 +1,96 @@
+"""Journals: what is torn, what is of another format, and what may be forgotten."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from podferry.agent import journal as module
+from podferry.agent.journal import JOURNAL, Journal, forget_old
+from podferry.errors import Failed
+
+pytestmark = pytest.mark.unit
+
+
+def written(directory: Path, phase: str = "resume") -> Journal:
+    journal = Journal(directory)
+    journal.note(role="source")
+    journal.acquire("freeze", cgroup="c")
+    journal.enter(phase, sync=True)
+    return journal
+
+
+def state(directory: Path) -> tuple[object, ...]:
+    journal = Journal(directory)
+    journal.close()
+    return journal.phase, journal.facts, [entry.kind for entry in journal.ledger.entries]
+
+
+def test_what_is_appended_behind_any_torn_prefix_is_read(tmp_path: Path) -> None:
+    written(tmp_path / "whole", "cut-over").close()
+    raw = (tmp_path / "whole" / JOURNAL).read_bytes()
+    for length in range(len(raw) + 1):
+        torn = tmp_path / f"torn-{length}"
+        torn.mkdir()
+        (torn / JOURNAL).write_bytes(raw[:length])
+        before = state(torn)
+        journal = Journal(torn)
+        journal.enter("resume", sync=True)
+        journal.close()
+        assert state(torn) == ("resume", *before[1:]), length
+
+
+def test_a_write_that_is_cut_short_is_an_error_and_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, write = written(tmp_path / "m", "cut-over"), os.write
+    with monkeypatch.context() as full:
+        full.setattr(module.os, "write", lambda file, data: write(file, data[:9]))
+        with pytest.raises(OSError, match="only 9 of"):
+            journal.note(postcopy=True)
+    assert "postcopy" not in journal.facts
+    journal.enter("resume", sync=True)
+    assert state(tmp_path / "m")[0] == "resume"
+
+
+def test_half_a_line_of_an_older_agent_does_not_hide_the_line_behind_it(tmp_path: Path) -> None:
+    lines = [{"t": 1, "facts": {"role": "source"}}, {"t": 2, "phase": "resume"}]
+    (tmp_path / JOURNAL).write_text(
+        json.dumps(lines[0]) + '\n{"t": 1.5, "fac' + json.dumps(lines[1]).replace(" ", "") + "\n"
+    )
+    assert state(tmp_path)[:2] == ("resume", {"role": "source"})
+
+
+def test_the_format_before_is_read_and_one_to_come_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "new").close()
+    raw = (tmp_path / "new" / JOURNAL).read_bytes()
+    assert json.loads(raw.split(b"\n")[0]) == {"format": 2}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / JOURNAL).write_bytes(raw.split(b"\n", 1)[1])
+    assert state(tmp_path / "old") == state(tmp_path / "new")
+    (tmp_path / "new" / JOURNAL).write_bytes(raw.replace(b'"format":2', b'"format":3'))
+    with pytest.raises(Failed, match="format 3"):
+        Journal(tmp_path / "new")
+
+
+def test_only_what_has_ended_and_holds_nothing_is_forgotten(tmp_path: Path) -> None:
+    for number, (name, phase, held) in enumerate(
+        [
+            ("waits", "lost-contact", True),
+            ("left", "failed", True),
+            ("a", "completed", False),
+            ("b", "completed", False),
+        ]
+    ):
+        journal = written(tmp_path / name, phase)
+        if not held:
+            journal.release("freeze")
+        journal.close()
+        os.utime(tmp_path / name / JOURNAL, (number, number))
+    forget_old(tmp_path, 1, age=1e12)
+    assert {path.name for path in tmp_path.iterdir()} == {"waits", "left", "b"}
+    forget_old(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"waits", "left"}
