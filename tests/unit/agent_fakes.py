@@ -423,7 +423,7 @@ class FakeArriving:
 
     def __init__(self, node: TargetNode, journal: Journal) -> None:
         self.node, self.journal = node, journal
-        self._closed = False
+        self._closed = self._watched = False
 
     async def prepare(self) -> None:
         self.journal.acquire("container", node=self.node.number)
@@ -440,7 +440,13 @@ class FakeArriving:
         self.node.task = True
 
     async def lost(self) -> PodferryError:
-        await self.node.lost.wait()
+        if self._watched:
+            raise Bug("two tasks wait for one end")  # as of the descriptor that the real one waits for
+        self._watched = True
+        try:
+            await self.node.lost.wait()
+        finally:
+            self._watched = False
         return Failed("nobody waits for the state any more")
 
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:

@@ -14,9 +14,9 @@ import pytest
 from agent_rig import Act, Cut, Fault, Rig, cancel, crash, die, fail, lose, methods, oserror, stall, stop, unique
 
 from podferry.agent import attempt
-from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
+from podferry.agent.ports import ArrivingJob, HeldJob, JobDied, LeavingJob
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
-from podferry.errors import PeerLost
+from podferry.errors import Cancelled, PeerLost
 from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
@@ -101,6 +101,30 @@ def test_an_effect_fails(run: str, side: str, name: str, tmp_path: Path, monkeyp
     rig = move(run, tmp_path, monkeypatch, Fault(side, name, act_for(name)))
     cannot_write = name.startswith(("line", "record")) and rig.passed_the_right
     assert not rig.helped or cannot_write or rig.phase("b") == TargetPhase.DIED
+
+
+def test_what_the_target_breaks_off_is_not_said_to_be_cancelled_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_off(rig: Rig) -> None:
+        raise Cancelled("nobody waits any more")
+
+    rig = move("live", tmp_path, monkeypatch, Fault("target", "poise", broken_off))
+    assert (rig.phase("a"), rig.records["a"]["outcome"]) == (SourcePhase.ROLLED_BACK, "rolled-back")
+
+
+def test_a_job_that_has_run_to_an_end_on_the_target_is_not_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One container of a pod ended, say, and another could not be restored: only a person may run it a second time."""
+
+    def died(rig: Rig) -> None:
+        raise JobDied("it ran, and cannot go on")
+
+    rig = move("stop", tmp_path, monkeypatch, Fault("target", "release", died))
+    assert (rig.phase("b"), rig.records["b"]["outcome"]) == (TargetPhase.DIED, "failed")
+    assert SourcePhase.LOST in rig.phases("a")
+    assert rig.helped
 
 
 HALF_FILLED = [("source", "gate serve"), ("target", "gate fill"), ("target", "filled")]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import podferry.node
-from podferry.errors import Bug, Cancelled, TimedOut, UsageError
+from podferry.errors import Bug, TimedOut, UsageError
 from podferry.lab.state import CACHE
 from podferry.node.incoming import Incoming, WrapperGone, pod_key
 from podferry.node.process import spawn
@@ -392,7 +392,7 @@ def test_no_wrapper_comes(tmp_path: Path) -> None:
         with pytest.raises(TimedOut):
             incoming.wait_poised(0)
         incoming.abandon()
-        with pytest.raises(Cancelled):
+        with pytest.raises(WrapperGone):
             incoming.wait_poised(20)
     assert Incoming.left(tmp_path) == ()
 

@@ -221,7 +221,8 @@ class ArrivingJob(Protocol):
         ...
 
     async def lost(self) -> PodferryError:
-        """Before GO: return, with the reason, once what was poised waits no more. It was killed, or somebody lost patience."""
+        """Before GO: return, with the reason, once what was poised waits no more. It was killed, or somebody lost patience.
+        One task at a time may wait for it."""
         ...
 
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:

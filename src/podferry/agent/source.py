@@ -146,7 +146,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                     await self._undo(Cancelled("the agent is stopping"), letters)
                 raise
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the job must go on
-                self._cause = self._cause or self.cause_of(error)
+                self._cause = self._cause or self._not_asked_for(self.cause_of(error))
             if self._cause is None and letters is not None:
                 try:
                     self._pass_the_right_to_run()
@@ -159,6 +159,10 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                     await self._undo(self._cause or Bug("the migration stopped without a cause"), letters)
             helpers.cancel_scope.cancel()
         await self._let_go()
+
+    def _not_asked_for(self, cause: PodferryError) -> PodferryError:
+        """Cancelled is what somebody asked this agent for. What broke off elsewhere, a slow target's wait, say, is a failure."""
+        return Failed.because("the move was broken off", cause) if isinstance(cause, Cancelled) else cause
 
     async def go_on(self) -> None:
         """Finish a migration that an earlier agent left after the point of no return."""

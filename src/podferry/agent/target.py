@@ -265,11 +265,12 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     async def _poise(self, channel: Channel, postcopy: bool) -> None:
         with self.story.span("poise", "target"):
             await self.job.poise(postcopy=postcopy)
-        if self.phase is TargetPhase.RECEIVE:
+        if first := self.phase is TargetPhase.RECEIVE:
             self.fire(TargetEvent.POISED)
         await self.at_gate()
         await channel.send(Poised(self.story.id))
-        raise await self.job.lost()
+        if first:  # it is one wrapper, and one task watches it: two cannot wait for one descriptor
+            raise await self.job.lost()
 
     async def _verify(self, end: StateEnd) -> None:
         with self.story.span("check what arrived", "target"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from podferry.errors import EVIDENCE_LINES, Bug, Cancelled, Failed, PodferryError, TimedOut, UsageError
+from podferry.errors import EVIDENCE_LINES, Bug, Failed, PodferryError, TimedOut, UsageError
 from podferry.node.criulog import explained
 
 RUN = Path("/run/podferry")
@@ -134,7 +134,7 @@ class Incoming:
 
     def abandon(self, reason: PodferryError | None = None) -> None:
         """End a `wait_poised` in another thread with `reason`: the call that should bring the wrapper has failed."""
-        self._reason = reason or Cancelled(f"nobody waits for {self.key} any more")
+        self._reason = reason or self.gone("nobody waits for it any more")
         with contextlib.suppress(ValueError):  # closed meanwhile
             os.eventfd_write(self._abandoned, 1)
 
