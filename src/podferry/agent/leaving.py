@@ -48,6 +48,7 @@ from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.upper import Source as UpperSource
 from podferry.node.upper import shared_files
+from podferry.node.vfork import freeze_apart_from_vfork
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
@@ -252,12 +253,15 @@ class Leaving:
     def _freeze_without_guests(self) -> None:
         """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
         for _ in range(FREEZES):
-            self._cgroup.freeze()
+            self._freeze_apart_from_vfork()
             if not guests(self._task.pid, self._cgroup.pids()):
                 return
             self._cgroup.thaw()
             show_out(self._task.pid, self._cgroup.pids)
-        self._cgroup.freeze()
+        self._freeze_apart_from_vfork()
+
+    def _freeze_apart_from_vfork(self) -> None:
+        freeze_apart_from_vfork(self._cgroup.freeze, self._cgroup.thaw, self._cgroup.pids)
 
     async def shut_the_door(self) -> None:
         """What `exec` started in the container ends, since CRIU could not dump it, and podferry-runc lets nobody in any more."""
