@@ -20,6 +20,8 @@ GUARDS = "guard pages"
 """As `ContainerFacts.unsaved` names guards that madvise made (glibc has them below each thread's stack from 2.42 on)."""
 LIMITS = "limits of other users"
 """As `ContainerFacts.unsaved` names the resource limits of processes that are not root's, where nobody may read them."""
+TRACED, USER_NAMESPACE = "traced process", "nested user namespace"
+"""As `ContainerFacts.unsaved` names processes that CRIU cannot dump."""
 PIPE_BYTES = 4 << 20
 MEMORY_RESERVE = 64 << 20
 DISK_RESERVE = 256 << 20
@@ -225,6 +227,8 @@ def _bound(question: Question) -> Iterator[Refused]:
     unsaved = {
         "io_uring": "an open io_uring",
         "userfaultfd": "a userfaultfd of its own",
+        TRACED: "a process that another one of it traces (a debugger, strace)",
+        USER_NAMESPACE: "a process in a user namespace of its own (a sandbox, a rootless container)",
         GUARDS: "guard pages (MADV_GUARD_INSTALL), which CRIU saves from 4.2 on",
     }
     old = min(numbers(node.criu) for node in (question.source, question.target) if node is not None) < GUARDING_CRIU

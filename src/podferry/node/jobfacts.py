@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.core.facts import Bind, ContainerFacts
+from podferry.core.preflight import TRACED, USER_NAMESPACE
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
 
@@ -42,7 +43,7 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
         pids=pids,
         host_namespaces=tuple(sorted(_host_namespaces(task.pid))),
         devices=_few({*_open_devices(open_files), *_allowed_devices(spec)}),
-        unsaved=_few(_unsaved(open_files)),
+        unsaved=_few([*_unsaved(open_files), *unsaved_processes(task.pid, pids)]),
         binds=tuple(binds(spec)),
         connections=_few(_connections(task.pid, inodes)),
         stdio=tuple(_stdio(task.pid, number) for number in (0, 1, 2)),
@@ -113,6 +114,17 @@ def _unsaved(open_files: Iterable[tuple[str, os.stat_result]]) -> Iterator[str]:
     for link, _ in open_files:
         if (match := re.match(r"anon_inode:\[?([^\]]+)\]?", link)) and match[1] not in SAVED:
             yield match[1]
+
+
+def unsaved_processes(init: int, pids: Collection[int]) -> Iterator[str]:
+    """What CRIU cannot save of the processes themselves: one that another of them traces, or in a user namespace of its own."""
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            if (tracer := re.search(r"^TracerPid:\s+(\d+)$", status, re.MULTILINE)) and int(tracer[1]) in pids:
+                yield TRACED
+            if Path(f"/proc/{pid}/ns/user").readlink() != Path(f"/proc/{init}/ns/user").readlink():
+                yield USER_NAMESPACE
 
 
 def _host_namespaces(pid: int) -> Iterator[str]:
