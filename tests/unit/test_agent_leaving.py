@@ -20,6 +20,7 @@ from podferry.agent.pod.leaving import LeavingPod
 from podferry.agent.ports import OriginalGone
 from podferry.core.undo import Ledger
 from podferry.errors import PodferryError, Refused
+from podferry.memory.criu_images import FILES_MAGIC, write_entries
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracker import Kind, Round, SpaceRound
 from podferry.model import Dump
@@ -167,6 +168,7 @@ class FakeHold:
     def __init__(self, images: Path, said: list[str], *, waits: bool, thin: bool, broken: bool) -> None:
         self.waits, self.thin, self._said, self._broken = waits, thin, said, broken
         images.mkdir(parents=True, exist_ok=True)
+        write_entries(images / "files.img", FILES_MAGIC, [])
         said.append("waits" if waits else "begins")
 
     def to_dict(self) -> dict[str, Any]:

@@ -131,8 +131,8 @@ def test_the_diagram_of_the_phases_is_the_tables() -> None:
 
 
 def test_every_reason_has_its_line_in_the_table_of_eligibility() -> None:
-    said = set(re.findall(r'_unfit\(\s*"(\w+)"', (ROOT / "src/podferry/controller/eligibility.py").read_text()))
-    said |= set(re.findall(r'_unfit\(\s*"(\w+)"', (ROOT / "src/podferry/controller/surroundings.py").read_text()))
+    sources = (ROOT / f"src/podferry/controller/{name}.py" for name in ("eligibility", "surroundings", "reconcile"))
+    said = {word for source in sources for word in re.findall(r'unfit\(\s*"(\w+)"', source.read_text())}
     page = (ROOT / "docs/migrations.md").read_text()
     assert len(said) > 20
     assert (
@@ -146,5 +146,5 @@ def test_every_trouble_is_in_the_table_of_what_goes_wrong() -> None:
     words = [troubles.UNSCHEDULABLE, troubles.QUOTA_EXCEEDED, troubles.WEBHOOK_DENIED, troubles.NAMESPACE_TERMINATING]
     words += [troubles.TARGET_POD_GONE, troubles.TARGET_POD_FAILED, troubles.TARGET_NODE_LOST, troubles.POD_DELETED]
     words += [troubles.JOB_SUSPENDED, troubles.CANCEL_REQUESTED, troubles.TIMED_OUT, troubles.VOLUME_MISSING]
-    words += [troubles.TARGET_POD_STUCK, troubles.JOB_DIED, troubles.SOURCE_NODE_LOST]
+    words += [troubles.TARGET_POD_STUCK, troubles.NAME_TAKEN, troubles.JOB_DIED, troubles.SOURCE_NODE_LOST]
     assert [one for one in words if f"`{one}`" not in page] == []
