@@ -17,10 +17,11 @@ from stock import USER, Stock, booted, built
 
 from podferry.lab.debian import NEXT_SUITE, SUITE
 
-pytestmark = pytest.mark.machine
+# Slow until the whole tier has passed in the time that `make test` has for it: emulated on two busy cores, a lab takes minutes.
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 CHECKOUT = Path(__file__).parents[2]
 AT = f"/home/{USER}/podferry"
-SUITES = [SUITE, *(pytest.param(suite, marks=pytest.mark.slow) for suite in ("bookworm", NEXT_SUITE))]
+SUITES = [SUITE, "bookworm", NEXT_SUITE]
 DEMO = "--memory 64 --steps 900"
 
 JOB = """
@@ -155,7 +156,6 @@ def test_a_job_of_another_user_without_capabilities_goes_there_and_back(lab: Sto
         assert after[same] == before[same], same
 
 
-@pytest.mark.slow
 def test_a_job_of_another_user_goes_there_and_back_ten_times(lab: Stock) -> None:
     start(lab, "often", RESTRICTED)
     there_and_back(lab, "often", 10)
@@ -177,7 +177,6 @@ def test_nothing_is_left_of_the_lab(lab: Stock) -> None:
     assert lab.run("ps -e -o args= | grep -E '[c]ontainerd|[p]odferry' || true").stdout == ""
 
 
-@pytest.mark.slow
 def test_in_a_container_its_processes_make_room(machine: Stock) -> None:
     """A cgroup namespace of its own, as containers have: the lab is in its cgroup, which had processes and passed on nothing."""
     script = f"""
