@@ -30,18 +30,21 @@ def name(cluster: Cluster) -> Iterator[str]:
     cluster.stop("brief")
 
 
-def move(cluster: Cluster, name: str, mode: str, *, kill_agent: bool = False) -> Record:
-    """Move a job that looks out for a stop from the moment before the freeze on."""
+def move(cluster: Cluster, name: str, mode: str, *, kill_agent_at: str = "") -> Record:
+    """Move a job that looks out for a stop from the moment before the freeze on. `kill_agent_at` is a phase of the target, whose
+    agent is killed in it."""
     gate = f"source-cut-over-{name}"
     cluster.close_gate(gate)
     going = cluster.begin(name, source=A, mode=mode)
     cluster.reached(gate, going)
     cluster.containerd(A).kill_task(name, signal.SIGUSR1)
+    if kill_agent_at:
+        cluster.close_gate(f"target-{kill_agent_at}-{name}")
     cluster.open_gates(gate)
-    if kill_agent:
-        before = cluster.counted(A, name)
-        until(lambda: cluster.counted(B, name) > before or going.done(), "the job has run on the target")
+    if kill_agent_at:
+        cluster.reached(f"target-{kill_agent_at}-{name}", going)
         cluster.kill(B, "agent")
+        cluster.open_gates()
     return going.result()
 
 
@@ -67,9 +70,10 @@ def test_a_job_that_ends_as_soon_as_it_is_resumed(
         ended_once(cluster, witness, name, record, how)
 
 
+@pytest.mark.parametrize("phase", ["resume", "fill"])
 @pytest.mark.parametrize("how", ["0", "3"])
-def test_the_targets_agent_is_killed_as_the_job_ends(cluster: Cluster, name: str, how: str) -> None:
+def test_the_targets_agent_is_killed_as_the_job_ends(cluster: Cluster, name: str, how: str, phase: str) -> None:
     cluster.start(name, "brief", how)
     with Witness(cluster, name) as witness:
-        record = move(cluster, name, "live", kill_agent=True)
+        record = move(cluster, name, "live", kill_agent_at=phase)
         ended_once(cluster, witness, name, record, how)
