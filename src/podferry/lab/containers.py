@@ -54,7 +54,11 @@ def start(
     pull(lab, node, reference)
     settings = [f"--env={key}={value}" for key, value in (env or {}).items()]
     log = f"--log-uri=file://{LOGS / name}.log"
-    lab.exec(node, ["rm", "-f", f"{LOGS / name}.log"])
+    for one in (
+        lab.status().nodes
+    ):  # one of that name that moved left its log on the node where it ended; agents overwrite none
+        if one.alive:
+            lab.exec(one.name, ["rm", "-f", f"{LOGS / name}.log"])
     # ctr would ask for its default share of the CPU even where a node has no cpu controller.
     options = ["--detach", "--snapshotter", SNAPSHOTTER, "--runc-binary", RUNTIME, "--cpu-shares=0", log]
     lab.exec(node, [*_CTR, "run", *options, *settings, reference, name, *argv])

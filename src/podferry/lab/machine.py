@@ -104,6 +104,9 @@ def _unshare(
     environment: Mapping[str, str] | None = None,
     sign: str = "",
 ) -> int:
+    # Of a machine that ended alone its cgroups are left; one that passes controllers on takes no process in (EBUSY).
+    cgroups.kill(lab, name)
+    cgroups.remove(lab, name)
     made = cgroups.create(lab, name, mounted)
     rest = [option for option in NAMESPACES if option != "--cgroup"]
     words: list[Arg] = ["sh", "-ec", _WAIT, "sh", "unshare", "--cgroup", "sh", "-ec", _SETTLE, "sh"]
