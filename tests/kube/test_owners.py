@@ -52,13 +52,16 @@ async def job(world: World, name: str = "train", **spec: Any) -> Json:
     return await world.api.create(JOBS, body, world.namespace)
 
 
-async def running(world: World, count: int, labels: str = "app=train") -> list[Json]:
+SELECTED = {"app": "train"}
+
+
+async def running(world: World, count: int) -> list[Json]:
     """The owner's pods, once there are as many and all run."""
     found: list[Json] = []
 
     async def all_run() -> bool:
         nonlocal found
-        found = (await world.api.list(PODS, world.namespace, labels=labels))[0]
+        found = (await world.api.list(PODS, world.namespace, labels=SELECTED))[0]
         return len(found) == count and all(one.get("status", {}).get("phase") == "Running" for one in found)
 
     await world.until(all_run)
@@ -68,14 +71,14 @@ async def running(world: World, count: int, labels: str = "app=train") -> list[J
 class Census:
     """Every pod that ever carried the owner's labels, so that a replacement that came and went is noticed too."""
 
-    def __init__(self, world: World, labels: str = "app=train") -> None:
-        self._world, self._labels = world, labels
+    def __init__(self, world: World) -> None:
+        self._world = world
         self.seen: dict[str, str] = {}
         world.tasks.start_soon(self._count)
 
     async def _count(self) -> None:
 
-        async for _, pod in follow(self._world.api, PODS, self._world.namespace, labels=self._labels):
+        async for _, pod in follow(self._world.api, PODS, self._world.namespace, labels=SELECTED):
             self.seen[pod["metadata"]["uid"]] = pod["metadata"]["name"]
 
 
@@ -420,7 +423,7 @@ async def test_an_owner_that_removes_the_source_just_when_it_leaves(
         await world.api.delete(PODS, moved["metadata"]["name"], world.namespace)
 
     async def another() -> bool:
-        pods = (await world.api.list(PODS, world.namespace, labels={"app": "train"}))[0]
+        pods = (await world.api.list(PODS, world.namespace, labels=SELECTED))[0]
         known = {pod["metadata"]["uid"], moved["metadata"]["uid"]}
         return any(one["metadata"]["uid"] not in known and one["status"]["phase"] == "Running" for one in pods)
 
