@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from podferry.core.drain import DRAIN_ENDS, DrainPhase, PodState
 from podferry.errors import Failed
-from podferry.kube.migration import API_VERSION, DURATION, FIXED, GROUP, Condition, Part, _rule, timestamp
+from podferry.kube.migration import API_VERSION, DURATION, FIXED, GROUP, Condition, Conditioned, Part, _rule
 from podferry.model import Mode
 
 PRIORITY_ANNOTATION = f"{GROUP}/priority"
@@ -74,7 +74,7 @@ class PodDrain(Part):
     message: Annotated[str, Field(description="Why, in words for people.")] = ""
 
 
-class NodeDrainStatus(Part):
+class NodeDrainStatus(Conditioned):
     """How far it is."""
 
     phase: Annotated[
@@ -106,14 +106,6 @@ class NodeDrainStatus(Part):
     completion_time: Annotated[
         str | None, Field(description="When it ended.", json_schema_extra={"format": "date-time"})
     ] = None
-
-    def say(self, type: str, holds: bool, reason: str, message: str = "") -> None:
-        """Set a condition. Its time changes only with its status."""
-        before = next((one for one in self.conditions if one.type == type), None)
-        status = str(holds)
-        since = before.last_transition_time if before is not None and before.status == status else timestamp()
-        new = Condition(type=type, status=status, reason=reason, message=message, last_transition_time=since)
-        self.conditions = [one for one in self.conditions if one.type != type] + [new]
 
 
 class NodeDrain(Part):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
@@ -170,6 +170,28 @@ class Condition(Part):
     ]
 
 
+class Conditioned(Part):
+    """A status that says in conditions what holds."""
+
+    if TYPE_CHECKING:
+        conditions: list[Condition]
+
+    def condition(self, type: str) -> Condition | None:
+        """The condition of this type, if it was ever set."""
+        return next((one for one in self.conditions if one.type == type), None)
+
+    def holds(self, type: str) -> bool:
+        """Whether the condition of this type is True."""
+        return (found := self.condition(type)) is not None and found.status == "True"
+
+    def say(self, type: str, holds: bool, reason: str, message: str = "") -> None:
+        """Set a condition. Its time changes only with its status."""
+        status, before = str(holds), self.condition(type)
+        since = before.last_transition_time if before is not None and before.status == status else timestamp()
+        new = Condition(type=type, status=status, reason=reason, message=message, last_transition_time=since)
+        self.conditions = [one for one in self.conditions if one.type != type] + [new]
+
+
 class EnginePhases(Part):
     """Where the two halves of the engine are (see ARCHITECTURE.md)."""
 
@@ -204,7 +226,7 @@ class Ending(Part):
     remedy: Annotated[str, Field(description="What to do about it.")] = ""
 
 
-class MigrationStatus(Part):
+class MigrationStatus(Conditioned):
     """What has become of it."""
 
     phase: Annotated[MigrationPhase, Field(description="How far it is.")] = MigrationPhase.PENDING
@@ -249,21 +271,6 @@ class MigrationStatus(Part):
     completion_time: Annotated[
         str | None, Field(description="When it ended.", json_schema_extra={"format": "date-time"})
     ] = None
-
-    def condition(self, type: str) -> Condition | None:
-        """The condition of this type, if it was ever set."""
-        return next((one for one in self.conditions if one.type == type), None)
-
-    def holds(self, type: str) -> bool:
-        """Whether the condition of this type is True."""
-        return (found := self.condition(type)) is not None and found.status == "True"
-
-    def say(self, type: str, holds: bool, reason: str, message: str = "") -> None:
-        """Set a condition. Its time changes only with its status."""
-        status, before = str(holds), self.condition(type)
-        since = before.last_transition_time if before is not None and before.status == status else timestamp()
-        new = Condition(type=type, status=status, reason=reason, message=message, last_transition_time=since)
-        self.conditions = [one for one in self.conditions if one.type != type] + [new]
 
 
 class Migration(Part):
