@@ -33,7 +33,7 @@ lint: $(STAMP)  ## formatting, lints, types, import contracts
 unit: $(STAMP)  ## the unit tests alone
 	$(VENV)/bin/pytest -m "unit and not slow" -n auto --dist worksteal
 
-test: lint unit ## every test that this machine can run; what fails is tried once more, alone, and both times are shown
+test: lint unit ## every test that this machine can run; what fails is tried once more, alone, to tell flaky tests from broken ones
 	scripts/test $(VENV)
 
 format: $(STAMP) ## let ruff rewrite the sources

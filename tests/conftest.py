@@ -34,6 +34,8 @@ CHECKOUT = Path(__file__).parents[1]
 IN_NODE = "/opt/podferry/checkout"
 DEVELOPMENT = "/opt/podferry/dev"
 ROOT = os.geteuid() == 0
+TIERS = {"unit", "node", "lab", "cluster", "machine"}
+"""The markers of which each test has one."""
 TESTS_NODE = "node-a"
 NODE_SECONDS = 1800.0
 """For a module; inside_node.py has the limit of one test."""
@@ -129,8 +131,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="needs root: a lab is made of namespaces, mounts and cgroups")
     for item in items:
-        if any(item.get_closest_marker(tier) for tier in ("node", "lab", "cluster", "machine")):
+        if any(item.get_closest_marker(tier) for tier in TIERS - {"unit"}):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many seconds the tests of each tier took."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                for tier in report.keywords.keys() & TIERS:
+                    seconds[tier] = seconds.get(tier, 0.0) + report.duration
+    if seconds:
+        told = ", ".join(f"{tier} {taken:.0f} s" for tier, taken in sorted(seconds.items(), key=lambda one: -one[1]))
+        terminalreporter.write_line(f"time of the tests, by tier: {told}")
 
 
 # -- tests inside a node ------------------------------------------------------------------------------------------
