@@ -47,6 +47,8 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
             status, answer = self._answer(verb, parts, query, body)
         except _Wrong as wrong:
             status, answer = wrong.status, {"kind": "Status", "reason": wrong.reason, "message": wrong.message}
+            if wrong.field:
+                answer["details"] = {"causes": [{"field": wrong.field}]}
             if wrong.status == 404:  # the real one names the object, unless it serves no such kind
                 answer["details"] = {"name": _split(parts)[1]}
         return httpx2.Response(status, json=answer, request=request)
@@ -185,8 +187,8 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
 
 
 class _Wrong(Exception):
-    def __init__(self, status: int, reason: str, message: str) -> None:
-        self.status, self.reason, self.message = status, reason, message
+    def __init__(self, status: int, reason: str, message: str, field: str = "") -> None:
+        self.status, self.reason, self.message, self.field = status, reason, message, field
 
 
 def _split(parts: Path) -> tuple[Path, str, str]:
@@ -223,9 +225,10 @@ def _selected(one: Json, query: dict[str, str]) -> bool:
 
 def _guard(old: Json, new: Json) -> None:
     about = new.get("metadata") or {}
-    for name in ("resourceVersion", "uid"):
-        if about.get(name) not in (None, old["metadata"][name]):
-            raise _Wrong(409, "Conflict", f"the object has another {name}")
+    if about.get("resourceVersion") not in (None, old["metadata"]["resourceVersion"]):
+        raise _Wrong(409, "Conflict", "the object has been modified")
+    if about.get("uid") not in (None, old["metadata"]["uid"]):
+        raise _Wrong(422, "Invalid", "metadata.uid: field is immutable", "metadata.uid")
 
 
 def _merge(old: Any, patch: Any) -> Any:

@@ -132,7 +132,7 @@ async def test_no_other_offer_is_admitted(attack: Attack, world: World) -> None:
 
 async def test_a_migration_that_goes_back_admits_nothing_though_the_watch_is_behind(world: World) -> None:
     migration, pod, target = await begun(world)
-    await world.api.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
+    await world.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
     await world.ended()
     target._known.learn(migration)
     with pytest.raises(Refused, match="not Running"):
@@ -145,6 +145,6 @@ async def test_before_it_runs_a_migration_admits_nothing(world: World) -> None:
     agents = Agents.of(world)
     migration = await world.migrate()
     status = {"phase": "Scheduling", "sourceNode": world.nodes[0], "targetNode": world.nodes[1]}
-    await world.api.patch(MIGRATIONS, "move", {"status": status}, world.namespace, part="status")
+    await world.patch(MIGRATIONS, "move", {"status": status}, world.namespace, part="status")
     with pytest.raises(Refused, match="not Running"):
         await agents.clusters[1].admit(migration.uid, PodName(world.namespace, "job", "u"), world.nodes[0], Mode.LIVE)

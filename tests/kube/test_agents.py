@@ -122,7 +122,7 @@ async def test_cancel_reaches_the_engine(world: World) -> None:
     world.controller()
     agents = Agents.of(world)
     half = await agents.begun(await world.migrate())
-    await world.api.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
+    await world.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
     assert (await world.ended()).status.phase == "Cancelled"
     assert half.cancelled
 
@@ -238,7 +238,7 @@ async def test_the_arbiters_verdict_reaches_the_engine(world: World) -> None:
     agents.kill(1)
     source.enter(SourcePhase.LOST)
     fence = [{"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute", "value": "nodeshutdown"}]
-    await world.api.patch(NODES, world.nodes[1], {"spec": {"taints": fence}})
+    await world.patch(NODES, world.nodes[1], {"spec": {"taints": fence}})
     ended = await world.ended()
     assert (source.resolved, ended.status.arbiter, ended.status.phase) == ("source", "source", "RolledBack")
 
@@ -286,7 +286,7 @@ async def test_hand_over_and_give_back_end_where_the_migration_is_gone(world: Wo
 
     world.tasks.start_soon(ask, agents.clusters[0].hand_over, "over")
     await world.reached(lambda one: one.status.holds("Resumed"))
-    await world.api.patch(MIGRATIONS, "move", {"metadata": {"finalizers": None}}, world.namespace)
+    await world.patch(MIGRATIONS, "move", {"metadata": {"finalizers": None}}, world.namespace)
     await world.api.delete(MIGRATIONS, "move", world.namespace)
 
     async def over() -> bool:
@@ -481,7 +481,7 @@ async def test_a_migration_of_a_newer_version_is_left_alone_and_others_move(worl
     body = {"metadata": {"name": "newer"}, "spec": {"podName": "other", "mode": "teleport"}}
     await world.api.create(MIGRATIONS, body, world.namespace)
     status = {"phase": "Beaming", "sourceNode": world.nodes[0], "targetNode": world.nodes[1]}
-    await world.api.patch(MIGRATIONS, "newer", {"status": status}, world.namespace, part="status")
+    await world.patch(MIGRATIONS, "newer", {"status": status}, world.namespace, part="status")
     world.controller()
     agents = Agents.of(world)
     migration = await world.migrate()
@@ -508,7 +508,7 @@ async def test_a_node_that_is_replaced_under_its_name_is_found(world: World, mon
     here, other = agents.clusters[0], world.nodes[1]
     assert here.address(other) == f"10.1.0.{ord('b')}:7400"
     new = {"status": {"addresses": [{"type": "InternalIP", "address": "10.1.0.77"}]}}
-    await world.api.patch(NODES, other, new, part="status")
+    await world.patch(NODES, other, new, part="status")
 
     async def found() -> bool:
         return here.address(other) == "10.1.0.77:7400"

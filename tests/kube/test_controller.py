@@ -124,7 +124,7 @@ async def test_a_sources_node_that_is_lost_before_the_job_has_its_memory_takes_t
 ) -> None:
     await handed_over(world, source, "fill", mode="postcopy")
     fence = [{"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute", "value": "nodeshutdown"}]
-    await world.api.patch(NODES, world.nodes[0], {"spec": {"taints": fence}})
+    await world.patch(NODES, world.nodes[0], {"spec": {"taints": fence}})
     migration = await world.ended()
     assert (migration.status.phase, said(migration, "Failed")) == ("Failed", ("True", "SourceNodeLost"))
 
@@ -192,7 +192,7 @@ async def test_a_source_that_its_owner_does_not_let_go_is_taken_from_it(world: W
     owner = await world.api.create(JOBS, {"metadata": {"name": "train"}, "spec": {}}, world.namespace)
     reference = {"apiVersion": JOBS.api, "kind": JOBS.kind, "name": "train", "uid": owner["metadata"]["uid"]}
     about = {"ownerReferences": [{**reference, "controller": True}], "finalizers": ["batch.kubernetes.io/job-tracking"]}
-    source = await world.api.patch(PODS, "train", {"metadata": about}, world.namespace)
+    source = await world.patch(PODS, "train", {"metadata": about}, world.namespace)
     world.controller(replace(QUICK, release=0.5))
     await world.migrate()
     await world.agents_move()
@@ -282,7 +282,7 @@ async def test_a_pod_whose_claim_is_gone_is_refused(world: World) -> None:
 
 async def test_a_pod_that_its_own_rules_tie_to_its_node_is_refused_at_once(world: World) -> None:
     host = "kubernetes.io/hostname"
-    await world.api.patch(NODES, world.nodes[0], {"metadata": {"labels": {host: "here"}}})
+    await world.patch(NODES, world.nodes[0], {"metadata": {"labels": {host: "here"}}})
     await world.pod(nodeSelector={host: "here"})
     world.controller(replace(QUICK, scheduling=1000.0))
     await world.migrate()
@@ -295,7 +295,7 @@ async def test_a_pod_that_its_own_rules_tie_to_its_node_is_refused_at_once(world
 
 @pytest.mark.parametrize("whose", ["pod", "migration"])
 async def test_a_named_node_that_the_rules_do_not_allow_is_refused_at_once(world: World, whose: str) -> None:
-    await world.api.patch(NODES, world.nodes[0], {"metadata": {"labels": {"disk": "fast"}}})
+    await world.patch(NODES, world.nodes[0], {"metadata": {"labels": {"disk": "fast"}}})
     await world.pod(**({"nodeSelector": {"disk": "fast"}} if whose == "pod" else {}))
     world.controller(replace(QUICK, scheduling=1000.0))
     asked = {"nodeSelector": {"disk": "fast"}} if whose == "migration" else {}
@@ -328,7 +328,7 @@ async def test_it_goes_at_once_where_it_is_asked_to_however_it_ended(world: Worl
     await world.ended("kept")
     await anyio.sleep(1.0)
     assert not await gone(world, "kept"), "it stays unless somebody asks for it to go"
-    await world.api.patch(MIGRATIONS, "kept", {"spec": {"ttlSecondsAfterFinished": 0}}, world.namespace)
+    await world.patch(MIGRATIONS, "kept", {"spec": {"ttlSecondsAfterFinished": 0}}, world.namespace)
     await world.until(partial(gone, world, "kept"))
 
 
@@ -337,7 +337,7 @@ async def test_its_time_may_be_prolonged_as_long_as_it_is_there(world: World) ->
     world.controller()
     await world.migrate(ttlSecondsAfterFinished=3)
     await world.ended()
-    await world.api.patch(MIGRATIONS, "move", {"spec": {"ttlSecondsAfterFinished": 1000}}, world.namespace)
+    await world.patch(MIGRATIONS, "move", {"spec": {"ttlSecondsAfterFinished": 1000}}, world.namespace)
     await anyio.sleep(4.0)
     assert not await gone(world)
 
@@ -397,7 +397,7 @@ async def cancelled(world: World, how: str) -> None:
     if how == "deleted":
         await world.api.delete(MIGRATIONS, "move", world.namespace)
     else:
-        await world.api.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
+        await world.patch(MIGRATIONS, "move", {"spec": {"cancel": True}}, world.namespace)
 
 
 @pytest.mark.parametrize("how", ["field", "deleted"])
@@ -547,7 +547,7 @@ async def test_the_targets_node_is_lost_before_go(world: World) -> None:
     await world.migrate()
     await world.agents_poise()
     lost = {"status": {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]}}
-    await world.api.patch(NODES, world.nodes[1], lost, part="status")
+    await world.patch(NODES, world.nodes[1], lost, part="status")
     asked = await world.reached(lambda one: one.status.abort is not None)
     assert asked.status.abort is not None
     assert asked.status.abort.reason == "TargetNodeLost"
@@ -571,7 +571,7 @@ async def test_nodes_that_lost_each_other_after_go_are_arbitrated_once_one_is_go
     await anyio.sleep(2.5)
     assert (await world.get()).status.arbiter is None, "a node that may still run the job decides nothing"
     fence = [{"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute", "value": "nodeshutdown"}]
-    await world.api.patch(NODES, world.nodes[1], {"spec": {"taints": fence}})
+    await world.patch(NODES, world.nodes[1], {"spec": {"taints": fence}})
     decided = await world.reached(lambda one: one.status.arbiter is not None)
     assert decided.status.arbiter == "source"
     await world.agents_end("rolled-back", message="a person decided")

@@ -93,7 +93,7 @@ async def test_a_priority_goes_first(drained: World) -> None:
     for name in ("first", "second"):
         await world.pod(name)
     urgent = {"metadata": {"annotations": {PRIORITY_ANNOTATION: "7"}}}
-    await world.api.patch(PODS, "second", urgent, world.namespace)
+    await world.patch(PODS, "second", urgent, world.namespace)
     world.controller()
     await ask(world, parallel=1)
 
@@ -159,12 +159,12 @@ async def test_a_drain_is_stopped_and_resumed(drained: World) -> None:
         return bool(await under_way(world))
 
     await world.until(begun)
-    await world.api.patch(NODE_DRAINS, node, {"spec": {"stop": True}})
+    await world.patch(NODE_DRAINS, node, {"spec": {"stop": True}})
     (first,) = await under_way(world)
     await world.agents_move(first.name)
     stopped = await reached(world, lambda one: one.status.phase == "Stopped")
     assert (stopped.status.moved, stopped.status.left) == (1, 1)
-    await world.api.patch(NODE_DRAINS, node, {"spec": {"stop": False}})
+    await world.patch(NODE_DRAINS, node, {"spec": {"stop": False}})
     world.tasks.start_soon(agents, world, {first.name})
     assert (await reached(world, lambda one: one.ended)).status.moved == 2
 

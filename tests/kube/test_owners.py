@@ -213,7 +213,7 @@ async def test_a_job_that_is_suspended_during_the_move_gets_its_way(world: World
     (pod,) = await running(world, 1)
     await world.migrate(pod["metadata"]["name"])
     await world.agents_poise()
-    await world.api.patch(JOBS, "train", {"spec": {"suspend": True}}, world.namespace)
+    await world.patch(JOBS, "train", {"spec": {"suspend": True}}, world.namespace)
     asked = await world.reached(lambda one: one.status.abort is not None)
     assert asked.status.abort is not None
     assert asked.status.abort.reason in ("JobSuspended", "PodDeleted")
@@ -260,7 +260,7 @@ async def test_a_rollout_in_the_middle_wins(world: World) -> None:
     await world.migrate(pod["metadata"]["name"])
     await world.agents_poise()
     newer = {"spec": {"template": {"metadata": {"labels": {"rollout": "two"}}}}}
-    await world.api.patch(DEPLOYMENTS, "serve", newer, world.namespace)
+    await world.patch(DEPLOYMENTS, "serve", newer, world.namespace)
     asked = await world.reached(lambda one: one.status.abort is not None)
     assert asked.status.abort is not None
     assert asked.status.abort.reason == "PodDeleted"
@@ -276,7 +276,7 @@ async def test_a_rollout_after_the_move_replaces_the_moved_pod(world: World) -> 
     (pod,) = await running(world, 1)
     await move(world, pod, "move")
     newer = {"spec": {"template": {"metadata": {"labels": {"rollout": "two"}}}}}
-    await world.api.patch(DEPLOYMENTS, "serve", newer, world.namespace)
+    await world.patch(DEPLOYMENTS, "serve", newer, world.namespace)
 
     async def replaced() -> bool:
         pods = (await world.api.list(PODS, world.namespace))[0]
@@ -418,7 +418,7 @@ async def test_an_owner_that_removes_the_source_just_when_it_leaves(
     await world.agents_part()
     moved = await owned_pod(world, await world.ended())
     if kind == "job":
-        await world.api.patch(JOBS, "train", {"spec": {"parallelism": 2}}, world.namespace)
+        await world.patch(JOBS, "train", {"spec": {"parallelism": 2}}, world.namespace)
     else:
         await world.api.delete(PODS, moved["metadata"]["name"], world.namespace)
 

@@ -224,7 +224,7 @@ async def test_an_agent_writes_into_its_own_migrations_and_only_what_is_its_to_s
             await world.api.delete(NODES, f"{world.namespace}-c")
         for forbidden in (
             source.delete(PODS, "train", world.namespace),
-            source.patch(PODS, "train", {"metadata": {"labels": {"x": "y"}}}, world.namespace),
+            source.patch(PODS, "train", {"metadata": {"labels": {"x": "y"}}}, world.namespace, uid=None),
             source.get(Kind("v1", "Secret", "secrets"), "podferry-ca", SYSTEM),
         ):
             with pytest.raises(Forbidden):
@@ -302,7 +302,7 @@ async def test_a_drain_is_within_the_controllers_rights_and_of_a_node_it_changes
             {"spec": {"unschedulable": None}},
         ):
             with pytest.raises(Forbidden, match="the controller"):
-                await controller.patch(NODES, node, change)
+                await controller.patch(NODES, node, change, uid=None)
 
 
 async def only_trainer(world: World) -> Json:
@@ -324,7 +324,7 @@ async def test_an_owner_that_podferry_does_not_know_keeps_the_pod_but_its_deleti
     made = await world.api.create(CONFIGMAPS, {"metadata": {"name": "group"}}, world.namespace)
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "group", "uid": made["metadata"]["uid"]}
     await world.pod(labels={"app": "train"})
-    await world.api.patch(
+    await world.patch(
         PODS, "train", {"metadata": {"ownerReferences": [{**owner, "blockOwnerDeletion": True}]}}, world.namespace
     )
     async with the_controller(world, control_plane):
@@ -381,13 +381,15 @@ async def test_nobody_but_the_controller_writes_podferrys_words_on_pods(world: W
 
         async def may_write() -> bool:
             try:
-                await tenant.patch(PODS, "mine", {"metadata": {"annotations": {"x": "y"}}}, world.namespace)
+                change = {"metadata": {"annotations": {"x": "y"}}}
+                await tenant.patch(PODS, "mine", change, world.namespace, uid=None)
             except Forbidden:
                 return False
             return True
 
         await world.until(may_write)
-        await tenant.patch(PODS, "mine", {"metadata": {"annotations": {"podferry.dev/priority": "3"}}}, world.namespace)
+        wish = {"metadata": {"annotations": {"podferry.dev/priority": "3"}}}
+        await tenant.patch(PODS, "mine", wish, world.namespace, uid=None)
         for about in (
             {"annotations": {"podferry.dev/origin": "../../victim/pods/db-0?x="}},
             {"annotations": {"podferry.dev/handed-over": "uid"}},
@@ -397,7 +399,7 @@ async def test_nobody_but_the_controller_writes_podferrys_words_on_pods(world: W
 
             async def refused(about: Json = about) -> bool:
                 try:
-                    await tenant.patch(PODS, "mine", {"metadata": about}, world.namespace)
+                    await tenant.patch(PODS, "mine", {"metadata": about}, world.namespace, uid=None)
                 except Forbidden as error:
                     return "podferry's controller's to write" in str(error)
                 return False

@@ -91,14 +91,14 @@ class World:
                 "capacity": room,
                 "allocatable": room,
             }
-            await self.api.patch(NODES, name, {"status": status}, part="status")
+            await self.patch(NODES, name, {"status": status}, part="status")
         if self.fake is None:
             await self.until(self._has_account)
             for name in self.nodes:  # the node lifecycle controller, which would take this off, does not run
                 await self._untaint(name)
 
     async def _untaint(self, name: str) -> None:
-        await self.api.patch(NODES, name, {"spec": {"taints": None}})
+        await self.patch(NODES, name, {"spec": {"taints": None}})
 
     async def _has_account(self) -> bool:
         return await self.api.find(ACCOUNTS, "default", self.namespace) is not None
@@ -109,7 +109,7 @@ class World:
                 with contextlib.suppress(ApiFailed):
                     if one["metadata"].get("finalizers"):
                         about = {"metadata": {"finalizers": None}}
-                        await self.api.patch(kind, one["metadata"]["name"], about, self.namespace)
+                        await self.patch(kind, one["metadata"]["name"], about, self.namespace)
                     await self.api.delete(kind, one["metadata"]["name"], self.namespace, grace=0)
         for kind, name in self.also:
             await self.api.delete(kind, name)
@@ -175,6 +175,10 @@ class World:
     async def set(self, change: store.Change, name: str = "move") -> Migration:
         """What an agent does: change the status."""
         return await store.change(self.api, await self.get(name), change)
+
+    async def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, part: str = "") -> Json:
+        """What a user or a kubelet changes, of whatever has the name."""
+        return await self.api.patch(kind, name, patch, namespace, uid=None, part=part)
 
     async def until(self, holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE) -> None:
         """Wait until it holds; where it does not, say how everything looks."""
@@ -290,7 +294,7 @@ class World:
             for type in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
         ]
         status = {"phase": phase, "conditions": conditions, "containerStatuses": states, "startTime": now}
-        await self.api.patch(PODS, pod["metadata"]["name"], {"status": status}, self.namespace, part="status")
+        await self.patch(PODS, pod["metadata"]["name"], {"status": status}, self.namespace, part="status")
 
     async def finish(self, name: str, code: int = 0) -> None:
         """The pod's containers end."""
@@ -307,7 +311,7 @@ class World:
             node = self._fitting(pod["spec"])
             with contextlib.suppress(Conflict, NotFound):
                 if node:
-                    await self.api.patch(PODS, pod["metadata"]["name"], {"spec": {"nodeName": node}}, self.namespace)
+                    await self.patch(PODS, pod["metadata"]["name"], {"spec": {"nodeName": node}}, self.namespace)
                 else:
                     why = {
                         "type": "PodScheduled",
@@ -317,7 +321,7 @@ class World:
                     }
                     if why not in (pod["status"].get("conditions") or []):
                         patch = {"status": {"conditions": [why]}}
-                        await self.api.patch(PODS, pod["metadata"]["name"], patch, self.namespace, part="status")
+                        await self.patch(PODS, pod["metadata"]["name"], patch, self.namespace, part="status")
 
     def _fitting(self, spec: Json) -> str | None:
         required = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]

@@ -120,18 +120,25 @@ def test_a_runtime_class_of_another_name_counts_by_its_handler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "found"),
+    ("kind", "api", "found"),
     [
-        ("ReplicaSet", []),
-        ("StatefulSet", ["StatefulSet"]),
-        ("DaemonSet", ["DaemonSet"]),
-        ("Node", ["StaticPod"]),
-        ("TFJob", ["UnknownOwner"]),
-        ("Job", ["OwnerGone"]),
+        ("ReplicaSet", "apps/v1", []),
+        ("StatefulSet", "apps/v1", ["StatefulSet"]),
+        ("DaemonSet", "apps/v1", ["DaemonSet"]),
+        ("Node", "v1", ["StaticPod"]),
+        ("Job", "batch/v1", ["OwnerGone"]),
+        ("Job", "batch/v2", ["OwnerGone"]),
+        ("TFJob", "kubeflow.org/v1", ["UnknownOwner"]),
+        ("Job", "batch.volcano.sh/v1alpha1", ["UnknownOwner"]),
+        ("ReplicaSet", "apps.example.com/v1", ["UnknownOwner"]),
+        ("ReplicaSet", "v1", ["UnknownOwner"]),
+        ("DaemonSet", "apps.kruise.io/v1alpha1", ["UnknownOwner"]),
+        ("Node", "storage.example.com/v1", ["UnknownOwner"]),
+        ("Job", "", ["UnknownOwner"]),
     ],
 )
-def test_owners(kind: str, found: list[str]) -> None:
-    assert reasons(owned(kind)) == found
+def test_owners_are_known_by_group_and_kind(kind: str, api: str, found: list[str]) -> None:
+    assert reasons(owned(kind, api)) == found
 
 
 @pytest.mark.parametrize(

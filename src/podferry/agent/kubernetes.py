@@ -30,6 +30,7 @@ from podferry.kube.errors import NotFound, NotServed, transient
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     HANDED_OVER,
+    TARGET_CREATED,
     TARGET_REQUESTED,
     Ending,
     EnginePhases,
@@ -189,7 +190,7 @@ class Kubernetes:
             return True
 
         await self._known.change(id, asked)
-        made = await self._known.once(id, lambda one: bool(one.status.target_pod or one.status.abort or one.ended))
+        made = await self._known.once(id, lambda one: _is_made(one) or bool(one.status.abort) or one.ended)
         if made.status.target_pod is None:
             end = made.status.abort or made.status.ending
             raise Failed(
@@ -224,6 +225,11 @@ class Kubernetes:
             except PodferryError as error:
                 self._log.warning("the hand-over waits", migration=id, error=str(error))
                 await anyio.sleep(RETRY)
+
+
+def _is_made(migration: Migration) -> bool:
+    """The target pod is there, with all that it has to have before the job runs in it."""
+    return migration.status.target_pod is not None and migration.status.holds(TARGET_CREATED)
 
 
 def _is_over(migration: Migration) -> bool:

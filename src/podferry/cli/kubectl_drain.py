@@ -20,7 +20,7 @@ from podferry.core.drain import DrainedPod, DrainPhase, Limits, PodState, plan
 from podferry.errors import Refused, UsageError
 from podferry.kube.client import NODE_DRAINS, NODES, PODS, Api
 from podferry.kube.drain import NodeDrain, PodDrain
-from podferry.kube.errors import NotFound
+from podferry.kube.errors import Conflict, NotFound
 from podferry.kube.watch import follow
 
 Json = dict[str, Any]
@@ -48,7 +48,7 @@ async def begin(where: Where, node: str, spec: Json) -> NodeDrain:
         found = await api.find(NODE_DRAINS, node)
         if found is not None and not NodeDrain.from_json(found).ended:
             changes = {name: value for name, value in spec.items() if name != "mode"}
-            return NodeDrain.from_json(await api.patch(NODE_DRAINS, node, {"spec": {**changes, "stop": False}}))
+            return await _change(api, found, {**changes, "stop": False})
         if found is not None:
             await api.delete(NODE_DRAINS, node, uid=found["metadata"]["uid"])
         try:
@@ -67,7 +67,19 @@ async def stop(where: Where, node: str) -> NodeDrain:
         found = await api.find(NODE_DRAINS, node)
         if found is None or NodeDrain.from_json(found).ended:
             raise UsageError(f"node {node} is not being drained", remedy="kubectl get nodedrains")
-        return NodeDrain.from_json(await api.patch(NODE_DRAINS, node, {"spec": {"stop": True}}))
+        return await _change(api, found, {"stop": True})
+
+
+async def _change(api: Api, found: Json, spec: Json) -> NodeDrain:
+    """This very drain: another one may have its name by now, which somebody asked for otherwise."""
+    about = found["metadata"]
+    try:
+        changed = await api.patch(NODE_DRAINS, about["name"], {"spec": spec}, uid=about["uid"])
+    except (Conflict, NotFound) as gone:
+        raise UsageError(
+            f"the drain of {about['name']} was deleted just now", remedy="see kubectl get nodedrains, and try again"
+        ) from gone
+    return NodeDrain.from_json(changed)
 
 
 async def to_the_end(where: Where, drain: NodeDrain, *, json: bool) -> NodeDrain:

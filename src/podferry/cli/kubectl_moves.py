@@ -21,7 +21,7 @@ from podferry.controller.eligibility import obstacles as find_obstacles
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, Kind
-from podferry.kube.errors import ApiFailed, NotFound, NotServed
+from podferry.kube.errors import ApiFailed, Conflict, NotFound, NotServed
 from podferry.kube.migration import Migration, seconds
 from podferry.kube.watch import follow
 
@@ -163,7 +163,12 @@ async def cancel_and_wait(where: Where, name: str) -> Migration:
 
 
 async def _cancel(api: Api, migration: Migration) -> None:
-    await api.patch(MIGRATIONS, migration.name, {"spec": {"cancel": True}}, migration.namespace)
+    try:
+        await api.patch(MIGRATIONS, migration.name, {"spec": {"cancel": True}}, migration.namespace, uid=migration.uid)
+    except (Conflict, NotFound) as gone:
+        raise UsageError(
+            f"{migration.name} was deleted", why="what has its name now is another Migration, or none"
+        ) from gone
 
 
 async def _changes(api: Api, migration: Migration) -> AsyncIterator[Migration]:

@@ -93,8 +93,9 @@ class Books:
     async def release(self, pod: Json | None) -> None:
         """The pod is an ordinary one again."""
         if pod is not None and UID_LABEL in (pod["metadata"].get("labels") or {}):
+            about = pod["metadata"]
             with contextlib.suppress(NotFound):
-                await self._api.patch(PODS, pod["metadata"]["name"], pods.unclaim(pod), pod["metadata"]["namespace"])
+                await self._api.patch(PODS, about["name"], pods.unclaim(pod), about["namespace"], uid=about["uid"])
 
     # What is said.
 
@@ -187,7 +188,9 @@ class Books:
     async def _finalizers(self, migration: Migration, wanted: list[str]) -> None:
         about = {"resourceVersion": migration.metadata["resourceVersion"], "finalizers": wanted}
         with contextlib.suppress(NotFound):
-            await self._api.patch(MIGRATIONS, migration.name, {"metadata": about}, migration.namespace)
+            await self._api.patch(
+                MIGRATIONS, migration.name, {"metadata": about}, migration.namespace, uid=migration.uid
+            )
 
 
 def _end(migration: Migration, end: Ending) -> None:

@@ -106,8 +106,9 @@ class Drains:
 
     async def _cordon(self, drain: NodeDrain, node: Json) -> None:
         if not node["spec"].get("unschedulable"):
-            about = {"resourceVersion": node["metadata"]["resourceVersion"], "uid": node["metadata"]["uid"]}
-            await self._api.patch(NODES, drain.name, {"metadata": about, "spec": {"unschedulable": True}})
+            about = {"resourceVersion": node["metadata"]["resourceVersion"]}
+            cordon = {"metadata": about, "spec": {"unschedulable": True}}
+            await self._api.patch(NODES, drain.name, cordon, uid=node["metadata"]["uid"])
             self._log.info("cordoned", node=drain.name)
         drain.status.say("Cordoned", True, "Unschedulable", f"kubectl uncordon {drain.name} undoes it")
 
@@ -205,7 +206,7 @@ def has_to_leave(pod: Json) -> bool:
     owner = eligibility.controller_of(pod)
     return not (
         MIRROR in (about.get("annotations") or {})
-        or (owner is not None and owner["kind"] in STAYING_OWNERS)
+        or (owner is not None and eligibility.kind_of_owner(owner) in STAYING_OWNERS)
         or (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
     )
 

@@ -60,6 +60,22 @@ def controller_of(pod: Json) -> Json | None:
     return next((one for one in pod["metadata"].get("ownerReferences") or [] if one.get("controller")), None)
 
 
+KNOWN_OWNERS: Mapping[tuple[str, str], str] = {
+    ("batch", "Job"): "Job",
+    ("apps", "ReplicaSet"): "ReplicaSet",
+    ("apps", "StatefulSet"): "StatefulSet",
+    ("apps", "DaemonSet"): "DaemonSet",
+    ("", "Node"): "Node",
+}
+"""By API group and kind: other groups have kinds of the same names (Volcano's Job, OpenKruise's StatefulSet and DaemonSet)."""
+
+
+def kind_of_owner(reference: Json) -> str | None:
+    """Which of Kubernetes' own kinds an owner reference names; None where it is none that podferry knows."""
+    group, _, version = str(reference.get("apiVersion") or "").rpartition("/")
+    return KNOWN_OWNERS.get((group, str(reference["kind"]))) if version else None
+
+
 def containers(pod: Json) -> list[Json]:
     """The containers that run as long as the pod does: sidecars and the main ones."""
     sidecars = [one for one in pod["spec"].get("initContainers") or [] if one.get("restartPolicy") == "Always"]
@@ -146,7 +162,7 @@ def _owner(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     if reference is None:
         return
     name = f"{reference['kind']} {reference['name']}"
-    match reference["kind"]:
+    match kind_of_owner(reference):
         case "Job":
             yield from _job(name, around.owner)
         case "ReplicaSet":

@@ -112,8 +112,10 @@ class HandOver:
             source["metadata"]["name"],
             pods.not_ready(source, timestamp()),
             source["metadata"]["namespace"],
+            uid=source["metadata"]["uid"],
             part="status",
         )
 
     async def _patch(self, pod: Json, patch: Json) -> Json:
-        return await self._api.patch(PODS, pod["metadata"]["name"], patch, pod["metadata"]["namespace"])
+        about = pod["metadata"]
+        return await self._api.patch(PODS, about["name"], patch, about["namespace"], uid=about["uid"])

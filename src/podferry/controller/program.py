@@ -42,6 +42,7 @@ class Controller:
         self._reconciler = Reconciler(api, settings)
         self._drainer = Drains(api, Limits(cluster=settings.parallel))
         self._of_uid: dict[str, Key] = {}
+        self._drain_of_uid: dict[str, str] = {}
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -58,7 +59,7 @@ class Controller:
     async def _migrations(self, queue: Queues[Key], drains: Queues[str]) -> None:
         async for what, one in follow(self._api, MIGRATIONS):
             about = one["metadata"]
-            if (drain := _drain_of(one)) is not None and "completionTime" in (one.get("status") or {}):
+            if (drain := self._drain_of(one)) is not None and "completionTime" in (one.get("status") or {}):
                 drains.put(drain)
             key = about["namespace"], about["name"]
             if what == "DELETED":
@@ -69,8 +70,19 @@ class Controller:
 
     async def _drains(self, queue: Queues[str]) -> None:
         async for what, one in follow(self._api, NODE_DRAINS):
-            if what != "DELETED":
-                queue.put(one["metadata"]["name"])
+            about = one["metadata"]
+            if what == "DELETED":
+                self._drain_of_uid.pop(about["uid"], None)
+            else:
+                self._drain_of_uid[about["uid"]] = about["name"]
+                queue.put(about["name"])
+
+    def _drain_of(self, migration: Json) -> str | None:
+        """The NodeDrain that made the Migration. Whoever may write Migrations can write any owner's name into one, so the owner is
+        known by its uid.
+        """
+        owners = migration["metadata"].get("ownerReferences") or []
+        return next((self._drain_of_uid[one["uid"]] for one in owners if one["uid"] in self._drain_of_uid), None)
 
     async def _pods(self, queue: Queues[Key]) -> None:
         async for _, pod in follow(self._api, PODS, labels={UID_LABEL: None}):
@@ -82,12 +94,6 @@ class Controller:
         async for what, one in follow(self._api, SIGNING_REQUESTS, fields={"spec.signerName": SIGNER}):
             if what != "DELETED":
                 queue.put(one["metadata"]["name"])
-
-
-def _drain_of(migration: Json) -> str | None:
-    """The NodeDrain that made the Migration."""
-    owners = migration["metadata"].get("ownerReferences") or []
-    return next((str(one["name"]) for one in owners if one["kind"] == NODE_DRAINS.kind), None)
 
 
 def main() -> None:

@@ -37,12 +37,13 @@ from podferry.kube.migration import (
     PodReference,
     timestamp,
 )
-from podferry.kube.paths import is_subdomain
+from podferry.kube.paths import NameRefused, is_subdomain
 from podferry.model import Outcome
 
 E, P = MigrationEvent, MigrationPhase
 
 LOOK_AGAIN = 2.0
+REMADE_IN = 0.5
 SPENT = frozenset({SourcePhase.COMMIT, SourcePhase.DRAIN, SourcePhase.COMPLETED})
 """The source's phases in which the target has all that it needs of it: before, in post-copy, its memory is still being fetched."""
 DEADLINE_SLACK = 30.0
@@ -90,9 +91,25 @@ class Reconciler:
                 return None
             if migration.status.phase in MIGRATION_ENDS:
                 return await self._books.close(migration)
-            return await self._steps[migration.status.phase](migration)
+            try:
+                return await self._steps[migration.status.phase](migration)
+            except NameRefused as wrong:
+                return await self._misnamed(migration, wrong)
         except Conflict:
             return 0.0  # somebody was faster; look again
+
+    async def _misnamed(self, migration: Migration, wrong: NameRefused) -> float:
+        """Something that the Migration depends on has a name that no object can have: no later try finds it."""
+        end = troubles.ending(Outcome.FAILED, "NameInvalid", str(wrong), remedy=wrong.remedy, code=wrong.code)
+        match migration.status.phase:
+            case P.PENDING:
+                return await self._refuse(migration, "NameInvalid", [wrong])
+            case P.RUNNING:
+                return await self._abort(migration, end, await self._books.source(migration))
+            case P.SCHEDULING:
+                return await self._undo(migration, end)
+            case _:  # the job has moved already or everything goes back: what was begun is tried to the end
+                raise wrong
 
     # Pending: may it move?
 
@@ -113,7 +130,8 @@ class Reconciler:
             return await self._refuse(migration, wrong.reason, [wrong])
         if not troubles.claims(source, migration):
             claim = pods.claim(source, migration)
-            source = await self._api.patch(PODS, migration.spec.pod_name, claim, migration.namespace)
+            uid = source["metadata"]["uid"]
+            source = await self._api.patch(PODS, migration.spec.pod_name, claim, migration.namespace, uid=uid)
         owner = eligibility.controller_of(source)
 
         def taken_up(now: Migration) -> None:
@@ -209,9 +227,9 @@ class Reconciler:
             trouble = troubles.of_target_node(node, status.target_node)
         if trouble is not None:
             return await self._abort(migration, trouble, source)
-        if status.holds(TARGET_REQUESTED) and status.target_pod is None:
+        if status.holds(TARGET_REQUESTED) and not status.holds(TARGET_CREATED):
             assert source is not None
-            return await self._make_target(migration, source)
+            return await (self._dress(migration, source, target) if target else self._make_target(migration, source))
         return LOOK_AGAIN
 
     async def _starting(self, migration: Migration, target: Json | None) -> Ending | None:
@@ -234,7 +252,12 @@ class Reconciler:
         except AlreadyExists:
             target = await self._api.get(PODS, body["metadata"]["name"], migration.namespace)
             if not pods.as_made(target, body):
-                return await self._abort(migration, troubles.of_taken_name(body, "the target pod"), source)
+                if not pods.made_by(target, migration):
+                    return await self._abort(migration, troubles.of_taken_name(body, "the target pod"), source)
+                # An earlier try of ours that admission has added to, or somebody's pod that names us as its owner: nothing tells
+                # the two apart. It is the Migration's to remove, and not to adopt.
+                await self._remove(migration, [target])
+                return REMADE_IN
         except ApiFailed as refused:
             if transient(refused) and "webhook" not in refused.why:
                 raise
@@ -242,11 +265,20 @@ class Reconciler:
             await self._books.say(migration, TARGET_CREATED, False, trouble.reason, trouble.message)
             return await self._abort(migration, trouble, source)
 
+        def noted(now: Migration) -> bool:
+            now.status.target_pod = PodReference(name=target["metadata"]["name"], uid=target["metadata"]["uid"])
+            return now.status.phase is P.RUNNING
+
+        # Its uid before all else: by that it is ours, whatever admission and a restart of this controller come between.
+        return await self._dress(await store.change(self._api, migration, noted), source, target)
+
+    async def _dress(self, migration: Migration, source: Json, target: Json) -> float:
+        """The target gets the source's labels, and the agents hear of it only then."""
         if (labels := pods.wear_labels(source, target)) is not None:
-            target = await self._api.patch(PODS, target["metadata"]["name"], labels, migration.namespace)
+            about = target["metadata"]
+            target = await self._api.patch(PODS, about["name"], labels, migration.namespace, uid=about["uid"])
 
         def made(now: Migration) -> bool:
-            now.status.target_pod = PodReference(name=target["metadata"]["name"], uid=target["metadata"]["uid"])
             now.status.say(TARGET_CREATED, True, "PodCreated", target["metadata"]["name"])
             return now.status.phase is P.RUNNING
 
@@ -370,7 +402,7 @@ class Reconciler:
             about = one["metadata"]
             deleted = about.get("deletionTimestamp")
             late = deleted is not None and troubles.age(deleted, clock()) > self._settings.removal
-            force = late or about["labels"][ROLE_LABEL] == pods.PLACEHOLDER
+            force = late or (about.get("labels") or {}).get(ROLE_LABEL) == pods.PLACEHOLDER
             if deleted is None or late:
                 await self._api.delete(
                     PODS, about["name"], migration.namespace, uid=about["uid"], grace=0 if force else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from podferry.controller import placement, troubles
-from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of
+from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of, kind_of_owner
 from podferry.kube.client import (
     CLAIMS,
     EVENTS,
@@ -21,6 +21,7 @@ from podferry.kube.client import (
 )
 from podferry.kube.errors import Forbidden
 from podferry.kube.migration import Ending, Migration
+from podferry.kube.paths import NameRefused
 from podferry.model import Outcome
 
 Json = dict[str, Any]
@@ -54,7 +55,7 @@ class Surveyor:
             for volume in spec.get("volumes") or []
             if "persistentVolumeClaim" in volume
         ]
-        claims = {name: claim for name in wanted if (claim := await self._api.find(CLAIMS, name, namespace))}
+        claims = {name: claim for name in wanted if (claim := await self._find(CLAIMS, name, namespace))}
         name = spec.get("runtimeClassName")
         others, _ = await self._api.list(MIGRATIONS, namespace)
         return Surroundings(
@@ -68,16 +69,26 @@ class Surveyor:
     async def _of_cluster(self, kind: Kind, name: str) -> Json | None:
         """What belongs to no namespace; who may read one namespace alone does without."""
         try:
-            return await self._api.find(kind, name)
+            return await self._find(kind, name)
         except Forbidden:
+            return None
+
+    async def _find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+        """An object that the pod names. The API server does not check all names in a pod (an owner's, a claim's): one that no
+        object can have is that of an object which is not there.
+        """
+        try:
+            return await self._api.find(kind, name, namespace)
+        except NameRefused:
             return None
 
     async def owner(self, pod: Json) -> Json | None:
         """The pod's controller, where it is of a kind whose wishes matter to a move and it is still the same one."""
         reference = controller_of(pod)
-        if reference is None or reference["kind"] not in OWNERS:
+        kind = OWNERS.get(kind_of_owner(reference) or "") if reference is not None else None
+        if reference is None or kind is None:
             return None
-        found = await self._api.find(OWNERS[reference["kind"]], reference["name"], pod["metadata"]["namespace"])
+        found = await self._find(kind, reference["name"], pod["metadata"]["namespace"])
         return found if found is not None and found["metadata"]["uid"] == reference["uid"] else None
 
     async def target_node(self, pod: Json, migration: Migration) -> PodUnfit | None:

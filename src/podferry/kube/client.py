@@ -145,12 +145,16 @@ class Api:
             "PUT", kind.path(namespace, name, part), body=whole, what=f"cannot change {_named(kind, name, namespace)}"
         )
 
-    async def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, part: str = "") -> Json:
-        """Change an object or its `part` by a merge patch; None removes a field. A `resourceVersion` in it makes it a
-        compare-and-swap.
+    async def patch(
+        self, kind: Kind, name: str, patch: Json, namespace: str = "", *, uid: str | None, part: str = ""
+    ) -> Json:
+        """Change the object with this `uid` (None: whichever has the name), or its `part`, by a merge patch; None in it removes a
+        field. A `resourceVersion` in it makes it a compare-and-swap. Raises `Conflict` where the name is another object's by now.
         """
         headers = {"Content-Type": MERGE}
         what = f"cannot change {_named(kind, name, namespace)}"
+        if uid is not None:
+            patch = {**patch, "metadata": {**(patch.get("metadata") or {}), "uid": uid}}
         return await self._call("PATCH", kind.path(namespace, name, part), body=patch, headers=headers, what=what)
 
     async def delete(

@@ -70,8 +70,11 @@ def of_status(status: int, body: dict[str, Any], what: str) -> ApiFailed:
     kind = {404: NotServed, 403: Forbidden, 410: Expired, 422: ApiFailed}.get(status, ApiFailed)
     if status == 404 and reason == "NotFound" and (body.get("details") or {}).get("name"):
         kind = NotFound  # the API server itself says so, and of which object
+    causes = (body.get("details") or {}).get("causes") or []
     if status == 409:
         kind = AlreadyExists if reason == "AlreadyExists" else Conflict
+    elif status == 422 and any(one.get("field") == "metadata.uid" for one in causes):
+        kind = Conflict  # how the API server says that a patch was meant for another object of the name
     error = kind(what, why=message)
     error.status, error.reason = status, reason
     return error
