@@ -125,7 +125,7 @@ class Movers:
         self.hear(node, "agent", "ready")
 
     def close_gate(self, gate: str) -> Path:
-        """Close a gate of the agents (`podferry.agent.gate`); removing the file opens it."""
+        """Close a gate of the agents (`podferry.engine.gate`); removing the file opens it."""
         for node in NODES:
             (self.root(node) / GATES).mkdir(exist_ok=True)
         path = self.root(A) / GATES / gate

@@ -15,19 +15,19 @@ from typing import Any
 
 import anyio
 
-from podferry.agent.config import load
-from podferry.agent.pod.ports import PodName, PodOrder
 from podferry.agent.service import Agent
-from podferry.agent.source import Order
 from podferry.core.precopy import Policy
+from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.model import Mode
+from podferry.workload.config import load
+from podferry.workload.pod.ports import PodName, PodOrder
 
 LOOK_EVERY = 0.01
 
 
 class Directory:
-    """`podferry.agent.pod.ports.Cluster`."""
+    """`podferry.workload.pod.ports.Cluster`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""An engine of a few lines, in place of the real one: `podferry.agent.pod.ports.Pods`, whose halves do what the test says."""
+"""An engine of a few lines, in place of the real one: `podferry.workload.pod.ports.Pods`, whose halves do what the test says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import anyio
 
 from podferry.agent.kubernetes import Kubernetes
-from podferry.agent.pod.ports import PodCheck, PodMigration, PodName, PodOrder
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Cancelled, PodferryError, Refused
+from podferry.workload.pod.ports import PodCheck, PodMigration, PodName, PodOrder
 
 Json = dict[str, Any]
 

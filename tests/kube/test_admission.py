@@ -10,12 +10,12 @@ import pytest
 
 from podferry.agent import kubernetes
 from podferry.agent.kubernetes import Kubernetes
-from podferry.agent.pod.ports import PodName
 from podferry.core.phases import TargetPhase
 from podferry.errors import Refused
 from podferry.kube.client import MIGRATIONS, NODES
 from podferry.kube.migration import Migration
 from podferry.model import Mode
+from podferry.workload.pod.ports import PodName
 
 from .test_agents import Agents
 from .world import World

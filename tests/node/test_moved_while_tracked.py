@@ -13,12 +13,8 @@ import pytest
 from node_job import Arrival, Job
 from test_feeder_criu import PROCESSES, WILD
 
-from podferry.agent.config import Config
-from podferry.agent.journal import Journal
-from podferry.agent.leaving import Leaving
-from podferry.agent.nodefacts import version
-from podferry.agent.offered import Offered
-from podferry.agent.ports import Change
+from podferry.engine.journal import Journal
+from podferry.engine.ports import Change
 from podferry.memory.criu_images import missing
 from podferry.memory.feeder_status import State, read_status
 from podferry.memory.store import PageStore, Totals
@@ -29,6 +25,10 @@ from podferry.node.containerd import Containerd
 from podferry.node.records import Stdio, upper_dir
 from podferry.node.restored_group import group_to_tell
 from podferry.wire.frames import Pages
+from podferry.workload.config import Config
+from podferry.workload.leaving import Leaving
+from podferry.workload.nodefacts import version
+from podferry.workload.offered import Offered
 
 KIND = choose(probe()).kind
 ROUNDS = 4

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from node_job import COUNT, Arrival, Job
 
-from podferry.agent.nodefacts import node_facts
 from podferry.core.facts import NodeFacts
 from podferry.errors import Refused
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
@@ -23,6 +22,7 @@ from podferry.node.jobfacts import ContainerFacts, container_facts
 from podferry.node.process import run, spawn
 from podferry.node.records import Container, Status, upper_dir
 from podferry.node.stdio import drained
+from podferry.workload.nodefacts import node_facts
 
 pytestmark = pytest.mark.node
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from node_job import Arrival, Job
 
-from podferry.agent.nodefacts import version
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.memory.criu_images import PE_LAZY, PE_PRESENT, page_map, tasks
 from podferry.memory.pagemap import tells_guards
@@ -19,6 +18,7 @@ from podferry.node.containerd import Containerd
 from podferry.node.records import Status
 from podferry.node.thin import ThinDump
 from podferry.protos.pagemap_pb2 import MmEntry
+from podferry.workload.nodefacts import version
 
 pytestmark = pytest.mark.node
 

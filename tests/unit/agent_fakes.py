@@ -1,7 +1,7 @@
 """A container on two nodes without any kernel behind it: what a migration does to it, in dictionaries.
 
 `SourceNode` and `TargetNode` are what outlives a killed agent: containerd, CRIU, the cgroup, the page feeder. `FakeLeaving`,
-`FakeRemains` and `FakeArriving` fulfil the ports of `podferry.agent.ports` on them. The job writes whenever anything happens
+`FakeRemains` and `FakeArriving` fulfil the ports of `podferry.engine.ports` on them. The job writes whenever anything happens
 while it executes, so that whatever the engine forgets to send is seen at the end.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 import anyio
 import xxhash
 
-from podferry.agent.journal import Journal
-from podferry.agent.ports import IMAGES, LOG, UPPER, Change, OriginalGone
+from podferry.engine.journal import Journal
+from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError
 from podferry.memory.feeder_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
@@ -290,7 +290,7 @@ class FakeLeaving(FakeRemains):
 
 
 class FakeOwed:
-    """`podferry.agent.owed.Owed` without processes behind it."""
+    """`podferry.workload.owed.Owed` without processes behind it."""
 
     def __init__(self, node: SourceNode, runs: Mapping[int, Runs]) -> None:
         self._node, self._all, self._left = node, dict(runs), dict(runs)
@@ -389,7 +389,7 @@ class TargetNode:
 
 
 class FakeRelay:
-    """`podferry.agent.relay.Relay` without a socket."""
+    """`podferry.workload.relay.Relay` without a socket."""
 
     def __init__(self, node: TargetNode) -> None:
         self._node = node

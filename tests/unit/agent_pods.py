@@ -14,19 +14,19 @@ import pytest
 from agent_fakes import FakeArriving, FakeLeaving, FakeRelay, FakeRemains, Memory, SourceNode, TargetNode
 from agent_rig import RECORD, Guarded, Rig, guarded
 
-from podferry.agent.journal import Part
-from podferry.agent.pod import arriving as arriving_pod
-from podferry.agent.pod import leaving as leaving_pod
-from podferry.agent.pod.arriving import ArrivingPod
-from podferry.agent.pod.leaving import HeldPod, LeavingPod
-from podferry.agent.pod.offered import OfferedPod, PodPart
-from podferry.agent.pod.parts import container_of_space, space_of
-from podferry.agent.pod.ports import PodName
-from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
 from podferry.core.phases import SourcePhase, TargetPhase
+from podferry.engine.journal import Part
+from podferry.engine.ports import ArrivingJob, HeldJob, LeavingJob
 from podferry.memory.feeder_source import Frame
 from podferry.model import Mode
 from podferry.node.records import Container
+from podferry.workload.pod import arriving as arriving_pod
+from podferry.workload.pod import leaving as leaving_pod
+from podferry.workload.pod.arriving import ArrivingPod
+from podferry.workload.pod.leaving import HeldPod, LeavingPod
+from podferry.workload.pod.offered import OfferedPod, PodPart
+from podferry.workload.pod.parts import container_of_space, space_of
+from podferry.workload.pod.ports import PodName
 
 POD = PodName("ns", "job", "uid-source")
 OFFERED = OfferedPod(POD, (PodPart("main", "c0", ()), PodPart("side", "c1", ())), ())
@@ -86,7 +86,7 @@ class SourcePod(Several):
 
 
 class FakePart(FakeArriving):
-    """`podferry.agent.pod.arriving_part.ArrivingPart` on a `TargetNode`."""
+    """`podferry.workload.pod.arriving_part.ArrivingPart` on a `TargetNode`."""
 
     def expect(self, uid: str) -> None:
         self.uid = uid
@@ -113,7 +113,7 @@ class FakePart(FakeArriving):
 
 
 class FakePodRelay:
-    """`podferry.agent.relay.PodRelay` without sockets."""
+    """`podferry.workload.relay.PodRelay` without sockets."""
 
     def __init__(self, parts: list[FakeRelay]) -> None:
         self.parts = parts
@@ -172,7 +172,7 @@ class PodRig(Rig):
         for node in self.target.nodes:  # type: ignore[attr-defined]
             node.crashed = node.marked = False
 
-    # `podferry.agent.pod.ports.Cluster`.
+    # `podferry.workload.pod.ports.Cluster`.
 
     async def target_pod(self, id: str) -> PodName:
         await self.apoint("target", "target_pod", "before")

@@ -30,15 +30,14 @@ import structlog
 from agent_fakes import FakeArriving, FakeLeaving, FakeRemains, Memory, SourceNode, TargetNode, without_zeros
 from anyio.abc import TaskStatus
 
-from podferry.agent import attempt, service
-from podferry.agent.config import Config
-from podferry.agent.journal import JOURNAL, Journal
-from podferry.agent.offered import Offered
-from podferry.agent.ports import ArrivingJob, HeldJob, LeavingJob
-from podferry.agent.source import Order, Source
-from podferry.agent.target import Target
+from podferry.agent import service
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Policy
+from podferry.engine import attempt
+from podferry.engine.journal import JOURNAL, Journal
+from podferry.engine.ports import ArrivingJob, HeldJob, LeavingJob
+from podferry.engine.source import Order, Source
+from podferry.engine.target import Target
 from podferry.errors import Failed, PeerLost, PodferryError, Refused
 from podferry.model import Mode
 from podferry.node.records import Container, Opaque
@@ -46,6 +45,8 @@ from podferry.wire.channel import Channel, Traffic
 from podferry.wire.frames import Data
 from podferry.wire.messages import Message, Offer
 from podferry.wire.session import Role
+from podferry.workload.config import Config
+from podferry.workload.offered import Offered
 
 NAME = "job"
 BOUND = 300.0

@@ -15,8 +15,8 @@ import anyio
 from anyio.from_thread import start_blocking_portal
 
 from podferry.agent.control import Emit, serve
-from podferry.agent.story import Story
 from podferry.core.precopy import Round
+from podferry.engine.story import Story
 from podferry.errors import CommandFailed, Failed, Refused, UsageError
 from podferry.model import Mode, Outcome
 

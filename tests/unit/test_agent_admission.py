@@ -15,15 +15,15 @@ from agent_rig import RECORD, Rig
 
 from podferry.agent import service
 from podferry.agent.admission import demand_allowed, demand_peer
-from podferry.agent.config import Config
 from podferry.agent.kubernetes import Kubernetes
-from podferry.agent.offered import Offered
-from podferry.agent.pod.offered import OfferedPod, PodPart
-from podferry.agent.pod.ports import Cluster, PodName
 from podferry.core.phases import SourcePhase
 from podferry.errors import PeerUntrusted, Refused
 from podferry.model import Mode
 from podferry.wire.messages import Offer
+from podferry.workload.config import Config
+from podferry.workload.offered import Offered
+from podferry.workload.pod.offered import OfferedPod, PodPart
+from podferry.workload.pod.ports import Cluster, PodName
 
 pytestmark = pytest.mark.unit
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import anyio
 import pytest
 
-from podferry.agent.arriving import FEEDER_STATUS, LOOK_AT_JOB_EVERY, Arriving
-from podferry.agent.config import Config
-from podferry.agent.journal import Journal
-from podferry.agent.offered import Offered
+from podferry.engine.journal import Journal
 from podferry.errors import Failed
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import NotFound
 from podferry.node.records import Container, Opaque, Status, Task
+from podferry.workload.arriving import FEEDER_STATUS, LOOK_AT_JOB_EVERY, Arriving
+from podferry.workload.config import Config
+from podferry.workload.offered import Offered
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))

@@ -12,15 +12,15 @@ import anyio
 import pytest
 import structlog
 
-from podferry.agent.contact import Contact
-from podferry.agent.owed import PUSH, Owed
-from podferry.agent.ports import OriginalGone
-from podferry.agent.story import Story
+from podferry.engine.contact import Contact
+from podferry.engine.ports import OriginalGone
+from podferry.engine.story import Story
 from podferry.memory.ranges import Runs
 from podferry.memory.uffd import PAGE
 from podferry.model import Mode
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import PageWanted
+from podferry.workload.owed import PUSH, Owed
 
 pytestmark = pytest.mark.unit
 SIZE = 1 << 20

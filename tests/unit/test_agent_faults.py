@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from agent_rig import Act, Cut, Fault, Rig, cancel, crash, die, fail, lose, methods, oserror, stall, stop, unique
 
-from podferry.agent import attempt
-from podferry.agent.ports import ArrivingJob, HeldJob, JobDied, LeavingJob
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
+from podferry.engine import attempt
+from podferry.engine.ports import ArrivingJob, HeldJob, JobDied, LeavingJob
 from podferry.errors import Cancelled, PeerLost
 from podferry.model import Mode
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from podferry.agent import journal as module
-from podferry.agent.journal import JOURNAL, Journal, forget_old
+from podferry.engine import journal as module
+from podferry.engine.journal import JOURNAL, Journal, forget_old
 from podferry.errors import Failed
 
 pytestmark = pytest.mark.unit

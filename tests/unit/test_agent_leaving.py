@@ -12,13 +12,9 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from podferry.agent.config import Config
-from podferry.agent.journal import Journal
-from podferry.agent.leaving import Leaving, Remains, handlers, pid_inside
-from podferry.agent.offered import Offered
-from podferry.agent.pod.leaving import LeavingPod
-from podferry.agent.ports import OriginalGone
 from podferry.core.undo import Ledger
+from podferry.engine.journal import Journal
+from podferry.engine.ports import OriginalGone
 from podferry.errors import PodferryError, Refused
 from podferry.memory.criu_images import FILES_MAGIC, write_entries
 from podferry.memory.ranges import EMPTY, Runs
@@ -30,6 +26,10 @@ from podferry.node.containerd import ContainerdFailed, NotFound
 from podferry.node.gate import Gate
 from podferry.node.process import spawn
 from podferry.node.records import Container, Opaque, Status, Task
+from podferry.workload.config import Config
+from podferry.workload.leaving import Leaving, Remains, handlers, pid_inside
+from podferry.workload.offered import Offered
+from podferry.workload.pod.leaving import LeavingPod
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
@@ -215,10 +215,10 @@ async def test_what_a_dump_cannot_be_spared_does_not_end_the_migration(
 
     monkeypatch.setattr(Hold, "start", start)
     monkeypatch.setattr(Gate, "usable", lambda: gate)
-    monkeypatch.setattr("podferry.agent.leaving.possible", lambda: thin)
+    monkeypatch.setattr("podferry.workload.leaving.possible", lambda: thin)
     completed: list[int] = []
     monkeypatch.setattr(
-        "podferry.agent.leaving.complete", lambda images, found, guards: completed.extend(found) or whole
+        "podferry.workload.leaving.complete", lambda images, found, guards: completed.extend(found) or whole
     )
     journal = Journal(tmp_path / "journal")
     job = leaving(tmp_path, made(tmp_path / "group"), journal)
@@ -298,8 +298,8 @@ async def test_somebody_who_came_in_at_the_last_moment_is_not_frozen_with_the_jo
         seen.append(files(cgroup)["freeze"].read_text())
         return 1
 
-    monkeypatch.setattr("podferry.agent.leaving.guests", guests)
-    monkeypatch.setattr("podferry.agent.leaving.show_out", show_out)
+    monkeypatch.setattr("podferry.workload.leaving.guests", guests)
+    monkeypatch.setattr("podferry.workload.leaving.show_out", show_out)
     await job.freeze()
     assert (seen, inside) == (["THAWED"], [])
     assert files(cgroup)["freeze"].read_text() == "FROZEN"

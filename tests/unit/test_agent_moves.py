@@ -9,9 +9,9 @@ import anyio
 import pytest
 from agent_rig import Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror, refuse
 
-from podferry.agent import sending, target
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Decision, Step
+from podferry.engine import sending, target
 from podferry.errors import Refused
 from podferry.model import Mode
 
@@ -137,7 +137,7 @@ def test_it_is_decided_again_once_the_target_is_poised(
 ) -> None:
     """The job may have written any amount while the target got ready: all that was possible before is so now."""
     left = list(steps)
-    monkeypatch.setattr("podferry.agent.rounds.decide", lambda *_, quota, **__: Decision(left.pop(0), "so", quota / 2))
+    monkeypatch.setattr("podferry.engine.rounds.decide", lambda *_, quota, **__: Decision(left.pop(0), "so", quota / 2))
     rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
     assert (left, rig.phase("a")) == ([], end), rig.records["a"]["reason"]
     assert rig.messages.count(("source", "Poise")) == len(asked)

@@ -13,15 +13,16 @@ import anyio
 import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from podferry.agent import control, metrics
-from podferry.agent.config import load
-from podferry.agent.journal import JOURNAL, Journal, forget_old, journals
-from podferry.agent.offered import Offered
-from podferry.agent.story import Story
+from podferry.agent import control
 from podferry.core.precopy import Round
+from podferry.engine import metrics
+from podferry.engine.journal import JOURNAL, Journal, forget_old, journals
+from podferry.engine.story import Story
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, Refused, UsageError
 from podferry.model import Mode, Outcome
 from podferry.node.records import Container, Opaque, Stdio
+from podferry.workload.config import load
+from podferry.workload.offered import Offered
 
 pytestmark = pytest.mark.unit
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from podferry.agent.offered import OPTIONS_TYPE, Offered
 from podferry.core.allowed_spec import DEFAULT_CAPABILITIES, against, is_plain_path
 from podferry.node.records import RUNC_V2, Container, Opaque
 from podferry.protos import runc_pb2
+from podferry.workload.offered import OPTIONS_TYPE, Offered
 
 pytestmark = pytest.mark.unit
 

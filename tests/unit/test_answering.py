@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from podferry.agent import answering
-from podferry.agent.pod.probes import Probe, network_probes
 from podferry.node.cgroup import Frozen
 from podferry.node.process import spawn
+from podferry.workload import answering
+from podferry.workload.pod.probes import Probe, network_probes
 
 pytestmark = pytest.mark.unit
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from cli_fake_agent import FakeAgent, serving
 
-from podferry.agent.story import Story
 from podferry.cli.agents import Endpoint, Fleet, Where
 from podferry.cli.client import AgentClient, AgentUnreachable
+from podferry.engine.story import Story
 from podferry.errors import Refused, UsageError
 from podferry.model import Mode, Outcome
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from cli_fake_agent import FakeAgent
 
-from podferry.agent.story import Story
 from podferry.cli.page import page
 from podferry.cli.record import Record
+from podferry.engine.story import Story
 from podferry.errors import Failed
 from podferry.model import Mode, Outcome
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.agent.inspection import View
 from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import SOURCE_MAY_RUN, TARGET_MAY_RUN, SourcePhase, TargetPhase
@@ -20,6 +19,7 @@ from podferry.core.preflight import Question, refusals, warnings
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed
 from podferry.model import Mode
+from podferry.workload.inspection import View
 
 pytestmark = pytest.mark.unit
 LINK = 118e6

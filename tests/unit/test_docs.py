@@ -12,7 +12,6 @@ import pytest
 import typer
 
 import podferry
-from podferry.agent.config import Config, load
 from podferry.cli.app import app
 from podferry.core.phases import SourcePhase
 from podferry.core.preflight import OLDEST_CRIU, OLDEST_RUNC, PIPE_BYTES
@@ -20,6 +19,7 @@ from podferry.errors import Failed
 from podferry.images import program
 from podferry.images.metrics import Metrics
 from podferry.model import Mode
+from podferry.workload.config import Config, load
 
 pytestmark = pytest.mark.unit
 ROOT = Path(podferry.__file__).parents[2]

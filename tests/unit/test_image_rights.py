@@ -19,14 +19,8 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from podferry.agent import arriving
-from podferry.agent.arriving import Arriving
-from podferry.agent.config import Config
-from podferry.agent.journal import Journal, Part
-from podferry.agent.offered import Offered
-from podferry.agent.pod.arriving_part import ArrivingPart
-from podferry.agent.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 from podferry.core.allowed_rights import CAPABILITIES, Rights, rights_of
+from podferry.engine.journal import Journal, Part
 from podferry.errors import PeerMisbehaved
 from podferry.memory.criu_images import messages_of
 from podferry.memory.image_rights import MAGIC, against, demand_no_more
@@ -34,6 +28,12 @@ from podferry.node.incoming import Incoming
 from podferry.node.records import Container, Opaque
 from podferry.protos import rights_pb2 as pb
 from podferry.wire.messages import StateEnd
+from podferry.workload import arriving
+from podferry.workload.arriving import Arriving
+from podferry.workload.config import Config
+from podferry.workload.offered import Offered
+from podferry.workload.pod.arriving_part import ArrivingPart
+from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 
 pytestmark = pytest.mark.unit
 

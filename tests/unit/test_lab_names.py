@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from podferry.agent.config import load
 from podferry.errors import UsageError
 from podferry.lab import config, network, progress, state
+from podferry.workload.config import load
 
 pytestmark = pytest.mark.unit
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from podferry.agent import nodefacts as facts
-from podferry.agent.nodefacts import node_facts, version
 from podferry.core.facts import NodeFacts
 from podferry.errors import PeerMisbehaved
 from podferry.node import jobfacts
 from podferry.node.jobfacts import Bind, ContainerFacts
+from podferry.workload import nodefacts as facts
+from podferry.workload.nodefacts import node_facts, version
 
 pytestmark = pytest.mark.unit
 

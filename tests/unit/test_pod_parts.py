@@ -13,9 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.agent.journal import Journal, Part
-from podferry.agent.pod.offered import OfferedPod, PodPart
-from podferry.agent.pod.parts import (
+from podferry.core.undo import Ledger
+from podferry.engine.journal import Journal, Part
+from podferry.engine.ports import Change, is_log
+from podferry.errors import PeerMisbehaved, UsageError
+from podferry.memory.feeder_source import Frame, Word
+from podferry.memory.ranges import Runs
+from podferry.node import cri
+from podferry.node.cri import Kind, Volume
+from podferry.node.records import Container, Opaque
+from podferry.node.upper import copy
+from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
+from podferry.workload.pod.offered import OfferedPod, PodPart
+from podferry.workload.pod.parts import (
     container_of_directory,
     container_of_space,
     demand_known,
@@ -25,18 +35,8 @@ from podferry.agent.pod.parts import (
     space_of,
     split,
 )
-from podferry.agent.pod.ports import PodName
-from podferry.agent.ports import Change, is_log
-from podferry.agent.relay import PodRelay, Relay
-from podferry.core.undo import Ledger
-from podferry.errors import PeerMisbehaved, UsageError
-from podferry.memory.feeder_source import Frame, Word
-from podferry.memory.ranges import Runs
-from podferry.node import cri
-from podferry.node.cri import Kind, Volume
-from podferry.node.records import Container, Opaque
-from podferry.node.upper import copy
-from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
+from podferry.workload.pod.ports import PodName
+from podferry.workload.relay import PodRelay, Relay
 
 pytestmark = pytest.mark.unit
 

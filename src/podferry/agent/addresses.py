@@ -7,10 +7,10 @@ import time
 import structlog
 from anyio.abc import TaskGroup
 
-from podferry.agent.config import PORT
 from podferry.errors import PodferryError
 from podferry.kube.client import NODES, Api
 from podferry.wire.transport import parse_address
+from podferry.workload.config import PORT
 
 FRESH = 5.0
 """Seconds for which an address is used without another look."""

@@ -10,15 +10,15 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 
-from podferry.agent.config import Config
-from podferry.agent.offered import Offered
-from podferry.agent.pod.offered import OfferedPod
-from podferry.agent.pod.ports import Cluster
 from podferry.errors import PeerUntrusted, Refused
 from podferry.model import Mode
 from podferry.wire.greeters import plain
 from podferry.wire.messages import Offer
 from podferry.wire.transport import parse_address
+from podferry.workload.config import Config
+from podferry.workload.offered import Offered
+from podferry.workload.pod.offered import OfferedPod
+from podferry.workload.pod.ports import Cluster
 
 
 def demand_peer(config: Config, cluster: Cluster | None, peer: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from podferry.agent.pod.ports import PodName
 from podferry.core.migration import MigrationPhase
 from podferry.core.phases import TargetPhase
 from podferry.errors import Refused
 from podferry.kube import status as store
 from podferry.kube.migration import EnginePhases, Migration
 from podferry.model import Mode
+from podferry.workload.pod.ports import PodName
 
 
 def is_decided(migration: Migration) -> bool:

@@ -7,13 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-from podferry.agent.config import Config
-from podferry.agent.nodefacts import has_lazy_pages, node_facts, version
 from podferry.core.host import Kernel
 from podferry.core.nodehost import NodeHost, Place
 from podferry.memory import tracker
 from podferry.node import host, outside
 from podferry.node.cgroup import trees
+from podferry.workload.config import Config
+from podferry.workload.nodefacts import has_lazy_pages, node_facts, version
 
 OTHER_RUNTIMES = (
     ("Docker", Path("/run/docker.sock")),

@@ -16,13 +16,11 @@ from anyio.abc import TaskGroup
 from podferry.agent.addresses import Addresses
 from podferry.agent.claims import claim, is_decided
 from podferry.agent.known import Key, Known
-from podferry.agent.pod.ports import PodMigration, PodName, PodOrder, Pods
-from podferry.agent.pod.probes import network_probes
-from podferry.agent.source import Order
 from podferry.agent.telling import Reporter, say_resumed
 from podferry.core.migration import MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.core.precopy import Policy
+from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
@@ -40,6 +38,8 @@ from podferry.kube.migration import (
 )
 from podferry.kube.watch import Queues, follow
 from podferry.model import Mode, Outcome
+from podferry.workload.pod.ports import PodMigration, PodName, PodOrder, Pods
+from podferry.workload.pod.probes import network_probes
 
 Json = dict[str, Any]
 
@@ -49,7 +49,7 @@ ADMIT_WITHIN = 10.0
 
 
 class Kubernetes:
-    """`podferry.agent.pod.ports.Cluster`, and what gives the engine its orders."""
+    """`podferry.workload.pod.ports.Cluster`, and what gives the engine its orders."""
 
     def __init__(self, api: Api, node: str) -> None:
         self._api, self._node = api, node
@@ -156,7 +156,7 @@ class Kubernetes:
         if node is not None:
             await self._addresses.look_up(node)
 
-    # What the engine asks (`podferry.agent.pod.ports.Cluster`).
+    # What the engine asks (`podferry.workload.pod.ports.Cluster`).
 
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`."""

@@ -12,11 +12,11 @@ from pathlib import Path
 import anyio
 
 from podferry import __version__
-from podferry.agent import metrics
-from podferry.agent.config import Config, load, of_kubernetes
 from podferry.agent.service import Agent
+from podferry.engine import metrics
 from podferry.errors import PodferryError, UsageError
 from podferry.node.logs import log_json_lines
+from podferry.workload.config import Config, load, of_kubernetes
 
 DESCRIPTION = """Move running containers off this node and onto it.
 

@@ -18,26 +18,19 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from podferry import __version__
-from podferry.agent import arriving, control, leaving
+from podferry.agent import control
 from podferry.agent.admission import demand_allowed, demand_peer, known_addresses
-from podferry.agent.arriving import Arriving
-from podferry.agent.attempt import Attempt, leaves
-from podferry.agent.config import Config
 from podferry.agent.control import Emit
-from podferry.agent.inspection import Inspection
-from podferry.agent.journal import Journal, forget_old, journals
-from podferry.agent.leaving import Leaving
-from podferry.agent.letters import Letters
-from podferry.agent.offered import Offered
-from podferry.agent.pod.engine import PodEngine, is_of_a_pod
-from podferry.agent.pod.offered import OfferedPod
-from podferry.agent.pod.ports import Cluster
-from podferry.agent.source import Order, Source
-from podferry.agent.story import Story
-from podferry.agent.target import Target
+from podferry.agent.pods import PodEngine, is_of_a_pod
 from podferry.core.facts import NodeFacts
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent
 from podferry.core.precopy import Policy
+from podferry.engine.attempt import Attempt, leaves
+from podferry.engine.journal import Journal, forget_old, journals
+from podferry.engine.letters import Letters
+from podferry.engine.source import Order, Source
+from podferry.engine.story import Story
+from podferry.engine.target import Target
 from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
@@ -46,6 +39,14 @@ from podferry.wire.frames import Data
 from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Unknown
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
+from podferry.workload import arriving, leaving
+from podferry.workload.arriving import Arriving
+from podferry.workload.config import Config
+from podferry.workload.inspection import Inspection
+from podferry.workload.leaving import Leaving
+from podferry.workload.offered import Offered
+from podferry.workload.pod.offered import OfferedPod
+from podferry.workload.pod.ports import Cluster
 
 KEEP_RECORDS = 200
 FORGET_EVERY = 3600.0  # seconds

@@ -8,13 +8,13 @@ from typing import Any
 import anyio
 import structlog
 
-from podferry.agent.pod.ports import PodMigration
 from podferry.core.phases import SOURCE_ENDS, SourcePhase, TargetPhase
 from podferry.errors import PodferryError
 from podferry.kube import status as store
 from podferry.kube.client import Api
 from podferry.kube.errors import NotFound
 from podferry.kube.migration import POISED, RESUMED, Ending, EnginePhases, Migration, Progress, duration
+from podferry.workload.pod.ports import PodMigration
 
 Json = dict[str, Any]
 

@@ -91,8 +91,8 @@ def _of_lab(lab: str, debian: str, kubernetes: bool) -> list[Finding]:
 
 
 def _of_node(path: Path | None) -> list[Finding]:
-    from podferry.agent.config import Config, load
     from podferry.agent.doctor import node_host
     from podferry.core.nodehost import findings
+    from podferry.workload.config import Config, load
 
     return findings(node_host(load(path) if path else Config("", "", Path())))

@@ -84,7 +84,7 @@ def containers(pod: Json) -> list[Json]:
 
 def impatient_probe(pod: Json, spec: MigrationSpec) -> PodUnfit | None:
     """A liveness probe that has the container restarted at its first failure, where the pod may stand still for long. One that is
-    under way when the pod is frozen fails, whoever answers those that come later (`podferry.agent.answering`).
+    under way when the pod is frozen fails, whoever answers those that come later (`podferry.workload.answering`).
     """
     if spec.mode is Mode.LIVE and not spec.allow_post_copy:
         return None

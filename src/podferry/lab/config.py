@@ -69,7 +69,7 @@ def write(files: Files, directory: Path, *, keep: Collection[str] = ()) -> bool:
 
 
 def agent(name: str, addresses: Mapping[str, str]) -> str:
-    """The agent's configuration (`podferry.agent.config`)."""
+    """The agent's configuration (`podferry.workload.config`)."""
     peers = {host: f"{address}:{AGENT_PORT}" for host, address in addresses.items() if host not in (name, STORAGE)}
     return json.dumps(
         {

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from podferry.agent.doctor import OTHER_RUNTIMES, kernel
-from podferry.agent.nodefacts import memory_available
 from podferry.core.findings import Finding, Verdict
 from podferry.core.findings import require as require_none_against
 from podferry.core.labhost import TRIALS, Cgroups, Disk, LabHost, findings
@@ -23,6 +22,7 @@ from podferry.lab.machine import NAMESPACES
 from podferry.lab.progress import Progress
 from podferry.node import host
 from podferry.node.process import CLEAN_ENVIRONMENT, run
+from podferry.workload.nodefacts import memory_available
 
 _PATH = CLEAN_ENVIRONMENT["PATH"]
 TRIAL = Path(__file__).with_name("trial.sh")

@@ -21,24 +21,10 @@ import anyio
 import xxhash
 from anyio import to_thread
 
-from podferry.agent.config import Config
-from podferry.agent.helpers import (
-    END_TIMEOUT,
-    ended,
-    helper_environment,
-    kill_helper,
-    process_of,
-    python,
-    remove_task,
-    runs,
-)
-from podferry.agent.journal import Journal, Part
-from podferry.agent.nodefacts import version
-from podferry.agent.offered import Offered
-from podferry.agent.ports import IMAGES, LOG, UPPER, Json, Line
-from podferry.agent.relay import Relay
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
+from podferry.engine.journal import Journal, Part
+from podferry.engine.ports import IMAGES, LOG, UPPER, Json, Line
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused, TimedOut
 from podferry.memory.criu_images import missing
 from podferry.memory.image_rights import demand_no_more
@@ -57,6 +43,20 @@ from podferry.node.restoring import Restoring
 from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import StateEnd
+from podferry.workload.config import Config
+from podferry.workload.helpers import (
+    END_TIMEOUT,
+    ended,
+    helper_environment,
+    kill_helper,
+    process_of,
+    python,
+    remove_task,
+    runs,
+)
+from podferry.workload.nodefacts import version
+from podferry.workload.offered import Offered
+from podferry.workload.relay import Relay
 
 POISE_TIMEOUT = 60.0
 STATE_TIMEOUT = 7200.0
@@ -166,7 +166,7 @@ class Arriving:
         }
         (self.scratch / "start.json").write_text(json.dumps(request))
         self._journal.acquire("task", id=record.id)
-        argv = [*python("podferry.agent.starter"), self.scratch / "start.json", self.scratch / "started.json"]
+        argv = [*python("podferry.workload.starter"), self.scratch / "start.json", self.scratch / "started.json"]
         self._starter = self._spawn("starter", argv)
         async with anyio.create_task_group() as watch:
             watch.start_soon(self._watch_starter, incoming)

@@ -16,14 +16,9 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from podferry.agent.arriving import RESTORE_TIMEOUT, Arriving
-from podferry.agent.config import Config
-from podferry.agent.helpers import ended, process_of
-from podferry.agent.journal import Part
-from podferry.agent.nodefacts import version
-from podferry.agent.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
+from podferry.engine.journal import Part
 from podferry.errors import Bug, Failed
 from podferry.memory.image_rights import demand_no_more
 from podferry.memory.store import PageStore
@@ -36,6 +31,11 @@ from podferry.node.incoming import Incoming, pod_key
 from podferry.node.records import Container, Status, upper_dir
 from podferry.node.restored_group import group_to_tell
 from podferry.node.upper import Receiver, copy, refresh_root
+from podferry.workload.arriving import RESTORE_TIMEOUT, Arriving
+from podferry.workload.config import Config
+from podferry.workload.helpers import ended, process_of
+from podferry.workload.nodefacts import version
+from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 
 START_TIMEOUT = 10.0
 LOOK_EVERY = 0.005

@@ -17,17 +17,9 @@ from typing import Any
 
 from anyio import to_thread
 
-from podferry.agent.config import Config
-from podferry.agent.helpers import gathered
-from podferry.agent.journal import Journal
-from podferry.agent.pod import arriving_part
-from podferry.agent.pod.arriving_part import ArrivingPart
-from podferry.agent.pod.offered import OfferedPod
-from podferry.agent.pod.parts import container_of_directory, container_of_space, demand_known, end_of
-from podferry.agent.pod.ports import Cluster
-from podferry.agent.ports import JobDied, Json, Line
-from podferry.agent.relay import PodRelay
 from podferry.core.undo import Handler
+from podferry.engine.journal import Journal
+from podferry.engine.ports import JobDied, Json, Line
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
 from podferry.node import cri
 from podferry.node.containerd import Containerd
@@ -35,6 +27,14 @@ from podferry.node.cri import Kind, Volume
 from podferry.node.records import Container
 from podferry.node.upper import Receiver, copy
 from podferry.wire.messages import StateEnd
+from podferry.workload.config import Config
+from podferry.workload.helpers import gathered
+from podferry.workload.pod import arriving_part
+from podferry.workload.pod.arriving_part import ArrivingPart
+from podferry.workload.pod.offered import OfferedPod
+from podferry.workload.pod.parts import container_of_directory, container_of_space, demand_known, end_of
+from podferry.workload.pod.ports import Cluster
+from podferry.workload.relay import PodRelay
 
 MADE_TIMEOUT = 100.0
 """Seconds from the pod's object to its first container waiting: the kubelet's own patience with a container is 120."""

@@ -13,13 +13,13 @@ from contextlib import suppress
 import anyio
 from anyio.abc import TaskGroup
 
-from podferry.agent.attempt import Attempt
-from podferry.agent.journal import Journal
-from podferry.agent.ports import ArrivingJob, JobDied, Json, Line, is_log
-from podferry.agent.story import Story
 from podferry.core.invariants import Sight
 from podferry.core.phases import TARGET_ENDS, TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
 from podferry.core.undo import Handler
+from podferry.engine.attempt import Attempt
+from podferry.engine.journal import Journal
+from podferry.engine.ports import ArrivingJob, JobDied, Json, Line, is_log
+from podferry.engine.story import Story
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, TimedOut
 from podferry.model import Outcome
 from podferry.wire.channel import Channel

@@ -11,12 +11,12 @@ from typing import Any, Generic, TypeVar
 import anyio
 import structlog
 
-from podferry.agent import gate, metrics
-from podferry.agent.journal import Journal
-from podferry.agent.story import Story
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import Machine
 from podferry.core.undo import Handler, Leftover
+from podferry.engine import gate, metrics
+from podferry.engine.journal import Journal
+from podferry.engine.story import Story
 from podferry.errors import Bug, InvariantBroken, PodferryError, TimedOut
 
 UNDO_STEP = 20.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from podferry.agent.ports import OriginalGone
+from podferry.engine.ports import OriginalGone
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.reader import Data, Gone, Reader
 from podferry.memory.uffd import PAGE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from podferry.agent.story import Story
+from podferry.engine.story import Story
 from podferry.wire.transport import parse_address
 
 REGISTRY = CollectorRegistry()

@@ -8,11 +8,11 @@ from dataclasses import replace
 import anyio
 import structlog
 
-from podferry.agent.letters import Letters
-from podferry.agent.ports import Change, LeavingJob
-from podferry.agent.sending import Sender
-from podferry.agent.story import Story
 from podferry.core.precopy import Policy, Round, Step, decide, link_rate, rest
+from podferry.engine.letters import Letters
+from podferry.engine.ports import Change, LeavingJob
+from podferry.engine.sending import Sender
+from podferry.engine.story import Story
 from podferry.errors import Failed, Refused
 from podferry.wire.messages import RoundAck, RoundEnd
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from podferry.agent.pod.probes import Probe
-from podferry.agent.source import Order
+from podferry.engine.source import Order
 from podferry.errors import PodferryError
 from podferry.model import Mode
+from podferry.workload.pod.probes import Probe
 
 Json = dict[str, Any]
 

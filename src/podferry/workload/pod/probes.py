@@ -1,6 +1,6 @@
 """A pod's liveness probes, as far as they reach it by the network. The kubelet restarts a container whose probe fails so often, and
-a container that stands still to be moved answers nobody; so these are answered for it (`podferry.agent.answering`). Probes that run
-a command are podferry-runc's.
+a container that stands still to be moved answers nobody; so these are answered for it (`podferry.workload.answering`). Probes that
+run a command are podferry-runc's.
 """
 
 from __future__ import annotations

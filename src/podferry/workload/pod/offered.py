@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from podferry.agent.pod.parts import MOST_CONTAINERS
-from podferry.agent.pod.ports import PodName
 from podferry.core.strict import Limit, NotStrict, from_json, to_json
 from podferry.errors import PeerMisbehaved
 from podferry.node.checkpoint import FLAGS
 from podferry.node.cri import CONTAINER_NAME, UID, Volume
+from podferry.workload.pod.parts import MOST_CONTAINERS
+from podferry.workload.pod.ports import PodName
 
 LAST_WORDS = "podferry-last-words"
 """Among CRIU's images: what a container has written of its termination message so far."""

@@ -1,4 +1,4 @@
-"""Create and start a container's task, in a process of its own: `python -m podferry.agent.starter REQUEST RESULT`.
+"""Create and start a container's task, in a process of its own: `python -m podferry.workload.starter REQUEST RESULT`.
 
 containerd abandons a task whose creator hangs up, and the restore with it. So this is not the agent: once the right to run has
 passed, a killed agent must not take the restoring job with it. On a Kubernetes node the kubelet stands in its place.

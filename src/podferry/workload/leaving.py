@@ -22,15 +22,10 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from podferry.agent.config import Config
-from podferry.agent.helpers import reap, remove_task, runs
-from podferry.agent.journal import Journal, Part
-from podferry.agent.nodefacts import version
-from podferry.agent.offered import Offered
-from podferry.agent.owed import Owed
-from podferry.agent.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.core.undo import Handler
+from podferry.engine.journal import Journal, Part
+from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Growing, Runs
 from podferry.memory.reader import Data, Reader
@@ -52,6 +47,11 @@ from podferry.node.vfork import freeze_apart_from_vfork
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
+from podferry.workload.config import Config
+from podferry.workload.helpers import reap, remove_task, runs
+from podferry.workload.nodefacts import version
+from podferry.workload.offered import Offered
+from podferry.workload.owed import Owed
 
 FREEZES = 3
 """How often somebody who came in at the last moment is sent out again."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import xxhash
 
-from podferry.agent.pages import PageSender
-from podferry.agent.ports import LOG, Change, LeavingJob
-from podferry.agent.story import Story
+from podferry.engine.pages import PageSender
+from podferry.engine.ports import LOG, Change, LeavingJob
+from podferry.engine.story import Story
 from podferry.wire.channel import Channel
 from podferry.wire.frames import MAX_PAYLOAD, Drop, File, Pages, Tree
 from podferry.wire.messages import MOST_SUMS, FileSum, SpaceSum, StateEnd, StatePart

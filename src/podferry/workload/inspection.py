@@ -6,9 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from podferry.agent.config import Config
-from podferry.agent.nodefacts import node_facts
-from podferry.agent.offered import Offered, log_file
 from podferry.core.allowed_spec import DEFAULT_CAPABILITIES
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import GUARDS, LIMITS, Question, refusals, unthrottled, warnings
@@ -22,6 +19,9 @@ from podferry.node.jobfacts import container_facts, may_read_limits
 from podferry.node.newfile import check_new
 from podferry.node.records import Container, Status, Stdio, Task, upper_dir
 from podferry.wire.messages import Offer
+from podferry.workload.config import Config
+from podferry.workload.nodefacts import node_facts
+from podferry.workload.offered import Offered, log_file
 
 RUNTIME = "podferry-runc"
 DUMP_FLAGS = ("--file-locks",)

@@ -1,4 +1,4 @@
-"""Migrations of pods, as the agent's Kubernetes side begins and follows them: `podferry.agent.pod.ports.Pods`, fulfilled."""
+"""Migrations of pods, as the agent's Kubernetes side begins and follows them: `podferry.workload.pod.ports.Pods`, fulfilled."""
 
 from __future__ import annotations
 
@@ -12,27 +12,15 @@ from typing import Any
 
 from anyio import to_thread
 
-from podferry.agent import arriving, leaving
-from podferry.agent.config import Config
-from podferry.agent.journal import Journal, Part
-from podferry.agent.leaving import Remains
-from podferry.agent.offered import Offered
-from podferry.agent.pod import arriving as arriving_pod
-from podferry.agent.pod import leaving as leaving_pod
-from podferry.agent.pod.arriving import ArrivingPod
-from podferry.agent.pod.arriving_part import ArrivingPart
-from podferry.agent.pod.inspection import PodInspection
-from podferry.agent.pod.leaving import HeldPod, LeavingPod
-from podferry.agent.pod.offered import OfferedPod
-from podferry.agent.pod.ports import Cluster, PodCheck, PodMigration, PodName, PodOrder
-from podferry.agent.source import Order, Source
-from podferry.agent.story import Story
-from podferry.agent.target import Target
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.phases import SourceEvent
 from podferry.core.preflight import Question, refusals
 from podferry.core.strict import from_json, to_json
 from podferry.core.undo import Handler
+from podferry.engine.journal import Journal, Part
+from podferry.engine.source import Order, Source
+from podferry.engine.story import Story
+from podferry.engine.target import Target
 from podferry.errors import Refused, UsageError
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
@@ -40,6 +28,18 @@ from podferry.node.cri import NAMESPACE
 from podferry.node.records import Container, Opaque
 from podferry.wire.channel import Channel
 from podferry.wire.messages import Offer
+from podferry.workload import arriving, leaving
+from podferry.workload.config import Config
+from podferry.workload.leaving import Remains
+from podferry.workload.offered import Offered
+from podferry.workload.pod import arriving as arriving_pod
+from podferry.workload.pod import leaving as leaving_pod
+from podferry.workload.pod.arriving import ArrivingPod
+from podferry.workload.pod.arriving_part import ArrivingPart
+from podferry.workload.pod.inspection import PodInspection
+from podferry.workload.pod.leaving import HeldPod, LeavingPod
+from podferry.workload.pod.offered import OfferedPod
+from podferry.workload.pod.ports import Cluster, PodCheck, PodMigration, PodName, PodOrder
 
 Json = dict[str, Any]
 Start = Callable[[Callable[[], Awaitable[None]]], None]

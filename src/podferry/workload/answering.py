@@ -26,9 +26,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from podferry.agent.pod.probes import Probe
 from podferry.memory.inject import ARCHITECTURE
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen
+from podferry.workload.pod.probes import Probe
 
 AFTER = 0.4
 """Seconds of standing still after which it answers: the shortest timeout of a probe is one second."""
@@ -261,7 +261,7 @@ def _take_what_waits(listeners: Listeners, answers: Answers, cgroups: Sequence[C
 
 
 def main() -> None:
-    """`python -m podferry.agent.answering JSON`: the cgroups of a pod's containers, and its probes."""
+    """`python -m podferry.workload.answering JSON`: the cgroups of a pod's containers, and its probes."""
     what = json.loads(sys.argv[1])
     probes = [Probe(int(one["port"]), str(one["path"])) for one in what["probes"]]
     stand_in([Cgroup.from_dict(one) for one in what["cgroups"]], probes)

@@ -18,14 +18,9 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from podferry.agent.helpers import gathered, helper_environment, kill_helper, python
-from podferry.agent.journal import Journal
-from podferry.agent.leaving import Leaving, Remains, tree_total
-from podferry.agent.pod.offered import PAYLOADS
-from podferry.agent.pod.parts import container_of_space, directory_of, joined, numbered, space_of, split
-from podferry.agent.pod.probes import Probe
-from podferry.agent.ports import IMAGES, Change, Debt
 from podferry.core.undo import Handler
+from podferry.engine.journal import Journal
+from podferry.engine.ports import IMAGES, Change, Debt
 from podferry.errors import Failed
 from podferry.memory.criu_images import without_deleted_sources
 from podferry.model import Dump
@@ -36,9 +31,14 @@ from podferry.node.process import spawn
 from podferry.node.upper import Source as TreeSource
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
+from podferry.workload.helpers import gathered, helper_environment, kill_helper, python
+from podferry.workload.leaving import Leaving, Remains, tree_total
+from podferry.workload.pod.offered import PAYLOADS
+from podferry.workload.pod.parts import container_of_space, directory_of, joined, numbered, space_of, split
+from podferry.workload.pod.probes import Probe
 
 STAND_IN = "stand-in"
-"""The process that answers probes (`podferry.agent.answering`), in the ledger."""
+"""The process that answers probes (`podferry.workload.answering`), in the ledger."""
 _MOUNTS = re.compile(r"mountpoints-\d+\.img")
 
 HandOver = Callable[[], Awaitable[None]]
@@ -217,7 +217,7 @@ class LeavingPod(HeldPod):
             "cgroups": [part.cgroup.to_dict() for part in self._parts],
             "probes": [asdict(one) for one in self._probes],
         }
-        argv = outside.surviving([*python("podferry.agent.answering"), json.dumps(what)])
+        argv = outside.surviving([*python("podferry.workload.answering"), json.dumps(what)])
         process = Process.of(spawn(argv, env=helper_environment()).pid)
         if process is None:
             raise Failed("what answers the pod's liveness probes while it stands still died at once")

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, replace
 import anyio
 from anyio.abc import TaskGroup
 
-from podferry.agent.attempt import Attempt
-from podferry.agent.contact import Contact
-from podferry.agent.journal import Journal
-from podferry.agent.letters import Letters
-from podferry.agent.ports import HeldJob, LeavingJob
-from podferry.agent.rounds import Rounds
-from podferry.agent.sending import Sender
-from podferry.agent.story import Story
 from podferry.core.invariants import Sight
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, SourceEvent, SourcePhase, source_machine
 from podferry.core.precopy import Policy
 from podferry.core.undo import Handler, Leftover
+from podferry.engine.attempt import Attempt
+from podferry.engine.contact import Contact
+from podferry.engine.journal import Journal
+from podferry.engine.letters import Letters
+from podferry.engine.ports import HeldJob, LeavingJob
+from podferry.engine.rounds import Rounds
+from podferry.engine.sending import Sender
+from podferry.engine.story import Story
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
 from podferry.model import Mode, Outcome
 from podferry.wire.channel import Channel

@@ -5,7 +5,7 @@ CRIU, kernel and disk, and a unit test with fakes that fail, stall or die at wil
 
 Memory is spoken of in *spaces*: one per process, named by its pid inside the container, as CRIU's images name it. Files come as
 *trees* and in flat *directories*, by number. One container has one tree, its upper layer, and two directories; a pod has several,
-and `podferry.agent.pod.parts` says how they are numbered.
+and `podferry.workload.pod.parts` says how they are numbered.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class JobDied(Failed):
 
 
 class Debt(Protocol):
-    """Post-copy on the source: the memory that the target has not got (`podferry.agent.owed`).
+    """Post-copy on the source: the memory that the target has not got (`podferry.workload.owed`).
 
     Frames are only made of what was read: where the original has ended, `OriginalGone` is raised, since zeros would be lies.
     """
@@ -95,7 +95,7 @@ class Debt(Protocol):
 
 
 class Line(Protocol):
-    """Post-copy on the target: the line to whoever feeds the job its pages (`podferry.agent.relay`)."""
+    """Post-copy on the target: the line to whoever feeds the job its pages (`podferry.workload.relay`)."""
 
     def arrived(self, space: int, start: int, end: int) -> None:
         """The store has these pages now."""

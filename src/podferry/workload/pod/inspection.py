@@ -7,18 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from podferry.agent.config import Config
-from podferry.agent.inspection import DUMP_FLAGS, why_not, with_unsaved
-from podferry.agent.journal import Journal, Part
-from podferry.agent.leaving import Leaving, Output
-from podferry.agent.nodefacts import node_facts
-from podferry.agent.offered import Offered
-from podferry.agent.pod.leaving import HandOver, LeavingPod
-from podferry.agent.pod.offered import LAST_WORDS, OfferedPod, PodPart
-from podferry.agent.pod.ports import PodName
-from podferry.agent.pod.probes import Probe
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import ContainerBound, Question, refusals, unthrottled, warnings
+from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
 from podferry.memory.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
@@ -30,6 +21,15 @@ from podferry.node.cri import PodContainer, Volume
 from podferry.node.jobfacts import container_facts, deleted_but_open, disk_usage
 from podferry.node.records import Task, upper_dir
 from podferry.wire.messages import Offer
+from podferry.workload.config import Config
+from podferry.workload.inspection import DUMP_FLAGS, why_not, with_unsaved
+from podferry.workload.leaving import Leaving, Output
+from podferry.workload.nodefacts import node_facts
+from podferry.workload.offered import Offered
+from podferry.workload.pod.leaving import HandOver, LeavingPod
+from podferry.workload.pod.offered import LAST_WORDS, OfferedPod, PodPart
+from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.probes import Probe
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import anyio
 
-from podferry.agent.pod.parts import container_of_space, space_of
 from podferry.errors import Failed
 from podferry.memory.feeder_source import Frame, Word
+from podferry.workload.pod.parts import container_of_space, space_of
 
 PACKET = 64
 

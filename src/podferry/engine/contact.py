@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from podferry.agent.attempt import leaves
-from podferry.agent.letters import Letters
-from podferry.agent.ports import Debt, OriginalGone
-from podferry.agent.sending import Sender
-from podferry.agent.story import Story
+from podferry.engine.attempt import leaves
+from podferry.engine.letters import Letters
+from podferry.engine.ports import Debt, OriginalGone
+from podferry.engine.sending import Sender
+from podferry.engine.story import Story
 from podferry.errors import Failed, PodferryError
 from podferry.wire.channel import Channel
 from podferry.wire.messages import (

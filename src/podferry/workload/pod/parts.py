@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from podferry.agent.ports import Change
+from podferry.engine.ports import Change
 from podferry.errors import PeerMisbehaved
 from podferry.memory.ranges import Runs
 from podferry.wire.frames import Drop, Pages

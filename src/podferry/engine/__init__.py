@@ -1,0 +1,1 @@
+"""The two sides of one migration, told through ports: source, target, rounds, journal, record."""
