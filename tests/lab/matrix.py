@@ -9,13 +9,15 @@ from dataclasses import dataclass
 class Situation:
     """`name` is the function in `jobs/situations.py`, `what` what a reader of the docs would call it.
 
-    It moves, unless `refused` names a part of what `check` says against it; `remedy` is then what to do, for the docs.
+    It moves, unless `refused` names a part of what `check` says against it; `remedy` is then what to do, for the docs. With
+    `sockets` it needs a CRIU that saves TCP and UDP sockets on the kernel it runs on, and is refused where there is none.
     """
 
     name: str
     what: str
     refused: str = ""
     remedy: str = ""
+    sockets: bool = False
 
 
 TIMERS = (
@@ -37,4 +39,17 @@ MEMORY = (Situation("shared_mappings_by_the_thousand", "6000 shared anonymous ma
 
 PROCESSES = (Situation("starts_programs_all_the_time", "threads that start programs, one after another"),)
 
-SITUATIONS = (*TIMERS, *MEMORY, *PROCESSES)
+NETWORK = (
+    Situation(
+        "network_namespace_as_it_was", "interfaces, flags, addresses, routes and settings of the network namespace"
+    ),
+    Situation("loopback_listener", "a listening socket on 127.0.0.1 that is talked to now and then", sockets=True),
+    Situation(
+        "mptcp_listener",
+        "a listening socket for multipath TCP (Go since 1.24)",
+        refused="multipath TCP",
+        remedy="GODEBUG=multipathtcp=0, or the sysctl net.mptcp.enabled=0 in the pod's securityContext",
+    ),
+)
+
+SITUATIONS = (*TIMERS, *MEMORY, *PROCESSES, *NETWORK)

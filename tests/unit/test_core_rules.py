@@ -168,6 +168,10 @@ def test_what_fits_may_move() -> None:
         ({"binds": (Bind("/data", "/data"),)}, {}, {}, "PF113"),
         ({"connections": ("a -> b",)}, {}, {}, "PF113"),
         ({"unsaved": ("io_uring",)}, {}, {}, "PF113"),
+        ({"unsaved": ("internet sockets",)}, {}, {}, "PF110"),
+        ({"unsaved": ("MPTCP socket",)}, {}, {}, "PF113"),
+        ({"unsaved": ("SCTP socket",)}, {}, {}, "PF113"),
+        ({"unsaved": ("network interface eth0",)}, {}, {}, "PF113"),
         ({"unsaved": ("limits of other users",)}, {}, {}, "PF110"),
         ({"unsaved": ("guard pages",)}, {"criu": "4.1.1"}, {"criu": "4.2.1"}, "PF113"),
     ],
@@ -189,6 +193,11 @@ def test_guard_pages_move_where_criu_saves_them() -> None:
     assert (
         "io_uring" in refusals(Question(replace(JOB, unsaved=("guard pages", "io_uring")), new, new, Mode.LIVE))[0].why
     )
+
+
+def test_internet_sockets_move_where_criu_saves_them() -> None:
+    new, job = replace(NODE, criu="4.2"), replace(JOB, unsaved=("internet sockets",))
+    assert refusals(Question(job, new, new, Mode.LIVE)) == []
 
 
 def test_every_reason_is_said_at_once() -> None:

@@ -15,13 +15,19 @@ from podferry.model import Mode
 
 OLDEST_CRIU = (4, 0)
 OLDEST_RUNC = (1, 1)
-GUARDING_CRIU = (4, 2)
+GUARDING_CRIU = SOCKETS_CRIU = (4, 2)
 GUARDS = "guard pages"
 """As `ContainerFacts.unsaved` names guards that madvise made (glibc has them below each thread's stack from 2.42 on)."""
 LIMITS = "limits of other users"
 """As `ContainerFacts.unsaved` names the resource limits of processes that are not root's, where nobody may read them."""
 TRACED, USER_NAMESPACE = "traced process", "nested user namespace"
 """As `ContainerFacts.unsaved` names processes that CRIU cannot dump."""
+SOCKETS = "internet sockets"
+"""As `ContainerFacts.unsaved` names TCP, UDP and raw sockets, where the kernel does not let CRIU save them before 4.2."""
+MPTCP = "MPTCP socket"
+"""As `ContainerFacts.unsaved` names them, which no CRIU saves."""
+INTERFACE = "network interface"
+"""As `ContainerFacts.unsaved` names, before their names, interfaces in a network namespace that runc has made."""
 PIPE_BYTES = 4 << 20
 MEMORY_RESERVE = 64 << 20
 DISK_RESERVE = 256 << 20
@@ -238,11 +244,34 @@ def _bound(question: Question) -> Iterator[Refused]:
             why="it has no CAP_SYS_RESOURCE, which prlimit(2) and so CRIU need for that",
             remedy="run the agent with all capabilities; where the node itself has not this one, run the job as root",
         )
-    if lost := [one for one in container.unsaved if one != LIMITS and (one != GUARDS or old)]:
+    yield from _network(container, question.source)
+    judged = {LIMITS, SOCKETS, MPTCP} | (set() if old else {GUARDS})
+    if lost := [one for one in container.unsaved if one not in judged and not one.startswith(INTERFACE)]:
         yield ContainerBound(
             "the container has something that CRIU cannot save",
             why=", ".join(unsaved.get(one, one) for one in lost),
             remedy="have the job close it, or run it without (for io_uring, most libraries have a switch)",
+        )
+
+
+def _network(container: ContainerFacts, source: NodeFacts) -> Iterator[Refused]:
+    if SOCKETS in container.unsaved and numbers(source.criu) < SOCKETS_CRIU:
+        yield NodeUnfit(
+            "the source's CRIU cannot save TCP and UDP sockets on its kernel",
+            why=f"CRIU {source.criu} asks them for SO_PASSCRED, which they have no more since Linux 6.16 (here {source.kernel})",
+            remedy="install CRIU 4.2 or later there",
+        )
+    if MPTCP in container.unsaved:
+        yield ContainerBound(
+            "the container has a socket for multipath TCP, which CRIU cannot save",
+            why="programs in Go since 1.24 listen with such sockets unless they are told not to",
+            remedy="run it with GODEBUG=multipathtcp=0 (Go), or set the sysctl net.mptcp.enabled to 0 in the pod (securityContext)",
+        )
+    if interfaces := [one.removeprefix(INTERFACE).strip() for one in container.unsaved if one.startswith(INTERFACE)]:
+        yield ContainerBound(
+            "the container has network interfaces of its own beside loopback",
+            why=", ".join(interfaces),
+            remedy="run it without them, or in a pod: there the network plugin makes them on the target",
         )
 
 

@@ -48,7 +48,7 @@ _SINGLE = (
 )
 _NAMES = re.compile(
     rf"({_NUMBERED}|{_OF_A_NETWORK})-[0-9]{{1,20}}\.img|(tmpfs|tmpfs-dev)-[0-9]{{1,20}}\.tar\.gz\.img"
-    rf"|(ghost-file|tcp-stream)-[0-9a-f]{{1,16}}\.img|({_SINGLE})\.img|stats-dump|descriptors\.json"
+    rf"|(ghost-file|tcp-stream)-[0-9a-f]{{1,16}}\.img|({_SINGLE})\.img|stats-dump|descriptors\.json|network\.json"
 )
 _NETWORK = re.compile(rf"({_OF_A_NETWORK})-[0-9]+\.img")
 _PROPERTY = re.compile(rb"[a-z0-9_]+(\.[a-zA-Z0-9_]+)+|notify_on_release")

@@ -19,6 +19,7 @@ from typing import Self
 
 from podferry.errors import EVIDENCE_LINES, Bug, Failed, PodferryError, TimedOut, UsageError
 from podferry.node.criulog import explained
+from podferry.node.network_setup import NetworkSetup, settings
 
 RUN = Path("/run/podferry")
 TAKEN_TIMEOUT = 10.0  # seconds
@@ -56,6 +57,7 @@ class Incoming:
         self._abandoned = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reason: PodferryError | None = None
         self._given = False
+        self._network: NetworkSetup | None = None
         self.container = ""
         """The id that containerd gave the container. Known once it is poised."""
         self.wrapper = 0
@@ -68,15 +70,19 @@ class Incoming:
         *,
         flags: Sequence[str] = ("--lazy-pages", "--file-locks"),
         criu_conf: str = "",
+        network: bool = False,
         run: Path = RUN,
     ) -> Incoming:
-        """Make the directory, whole at once. `flags` are those of `runc restore` that mirror the dump, `criu_conf` CRIU's settings.
+        """Make the directory, whole at once. `flags` are those of `runc restore` that mirror the dump, `criu_conf` CRIU's settings;
+        `network`: the container gets a network namespace of its own, which is arranged as it was. Raises `Refused` where it cannot.
 
         What an earlier attempt left under this key is removed.
         """
         unknown = set(flags) - RESTORE_FLAGS
         if unknown:
             raise UsageError(f"no such restore option: {', '.join(sorted(unknown))}")
+        if network:
+            criu_conf += settings()
         self = cls(run, key)
         draft = self.path.with_name(f".{key}.draft")
         shutil.rmtree(draft, ignore_errors=True)
@@ -86,6 +92,8 @@ class Incoming:
         (draft / "restore").write_text(" ".join(flags) + "\n")
         if criu_conf:
             (draft / "criu.conf").write_text(criu_conf)
+        if network:
+            self._network = NetworkSetup(draft)
         self._open(draft)
         draft.rename(self.path)
         return self
@@ -98,6 +106,8 @@ class Incoming:
             raise WrapperGone(f"nothing was prepared for {key}", why=f"no {self.path}")
         for name in ("poised", "verdict"):  # the dead agent's wrapper has read its end of file: nobody has these open
             (self.path / name).unlink(missing_ok=True)
+        if NetworkSetup.wanted(self.path):
+            self._network = NetworkSetup(self.path)
         self._open(self.path)
         return self
 
@@ -156,6 +166,8 @@ class Incoming:
 
     def restore(self) -> None:
         """Let the wrapper restore the container. Returns when it has taken the verdict."""
+        if self._network is not None:
+            self._network.serve(self.images)
         self._give("restore")
 
     def cold(self) -> None:
@@ -174,6 +186,8 @@ class Incoming:
 
     def failed(self, what: str) -> Failed | None:
         """An error that says why the restore failed, as far as CRIU's log tells; None where there is none."""
+        if self._network is not None and self._network.error is not None:
+            return Failed.because(what, self._network.error, remedy=self._network.error.remedy)
         log = self.work / "restore.log"
         return explained(Failed, what, log) if log.exists() else None
 
@@ -183,6 +197,9 @@ class Incoming:
             if fd >= 0:
                 os.close(fd)
         self._poised = self._verdict = self._abandoned = -1
+        if self._network is not None:
+            self._network.close()
+            self._network = None
         shutil.rmtree(self.path, ignore_errors=True)
 
     def __enter__(self) -> Self:

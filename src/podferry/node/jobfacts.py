@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from podferry.core.facts import Bind, ContainerFacts
-from podferry.core.preflight import TRACED, USER_NAMESPACE
+from podferry.core.preflight import INTERFACE, TRACED, USER_NAMESPACE
+from podferry.errors import Failed
+from podferry.node import network
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
+from podferry.node.sockets import unsaved_sockets
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts", "time")
 # What CRIU 4 saves of files without a name (its files.c); everything else of that kind it refuses.
@@ -43,7 +46,14 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
         pids=pids,
         host_namespaces=tuple(sorted(_host_namespaces(task.pid))),
         devices=_few({*_open_devices(open_files), *_allowed_devices(spec)}),
-        unsaved=_few([*_unsaved(open_files), *unsaved_processes(task.pid, pids)]),
+        unsaved=_few(
+            [
+                *_unsaved(open_files),
+                *unsaved_processes(task.pid, pids),
+                *unsaved_sockets(pids),
+                *_interfaces(task.pid, spec),
+            ]
+        ),
         binds=tuple(binds(spec)),
         connections=_few(_connections(task.pid, inodes)),
         stdio=tuple(_stdio(task.pid, number) for number in (0, 1, 2)),
@@ -93,6 +103,14 @@ def deleted_but_open(pids: Iterable[int], mounted: Collection[str]) -> tuple[str
         if not found.st_nlink
     }
     return tuple(sorted(named & set(mounted)))
+
+
+def _interfaces(pid: int, spec: dict[str, Any]) -> Iterator[str]:
+    """Interfaces beside loopback that are up in a network namespace that runc has made, and that nobody makes on the target."""
+    if network.is_own(spec):
+        with contextlib.suppress(OSError, Failed):
+            for name in network.interfaces(pid):
+                yield f"{INTERFACE} {name}"
 
 
 def _open_devices(open_files: Iterable[tuple[str, os.stat_result]]) -> Iterator[str]:

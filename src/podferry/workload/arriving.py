@@ -35,6 +35,7 @@ from podferry.node import outside
 from podferry.node.checkpoint import Process
 from podferry.node.containerd import AlreadyExists, Containerd, NotFound
 from podferry.node.incoming import Incoming
+from podferry.node.network import is_own
 from podferry.node.newfile import check_new, create_new
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
@@ -116,7 +117,12 @@ class Arriving:
         self._store = PageStore.create(self.scratch / "store")
         journal.acquire("restored", key=record.id)
         journal.acquire("incoming", key=record.id)
-        self._incoming = Incoming.prepare(record.id, flags=("--lazy-pages", *self._offer.flags), run=self._config.run)
+        self._incoming = Incoming.prepare(
+            record.id,
+            flags=("--lazy-pages", *self._offer.flags),
+            network=is_own(record.spec_json()),
+            run=self._config.run,
+        )
         self._incoming.belongs_in(group_to_tell(record.spec_json(), version("runc")))
         if (path := self._offer.log) is not None:
             check_new(self._config.logs, path)  # before the ledger has it: what was there before is never deleted

@@ -34,6 +34,7 @@ from podferry.memory.timer_images import put_right
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.model import Dump
+from podferry.node import network
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.checkpoint import CRIU_CONF, Hold, Process
 from podferry.node.containerd import Containerd, NotFound
@@ -107,6 +108,7 @@ class Leaving:
         self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
         self._hold: Hold | None = None
         self._dumped = Dump.ORDINARY
+        self._network = network.DEFAULT
         self._owed: Owed | None = None
 
     @property
@@ -280,6 +282,8 @@ class Leaving:
         await to_thread.run_sync(self._stand_by)
 
     def _stand_by(self) -> None:
+        if network.is_own(self._offered.record.spec_json()):
+            self._network = network.look(self._task.pid)
         if Gate.usable():
             self._start_dump(wait=True, thin=possible())
 
@@ -327,6 +331,8 @@ class Leaving:
         for name, path in self._enclosed.items():
             with suppress(OSError):
                 images[name] = path.read_bytes()
+        if self._network != network.DEFAULT:
+            images[network.IMAGE] = self._network.encode()
         return {(IMAGES, name): data for name, data in images.items()}
 
     def dumped(self) -> Dump:

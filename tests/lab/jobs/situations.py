@@ -1,14 +1,17 @@
 """A job in one situation, by name: it counts, `COUNT TIME` on a line, while all is well; else it says why, and exits 7."""
 
+import contextlib
 import ctypes
 import mmap
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 libc = ctypes.CDLL(None, use_errno=True)
 SITUATIONS = {}
@@ -198,6 +201,68 @@ def starts_programs_all_the_time():
     for _ in range(3):
         threading.Thread(target=start, daemon=True).start()
     count(nothing)
+
+
+# The network.
+
+
+def network():
+    """What the kernel tells of the network namespace: interfaces with flags, addresses, routes and settings."""
+    told = {}
+    for interface in Path("/sys/class/net").iterdir():
+        told[interface.name] = [read(interface / what) for what in ("flags", "mtu", "tx_queue_len")]
+    for name in ("fib_trie", "route", "if_inet6"):
+        told[name] = read(f"/proc/net/{name}")
+    # Use counts and metrics of routes change by themselves.
+    told["ipv6_route"] = sorted(
+        line.split()[0] + line.split()[-1] for line in read("/proc/net/ipv6_route").splitlines()
+    )
+    for directory, _, files in os.walk("/proc/sys/net"):
+        for name in files:
+            told[f"{directory}/{name}"] = read(f"{directory}/{name}")
+    return told
+
+
+def read(path):
+    with contextlib.suppress(OSError), Path(path).open() as file:
+        return file.read()
+    return ""
+
+
+@situation
+def network_namespace_as_it_was():
+    before = network()
+
+    def compare(number):
+        now = network()
+        differs = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+        if differs:
+            bad("the network differs:", differs[:5], [(before.get(key), now.get(key)) for key in differs[:2]])
+
+    count(compare, gap=0.1)
+
+
+@situation
+def loopback_listener():
+    with socket.create_server(("127.0.0.1", 7003)) as server:
+
+        def talk(number):
+            with socket.create_connection(("127.0.0.1", 7003), timeout=5) as client:
+                accepted, _ = server.accept()
+                with accepted:
+                    client.sendall(b"x")
+                    if accepted.recv(1) != b"x":
+                        bad("the byte is another")
+
+        count(talk, gap=0.5)
+
+
+@situation
+def mptcp_listener():
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as server:  # IPPROTO_MPTCP
+        server.bind(("127.0.0.1", 7004))
+        server.listen()
+        count(nothing)
 
 
 if __name__ == "__main__":
