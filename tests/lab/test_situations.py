@@ -71,7 +71,7 @@ def saves_sockets(cluster: Cluster) -> bool:
 
 def refused(cluster: Cluster, name: str, reason: str) -> None:
     """`check` says no, as does a migration, with a reason and a remedy; and the job has felt nothing."""
-    answer = cluster.agent(A).call("check", name=name, to=B, mode="live")
+    answer = cluster.agent(A).call("check", name=name, to=B)
     said = " ".join(f"{one['what']}: {one['why']}" for one in answer["refusals"])
     assert reason in said
     assert all(one["remedy"] for one in answer["refusals"])
