@@ -70,6 +70,16 @@ def test_a_share_that_vanishes_and_comes_back(house: House) -> None:
     assert house.woken == 1, "what waited is published at once"
 
 
+def test_a_folder_that_is_gone_stops_nothing_else(house: House) -> None:
+    """FileNotFoundError is no error of podferry's; the thread that does the chores ended with it, leases and all."""
+    (house.at / layout.NODES).rmdir()
+    house.do(house.housekeeping.publisher.store.references.heartbeat)
+    assert house.look()["podferry_share_failures_total PF200"] == 1
+    (house.at / layout.NODES).mkdir()
+    house.do(house.housekeeping.publisher.store.references.heartbeat)
+    assert len(house.share.names(layout.NODES)) == 1
+
+
 def test_layers_that_wait_and_layers_in_use_are_counted(house: House) -> None:
     house.metadata.create(Kind.ACTIVE, "extract", "", {}, lambda made: None)
     house.metadata.commit("layer", "extract", {}, size=(1, 1), chain=CHAIN)

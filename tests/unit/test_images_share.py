@@ -145,6 +145,35 @@ def test_a_share_that_creates_a_name_twice_is_refused(where: Path, monkeypatch: 
         open_share(where)
 
 
+@pytest.mark.parametrize("lost", layout.FOLDERS)
+def test_a_folder_that_two_nodes_made_at_once_is_made_again(
+    where: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """GlusterFS tells both that it exists and takes it back: seen on a slow machine, where the second lab's nodes start at once."""
+    taken_back: list[str] = []
+    make = PosixShare.make
+
+    def make_at_once(self: PosixShare, path: str) -> None:
+        if path == lost and not taken_back:
+            taken_back.append(path)
+            raise FileExistsError(path)
+        make(self, path)
+
+    monkeypatch.setattr(PosixShare, "make", make_at_once)
+    open_share(where)
+    assert taken_back
+    assert (where / lost).is_dir()
+
+
+def test_a_folder_that_never_appears_is_named(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(self: PosixShare, path: str) -> None:
+        raise FileExistsError(path)
+
+    monkeypatch.setattr(PosixShare, "make", make)
+    with pytest.raises(ShareUnavailable, match="cannot make the folder layers"):
+        open_share(where)
+
+
 def test_another_formats_share_is_refused(where: Path) -> None:
     (where / layout.MARKER).write_text(json.dumps({"format": 99, "id": "x"}))
     with pytest.raises(ShareRefused, match="format 99"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from podferry.errors import PodferryError
+from podferry.errors import Failed, PodferryError
 from podferry.images.collect import Collector
 from podferry.images.metadata import Home
 from podferry.images.metrics import Metrics
@@ -72,6 +72,9 @@ class Housekeeping:
         except PodferryError as error:
             self.metrics.failed(error)
             log.warning("chore failed", chore=chore.name, code=error.code, why=str(error))
+        except Exception as error:  # the other chores go on: without them this node's leases and references would lapse
+            self.metrics.failed(Failed.because(f"cannot {chore.name}", error))
+            log.exception("chore failed", chore=chore.name, why=str(error))
 
     def _collect(self) -> None:
         assert self.collector is not None

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from podferry.images import layout
-from podferry.images.faults import ShareRefused, faults
+from podferry.images.faults import ShareRefused, ShareUnavailable, faults
 from podferry.images.guard import Guard
 from podferry.images.posix import PosixShare
 
@@ -19,6 +20,7 @@ RENAMES_BY_COPYING = ("fuse.s3fs", "fuse.gcsfuse", "fuse.goofys", "fuse.rclone",
 """Object stores behind FUSE: a probe would not catch them every time, so they are known by name."""
 OF_THE_FILE_SYSTEM = ("lost+found", ".trashcan", ".glusterfs", ".snapshot")
 PROBE_FILES = 40
+TRIES = 10
 
 
 def open_share(root: Path, *, guard: Guard | None = None, create: bool = True, read_only: bool = False) -> PosixShare:
@@ -44,12 +46,27 @@ def open_share(root: Path, *, guard: Guard | None = None, create: bool = True, r
     share = PosixShare(root, share_id, guard)
     if not read_only:
         for folder in layout.FOLDERS:
-            try:
-                share.make(folder)
-            except FileExistsError:
-                continue
+            _have(share, folder)
         probe(share)
     return share
+
+
+def _have(share: PosixShare, folder: str) -> None:
+    """See to it that a folder is there, and not only that some node has been told so.
+
+    Where two nodes make the same directory at once, GlusterFS may tell both that it exists, and take back what the first had made
+    (posix_mkdir undoes what it cannot give an id). Who was told so last makes it again.
+    """
+    for _ in range(TRIES):
+        with suppress(FileExistsError):
+            share.make(folder)
+        with suppress(FileNotFoundError):
+            return share.refresh(folder)
+    raise ShareUnavailable(
+        f"cannot make the folder {folder} on the share {share.root}",
+        why="the share says that it exists, and has nothing there",
+        remedy=f"make the directory {share.root / folder} by hand",
+    )
 
 
 def _identify(root: Path) -> str | None:

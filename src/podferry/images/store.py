@@ -121,7 +121,7 @@ class LayerStore:
             with suppress(FileExistsError, FileNotFoundError):  # another was first; or ours was, and the reply was lost
                 self.share.rename(stage, f"{layout.LAYERS}/{name}")
         except FileNotFoundError as gone:
-            raise ShareUnavailable(f"cannot publish layer {chain}", why=f"{stage} was removed meanwhile") from gone
+            raise ShareUnavailable(f"cannot publish layer {chain}", why=f"{gone.filename or stage} is gone") from gone
         except BaseException:
             with suppress(PodferryError):
                 self.discard(stage)
