@@ -7,13 +7,15 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from node_job import COUNT, Arrival, Job
 
 from podferry.core.facts import NodeFacts
-from podferry.errors import Refused
+from podferry.errors import Refused, TimedOut
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
 from podferry.node.checkpoint import CheckpointFailed, Hold, Process, _children
 from podferry.node.containerd import Containerd, ContainerdFailed
@@ -218,12 +220,66 @@ def test_commit(job: Job, after: str) -> None:
         hold.rollback()
 
 
-def test_an_agent_that_died_in_the_middle_of_the_dump(job: Job, place: Path) -> None:
+SHARED = """
+import mmap, time
+data = mmap.mmap(-1, 256 << 20)
+data.write(bytes(range(256)) * (1 << 20))
+n = 0
+while True:
+    assert data[n * 4096 % len(data) + 7] == 7
+    print(n, flush=True)
+    n += 1
+    time.sleep(0.01)
+"""
+
+
+@contextlib.contextmanager
+def in_the_middle_of_the_dump(hold: Hold) -> Iterator[None]:
+    """CRIU has written its first images, of a job with much to write, and is stopped there. Afterwards it goes on."""
+    assert hold.images is not None
+    deadline = time.monotonic() + 30
+    while not ((criu := hold._find_criu()) and any(hold.images.glob("core-*"))):
+        assert time.monotonic() < deadline
+    criu.send(signal.SIGSTOP)
+    assert not hold.images.joinpath("inventory.img").exists(), "it is written last"
+    try:
+        yield
+    finally:
+        criu.send(signal.SIGCONT)
+
+
+def test_a_dump_that_takes_too_long_is_broken_off_and_the_job_is_whole(job: Job) -> None:
+    """CRIU's code is in the job's processes at that moment: CRIU has to take it out again, so it must not be killed."""
+    job.start(SHARED)
+    job.wait_lines()
+    job.cgroup.freeze()
+    hold = job._start_hold()
+    stop = os.eventfd(0)
+    with ThreadPoolExecutor(1) as pool:
+        with in_the_middle_of_the_dump(hold):
+            waiting = pool.submit(hold.wait_ready, stop=stop)
+            os.eventfd_write(stop, 1)
+            while hold.images is not None and hold.images.exists():
+                assert not waiting.done(), waiting.exception()
+        assert isinstance(waiting.exception(60), TimedOut)
+    os.close(stop)
+    job.wait_lines()
+    lines = job.lines()
+    assert [int(line) for line in lines] == list(range(len(lines))), "it went on where it was"
+    again = job.hold()
+    again.rollback()
+    job.wait_lines()
+
+
+@pytest.mark.parametrize("knows", ["images", "nothing more"])
+def test_an_agent_that_died_in_the_middle_of_the_dump(job: Job, place: Path, knows: str) -> None:
     job.start()
     job.wait_lines()
     cgroup, root = job.cgroup, job.client.runc_root(job.record)
     cgroup.freeze()
     planned = {"cgroup": cgroup.to_dict(), "work": str(place / "work")}  # all that the journal had
+    if knows == "images":
+        planned |= {"images": str(place / "images")}
     hold = Hold.start(job.id, cgroup, runc_root=root, images=place / "images", work=place / "work")
     assert hold._status is not None
     os.close(hold._status)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -219,12 +218,7 @@ class PodRig(Rig):
         return self.configs["a"].departed / POD.uid
 
     def move(self, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> Rig:
-        async def direct(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
-            return function(*args)
-
         with monkeypatch.context() as patch:
-            for module in (leaving_pod, arriving_pod):
-                patch.setattr(module, "to_thread", SimpleNamespace(run_sync=direct))
             patch.setattr(arriving_pod, "PodRelay", FakePodRelay)
             return super().move(mode, monkeypatch)
 

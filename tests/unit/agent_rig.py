@@ -45,6 +45,7 @@ from podferry.wire.channel import Channel, Traffic
 from podferry.wire.frames import Data
 from podferry.wire.messages import Message, Offer
 from podferry.wire.session import Role
+from podferry.workload import threads
 from podferry.workload.config import Config
 from podferry.workload.offered import Offered
 
@@ -538,7 +539,7 @@ class Rig:
     def move(self, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> Rig:
         """Run one to its end, and hold it to the invariants."""
 
-        async def direct(function: Callable[..., Any], *args: Any) -> Any:
+        async def direct(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
             return function(*args)
 
         with monkeypatch.context() as patch:
@@ -548,7 +549,7 @@ class Rig:
             sides = SimpleNamespace(handlers=lambda *_: self.handlers("source"), Remains=self.remains)
             patch.setattr(service, "leaving", sides)
             patch.setattr(service, "arriving", SimpleNamespace(handlers=lambda *_: self.handlers("target")))
-            patch.setattr(service, "to_thread", SimpleNamespace(run_sync=direct))
+            patch.setattr(threads, "to_thread", SimpleNamespace(run_sync=direct))
             patch.setattr(attempt.gate, "hold", self.hold)
             anyio.run(self._run, replace(self.order, mode=mode), backend_options={"loop_factory": LeapingLoop})
         self.check()

@@ -94,6 +94,7 @@ class FakeAgent:
         max_downtime_ms: float | None,
         bandwidth: int | None,
         allow_postcopy: bool,
+        max_freeze_s: float | None = None,
     ) -> dict[str, Any]:
         self.asked.append({"bandwidth": bandwidth, "mode": mode, "max_downtime_ms": max_downtime_ms})
         self._known(name)

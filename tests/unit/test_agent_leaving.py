@@ -184,7 +184,7 @@ class FakeHold:
         self.waits = False
         self._said.append(f"goes on, spared {len(spared)}")
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, *, stop: int) -> None:
         assert not self.waits
 
 

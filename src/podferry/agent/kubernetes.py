@@ -259,7 +259,8 @@ def order_of(migration: Migration) -> Order:
         postcopy=spec.allow_post_copy,
     )
     bandwidth = quantity(spec.bandwidth) if spec.bandwidth else None
-    return Order(spec.mode, timeout=seconds(spec.timeout), bandwidth=bandwidth, policy=policy)
+    max_freeze = seconds(spec.max_freeze) if spec.max_freeze else None
+    return Order(spec.mode, timeout=seconds(spec.timeout), bandwidth=bandwidth, policy=policy, max_freeze=max_freeze)
 
 
 def container_names(pod: Json) -> tuple[str, ...]:

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
-
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.phases import SourceEvent
 from podferry.core.preflight import Question, refusals
@@ -40,6 +38,7 @@ from podferry.workload.pod.inspection import PodInspection
 from podferry.workload.pod.leaving import HeldPod, LeavingPod
 from podferry.workload.pod.offered import OfferedPod
 from podferry.workload.pod.ports import Cluster, PodCheck, PodMigration, PodName, PodOrder
+from podferry.workload.threads import run
 
 Json = dict[str, Any]
 Start = Callable[[Callable[[], Awaitable[None]]], None]
@@ -164,7 +163,7 @@ class PodEngine:
     async def check(self, pod: PodName, containers: tuple[str, ...]) -> PodCheck:
         """May this pod, which runs here, move at all?"""
         try:
-            view = await to_thread.run_sync(self._inspection.pod, pod, containers)
+            view = await run(self._inspection.pod, pod, containers)
         except Refused as refusal:
             return PodCheck((refusal,), (), 0, 0)
         reasons, notes = tuple(view.refusals(Mode.LIVE)), tuple(view.warnings(Mode.LIVE))
@@ -177,7 +176,7 @@ class PodEngine:
         if (known := self._known(order.id)) is not None:
             return known
         self._refuse_second(order.pod)
-        self._start(partial(to_thread.run_sync, self.sweep))
+        self._start(partial(run, self.sweep))
         journal = Journal(self._config.migrations / order.id)
         story = Story(order.id, str(order.pod), self._config.node, order.target, order.order.mode)
         journal.note(role="source", record=story.to_dict(), pod=to_json(order.pod))
@@ -185,7 +184,7 @@ class PodEngine:
         self._sources[order.id] = source
 
         async def propose() -> tuple[Offer, LeavingPod]:
-            view = await to_thread.run_sync(self._inspection.pod, order.pod, order.containers)
+            view = await run(self._inspection.pod, order.pod, order.containers)
             choice = view.demand_movable(order.order.mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
@@ -241,7 +240,7 @@ class PodEngine:
 
     def arriving(self, journal: Journal, offered: OfferedPod) -> ArrivingPod:
         """The pod that is to run here."""
-        self._start(partial(to_thread.run_sync, self.sweep))
+        self._start(partial(run, self.sweep))
         parts = [
             ArrivingPart(self._config, self._containerd, Part(journal, number), part)
             for number, part in enumerate(offered.containers)

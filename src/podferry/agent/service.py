@@ -14,7 +14,6 @@ from typing import Any
 
 import anyio
 import structlog
-from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from podferry import __version__
@@ -47,6 +46,7 @@ from podferry.workload.leaving import Leaving
 from podferry.workload.offered import Offered
 from podferry.workload.pod.offered import OfferedPod
 from podferry.workload.pod.ports import Cluster
+from podferry.workload.threads import run
 
 KEEP_RECORDS = 200
 FORGET_EVERY = 3600.0  # seconds
@@ -91,8 +91,8 @@ class Agent:
             self._recover()
             self._start(self._forget_old)
             if self._cluster is not None:
-                self._start(partial(to_thread.run_sync, self.pods.sweep))
-            known = await to_thread.run_sync(known_addresses, self.config, self._cluster)
+                self._start(partial(run, self.pods.sweep))
+            known = await run(known_addresses, self.config, self._cluster)
             serving = partial(serve, listener, self.credentials, self._converse, self._report, known=known)
             self._tasks.start_soon(serving)
             await control.serve(self.config.socket, ops, started=ready)
@@ -101,7 +101,7 @@ class Agent:
         """An agent that runs for months forgets old journals, too."""
         while True:
             await anyio.sleep(FORGET_EVERY)
-            await to_thread.run_sync(forget_old, self.config.migrations, KEEP_RECORDS)
+            await run(forget_old, self.config.migrations, KEEP_RECORDS)
 
     def _start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do something in the background. One migration's bug must not end the others."""
@@ -173,17 +173,17 @@ class Agent:
 
     async def op_ps(self, emit: Emit) -> list[Record]:
         """The containers of this node."""
-        return await to_thread.run_sync(self.inspection.containers)
+        return await run(self.inspection.containers)
 
     async def op_node(self, emit: Emit) -> Record:
         """This node and its agent."""
-        facts = await to_thread.run_sync(self.inspection.node_facts)
+        facts = await run(self.inspection.node_facts)
         return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers), **facts.to_dict()}
 
     async def op_check(self, emit: Emit, name: str, to: str) -> Record:
         """Could this container move there? Nothing is touched."""
         self._check_names(name, to)
-        view = await to_thread.run_sync(partial(self.inspection.container, name))
+        view = await run(partial(self.inspection.container, name))
         reasons: list[PodferryError] = []
         target: NodeFacts | None = None
         offer = view.offer(f"check-{secrets.token_hex(4)}", Mode.LIVE)
@@ -219,6 +219,7 @@ class Agent:
         timeout_s: float | None = None,
         max_downtime_ms: float | None = None,
         bandwidth: float | None = None,
+        max_freeze_s: float | None = None,
         allow_postcopy: bool = False,
         allow_throttle: bool = True,
     ) -> Record:
@@ -229,6 +230,7 @@ class Agent:
             Mode(mode),
             timeout=timeout_s or Order.timeout,
             bandwidth=bandwidth,
+            max_freeze=max_freeze_s,
             policy=Policy(
                 max_downtime=(max_downtime_ms or Policy.max_downtime * 1e3) / 1e3,
                 throttle=allow_throttle,
@@ -312,7 +314,7 @@ class Agent:
         self._sources[id] = source
 
         async def propose() -> tuple[Offer, Leaving]:
-            view = await to_thread.run_sync(partial(self.inspection.container, name))
+            view = await run(partial(self.inspection.container, name))
             choice = view.demand_movable(order.mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
@@ -400,7 +402,7 @@ class Agent:
             offered, weigh = self._offered(offer)
             self._refuse_second(offer.name)
             await demand_allowed(self.config, self._cluster, channel.peer, offer, offered)
-            facts, refused = await to_thread.run_sync(weigh)
+            facts, refused = await run(weigh)
             reasons += refused
         except PodferryError as error:
             reasons.append(error)

@@ -132,6 +132,15 @@ def migrate(
     max_downtime: Annotated[
         float | None, typer.Option(metavar="MS", min=0, help="Only stop the job when that will take less than MS ms.")
     ] = None,
+    max_freeze: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            min=0.1,
+            help="Give the job back where it has stood still for S seconds and cannot go on yet. Default: 5 s beyond "
+            "--max-downtime; in mode stop, when nothing could be sent for 30 s.",
+        ),
+    ] = None,
     bandwidth: Annotated[
         str | None, typer.Option(metavar="RATE", help="Use no more of the link than RATE: 100mbit, 50MiB, ...")
     ] = None,
@@ -162,6 +171,7 @@ def migrate(
         mode=mode.value,
         timeout_s=timeout,
         max_downtime_ms=max_downtime,
+        max_freeze_s=max_freeze,
         bandwidth=rate,
         allow_postcopy=allow_postcopy,
     )

@@ -150,6 +150,7 @@ def _move(lab: Lab, output: Output, mode: Mode) -> Record:
             mode=mode.value,
             timeout_s=None,
             max_downtime_ms=None,
+            max_freeze_s=None,
             bandwidth=None,
             allow_postcopy=False,
         )

@@ -99,6 +99,14 @@ def migrate(
     max_downtime: Annotated[
         str | None, typer.Option(metavar="TIME", help="Only stop the job when that will take less, e.g. 300ms.")
     ] = None,
+    max_freeze: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Give the job back where it has stood still for so long and cannot go on yet. Default: 5s beyond --max-downtime; "
+            "in mode stop, when nothing could be sent for 30s.",
+        ),
+    ] = None,
     bandwidth: Annotated[
         str | None, typer.Option(metavar="RATE", help="Use no more of the link than RATE: 100mbit, 50MiB, ...")
     ] = None,
@@ -143,6 +151,7 @@ def migrate(
         "mode": mode.value,
         "timeout": timeout,
         "maxDowntime": max_downtime,
+        "maxFreeze": max_freeze,
         "bandwidth": None if bandwidth is None else str(int(parse_rate(bandwidth))),
         "allowPostCopy": allow_postcopy,
         "allowAutoConverge": allow_throttle,

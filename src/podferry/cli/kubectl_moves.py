@@ -66,7 +66,7 @@ def whole_seconds(duration: str) -> int:
 
 def body(pod: str, name: str | None, spec: Json) -> Json:
     """A Migration to be created."""
-    for field in ("timeout", "maxDowntime"):
+    for field in ("timeout", "maxDowntime", "maxFreeze"):
         if field in spec:
             try:
                 seconds(spec[field])

@@ -66,14 +66,15 @@ class Attempt(Generic[Phase, Event]):
         self.journal.enter(phase, sync=sync)
         self._moved(event, note)
 
-    async def fire_anyway(self, event: Event, *, note: str = "", durable: bool = False) -> None:
+    async def fire_anyway(self, event: Event, *, note: str = "", durable: bool = False, hurried: bool = False) -> None:
         """Move on, on the way back and where all is done, although the journal may not be writable: a full disk must not end
         the job, or keep it frozen.
 
-        It is tried again for a while, and if `durable` for ever; otherwise the journal then misses the step, and the agent's
-        next start takes it anew.
+        It is tried again for a while, `hurried` for a moment only, since the job stands still meanwhile, and if `durable` for ever;
+        otherwise the journal then misses the step, and the agent's next start takes it anew.
         """
-        for pause in chain(WRITE_PAUSES, repeat(WRITE_PAUSES[-1]) if durable else ()):
+        pauses = WRITE_PAUSES[:1] if hurried else WRITE_PAUSES
+        for pause in chain(pauses, repeat(WRITE_PAUSES[-1]) if durable else ()):
             try:
                 return self.fire(event, note=note)
             except OSError as error:

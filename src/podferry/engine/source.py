@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import anyio
 from anyio.abc import TaskGroup
@@ -25,6 +26,7 @@ from podferry.engine.letters import Letters
 from podferry.engine.ports import HeldJob, LeavingJob
 from podferry.engine.rounds import Rounds
 from podferry.engine.sending import Sender
+from podferry.engine.standstill import Standstill
 from podferry.engine.story import Story
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
 from podferry.model import Mode, Outcome
@@ -54,11 +56,13 @@ BEFORE_GO = frozenset({SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.POISE
 @dataclass(frozen=True)
 class Order:
     """What was asked for. `timeout` is in seconds and covers everything up to the point of no return; `bandwidth` caps
-    what the data may use of the link, in bytes a second."""
+    what the data may use of the link, in bytes a second; `max_freeze` says for how many seconds the job may stand still before the
+    point of no return, where it is not what `podferry.engine.standstill` makes of mode and policy."""
 
     mode: Mode = Mode.STOP
     timeout: float = 3600.0
     bandwidth: float | None = None
+    max_freeze: float | None = None
     policy: Policy = field(default_factory=Policy)
 
 
@@ -251,6 +255,14 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         self.fire(SourceEvent.POISED)
         await self.at_gate()
         await self.job.shut_the_door()
+        limit = Standstill(self.order.mode, self.order.max_freeze, self.order.policy.max_downtime)
+        channel = letters.channel
+        await limit.bound(
+            partial(self._stop_and_copy, letters), self.story, sent=lambda: channel.traffic.sent, sever=channel.sever
+        )
+
+    async def _stop_and_copy(self, letters: Letters) -> None:
+        """From the freeze to the target's word that it has everything: each of these steps is bounded as a whole."""
         self._frozen_at = time.monotonic()
         self.journal.note(frozen_at=self._frozen_at)
         with self.story.span("freeze"):
@@ -409,7 +421,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             await self._hang_up(letters, cause)
             return self._end(Outcome.REFUSED, str(cause), cause)
         if self.phase is not SourcePhase.UNDO:
-            await self.fire_anyway(SourceEvent.TROUBLE, note=str(cause))
+            frozen = self.phase is SourcePhase.CUTOVER
+            await self.fire_anyway(SourceEvent.TROUBLE, note=str(cause), hurried=frozen)
         await self.at_gate()
         with self.story.span("undo"):
             leftovers = await self.take_back()

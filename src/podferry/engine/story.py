@@ -42,6 +42,7 @@ class Story:
         self.rounds: list[Round] = []
         self._rounds_before: list[dict[str, Any]] = []
         self.spans: list[dict[str, Any]] = []
+        self._steps_begun: dict[str, float] = {}
         self.extra: dict[str, Any] = {}
         self._to_send = 0
         self._sent: deque[tuple[float, int]] = deque()
@@ -82,11 +83,25 @@ class Story:
     @contextmanager
     def span(self, name: str, where: str = "source", detail: str = "") -> Iterator[None]:
         """Time one step for the timeline."""
-        start = self.now()
+        start, self._steps_begun[name] = self.now(), self.now()
         try:
             yield
+        except BaseException:
+            detail = "; ".join(filter(None, [detail, "broken off"]))
+            raise
         finally:
+            self._steps_begun.pop(name, None)
             self.add_span(name, where, start, self.now(), detail)
+
+    def steps(self, since_ms: float) -> list[str]:
+        """What was done since then and how long it took, in words; what is still under way counts."""
+        done = [one for one in self.spans if one["start_ms"] >= since_ms]
+        said = [
+            f"{one['name']} {(one['end_ms'] - one['start_ms']) / 1e3:.2f} s"
+            + (f" ({one['detail']})" if one["detail"] else "")
+            for one in done
+        ]
+        return said + [f"{name} {(self.now() - at) / 1e3:.2f} s until now" for name, at in self._steps_begun.items()]
 
     def add_span(self, name: str, where: str, start_ms: float, end_ms: float, detail: str = "") -> None:
         """Put a step that was timed elsewhere on the timeline."""

@@ -113,6 +113,15 @@ class MigrationSpec(Part):
         str | None,
         Field(description="Stop the job only when that is expected to take no longer, e.g. 300ms.", pattern=DURATION),
     ] = None
+    max_freeze: Annotated[
+        str | None,
+        Field(
+            description="Give the job back and fail where it has stood still for so long before the right to run passes to the "
+            "target. Without it, in modes live and postcopy, 5s beyond maxDowntime; in mode stop, which copies all memory in that "
+            "time, only when nothing could be sent for 30s.",
+            pattern=DURATION,
+        ),
+    ] = None
     timeout: Annotated[
         str,
         Field(

@@ -41,6 +41,9 @@ from podferry.node.thin import ThinDump
 PORT = 7117
 READY_TIMEOUT = 120.0  # seconds
 END_TIMEOUT = 10.0  # seconds
+BREAK_OFF_TIMEOUT = 15.0
+"""Seconds that CRIU gets to fail by itself, and to set right what it did to the tasks, before it is killed."""
+THREADS_A_SECOND = 2000
 FIRST_LOOK, LAST_LOOK = 0.001, 0.05  # seconds
 # As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
 NO_COMMAND = b"\xff" * 32
@@ -112,10 +115,11 @@ class Process:
 class Hold:
     """A container held frozen by CRIU. Make one with `start` or, after an agent's restart, with `from_dict`."""
 
-    def __init__(self, id: str, cgroup: Cgroup, work: Path) -> None:
+    def __init__(self, id: str, cgroup: Cgroup, work: Path, images: Path | None = None) -> None:
         self.id = id
         self.cgroup = cgroup
         self.work = work
+        self.images = images
         self.runc: Process | None = None
         self.criu: Process | None = None
         self.waits = False
@@ -149,8 +153,10 @@ class Hold:
             raise CheckpointFailed(f"no such dump option: {', '.join(sorted(unknown))}")
         for directory in (images, work):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        hold = Hold(id, cgroup, work)
+        hold = Hold(id, cgroup, work, images)
         settings = Path(shutil.copy(conf, work))  # CRIU may not see the files of this program (`outside`)
+        with settings.open("a") as more:
+            more.write(f"\ntimeout {seize_timeout(cgroup)}\n")
         environment = {"CRIU_CONFIG_FILE": str(settings)}
         if wait:
             hold.waits, hold._gate = True, Gate(work / "gate")
@@ -216,8 +222,9 @@ class Hold:
             os.close(self._status)
             self._status = None
 
-    def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
-        """Wait until the images are whole; then freeze the cgroup again under CRIU's hold.
+    def wait_ready(self, timeout: float = READY_TIMEOUT, *, stop: int | None = None) -> None:
+        """Wait until the images are whole; then freeze the cgroup again under CRIU's hold. The wait is broken off when the
+        descriptor `stop` can be read.
 
         Raises `CheckpointFailed` with CRIU's reason, or `TimedOut`; the container then runs, thawed.
         """
@@ -225,15 +232,15 @@ class Hold:
         if status is None:
             raise CheckpointFailed(f"the dump of {self.id} was waited for already")
         try:
-            ready = bool(_poll(status, timeout))
+            ready = status in _poll_all([status] if stop is None else [status, stop], timeout)
             done = os.read(status, 1) if ready else b""
         finally:
             os.close(status)
             self._show_no_more()
         if not done:
-            error = self._failed() if ready else self._late(timeout)
+            error = self._failed() if ready else self._late()
             with contextlib.suppress(CgroupFailed):
-                self.rollback(0)
+                self.rollback()
             raise error
         try:
             self.criu = self._find_criu()
@@ -261,15 +268,15 @@ class Hold:
         # A dead process stays CRIU's as long as CRIU lives, and a container's init waits for all of its own.
         self.cgroup.kill(once_sent=self._end)
 
-    def rollback(self, patience: float = READY_TIMEOUT) -> None:
-        """Let the container go on. A dump that is still under way is given `patience` seconds to get ready.
+    def rollback(self) -> None:
+        """Let the container go on. A dump that is still under way is made to fail.
 
         May be called again after a failure. Raises `CgroupFailed` where the container has ended meanwhile.
         """
         # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
         if self.waits:
             self.call_off()
-        elif self._settled(patience):
+        elif self._settled(READY_TIMEOUT if self.images is None else BREAK_OFF_TIMEOUT):
             self.cgroup.thaw()
             with contextlib.suppress(OSError, Failed):
                 self._fail_criu()
@@ -282,6 +289,7 @@ class Hold:
             "id": self.id,
             "cgroup": self.cgroup.to_dict(),
             "work": str(self.work),
+            "images": str(self.images) if self.images else None,
             "runc": [self.runc.pid, self.runc.started] if self.runc else None,
             "criu": [self.criu.pid, self.criu.started] if self.criu else None,
             "waits": self.waits,
@@ -293,7 +301,13 @@ class Hold:
         had started by the agent's end is found by them. Raises `PeerMisbehaved` on anything else.
         """
         try:
-            hold = Hold(str(data.get("id", "")), Cgroup.from_dict(data["cgroup"]), Path(data["work"]))
+            images = data.get("images")  # agents before this one did not write it down
+            hold = Hold(
+                str(data.get("id", "")),
+                Cgroup.from_dict(data["cgroup"]),
+                Path(data["work"]),
+                Path(images) if images else None,
+            )
             hold.runc, hold.criu = (_process(data.get(who)) for who in ("runc", "criu"))
             hold.waits = data.get("waits") is True
         except (KeyError, TypeError, ValueError) as error:
@@ -301,7 +315,8 @@ class Hold:
         return hold
 
     def _settled(self, patience: float) -> bool:
-        """Wait until CRIU's page server listens, which has no event for others; false where all has ended before.
+        """Wait until CRIU's page server listens, which has no event for others; false where all has ended before. A CRIU that
+        is on its way there fails: it finds no directory for its next image.
 
         What is not known of runc and CRIU is looked for: their agent may have died before it wrote it down.
         """
@@ -312,12 +327,17 @@ class Hold:
             if self.criu is not None and self.criu.alive():
                 if _listens(self.criu):
                     return True
+                self._take_images_away()
             elif self.runc is None or not self.runc.alive():
                 return False
             if time.monotonic() > deadline:
                 return False
             time.sleep(pause)
             pause = min(2 * pause, LAST_LOOK)
+
+    def _take_images_away(self) -> None:
+        if self.images is not None:
+            shutil.rmtree(self.images, ignore_errors=True)
 
     def _find_runc(self) -> Process | None:
         """runc's process, which was told of our work directory."""
@@ -358,8 +378,18 @@ class Hold:
             said.append(f"runc: {ending(self._child.returncode)}")
         return explained(CheckpointFailed, f"cannot dump {self.id}", self.work / "dump.log", said=said)
 
-    def _late(self, timeout: float) -> TimedOut:
-        return explained(TimedOut, f"no dump of {self.id} after {timeout:g} s", self.work / "dump.log")
+    def _late(self) -> TimedOut:
+        return explained(TimedOut, f"the dump of {self.id} took too long and was broken off", self.work / "dump.log")
+
+
+def seize_timeout(cgroup: Cgroup) -> int:
+    """Seconds that CRIU may take to stop every task, which is what its option `timeout` is about; 10 is its default, and the job
+    stands still in vain meanwhile. Stopped already by the freezer, a thousand threads take it less than 0.1 s."""
+    threads = 0
+    for pid in cgroup.pids():
+        with contextlib.suppress(OSError):
+            threads += sum(1 for _ in Path(f"/proc/{pid}/task").iterdir())
+    return 1 + threads // THREADS_A_SECOND
 
 
 def _find(matches: Callable[[Path], bool], among: Iterable[int] | None = None) -> Process | None:
@@ -394,6 +424,12 @@ def _process(data: Any) -> Process | None:
 
 
 def _poll(fd: int, timeout: float) -> bool:
+    return bool(_poll_all([fd], timeout))
+
+
+def _poll_all(fds: Iterable[int], timeout: float) -> list[int]:
+    """Which of them can be read, within `timeout` seconds."""
     poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(timeout * 1000)]

@@ -109,6 +109,10 @@ class Channel:
         with suppress(PodferryError), anyio.move_on_after(PARTING):
             await self.speak(Trouble(ErrorReport.of(error)))
 
+    def sever(self, error: PodferryError) -> None:
+        """Break the link at once: every call, those under way too, raises `error`."""
+        self._link.fail(error)
+
     async def close(self) -> None:
         """Say goodbye and close; nobody may be using the channel."""
         with anyio.CancelScope(shield=True):

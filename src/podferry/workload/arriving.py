@@ -19,7 +19,6 @@ from typing import Any
 
 import anyio
 import xxhash
-from anyio import to_thread
 
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
@@ -58,6 +57,7 @@ from podferry.workload.helpers import (
 from podferry.workload.nodefacts import version
 from podferry.workload.offered import Offered
 from podferry.workload.relay import Relay
+from podferry.workload.threads import at_once, patiently, run
 
 POISE_TIMEOUT = 60.0
 STATE_TIMEOUT = 7200.0
@@ -96,7 +96,7 @@ class Arriving:
 
     async def prepare(self) -> None:
         """Its record, snapshot and the places for pages and images."""
-        await to_thread.run_sync(self._prepare)
+        await run(self._prepare)
 
     def _prepare(self) -> None:
         record, journal = self._offer.record_here(self._config.wrapper), self._journal
@@ -139,7 +139,7 @@ class Arriving:
         May be called again for post-copy: that is a matter of the feeder alone.
         """
         if (old := self._journal.held("feeder")) is not None:
-            await to_thread.run_sync(kill_helper, old)
+            await run(kill_helper, old)
             (self.scratch / FEEDER_STATUS).unlink(missing_ok=True)
         self._start_feeder(postcopy=postcopy)
         with anyio.fail_after(POISE_TIMEOUT):
@@ -176,7 +176,7 @@ class Arriving:
         self._starter = self._spawn("starter", argv)
         async with anyio.create_task_group() as watch:
             watch.start_soon(self._watch_starter, incoming)
-            await to_thread.run_sync(incoming.wait_poised, POISE_TIMEOUT)
+            await patiently(incoming.wait_poised, POISE_TIMEOUT)
             watch.cancel_scope.cancel()
 
     async def _watch_starter(self, incoming: Incoming) -> None:
@@ -235,7 +235,7 @@ class Arriving:
 
     async def verify(self, end: StateEnd) -> None:
         """Everything is here and whole, or an error says what is not."""
-        await to_thread.run_sync(self._verify, end)
+        await at_once(self._verify, end)
 
     def _verify(self, end: StateEnd) -> None:
         store, images = self._need_store(), self._need_incoming().images
@@ -302,7 +302,7 @@ class Arriving:
             incoming = self._need_incoming()
             wrapper = Process.of(incoming.wrapper)
             self._journal.note(released=True, wrapper=[wrapper.pid, wrapper.started] if wrapper else None)
-            await to_thread.run_sync(incoming.restore)
+            await at_once(incoming.restore)
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
                 await self._starter_ended()
@@ -316,7 +316,7 @@ class Arriving:
     async def _has_run(self) -> bool:
         """Whether CRIU let go of the tasks, once that cannot change any more. Then this is the job's only life."""
         restoring = Restoring(self._config.incoming / self.key / "work", self._wrapper())
-        found = await to_thread.run_sync(restoring.settle)
+        found = await at_once(restoring.settle)
         return self._resumed_at() > 0 if found is None else found
 
     def _wrapper(self) -> Process | None:
@@ -355,7 +355,7 @@ class Arriving:
     async def is_here(self) -> bool:
         """Whether containerd has a task of it, running or ended."""
         try:
-            await to_thread.run_sync(self._containerd.task, self._offer.record.id)
+            await at_once(self._containerd.task, self._offer.record.id)
         except NotFound:
             return False
         return True
@@ -367,7 +367,7 @@ class Arriving:
             return
         if self._starter is not None:
             self._starter.kill()
-        await to_thread.run_sync(partial(remove_task, self._containerd, self._offer.record.id))
+        await at_once(partial(remove_task, self._containerd, self._offer.record.id))
         (self.scratch / "started.json").unlink(missing_ok=True)
         self._incoming = Incoming.adopt(self.key, run=self._config.run)
         await self._start_task()
@@ -402,7 +402,7 @@ class Arriving:
 
     async def has_ended(self) -> bool:
         """Whether no task of it runs."""
-        return not await to_thread.run_sync(runs, self._containerd, self._offer.record.id)
+        return not await run(runs, self._containerd, self._offer.record.id)
 
     async def close(self) -> None:
         """Let go of descriptors; a wrapper that still waits fails."""
@@ -490,7 +490,7 @@ def handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:
     """How each thing that the ledger of an arriving container may hold is taken back."""
 
     def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
-        return lambda facts: to_thread.run_sync(function, facts)
+        return lambda facts: at_once(function, facts)
 
     def gone(function: Callable[..., object]) -> Callable[..., None]:
         def call(*args: Any) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio import to_thread
 
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.core.undo import Handler
@@ -35,7 +34,7 @@ from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.model import Dump
 from podferry.node import network
-from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
+from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.checkpoint import CRIU_CONF, Hold, Process
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.gate import Gate
@@ -53,6 +52,7 @@ from podferry.workload.helpers import reap, remove_task, runs
 from podferry.workload.nodefacts import version
 from podferry.workload.offered import Offered
 from podferry.workload.owed import Owed
+from podferry.workload.threads import Looks, at_once, patiently, run, time_left
 
 FREEZES = 3
 """How often somebody who came in at the last moment is sent out again."""
@@ -110,6 +110,7 @@ class Leaving:
         self._dumped = Dump.ORDINARY
         self._network = network.DEFAULT
         self._owed: Owed | None = None
+        self._looks = Looks()
 
     @property
     def cgroup(self) -> Cgroup:
@@ -122,11 +123,11 @@ class Leaving:
         """What was written or dropped since the last look; everything at the first."""
         if self._quota is None:
             self._cpu_used.append((time.monotonic(), self._cgroup.cpu_seconds()))
-        return self._taken(await to_thread.run_sync(self._tracker.collect))
+        return self._taken(await at_once(self._tracker.collect))  # with soft-dirty the job is paused for it
 
     async def last_look(self) -> Change:
         """The last one: the job is frozen, and the tracker leaves it."""
-        return self._taken(await to_thread.run_sync(self._tracker.final))
+        return self._taken(await self._looks.at_once(self._tracker.final))
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -217,7 +218,7 @@ class Leaving:
 
     async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
         """One pass over the upper layer."""
-        plan = await to_thread.run_sync(partial(self._upper.plan, suspects=self.mapped_shared(), frozen=last))
+        plan = await self._looks.at_once(lambda: self._upper.plan(suspects=self.mapped_shared(), frozen=last))
         for chunk in self._upper.send(plan):
             yield UPPER, chunk
 
@@ -231,7 +232,7 @@ class Leaving:
         if path is None:
             return
         if last:
-            await to_thread.run_sync(drained, self._task.pid, self._output.fifos)
+            await self._looks.at_once(partial(drained, self._task.pid, self._output.fifos))
         with path.open("rb", buffering=0) as file:
             file.seek(self._log_sent)
             while data := file.read(MAX_PAYLOAD):
@@ -247,30 +248,30 @@ class Leaving:
     async def freeze(self) -> None:
         """Stop every task. A job that was slowed down is not any more: CRIU works in its processes, and must not wait."""
         self._journal.acquire("freeze", cgroup=self._cgroup.to_dict())
-        await to_thread.run_sync(self._freeze_without_guests)
+        await at_once(self._freeze_without_guests, time_left(FREEZE_TIMEOUT))
         if self._quota is not None:
             self._cgroup.set_cpu_quota(self._quota)
             self._journal.release("quota")
 
-    def _freeze_without_guests(self) -> None:
+    def _freeze_without_guests(self, timeout: float) -> None:
         """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
         for _ in range(FREEZES):
-            self._freeze_apart_from_vfork()
+            self._freeze_apart_from_vfork(timeout)
             if not guests(self._task.pid, self._cgroup.pids()):
                 return
             self._cgroup.thaw()
             show_out(self._task.pid, self._cgroup.pids)
-        self._freeze_apart_from_vfork()
+        self._freeze_apart_from_vfork(timeout)
 
-    def _freeze_apart_from_vfork(self) -> None:
-        freeze_apart_from_vfork(self._cgroup.freeze, self._cgroup.thaw, self._cgroup.pids)
+    def _freeze_apart_from_vfork(self, timeout: float) -> None:
+        freeze_apart_from_vfork(partial(self._cgroup.freeze, timeout), self._cgroup.thaw, self._cgroup.pids)
 
     async def shut_the_door(self) -> None:
         """What `exec` started in the container ends, since CRIU could not dump it, and podferry-runc lets nobody in any more."""
         first = Process.of(self._task.pid) if self._guarded else None
         init = {"init": asdict(first)} if first is not None else {}
         self._journal.acquire("door", path=str(self._door), **init)
-        await to_thread.run_sync(self._shut_the_door)
+        await run(self._shut_the_door)
 
     def _shut_the_door(self) -> None:
         self._door.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +280,7 @@ class Leaving:
 
     async def stand_by(self) -> None:
         """Begin what the dump needs while the job still runs, where runc can be made to wait."""
-        await to_thread.run_sync(self._stand_by)
+        await run(self._stand_by)
 
     def _stand_by(self) -> None:
         if network.is_own(self._offered.record.spec_json()):
@@ -289,17 +290,22 @@ class Leaving:
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
-        return await to_thread.run_sync(self._dump)
+        stop = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            return await at_once(self._dump, stop, interrupt=partial(os.eventfd_write, stop, 1))
+        finally:
+            os.close(stop)
 
     def _start_dump(self, *, wait: bool, thin: bool = False) -> Hold:
         work = self._scratch / "work"
         self._journal.acquire("outgoing", directory=str(self._scratch))
-        self._journal.acquire("hold", work=str(work), cgroup=self._cgroup.to_dict(), waits=wait)
+        images = self._scratch / "images"
+        self._journal.acquire("hold", work=str(work), images=str(images), cgroup=self._cgroup.to_dict(), waits=wait)
         hold = self._hold = Hold.start(
             self._offered.record.id,
             self._cgroup,
             runc_root=self._runc_root,
-            images=self._scratch / "images",
+            images=images,
             work=work,
             flags=self._offered.flags,
             conf=self._conf,
@@ -309,7 +315,7 @@ class Leaving:
         self._journal.acquire("hold", **hold.to_dict())
         return hold
 
-    def _dump(self) -> Mapping[tuple[int, str], bytes]:
+    def _dump(self, stop: int) -> Mapping[tuple[int, str], bytes]:
         hold = self._hold or self._start_dump(wait=False)
         if hold.waits and not hold.may_go_on():
             hold.call_off()
@@ -321,7 +327,7 @@ class Leaving:
             spared = [pid for pid in self._spaces if self._spared.get(pid)] if hold.thin else []
             hold.go_on(spared)
             found = {self._spaces[pid]: population(pid) for pid in spared}
-        hold.wait_ready()
+        hold.wait_ready(stop=stop)
         self._journal.acquire("hold", **hold.to_dict())
         directory = self._scratch / "images"
         if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
@@ -361,14 +367,14 @@ class Leaving:
             finally:
                 os.close(pidfd)
         try:
-            status = await to_thread.run_sync(self._containerd.wait_task, self._offered.record.id, 5.0)
+            status = await patiently(self._containerd.wait_task, self._offered.record.id, 5.0)
         except PodferryError:
             return "its exit status is not known"
         return f"exit status {status}"
 
     async def runs(self) -> bool:
         """Whether the container is there and has not ended."""
-        return await to_thread.run_sync(runs, self._containerd, self._offered.record.id)
+        return await run(runs, self._containerd, self._offered.record.id)
 
     def executing(self) -> bool:
         """Whether its cgroup is thawed and has processes."""
@@ -376,14 +382,15 @@ class Leaving:
 
     async def commit(self) -> None:
         """Kill the frozen original and remove what is left of it here."""
-        await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
+        await at_once(partial(commit, self._journal, self._containerd, self._offered))
 
     async def kill(self) -> None:
         """Kill the frozen original, and leave what remains of it to others."""
-        await to_thread.run_sync(kill_frozen, self._journal)
+        await at_once(kill_frozen, self._journal)
 
     async def close(self) -> None:
         """Let go of descriptors."""
+        await self._looks.ended()
         if self._owed is not None:
             self._owed.close()
         if self._hold is not None:
@@ -403,11 +410,11 @@ class Remains:
 
     async def commit(self) -> None:
         """Kill the frozen original and remove what is left of it here."""
-        await to_thread.run_sync(partial(commit, self._journal, self._containerd, self._offered))
+        await at_once(partial(commit, self._journal, self._containerd, self._offered))
 
     async def kill(self) -> None:
         """Kill the frozen original, and leave what remains of it to others."""
-        await to_thread.run_sync(kill_frozen, self._journal)
+        await at_once(kill_frozen, self._journal)
 
     def owed(self) -> Owed:
         """All memory: what the earlier agent sent died with it. Raises `OriginalGone`."""
@@ -424,7 +431,7 @@ class Remains:
 
     async def runs(self) -> bool:
         """Whether the container is there and has not ended."""
-        return await to_thread.run_sync(runs, self._containerd, self._offered.record.id)
+        return await run(runs, self._containerd, self._offered.record.id)
 
     def executing(self) -> bool:
         """Whether the cgroup that was frozen is thawed and has processes."""
@@ -519,7 +526,7 @@ def handlers() -> dict[str, Handler]:
     """How each thing that the ledger of a leaving container may hold is taken back."""
 
     def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
-        return lambda facts: to_thread.run_sync(function, facts)
+        return lambda facts: at_once(function, facts)
 
     def roll_back(facts: Mapping[str, Any]) -> None:
         hold = Hold.from_dict(dict(facts))

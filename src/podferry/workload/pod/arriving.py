@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
-
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal
 from podferry.engine.ports import JobDied, Json, Line
@@ -35,6 +33,7 @@ from podferry.workload.pod.offered import OfferedPod
 from podferry.workload.pod.parts import container_of_directory, container_of_space, demand_known, end_of
 from podferry.workload.pod.ports import Cluster
 from podferry.workload.relay import PodRelay
+from podferry.workload.threads import at_once, run
 
 MADE_TIMEOUT = 100.0
 """Seconds from the pod's object to its first container waiting: the kubelet's own patience with a container is 120."""
@@ -76,7 +75,7 @@ class ArrivingPod:
         """Places for pages, images and files. Nothing of the pod is there yet."""
         for part in self._parts:
             await part.prepare()
-        await to_thread.run_sync(self._stage_volumes)
+        await run(self._stage_volumes)
 
     def _stage_volumes(self) -> None:
         name = self._journal.directory.name
@@ -94,11 +93,11 @@ class ArrivingPod:
             cri.demand_uid(pod.uid)
             self._journal.note(target_pod=pod.uid)
             for part in self._parts:
-                await to_thread.run_sync(part.expect, pod.uid)
+                await run(part.expect, pod.uid)
         await gathered(*(partial(part.poise, postcopy=postcopy) for part in self._parts))
         first = await self._parts[0].made(MADE_TIMEOUT)
         if not self._in_place:
-            await to_thread.run_sync(self._move_volumes_in, first)
+            await run(self._move_volumes_in, first)
             self._in_place = True
 
     async def lost(self) -> PodferryError:
@@ -189,7 +188,7 @@ class ArrivingPod:
                     raise JobDied.because(what, error) from error
                 raise
         for part in self._parts:
-            await to_thread.run_sync(part.mark_arrived)
+            await at_once(part.mark_arrived)
         return max(since)
 
     async def resumed(self) -> float:
@@ -243,6 +242,6 @@ def handlers(containerd: Containerd, cluster: Cluster) -> dict[str, Handler]:
     async def unstage(facts: Mapping[str, Any]) -> None:
         for directory in facts["directories"]:
             with suppress(OSError):
-                await to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+                await run(partial(shutil.rmtree, directory, ignore_errors=True))
 
     return {"target-pod": give_back, "staged-volumes": unstage, **arriving_part.handlers(containerd)}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio import to_thread
 
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
@@ -36,6 +35,7 @@ from podferry.workload.config import Config
 from podferry.workload.helpers import ended, process_of
 from podferry.workload.nodefacts import version
 from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, PodPart
+from podferry.workload.threads import at_once, patiently
 
 START_TIMEOUT = 10.0
 LOOK_EVERY = 0.005
@@ -85,13 +85,13 @@ class ArrivingPart(Arriving):
         if self._container is None:
             incoming = self._need_incoming()
             try:
-                await to_thread.run_sync(incoming.wait_poised, timeout, abandon_on_cancel=True)
+                await patiently(incoming.wait_poised, timeout, abandon_on_cancel=True)
             except anyio.get_cancelled_exc_class():
                 incoming.abandon()
                 raise
             self._journal.acquire("restored", key=incoming.container)
             self._journal.note(container=incoming.container)
-            self._container = await to_thread.run_sync(self._move_in, incoming.container)
+            self._container = await at_once(self._move_in, incoming.container)
         return self._container
 
     def _move_in(self, id: str) -> Container:
@@ -139,19 +139,19 @@ class ArrivingPart(Arriving):
             )
         record = await self.made(RESTORE_TIMEOUT)
         if not self._judged:
-            await to_thread.run_sync(self._judge_images)
-        await to_thread.run_sync(self._write_files, record)
+            await at_once(self._judge_images)
+        await at_once(self._write_files, record)
         wrapper = Process.of(self._incoming.wrapper)
         self._journal.acquire("kubelet-task", id=record.id)
         self._journal.note(released=True, wrapper=[wrapper.pid, wrapper.started] if wrapper else None)
-        await to_thread.run_sync(self._incoming.restore)
+        await at_once(self._incoming.restore)
 
     async def _started(self, id: str) -> None:
         """Wait a while until containerd has made a task of what `runc restore` left. One that has ended may be gone already."""
         with anyio.move_on_after(START_TIMEOUT):
             while True:
                 with suppress(NotFound):
-                    task = await to_thread.run_sync(self._containerd.task, id)
+                    task = await at_once(self._containerd.task, id)
                     if task.status in (Status.RUNNING, Status.STOPPED):
                         return
                 await anyio.sleep(LOOK_EVERY)
@@ -205,7 +205,7 @@ class ArrivingPart(Arriving):
         if id is None:
             return False
         try:
-            return (await to_thread.run_sync(self._containerd.task, id)).status is not Status.STOPPED
+            return (await at_once(self._containerd.task, id)).status is not Status.STOPPED
         except NotFound:
             return False
 
@@ -221,7 +221,7 @@ class ArrivingPart(Arriving):
     async def crash(self) -> None:
         """End it as a crash would."""
         if (id := self._journal.facts.get("container")) is not None:
-            await to_thread.run_sync(_kill, self._containerd, id)
+            await at_once(_kill, self._containerd, id)
 
     def mark_arrived(self) -> None:
         """From now on a restart of the container is an ordinary one."""
@@ -246,12 +246,12 @@ def handlers(containerd: Containerd) -> dict[str, Handler]:
     """How what only a part of a pod holds is taken back."""
 
     async def kill_task(facts: Mapping[str, Any]) -> None:
-        await to_thread.run_sync(_kill, containerd, facts["id"])
+        await at_once(_kill, containerd, facts["id"])
 
     async def unmark(facts: Mapping[str, Any]) -> None:
         Path(facts["path"]).unlink(missing_ok=True)
 
     async def unstage(facts: Mapping[str, Any]) -> None:
-        await to_thread.run_sync(partial(shutil.rmtree, facts["directory"], ignore_errors=True))
+        await at_once(partial(shutil.rmtree, facts["directory"], ignore_errors=True))
 
     return {"kubelet-task": kill_task, "arrived": unmark, "staged": unstage}

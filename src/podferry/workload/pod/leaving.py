@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio import to_thread
 
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal
@@ -28,6 +27,7 @@ from podferry.node import outside
 from podferry.node.checkpoint import Process
 from podferry.node.payloads import OPEN_FILES
 from podferry.node.process import spawn
+from podferry.node.upper import Plan
 from podferry.node.upper import Source as TreeSource
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
@@ -36,6 +36,7 @@ from podferry.workload.leaving import Leaving, Remains, tree_total
 from podferry.workload.pod.offered import PAYLOADS
 from podferry.workload.pod.parts import container_of_space, directory_of, joined, numbered, space_of, split
 from podferry.workload.pod.probes import Probe
+from podferry.workload.threads import Looks, run
 
 STAND_IN = "stand-in"
 """The process that answers probes (`podferry.workload.answering`), in the ledger."""
@@ -100,7 +101,7 @@ class HeldPod:
         for part in self._parts:
             await part.kill()
         if (facts := self._journal.held(STAND_IN)) is not None:
-            await to_thread.run_sync(kill_helper, facts)
+            await run(kill_helper, facts)
             self._journal.release(STAND_IN)
 
     async def runs(self) -> bool:
@@ -139,6 +140,7 @@ class LeavingPod(HeldPod):
         self._payloads = payloads
         self._volumes = [(TreeSource(path), mounted) for path, mounted in volumes]
         self._departed = departed
+        self._looks = Looks()
 
     # Memory.
 
@@ -178,15 +180,14 @@ class LeavingPod(HeldPod):
             async for _, record in part.trees(last=last):
                 yield number, record
         for number, (tree, mounted) in enumerate(self._volumes, len(self._parts)):
-            suspects = {
-                path
-                for part, places in mounted.items()
-                for at in places
-                for path in self._parts[part].mapped_shared(at)
-            }
-            plan = await to_thread.run_sync(partial(tree.plan, suspects=suspects, frozen=last))
+            plan = await self._looks.at_once(partial(self._plan, tree, mounted, last))
             for chunk in tree.send(plan):
                 yield number, chunk
+
+    def _plan(self, tree: TreeSource, mounted: Mapping[int, Sequence[str]], last: bool) -> Plan:
+        places = ((self._parts[part], at) for part, ats in mounted.items() for at in ats)
+        suspects = {path for part, at in places for path in part.mapped_shared(at)}
+        return tree.plan(suspects=suspects, frozen=last)
 
     def tree_totals(self) -> tuple[TreeSum, ...]:
         """What the last finished pass over each tree sent."""
@@ -210,7 +211,7 @@ class LeavingPod(HeldPod):
         """Begin what the dumps need while the containers still run, and what answers probes when they do not."""
         await gathered(*(part.stand_by for part in self._parts))
         if self._probes:
-            await to_thread.run_sync(self._start_stand_in)
+            await run(self._start_stand_in)
 
     def _start_stand_in(self) -> None:
         what = {
@@ -243,7 +244,7 @@ class LeavingPod(HeldPod):
             for (directory, name), data in of_part.items()
         }
         open_files = [data for (_, name), data in images.items() if name == OPEN_FILES]
-        if payloads := await to_thread.run_sync(self._payloads, open_files):
+        if payloads := await self._looks.at_once(partial(self._payloads, open_files)):
             images[directory_of(0, IMAGES), PAYLOADS] = payloads
         return images
 
@@ -273,6 +274,7 @@ class LeavingPod(HeldPod):
 
     async def close(self) -> None:
         """Let go of descriptors."""
+        await self._looks.ended()
         await super().close()
         for tree, _ in self._volumes:
             tree.close()
@@ -284,4 +286,4 @@ def handlers() -> dict[str, Handler]:
     async def come_back(facts: Mapping[str, Any]) -> None:
         Path(facts["path"]).unlink(missing_ok=True)
 
-    return {"departed": come_back, STAND_IN: lambda facts: to_thread.run_sync(kill_helper, facts)}
+    return {"departed": come_back, STAND_IN: lambda facts: run(kill_helper, facts)}
