@@ -87,7 +87,7 @@ async def follow(agent: Agent, cluster: Directory) -> None:
                     PodName(**order["pod"]),
                     tuple(order["containers"]),
                     order["target"],
-                    Order(Mode(order["mode"]), timeout=order.get("timeout", 300.0), policy=policy),
+                    Order(Mode(order["mode"]), timeout=order.get("timeout", 300.0), policy=policy, max_freeze=120.0),
                 )
                 try:
                     await agent.pods.move(what)

@@ -126,7 +126,13 @@ class Move:
         self.target = B if self.source == A else A
 
     def begin(self, bandwidth: str = "8M") -> None:
-        spec = {"podName": self.pod, "targetNode": self.target, "bandwidth": bandwidth, "timeout": "3m"}
+        spec = {
+            "podName": self.pod,
+            "targetNode": self.target,
+            "bandwidth": bandwidth,
+            "timeout": "3m",
+            "maxFreeze": "3m",
+        }
         body = {"apiVersion": "podferry.dev/v1alpha1", "kind": "Migration", "metadata": {"name": "move"}, "spec": spec}
         self.kubectl.run("create", "-f", "-", input=json.dumps(body))
 

@@ -112,7 +112,7 @@ def move(kubectl: Kubectl, pod: str, to: str, watch: Callable[[Json], None] = la
         "apiVersion": "podferry.dev/v1alpha1",
         "kind": "Migration",
         "metadata": {"name": name},
-        "spec": {"podName": pod, "targetNode": to, **spec},
+        "spec": {"podName": pod, "targetNode": to, "maxFreeze": "2m", **spec},
     }
     kubectl.run("create", "-f", "-", input=json.dumps(migration))
 

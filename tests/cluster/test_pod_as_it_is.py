@@ -172,7 +172,7 @@ def change_colour(lab: Lab, pod: str = "asis", colour: str = "blue") -> None:
 
 def ended(lab: Lab) -> Json:
     """The status of a Migration of the pod, to wherever, once it has ended."""
-    kubectl, spec = lab.kubectl(), {"podName": "asis"}
+    kubectl, spec = lab.kubectl(), {"podName": "asis", "maxFreeze": "2m"}
     body = {"apiVersion": "podferry.dev/v1alpha1", "kind": "Migration", "metadata": {"name": "asis"}, "spec": spec}
     kubectl.run("create", "-f", "-", input=json.dumps(body))
     over = "--for=jsonpath={.status.completionTime}"
@@ -220,7 +220,7 @@ def test_what_a_pod_has_comes_along_and_its_service_follows(lab: Lab) -> None:
         "apiVersion": "podferry.dev/v1alpha1",
         "kind": "Migration",
         "metadata": {"name": "asis"},
-        "spec": {"podName": "asis", "targetNode": target_node},
+        "spec": {"podName": "asis", "targetNode": target_node, "maxFreeze": "2m"},
     }
     kubectl.run("create", "-f", "-", input=json.dumps(migration))
     seen, status = set[str](), Json()

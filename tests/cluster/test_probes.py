@@ -128,7 +128,14 @@ class Probed:
         return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
     def begin(self, mode: str, bandwidth: str = "8M") -> None:
-        spec = {"podName": self.name, "targetNode": B, "mode": mode, "bandwidth": bandwidth, "timeout": "4m"}
+        spec = {
+            "podName": self.name,
+            "targetNode": B,
+            "mode": mode,
+            "bandwidth": bandwidth,
+            "timeout": "4m",
+            "maxFreeze": "4m",
+        }
         body = {"apiVersion": "podferry.dev/v1alpha1", "kind": "Migration", "metadata": {"name": "move"}, "spec": spec}
         self.kubectl.run("create", "-f", "-", input=json.dumps(body))
 

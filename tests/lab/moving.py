@@ -100,7 +100,8 @@ class Cluster:
                 (self.root(node) / "run/podferry/restored" / name).unlink(missing_ok=True)
 
     def migrate(self, name: str, *, source: str, mode: str = "stop", **more: Any) -> Record:
-        """Move `name` to the other node, and wait for the end."""
+        """Move `name` to the other node, and wait for the end. However busy the machine is, its job may stand still so long."""
+        more.setdefault("max_freeze_s", PATIENCE)
         found = self.agent(source).call("migrate", timeout=PATIENCE, name=name, to=other(source), mode=mode, **more)
         assert isinstance(found, dict)
         return found

@@ -105,7 +105,9 @@ def counted(machine: Stock, name: str) -> int:
 
 
 def move(machine: Stock, name: str, to: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(podferry(machine, "migrate", name, "--to", to, "--json").splitlines()[-1])
+    record: dict[str, Any] = json.loads(
+        podferry(machine, "migrate", name, "--to", to, "--max-freeze", "300", "--json").splitlines()[-1]
+    )
     assert record["outcome"] == "completed", record
     return record
 
