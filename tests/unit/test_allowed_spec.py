@@ -233,6 +233,24 @@ ATTACKS: dict[str, Any] = {
     "a file of the group that moves processes": changed("linux/resources/unified", {"cgroup.procs": "1"}),
     "mounts that show on the node": changed("linux/rootfsPropagation", "shared"),
     "a listener for system calls": changed("linux/seccomp", {"defaultAction": "A", "listenerPath": "/run/x.sock"}),
+    "rules for system calls that are none": changed(
+        "linux/seccomp",
+        {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": "mount", "action": "SCMP_ACT_ALLOW"}]},
+    ),
+    "an action that there is not": changed("linux/seccomp", {"defaultAction": "SCMP_ACT_MAYBE"}),
+    "a condition on a seventh argument": changed(
+        "linux/seccomp",
+        {
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "syscalls": [
+                {
+                    "names": ["clone"],
+                    "action": "SCMP_ACT_ALLOW",
+                    "args": [{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}],
+                }
+            ],
+        },
+    ),
     "the node's network devices": changed("linux/netDevices", {"eth0": {"name": "eth0"}}),
     "cache of the processor": changed("linux/intelRdt", {"closID": "x"}),
     "nothing masked": changed("linux/maskedPaths", []),
@@ -293,6 +311,8 @@ places = st.sampled_from(
         "linux/resources/devices+",
         "linux/resources/unified",
         "linux/seccomp",
+        "linux/seccomp/syscalls",
+        "linux/seccomp/syscalls+",
         "linux/sysctl",
         "linux/cgroupsPath",
         "linux/maskedPaths",

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from podferry.core.allowed_syscalls import Profile, profile_of
+
 CAPABILITIES = (
     *(
         "CHOWN",
@@ -70,7 +72,7 @@ class Rights:
     bounding: int
     permitted: int
     no_new_privileges: bool
-    seccomp: bool
+    seccomp: Profile | None
     apparmor: str
     selinux: str
     oom_score_adj: int | None
@@ -101,10 +103,11 @@ def bit(capability: str) -> int:
     return 0 if number is None else 1 << number
 
 
-def rights_of(spec: Mapping[str, Any], exists: Callable[[str], bool]) -> Rights:
+def rights_of(spec: Mapping[str, Any], exists: Callable[[str], bool], machine: str) -> Rights:
     """What an OCI spec grants. The spec is this node's own: containerd has made a container from it.
 
-    `exists` says whether there is something at a path of this node's: what is not there need not be covered.
+    `exists` says whether there is something at a path of this node's: what is not there need not be covered. `machine` is
+    this node's kind of processor, as uname(2) names it.
     """
     process, linux = _object(spec, "process"), _object(spec, "linux")
     user, sets = _object(process, "user"), _object(process, "capabilities")
@@ -121,7 +124,7 @@ def rights_of(spec: Mapping[str, Any], exists: Callable[[str], bool]) -> Rights:
         bounding=bounding,
         permitted=permitted,
         no_new_privileges=bool(process.get("noNewPrivileges")),
-        seccomp=bool(linux.get("seccomp")),
+        seccomp=profile_of(linux.get("seccomp"), machine),
         apparmor="" if (profile := process.get("apparmorProfile") or "") == "unconfined" else profile,
         selinux=process.get("selinuxLabel") or "",
         oom_score_adj=process.get("oomScoreAdj"),

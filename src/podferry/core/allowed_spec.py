@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from podferry.core.allowed_syscalls import ACTIONS, OPERATORS
+
 DEFAULT_CAPABILITIES = frozenset(
     {
         "CAP_AUDIT_WRITE",
@@ -223,8 +225,7 @@ def _linux(linux: Json, id: str, namespace: str) -> Iterator[str]:
         yield f"its group is {_show(group)}, not /{namespace}/{id}"
     if linux.get("rootfsPropagation") not in (None, "", "private", "rprivate", "slave", "rslave", "unbindable"):
         yield f"its root's mounts would show on the node: {_show(linux.get('rootfsPropagation'))}"
-    seccomp = _object(linux, "seccomp")
-    yield from _unknown("seccomp", seccomp, _SECCOMP)  # a listener is a program of the node's
+    yield from _seccomp(_object(linux, "seccomp"))
     for name, demanded in (("maskedPaths", _MASKED), ("readonlyPaths", _READ_ONLY)):
         said = linux.get(name)
         if not isinstance(said, list) or (lacking := [one for one in demanded if one not in said]):
@@ -232,6 +233,46 @@ def _linux(linux: Json, id: str, namespace: str) -> Iterator[str]:
     for name in _object(linux, "sysctl"):
         if not _SYSCTL.fullmatch(name):
             yield f"the setting {_show(name)} is the whole node's"
+
+
+def _seccomp(seccomp: Json) -> Iterator[str]:
+    """That runc reads it as `allowed_syscalls` does."""
+    yield from _unknown("seccomp", seccomp, _SECCOMP)  # a listener is a program of the node's
+    entries = seccomp.get("syscalls")
+    if entries and not isinstance(entries, list):
+        yield "its system calls are no list"
+        return
+    architectures = seccomp.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
+        yield "its architectures are no list of names"
+    for entry in entries or []:
+        if not isinstance(entry, dict):
+            yield "a rule for system calls is no object"
+            continue
+        yield from _unknown("a rule for system calls", entry, {"names", "action", "errnoRet", "args"})
+        names, arguments = entry.get("names"), entry.get("args") or []
+        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            yield "a rule for system calls names none"
+        if not isinstance(arguments, list) or not all(_is_condition(one) for one in arguments):
+            yield "a rule for system calls has a condition that is none"
+    for action in (
+        seccomp.get("defaultAction"),
+        *(one.get("action") for one in entries or [] if isinstance(one, dict)),
+    ):
+        if not (isinstance(action, str) and action in ACTIONS) and seccomp:
+            yield f"there is no action {_show(action)} for system calls"
+
+
+def _is_condition(condition: Any) -> bool:
+    return (
+        isinstance(condition, dict)
+        and set(condition) <= {"index", "value", "valueTwo", "op"}
+        and isinstance(operator := condition.get("op"), str)
+        and operator in OPERATORS
+        and type(index := condition.get("index", 0)) is int
+        and 0 <= index < 6
+        and all(type(value := condition.get(one, 0)) is int and 0 <= value < 1 << 64 for one in ("value", "valueTwo"))
+    )
 
 
 def _namespaces(namespaces: Any) -> Iterator[str]:

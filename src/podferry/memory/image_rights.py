@@ -21,6 +21,7 @@ from podferry.core.allowed_spec import is_plain_device
 from podferry.errors import PeerMisbehaved
 from podferry.memory.criu_images import COMMON_MAGIC, messages_of, read_image
 from podferry.memory.image_mounts import mounts_against, text
+from podferry.memory.image_seccomp import Filters
 from podferry.protos import rights_pb2 as pb
 
 Decoded = TypeVar("Decoded", bound=Message)
@@ -55,6 +56,7 @@ _PROPERTY = re.compile(rb"[a-z0-9_]+(\.[a-zA-Z0-9_]+)+|notify_on_release")
 _SECURE_BITS, _KEEP_CAPS = 0xFF, 0x10
 _REAL_TIME = frozenset({1, 2, 6})  # SCHED_FIFO, SCHED_RR, SCHED_DEADLINE
 _SOCK_RAW = 3
+_FILTERED = 2  # SECCOMP_MODE_FILTER
 # By fd_types in CRIU's fdinfo.proto.
 _REG, _INET, _PACKET, _FANOTIFY, _NS, _TUN, _BPF = 1, 4, 10, 12, 14, 15, 19
 _KINDS = frozenset(range(1, 21)) - {16}  # without what a plugin of CRIU's restores
@@ -79,7 +81,8 @@ def against(images: Path, rights: Rights, *, also: frozenset[str] = frozenset())
     host = inventory.root_ids
     if not inventory.HasField("root_ids"):
         reasons.append("the inventory does not say which namespaces are the node's")
-    filters = _filters(images) if "seccomp.img" in names else 0
+    filters = Filters(_seccomp(images) if "seccomp.img" in names else pb.Seccomp(), rights.seccomp)
+    reasons += filters.odd()
     judge = cache(lambda creds: tuple(creds_against(_parsed(pb.Creds(), creds, "credentials"), rights)))
     for name in filter(_NAMES.fullmatch, names):
         path, kind = images / name, name.partition("-")[0].removesuffix(".img")
@@ -103,7 +106,7 @@ def against(images: Path, rights: Rights, *, also: frozenset[str] = frozenset())
     return list(dict.fromkeys(reasons))
 
 
-def core_against(core: pb.Core, rights: Rights, filters: int) -> Iterator[str]:
+def core_against(core: pb.Core, rights: Rights, filters: Filters) -> Iterator[str]:
     """What a thread, and for the first of a process the process, has beside its credentials."""
     task, thread = core.tc, core.thread_core
     if core.HasField("tc"):
@@ -116,10 +119,10 @@ def core_against(core: pb.Core, rights: Rights, filters: int) -> Iterator[str]:
         return  # a zombie
     if not thread.HasField("creds"):
         yield "a thread has no credentials"
-    if rights.seccomp and (thread.seccomp_mode != 2 or not filters):
+    if rights.seccomp and thread.seccomp_mode != _FILTERED:
         yield "a thread has no seccomp filter, which the spec demands"
-    if thread.seccomp_mode == 2 and thread.seccomp_filter >= filters:
-        yield "a thread has a seccomp filter that there is not"
+    if thread.seccomp_mode == _FILTERED and (reason := filters.against_last(thread.seccomp_filter)):
+        yield reason
     if thread.sched_policy in _REAL_TIME and not rights.has("CAP_SYS_NICE"):
         yield "a thread has real-time priority"
 
@@ -228,8 +231,8 @@ def _directory_against(directory: pb.CgroupDirectory, *, top: bool) -> Iterator[
         waiting += [(child, False) for child in one.children]
 
 
-def _filters(images: Path) -> int:
-    return len(_one(images / "seccomp.img", pb.Seccomp(), "seccomp").seccomp_filters)
+def _seccomp(images: Path) -> pb.Seccomp:
+    return _one(images / "seccomp.img", pb.Seccomp(), "seccomp")
 
 
 def _joined(words: Iterable[int]) -> int:

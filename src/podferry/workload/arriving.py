@@ -272,7 +272,9 @@ class Arriving:
 
     def _judge_images(self) -> None:
         """Refuse images that give the container more than its spec. The job stands still meanwhile."""
-        demand_no_more(self._need_incoming().images, rights_of(self._offer.record.spec_json(), os.path.exists))
+        demand_no_more(
+            self._need_incoming().images, rights_of(self._offer.record.spec_json(), os.path.exists, os.uname().machine)
+        )
 
     def _files_came(self) -> None:
         """The upper layer is as it was on the source; its overlay is mounted already."""

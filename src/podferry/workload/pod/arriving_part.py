@@ -107,7 +107,7 @@ class ArrivingPart(Arriving):
     def _judge_images(self) -> None:
         """Before GO where the kubelet has made the container by then, the first of a pod; the others before they are restored."""
         if self._container is not None:
-            rights = rights_of(self._container.spec_json(), os.path.exists)
+            rights = rights_of(self._container.spec_json(), os.path.exists, os.uname().machine)
             demand_no_more(self._need_incoming().images, rights, also=(LAST_WORDS, PAYLOADS))
             self._judged = True
 
