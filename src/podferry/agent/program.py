@@ -15,6 +15,7 @@ from podferry import __version__
 from podferry.agent.service import Agent
 from podferry.engine import metrics
 from podferry.errors import PodferryError, UsageError
+from podferry.node import apparmor
 from podferry.node.logs import log_json_lines
 from podferry.workload.config import Config, load, of_kubernetes
 
@@ -42,6 +43,7 @@ def main() -> None:
         if os.geteuid() != 0:
             raise UsageError("podferry-agent needs root", why="it reads other processes' memory and freezes cgroups")
         _raise_file_limit()
+        apparmor.show()
         config = of_kubernetes(os.environ) if arguments.kubernetes else load(arguments.config)
         if config.metrics:
             metrics.serve(config.metrics)
