@@ -38,7 +38,9 @@ libc, news = ctypes.CDLL(None), 0
 watch = libc.inotify_init1(os.O_NONBLOCK)
 libc.inotify_add_watch(watch, b'/settings', 0x3c0)  # what appears and goes, as those watch who reload their settings
 memory = bytearray(os.urandom(1 << 20) * 16)
+os.sched_setaffinity(0, {0})
 while True:
+    assert os.sched_getaffinity(0) == {0}, 'the affinity is gone'
     kept = [read(place) if n else '-1' for place in ('/disk/count', '/mem/count')]
     for place in ('/disk/count', '/mem/count'):
         with open(place, 'w') as file:

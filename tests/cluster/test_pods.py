@@ -56,6 +56,18 @@ for n in itertools.count():
     upper.write(f'{n}\\n'); upper.flush()
     time.sleep(0.05)
 """
+CHOOSER = """
+import ctypes, itertools, os, time
+libc = ctypes.CDLL(None)
+set_io, get_io = (251, 252) if os.uname().machine == 'x86_64' else (30, 31)
+os.sched_setaffinity(0, {0}); libc.syscall(set_io, 1, 0, 2 << 13 | 5); libc.prctl(29, 123456)
+chosen = ({0}, 2 << 13 | 5, 123456)
+for n in itertools.count():
+    found = (os.sched_getaffinity(0), libc.syscall(get_io, 1, 0), libc.prctl(30))
+    assert found == chosen, found
+    print(n, flush=True)
+    time.sleep(0.02)
+"""
 VOLUMES = [{"name": "data", "emptyDir": {}}, {"name": "mem", "emptyDir": {"medium": "Memory"}}]
 MOUNTS = [{"name": "data", "mountPath": "/data"}, {"name": "mem", "mountPath": "/mem"}]
 
@@ -171,6 +183,19 @@ def test_containers_volumes_shared_memory_and_a_listening_socket_move_together(c
             assert [int(one) for one in written] == list(range(len(written)))
         ask = "import socket; print(socket.create_connection(('127.0.0.1', 8000), 5).recv(9))"
         assert "b'" in clean.kubectl.run("exec", name, "-c", "main", "--", "python3", "-c", ask).stdout
+
+
+def test_what_each_container_has_chosen_it_keeps(clean: Movers) -> None:
+    main = pod("chooser", CHOOSER)
+    main["spec"]["containers"].append(also(CHOOSER))
+    here = clean.create(main)
+    counts_on(clean, here)
+    for _ in range(2):
+        here, record = clean.move(here)
+        for container in ("main", "other"):
+            counts_on(clean, here, container)
+        assert never_restarted(clean.get(here["metadata"]["name"]))
+        assert record["differences"] == []
 
 
 def test_a_sidecar_moves_and_what_has_finished_does_not_run_again(clean: Movers) -> None:

@@ -505,6 +505,9 @@ class FakeArriving:
         node.tell()
         return 0.0
 
+    def differences(self) -> tuple[str, ...]:
+        return ("comm of 1/1: was a, is b",)
+
     def relay(self) -> FakeRelay:
         return FakeRelay(self.node)
 

@@ -87,6 +87,8 @@ class SourcePod(Several):
 class FakePart(FakeArriving):
     """`podferry.workload.pod.arriving_part.ArrivingPart` on a `TargetNode`."""
 
+    name = "part"
+
     def expect(self, uid: str) -> None:
         self.uid = uid
 

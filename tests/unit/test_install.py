@@ -13,7 +13,7 @@ import tomli_w
 from podferry.errors import Refused
 from podferry.install import criu, daemon, files, node, settings
 from podferry.install.settings import CRI, Settings
-from podferry.node import gate, outside
+from podferry.node import gate, incoming, outside
 
 pytestmark = pytest.mark.unit
 
@@ -141,6 +141,8 @@ def test_the_runtime_is_the_nodes_runc_by_another_program(on: Node, major: int) 
     assert wrapper.stat().st_mode & 0o777 == 0o755
     shim = on.root / gate.ON_NODE.relative_to("/")
     assert shim.read_bytes() == gate.SHIM.read_bytes()
+    script = on.root / incoming.ON_NODE.relative_to("/")
+    assert script.read_bytes() == incoming.STOPPED.read_bytes()
     assert shim.stat().st_mode & 0o777 == 0o755
     assert (on.root / CONFIG[1:]).stat().st_mode & 0o777 == 0o640
     assert not (on.root / "opt/podferry/criu").exists(), "the node's CRIU is new enough"

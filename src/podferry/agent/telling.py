@@ -13,7 +13,7 @@ from podferry.errors import PodferryError
 from podferry.kube import status as store
 from podferry.kube.client import Api
 from podferry.kube.errors import NotFound
-from podferry.kube.migration import POISED, RESUMED, Ending, EnginePhases, Migration, Progress, duration
+from podferry.kube.migration import INTACT, POISED, RESUMED, Ending, EnginePhases, Migration, Progress, duration
 from podferry.workload.pod.ports import PodMigration
 
 Json = dict[str, Any]
@@ -99,8 +99,17 @@ class Reporter:
     def _at_the_end(self, migration: Migration) -> bool:
         changed = self._now(migration)
         if self._half.role == "source" and changed:
-            migration.status.engine_ending = ending_of(self._half.record())
+            record = self._half.record()
+            migration.status.engine_ending = ending_of(record)
+            say_intact(migration, record.get("differences"))
         return changed
+
+
+def say_intact(migration: Migration, differences: list[str] | None) -> None:
+    """Whether the job has all that it had. None: nobody knows."""
+    if differences is not None:
+        what = "; ".join(differences) or "the job has what it had"
+        migration.status.say(INTACT, not differences, "Differs" if differences else "Compared", what[:32768])
 
 
 def say_resumed(migration: Migration, *, committing: bool = False) -> bool:

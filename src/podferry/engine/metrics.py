@@ -21,6 +21,13 @@ _downtime = Histogram(
     registry=REGISTRY,
 )
 
+_differences = Counter(
+    "podferry_differences_total",
+    "What jobs that moved here did not have as they had it on the source, and could not be given",
+    ["mode"],
+    registry=REGISTRY,
+)
+
 for _rule in ("I1", "I2", "I5"):
     _violations.labels(_rule)
 
@@ -33,6 +40,8 @@ def violated(rule: str) -> None:
 def ended(role: str, story: Story) -> None:
     """One half of a migration has ended; `role` is `source` or `target`."""
     _migrations.labels(role, str(story.mode), str(story.outcome)).inc()
+    if role == "target":
+        _differences.labels(str(story.mode)).inc(len(story.extra.get("differences", ())))
     if story.downtime_ms is not None:
         _downtime.labels(str(story.mode)).observe(story.downtime_ms / 1e3)
 

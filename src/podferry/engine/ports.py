@@ -257,6 +257,10 @@ class ArrivingJob(Protocol):
         """
         ...
 
+    def differences(self) -> tuple[str, ...]:
+        """After `release`: what the job has not here as it had it on the source, and could not be given."""
+        ...
+
     def relay(self) -> Line:
         """Post-copy: connect to the page feeder. Pages that arrive from now on must be told to it."""
         ...

@@ -345,7 +345,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         await self.at_gate()
         filled = await contact.serve()
         if filled is not None:
-            self.story.extra["filled_ms"] = filled.ms
+            self.story.extra |= {"filled_ms": filled.ms, "differences": list(filled.differences)}
             self._filled = True
             self.fire(SourceEvent.FILLED)
         return filled
@@ -398,7 +398,7 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                     filled = await letters.expect(Filled, Crashed)
                     if isinstance(filled, Filled):
                         event = SourceEvent.FILLED
-                        self.story.extra["filled_ms"] = filled.ms
+                        self.story.extra |= {"filled_ms": filled.ms, "differences": list(filled.differences)}
                     elif isinstance(filled, Crashed):
                         died = filled.error.error()
                 if letters is not None:

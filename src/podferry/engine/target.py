@@ -25,6 +25,7 @@ from podferry.model import Outcome
 from podferry.wire.channel import Channel
 from podferry.wire.frames import PAGE, Data, Drop, File, Pages, Tree
 from podferry.wire.messages import (
+    MOST_DIFFERENCES,
     MOST_PARTS,
     Abort,
     Crashed,
@@ -298,11 +299,21 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         with self.story.span("fill", "target"):
             figures = await self._all_filled()
         self.story.extra["fill"] = figures
-        self._filled = Filled(self.story.id, round((time.monotonic() - began) * 1e3))
+        self._filled = Filled(self.story.id, round((time.monotonic() - began) * 1e3), self._differences())
         await self._clear()
         await self.fire_anyway(TargetEvent.FILLED)
         self.story.end(Outcome.COMPLETED, "the job runs here")
         self.close()
+
+    def _differences(self) -> tuple[str, ...]:
+        """As many as are told. That they cannot be told is no reason to end the job."""
+        try:
+            found = tuple(one[:512] for one in self.job.differences()[:MOST_DIFFERENCES])
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job runs
+            self.log.error("what differs on the target is not known", error=str(self.cause_of(error)))
+            return ()
+        self.story.extra["differences"] = list(found)
+        return found
 
     async def _all_filled(self) -> Json:
         """Every page is in its place. That this cannot be written down, on a full disk, is no reason to end the job."""

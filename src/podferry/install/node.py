@@ -14,7 +14,7 @@ from podferry.install import criu, daemon, settings
 from podferry.install.daemon import Daemon
 from podferry.install.files import Ledger, Root
 from podferry.install.settings import Settings
-from podferry.node import gate, network_setup, outside
+from podferry.node import gate, incoming, network_setup, outside
 
 WRAPPER = "/opt/podferry/bin/podferry-runc"
 SOURCE = Path(outside.__file__).with_name("podferry-runc")
@@ -51,6 +51,7 @@ def install(tell: Tell, *, bundle: Path = Path(criu.DIRECTORY), find: Callable[[
     write(WRAPPER, SOURCE.read_bytes(), 0o755)
     write(str(gate.ON_NODE), gate.SHIM.read_bytes(), 0o755)
     write(str(network_setup.ON_NODE), network_setup.SCRIPT.read_bytes(), 0o755)
+    write(str(incoming.ON_NODE), incoming.STOPPED.read_bytes(), 0o755)
     if criu.wanted(root.top):
         if not bundle.is_dir():
             raise Refused(

@@ -35,7 +35,7 @@ QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
 POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
 COMPLETED, FAILED, CANCELLED = "Completed", "Failed", "Cancelled"
-READABLE = "Readable"
+READABLE, INTACT = "Readable", "Intact"
 
 
 class MigrationUnreadable(Failed):
@@ -254,7 +254,8 @@ class MigrationStatus(Conditioned):
         list[Condition],
         Field(
             description="Eligible, Scheduled, TargetRequested, TargetCreated, Poised, Resumed, HandedOver; at the end "
-            "Completed, Failed and Cancelled. Readable is False where this podferry does not understand it and leaves it alone.",
+            "Completed, Failed and Cancelled, and Intact, which is False where the job has not all that it had. "
+            "Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = []

@@ -18,10 +18,15 @@ from types import TracebackType
 from typing import Self
 
 from podferry.errors import EVIDENCE_LINES, Bug, Failed, PodferryError, TimedOut, UsageError
+from podferry.node import outside
 from podferry.node.criulog import explained
 from podferry.node.network_setup import NetworkSetup, settings
 
 RUN = Path("/run/podferry")
+STOPPED = Path(__file__).with_name("gated") / "stopped"
+ON_NODE = Path("/opt/podferry/gated/stopped")
+"""CRIU's action script, and where the installer puts it for agents in pods."""
+_FIFOS = ("poised", "verdict", "stopped", "inspected")
 TAKEN_TIMEOUT = 10.0  # seconds
 RESTORE_FLAGS = frozenset({"--lazy-pages", "--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
@@ -53,7 +58,7 @@ class Incoming:
         self.path = run / "incoming" / key
         self.images = self.path / "images"
         self.work = self.path / "work"
-        self._poised = self._verdict = -1
+        self._poised = self._verdict = self._stopped = self._inspected = -1
         self._abandoned = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reason: PodferryError | None = None
         self._given = False
@@ -90,6 +95,9 @@ class Incoming:
         for directory in (draft, draft / "images", draft / "work"):
             directory.mkdir(mode=0o700, parents=True)
         (draft / "restore").write_text(" ".join(flags) + "\n")
+        script = ON_NODE if outside.in_pod() else STOPPED
+        if os.access(outside.root() / script.relative_to("/"), os.X_OK):
+            criu_conf += f"\naction-script {script}\n"
         if criu_conf:
             (draft / "criu.conf").write_text(criu_conf)
         if network:
@@ -104,7 +112,7 @@ class Incoming:
         self = cls(run, key)
         if not (self.path / "restore").exists():
             raise WrapperGone(f"nothing was prepared for {key}", why=f"no {self.path}")
-        for name in ("poised", "verdict"):  # the dead agent's wrapper has read its end of file: nobody has these open
+        for name in _FIFOS:  # the dead agent's wrapper has read its end of file: nobody has these open
             (self.path / name).unlink(missing_ok=True)
         if NetworkSetup.wanted(self.path):
             self._network = NetworkSetup(self.path)
@@ -164,6 +172,21 @@ class Incoming:
             with (self.path / "criu.conf").open("a") as settings:
                 settings.write(f"\ncgroup-root :{group}\n")  # of the tree without controllers alone
 
+    def stopped(self) -> int:
+        """What can be read, once CRIU has restored all tasks and waits for `let_run` before any has run an instruction.
+
+        CRIU does not wait where its action script cannot be run.
+        """
+        return self._stopped
+
+    def first_process(self) -> int:
+        """The pid, here, of the first process of what `stopped` told of. Raises `ValueError` where CRIU said something else."""
+        return int(os.read(self._stopped, 64))
+
+    def let_run(self) -> None:
+        """What `stopped` told of, is done."""
+        os.write(self._inspected, b"go\n")
+
     def restore(self) -> None:
         """Let the wrapper restore the container. Returns when it has taken the verdict."""
         if self._network is not None:
@@ -193,10 +216,10 @@ class Incoming:
 
     def close(self) -> None:
         """Close the FIFOs, upon which a wrapper that still waits fails, and remove the directory."""
-        for fd in (self._poised, self._verdict, self._abandoned):
+        for fd in (self._poised, self._verdict, self._stopped, self._inspected, self._abandoned):
             if fd >= 0:
                 os.close(fd)
-        self._poised = self._verdict = self._abandoned = -1
+        self._poised = self._verdict = self._stopped = self._inspected = self._abandoned = -1
         if self._network is not None:
             self._network.close()
             self._network = None
@@ -211,10 +234,12 @@ class Incoming:
         self.close()
 
     def _open(self, directory: Path) -> None:
-        for name in ("poised", "verdict"):
+        for name in _FIFOS:
             os.mkfifo(directory / name, 0o600)
         self._poised = os.open(directory / "poised", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._verdict = os.open(directory / "verdict", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._stopped = os.open(directory / "stopped", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._inspected = os.open(directory / "inspected", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _give(self, verdict: str) -> None:
         if self._given:

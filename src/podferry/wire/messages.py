@@ -15,10 +15,10 @@ from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
 
-PROTOCOL = 3
+PROTOCOL = 4
 """The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
 of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`.
-3: `StatePart`."""
+3: `StatePart`. 4: `Filled.differences`."""
 
 Id = Annotated[str, Limit(1, 128)]
 Name = Annotated[str, Limit(1, 317)]
@@ -27,6 +27,7 @@ Space = Annotated[int, Limit(0, 0xFFFFFFFF)]
 Round = Annotated[int, Limit(0, 0xFFFF)]
 Small = Annotated[int, Limit(0, 0xFF)]
 
+MOST_DIFFERENCES = 64
 MOST_SUMS, MOST_PARTS = 2000, 512
 """Files and spaces in one `StatePart`, which stays below the largest frame with names of 255 bytes; and parts in a migration."""
 
@@ -241,10 +242,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Filled:
-    """Every page is in the container's memory, so many milliseconds after it resumed; the source is not needed."""
+    """Every page is in the container's memory, so many milliseconds after it resumed; the source is not needed.
+    `differences` is what the job has not on the target as it had it on the source."""
 
     migration: Id
     ms: int
+    differences: Annotated[tuple[Annotated[str, Limit(1, 512)], ...], Limit(0, MOST_DIFFERENCES)] = ()
 
 
 @dataclass(frozen=True)

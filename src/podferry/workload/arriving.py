@@ -54,6 +54,7 @@ from podferry.workload.helpers import (
     remove_task,
     runs,
 )
+from podferry.workload.keeping import INVENTORY, Kept, keeping
 from podferry.workload.nodefacts import version
 from podferry.workload.offered import Offered
 from podferry.workload.relay import Relay
@@ -87,6 +88,7 @@ class Arriving:
         self._images_whole: dict[str, tuple[int, str]] = {}
         self._feeder: Process | None = None
         self._starter: Process | None = None
+        self._kept = Kept()
 
     @property
     def _offer(self) -> Offered:
@@ -272,9 +274,8 @@ class Arriving:
 
     def _judge_images(self) -> None:
         """Refuse images that give the container more than its spec. The job stands still meanwhile."""
-        demand_no_more(
-            self._need_incoming().images, rights_of(self._offer.record.spec_json(), os.path.exists, os.uname().machine)
-        )
+        rights = rights_of(self._offer.record.spec_json(), os.path.exists, os.uname().machine)
+        demand_no_more(self._need_incoming().images, rights, also=(INVENTORY,))
 
     def _files_came(self) -> None:
         """The upper layer is as it was on the source; its overlay is mounted already."""
@@ -307,13 +308,18 @@ class Arriving:
             await at_once(incoming.restore)
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
-                await self._starter_ended()
+                async with keeping(self._incoming, self._kept):
+                    await self._starter_ended()
         except (TimeoutError, PodferryError) as error:
             # containerd refuses to start what has ended already; what CRIU has resumed has run all the same.
             if not await self._has_run():
                 raise self._not_restored("the restore", error) from error
         self._journal.release("starter")
         return await self._since()
+
+    def differences(self) -> tuple[str, ...]:
+        """What the job has not here as it had it on the source."""
+        return tuple(map(str, self._kept.differences))
 
     async def _has_run(self) -> bool:
         """Whether CRIU let go of the tasks, once that cannot change any more. Then this is the job's only life."""
@@ -337,7 +343,7 @@ class Arriving:
             if self._feeder is None:
                 self._feeder = process_of(self._journal.held("feeder"))
             await self._status_of_feeder("filling", "done")
-        return self._resumed_at() or time.monotonic()
+        return max(self._resumed_at(), self._kept.since) or time.monotonic()
 
     def _not_restored(self, what: str, error: BaseException) -> PodferryError:
         if isinstance(error, TimeoutError):

@@ -21,6 +21,7 @@ from typing import Any
 
 import anyio
 
+from podferry.core.inventory import Inventory, encode
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal, Part
@@ -33,7 +34,7 @@ from podferry.memory.timer_images import put_right
 from podferry.memory.tracker import Kind, Round, create
 from podferry.memory.uffd import PAGE
 from podferry.model import Dump
-from podferry.node import network
+from podferry.node import inventory, network
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.checkpoint import CRIU_CONF, Hold, Process
 from podferry.node.containerd import Containerd, NotFound
@@ -49,6 +50,7 @@ from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum
 from podferry.workload.config import Config
 from podferry.workload.helpers import reap, remove_task, runs
+from podferry.workload.keeping import INVENTORY
 from podferry.workload.nodefacts import version
 from podferry.workload.offered import Offered
 from podferry.workload.owed import Owed
@@ -111,6 +113,7 @@ class Leaving:
         self._network = network.DEFAULT
         self._owed: Owed | None = None
         self._looks = Looks()
+        self._inventory: Inventory = {}
 
     @property
     def cgroup(self) -> Cgroup:
@@ -316,6 +319,7 @@ class Leaving:
         return hold
 
     def _dump(self, stop: int) -> Mapping[tuple[int, str], bytes]:
+        self._inventory = inventory.take(self._task.pid, self._cgroup.pids(), inventory.cpuset(self._cgroup.freezer))
         hold = self._hold or self._start_dump(wait=False)
         if hold.waits and not hold.may_go_on():
             hold.call_off()
@@ -334,6 +338,7 @@ class Leaving:
             self._dumped = Dump.THIN
         put_right(directory)
         images = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+        images[INVENTORY] = encode(self._inventory)
         for name, path in self._enclosed.items():
             with suppress(OSError):
                 images[name] = path.read_bytes()

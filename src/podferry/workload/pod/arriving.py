@@ -176,6 +176,10 @@ class ArrivingPod:
 
     # The resume.
 
+    def differences(self) -> tuple[str, ...]:
+        """What a container has not here as it had it on the source."""
+        return tuple(f"{part.name}: {one}" for part in self._parts for one in part.differences())
+
     async def release(self) -> float:
         """Have one container after another restored. All run when this returns; returns since when the last does."""
         since: list[float] = []

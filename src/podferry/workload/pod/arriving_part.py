@@ -33,6 +33,7 @@ from podferry.node.upper import Receiver, copy, refresh_root
 from podferry.workload.arriving import RESTORE_TIMEOUT, Arriving
 from podferry.workload.config import Config
 from podferry.workload.helpers import ended, process_of
+from podferry.workload.keeping import INVENTORY, keeping
 from podferry.workload.nodefacts import version
 from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, PodPart
 from podferry.workload.threads import at_once, patiently
@@ -108,7 +109,7 @@ class ArrivingPart(Arriving):
         """Before GO where the kubelet has made the container by then, the first of a pod; the others before they are restored."""
         if self._container is not None:
             rights = rights_of(self._container.spec_json(), os.path.exists, os.uname().machine)
-            demand_no_more(self._need_incoming().images, rights, also=(LAST_WORDS, PAYLOADS))
+            demand_no_more(self._need_incoming().images, rights, also=(INVENTORY, LAST_WORDS, PAYLOADS))
             self._judged = True
 
     def _files_came(self) -> None:
@@ -123,7 +124,8 @@ class ArrivingPart(Arriving):
         try:
             with anyio.fail_after(RESTORE_TIMEOUT):
                 if restoring is not None:
-                    await ended(restoring)
+                    async with keeping(self._incoming, self._kept):
+                        await ended(restoring)
         except TimeoutError as error:
             stuck = error
         if not await self._has_run():

@@ -1,0 +1,215 @@
+"""Taking the inventory of a job that stands still (`podferry.core.inventory`), and putting right what CRIU has not restored.
+
+CRIU saves neither the processors that a thread may run on, nor its I/O priority, timer slack, or scheduler attributes beyond
+policy, priority and nice value, nor what a process wants in its core dumps. All of these can be set from outside. Seen with 4.1.1
+and 4.2.
+
+Processors are compared as what the job has chosen: a thread that may run wherever its cgroup lets it, has chosen nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from podferry.core.inventory import Attributes, Inventory, may_be_given
+
+ANYWHERE = "anywhere"
+_NUMBERS = {  # ioprio_set, ioprio_get, sched_setattr, sched_getattr
+    "x86_64": (251, 252, 314, 315),
+    "aarch64": (30, 31, 274, 275),
+}
+_IOPRIO_WHO_PROCESS = 1
+_ATTR = struct.Struct("=IIQiIQQQII")  # struct sched_attr, linux/sched/types.h, its version of 56 bytes
+_LARGE_FILE = (
+    0o100000  # says how a descriptor was opened; of what is opened again for a restored job, another program did it
+)
+_WITHOUT_RUNTIME = (os.SCHED_OTHER, os.SCHED_BATCH)
+_OF_A_THREAD = frozenset(
+    {"Umask", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Speculation_Store_Bypass", "SpeculationIndirectBranch"}
+    | {"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "SigBlk", "SigIgn", "SigCgt", "THP_enabled", "VmLck"}
+)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def take(init: int, pids: Iterable[int], cpuset: frozenset[int]) -> Inventory:
+    """The inventory of the processes `pids` of the container whose first process is `init`; its cgroup lets them run on `cpuset`.
+
+    What ends meanwhile is left out, as are processes that are not in the container, though in its cgroup: CRIU is, as it restores.
+    """
+    found: dict[str, Attributes] = {}
+    for _, _, name, attributes in _threads(init, pids, cpuset):
+        found[name] = attributes
+    return found
+
+
+def cpuset(freezer: Path) -> frozenset[int]:
+    """The processors that the cgroup lets its processes run on; where nobody says, those of this node. `freezer` is its freezer's
+    directory, which on v2 is the cgroup itself."""
+    v1 = Path(str(freezer).replace("/freezer/", "/cpuset/", 1)) / "cpuset.effective_cpus"
+    for path in (freezer / "cpuset.cpus.effective", v1):
+        with suppress(OSError, ValueError):
+            if chosen := _numbers_of(path.read_text()):
+                return chosen
+    with suppress(OSError, ValueError):
+        return _numbers_of(Path("/sys/devices/system/cpu/online").read_text())
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def descendants(init: int) -> list[int]:
+    """A container's processes by who started whom: all of a pid namespace's, wherever in nested groups they are."""
+    found = [init]
+    for pid in found:
+        with suppress(OSError, ValueError):
+            for tid in _listing(f"/proc/{pid}/task"):
+                found += map(int, Path(f"/proc/{pid}/task/{tid}/children").read_text().split())
+    return found
+
+
+def put_right(before: Inventory, init: int, pids: Iterable[int], cpuset: frozenset[int]) -> int:
+    """Give the threads of these processes what they had, as far as it can be given from outside and may be; how often it was."""
+    done = 0
+    for _, tid, name, has in _threads(init, pids, cpuset):
+        had = before.get(name, {})
+        for attribute, give in _GIVE.items():
+            value = had.get(attribute, "")
+            with suppress(OSError, ValueError):
+                if value and value != has.get(attribute) and may_be_given(attribute, value, has):
+                    give(tid, value)
+                    done += 1
+    return done
+
+
+def _threads(init: int, pids: Iterable[int], cpuset: frozenset[int]) -> Iterator[tuple[int, int, str, dict[str, str]]]:
+    """pid, tid, the name inside the container, and what there is to be said of each thread."""
+    try:
+        depth = len(_status(f"/proc/{init}/status")["NSpid"].split())
+    except (OSError, KeyError):
+        return
+    for pid in pids:
+        with suppress(OSError, ValueError, KeyError, IndexError):
+            for tid in _listing(f"/proc/{pid}/task"):
+                name, attributes = _thread(pid, tid, depth, cpuset)
+                yield pid, tid, name, attributes | _process(pid) if tid == pid else attributes
+
+
+def _thread(pid: int, tid: int, depth: int, cpuset: frozenset[int]) -> tuple[str, dict[str, str]]:
+    """The name of a thread in the pid namespace so deep below ours, and what there is to be said of it.
+
+    Raises `OSError`, and `IndexError` where it is not in there.
+    """
+    status = _status(f"/proc/{pid}/task/{tid}/status")
+    name = "/".join(status[field].split()[depth - 1] for field in ("NStgid", "NSpid"))
+    attributes = {key: value for key, value in status.items() if key in _OF_A_THREAD}
+    attributes["comm"] = status["Name"]
+    allowed = os.sched_getaffinity(tid)
+    attributes["affinity"] = ANYWHERE if allowed >= cpuset else _listed(allowed)
+    for attribute, read in (("io-priority", _io_priority), ("scheduler", _scheduler), ("timer-slack", _timer_slack)):
+        with suppress(OSError, KeyError):
+            attributes[attribute] = read(tid)
+    return name, attributes
+
+
+def _process(pid: int) -> dict[str, str]:
+    found = {}
+    for name in ("personality", "oom_score_adj", "coredump_filter"):
+        with suppress(OSError):
+            found[name] = Path(f"/proc/{pid}/{name}").read_text().strip()
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]:
+            found[f"limit {line[:26].strip()}"] = " ".join(line[26:68].split())
+    for name in ("cwd", "root", "exe"):
+        with suppress(OSError):
+            found[name] = str(Path(f"/proc/{pid}/{name}").readlink())
+    with suppress(OSError):
+        for number in _listing(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                found[f"descriptor {number}"] = _descriptor(pid, number)
+    with suppress(OSError), Path(f"/proc/{pid}/numa_maps").open("rb", buffering=0) as maps:
+        # A small read makes the kernel look at few mappings. The first, of the program, has the policy of the process.
+        if words := maps.read(512).split(b"\n", 1)[0].split():
+            found["memory-policy"] = words[1].decode(errors="replace")
+    return found
+
+
+def _descriptor(pid: int, number: int) -> str:
+    """What it is, without the number that each node gives it, and its flags."""
+    link = str(Path(f"/proc/{pid}/fd/{number}").readlink())
+    what = link.partition("[")[0] if link.startswith(("socket:[", "pipe:[")) else link
+    with Path(f"/proc/{pid}/fdinfo/{number}").open() as info:
+        flags = next((int(line.split()[1], 8) for line in info if line.startswith("flags:")), 0)
+    return f"{what} {flags & ~_LARGE_FILE:#o}"
+
+
+def _status(path: str) -> dict[str, str]:
+    with Path(path).open(errors="replace") as status:
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in status)}
+
+
+def _io_priority(tid: int) -> str:
+    return str(_called(_numbers()[1], _IOPRIO_WHO_PROCESS, tid))
+
+
+def _scheduler(tid: int) -> str:
+    buffer = ctypes.create_string_buffer(_ATTR.size)
+    _called(_numbers()[3], tid, buffer, _ATTR.size, 0)
+    policy, flags, nice, priority, runtime, *rest = _ATTR.unpack(buffer.raw)[1:]
+    if policy in _WITHOUT_RUNTIME:
+        runtime = 0  # since 6.12 the slice, which each node sets by its number of processors unless the job did
+    return " ".join(map(str, (policy, flags, nice, priority, runtime, *rest)))
+
+
+def _timer_slack(tid: int) -> str:
+    return Path(f"/proc/{tid}/timerslack_ns").read_text().strip()
+
+
+def _give_affinity(tid: int, value: str) -> None:
+    if value != ANYWHERE:
+        os.sched_setaffinity(tid, _numbers_of(value))
+
+
+def _give_scheduler(tid: int, value: str) -> None:
+    words = [int(word) for word in value.split()]
+    _called(_numbers()[2], tid, ctypes.create_string_buffer(_ATTR.pack(_ATTR.size, *words), _ATTR.size), 0)
+
+
+_GIVE: Mapping[str, Callable[[int, str], object]] = {
+    "affinity": _give_affinity,
+    "scheduler": _give_scheduler,
+    "io-priority": lambda tid, value: _called(_numbers()[0], _IOPRIO_WHO_PROCESS, tid, int(value)),
+    "timer-slack": lambda tid, value: Path(f"/proc/{tid}/timerslack_ns").write_text(value),
+    "coredump_filter": lambda tid, value: Path(f"/proc/{tid}/coredump_filter").write_text(f"0x{value}"),
+}
+
+
+def _numbers() -> tuple[int, int, int, int]:
+    return _NUMBERS[platform.machine()]
+
+
+def _called(*arguments: object) -> int:
+    result = int(_libc.syscall(*arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def _listing(directory: str) -> list[int]:
+    return [int(one) for one in os.listdir(directory)]  # noqa: PTH208 - the names are all that is wanted, and this is quick
+
+
+def _listed(cpus: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(cpus)))
+
+
+def _numbers_of(text: str) -> frozenset[int]:
+    """A list of the kernel's: `0-3,8`. Raises `ValueError`."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return frozenset(found)

@@ -1,0 +1,107 @@
+"""The hand-shake with CRIU's action script: a restored job stands still until it has been looked at, and never for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from podferry.agent.telling import say_intact
+from podferry.core.inventory import encode
+from podferry.errors import Failed
+from podferry.kube.migration import INTACT, Migration
+from podferry.node import inventory
+from podferry.node.incoming import STOPPED, Incoming
+from podferry.workload.keeping import INVENTORY, Kept, keeping
+
+pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+
+
+@pytest.fixture
+def incoming(tmp_path: Path) -> Iterator[Incoming]:
+    with Incoming.prepare("job", run=tmp_path) as incoming:
+        yield incoming
+
+
+@pytest.fixture
+def job() -> Iterator[int]:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(b".")
+        assert child.stdout.read(1) == b"."  # it is `cat` by now
+        yield child.pid
+        child.kill()
+
+
+def script(incoming: Incoming, init: int, action: str = "pre-resume") -> subprocess.Popen[bytes]:
+    about = {"CRTOOLS_SCRIPT_ACTION": action, "CRTOOLS_IMAGE_DIR": str(incoming.images), "CRTOOLS_INIT_PID": str(init)}
+    return subprocess.Popen([STOPPED], env={**os.environ, **about})
+
+
+def taken(pid: int) -> dict[str, dict[str, str]]:
+    return {name: dict(has) for name, has in inventory.take(pid, [pid], frozenset(os.sched_getaffinity(0))).items()}
+
+
+async def ended(process: subprocess.Popen[bytes]) -> int:
+    with anyio.fail_after(30):
+        while process.poll() is None:
+            await anyio.sleep(0.005)
+    return process.returncode
+
+
+async def test_what_was_lost_is_put_right_before_the_script_ends(incoming: Incoming, job: int) -> None:
+    before = taken(job)
+    (name,) = before
+    before[name] |= {"timer-slack": "123456", "umask-of-old": "7"}
+    (incoming.images / INVENTORY).write_bytes(encode(before))
+    kept = Kept()
+    async with keeping(incoming, kept):
+        assert await ended(script(incoming, job)) == 0
+    assert Path(f"/proc/{job}/timerslack_ns").read_text().strip() == "123456"
+    assert (kept.put_right, [str(one) for one in kept.differences]) == (
+        1,
+        [f"umask-of-old of {name}: was 7, is nothing"],
+    )
+    assert kept.since > 0
+
+
+async def test_an_inventory_that_is_none_keeps_no_job_from_running(incoming: Incoming, job: int) -> None:
+    (incoming.images / INVENTORY).write_bytes(b"[]")
+    async with keeping(incoming, Kept()):
+        assert await ended(script(incoming, job)) == 0
+
+
+async def test_a_restore_that_fails_says_why(incoming: Incoming) -> None:
+    with pytest.raises(Failed, match="the restore"):
+        async with keeping(incoming, Kept()):
+            raise Failed("the restore failed")
+
+
+async def test_the_script_waits_for_nobody_where_the_agent_is_gone(incoming: Incoming, job: int) -> None:
+    waits = script(incoming, job)
+    with anyio.move_on_after(0.2):
+        await ended(waits)
+    assert waits.poll() is None
+    incoming.close()
+    assert await ended(waits) == 0
+    assert await ended(script(incoming, job)) == 0  # and where there is nothing to wait at
+
+
+async def test_other_actions_of_criu_do_not_wait(incoming: Incoming, job: int) -> None:
+    assert await ended(script(incoming, job, "post-restore")) == 0
+
+
+def test_a_migration_says_whether_the_job_has_what_it_had() -> None:
+    migration = Migration.from_json({"metadata": {"name": "m"}, "spec": {"podName": "p"}})
+    say_intact(migration, None)
+    assert migration.status.condition(INTACT) is None
+    say_intact(migration, [])
+    assert migration.status.holds(INTACT)
+    say_intact(migration, ["affinity of 1/1: was 0, is anywhere"])
+    said = migration.status.condition(INTACT)
+    assert said is not None
+    assert (said.status, said.message) == ("False", "affinity of 1/1: was 0, is anywhere")

@@ -1,0 +1,114 @@
+"""The inventory: what differs is found, what can be put right is, and what is expected to differ is not told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from podferry.core.inventory import EXPECTED, Difference, decode, differences, encode, may_be_given
+from podferry.errors import PeerMisbehaved
+from podferry.node import inventory
+
+pytestmark = pytest.mark.unit
+CPUS = frozenset(os.sched_getaffinity(0))
+
+
+def test_every_kind_of_difference_is_found() -> None:
+    before = {"1/1": {"a": "1", "b": "2", "gone": "x"}, "1/2": {"a": "1"}}
+    after = {"1/1": {"a": "1", "b": "3", "new": "y"}, "1/3": {"a": "1"}}
+    assert differences(before, after) == [
+        Difference("1/1", "b", "2", "3"),
+        Difference("1/1", "gone", "x", ""),
+        Difference("1/1", "new", "", "y"),
+        Difference("1/2", "thread", "True", ""),
+        Difference("1/3", "thread", "", "True"),
+    ]
+    assert str(differences(before, after)[0]) == "b of 1/1: was 2, is 3"
+
+
+def test_what_is_expected_has_a_reason_and_is_not_told() -> None:
+    assert all(EXPECTED.values())
+    assert not differences({"1/1": dict.fromkeys(EXPECTED, "1")}, {"1/1": dict.fromkeys(EXPECTED, "2")})
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "capabilities", "allowed"),
+    [
+        ("affinity", "0", "0", True),
+        ("io-priority", str(2 << 13), "0", True),
+        ("io-priority", str(1 << 13), "0", False),  # real time
+        ("io-priority", str(1 << 13), "0000000000800000", True),
+        ("io-priority", "-1", "0", False),
+        ("scheduler", "0 1 5 0 0 0 0 0 200", "0", True),  # reset on fork, and a clamp
+        ("scheduler", "1 0 0 50 0 0 0 0 0", "0", False),  # SCHED_FIFO, where CRIU restored SCHED_OTHER
+        ("scheduler", "0 0 -20 0 0 0 0 0 0", "0", False),
+        ("scheduler", "", "0", False),
+    ],
+)
+def test_nobody_is_given_more_than_they_could_take(
+    attribute: str, value: str, capabilities: str, allowed: bool
+) -> None:
+    has = {"CapPrm": capabilities, "scheduler": "0 0 5 0 0 0 0 0 0"}
+    assert may_be_given(attribute, value, has) is allowed
+
+
+def test_it_travels() -> None:
+    found = {"1/1": {"comm": "a \u00e9"}}
+    assert decode(encode(found)) == found
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"[1]", b'{"1/1": 3}', b'{"1/1": {"a": 3}}', b"\xff", b'{"1/1": ["ab"]}'])
+def test_what_is_none_is_refused(data: bytes) -> None:
+    with pytest.raises(PeerMisbehaved):
+        decode(data)
+
+
+@pytest.fixture
+def process() -> Iterator[int]:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(b".")
+        assert child.stdout.read(1) == b"."  # it is `cat` by now
+        yield child.pid
+        child.kill()
+
+
+BREAK = {
+    "affinity": lambda pid: os.sched_setaffinity(pid, {min(CPUS)}),
+    "scheduler": lambda pid: os.sched_setscheduler(pid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0)),
+    "io-priority": lambda pid: inventory._GIVE["io-priority"](pid, str(2 << 13 | 5)),
+    "timer-slack": lambda pid: Path(f"/proc/{pid}/timerslack_ns").write_text("123456"),
+    "coredump_filter": lambda pid: Path(f"/proc/{pid}/coredump_filter").write_text("0x7"),
+}
+
+
+@pytest.mark.parametrize("attribute", inventory._GIVE)
+def test_what_can_be_given_from_outside_is_put_right(process: int, attribute: str) -> None:
+    if attribute == "affinity" and len(CPUS) < 2:
+        pytest.skip("one processor: there is nothing to choose")
+    plain = inventory.take(process, [process], CPUS)
+    BREAK[attribute](process)
+    chosen = inventory.take(process, [process], CPUS)
+    assert {one.attribute for one in differences(plain, chosen)} & inventory._GIVE.keys() == {attribute}
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+        here = inventory.take(other.pid, [other.pid], CPUS)
+        (name,) = here
+        before = {name: next(iter(chosen.values()))}
+        inventory.put_right(before, other.pid, [other.pid], CPUS)
+        assert inventory.take(other.pid, [other.pid], CPUS)[name][attribute] == before[name][attribute]
+        other.kill()
+
+
+def test_a_job_that_may_run_anywhere_may_run_anywhere_on_more_processors(process: int) -> None:
+    found = inventory.take(process, [process], CPUS)
+    assert [one["affinity"] for one in found.values()] == [inventory.ANYWHERE]
+    assert inventory.put_right(found, process, [process], CPUS) == 0
+
+
+def test_lists_of_processors() -> None:
+    assert inventory._numbers_of("0-2,5\n") == {0, 1, 2, 5}
+    assert inventory._numbers_of("\n") == frozenset()
