@@ -1,7 +1,8 @@
 """The target's side: records are carried out below one directory, and nowhere else.
 
-Every path is resolved with `openat2` beneath the root, through real directories only; names are checked before that.
-The receiver relies on being the only one that changes the tree: the source is not trusted, the target's node is.
+Every path is resolved with `openat2` beneath the root, through real directories only; names are checked before that. What a
+record is about is opened first, looked at, and changed through its descriptor: the source is not trusted, and nor is whoever
+else can write to the tree. He may spoil what arrives, but no link or device that he puts in an entry's place is followed.
 
 The tree is usually the upper directory of an overlay that is mounted already but in which nothing has been looked up.
 The kernel's documentation calls changes to the layers of a mounted overlay undefined (overlayfs.rst, "Changes to
@@ -16,7 +17,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +27,9 @@ from typing import Self
 import xxhash
 
 from podferry.errors import Failed, PeerMisbehaved, PodferryError
+from podferry.node.beneath import empty, open_beneath, reached, remove
 from podferry.node.upper.entries import carried
-from podferry.node.upper.linux import open_beneath, punch_hole, write_all
+from podferry.node.upper.linux import punch_hole, write_all
 from podferry.node.upper.records import Attributes, Body, How, Summary, Verb, misbehaved, parse
 from podferry.node.upper.send import Policy
 
@@ -55,19 +56,17 @@ _REMEDIES = {
 }
 
 
-class _OpenFile:
-    """The regular file whose content arrives."""
+class _OpenEntry:
+    """The entry that the last record was about; its content and attributes arrive next."""
 
-    def __init__(self, path: bytes, fd: int, size: int) -> None:
+    def __init__(self, path: bytes, fd: int, size: int | None = None) -> None:
         self.path, self.fd, self.size = path, fd, size
 
-    def close(self) -> None:
-        """Give the file its size, unless its content did that already, and let go of it."""
-        try:
-            if os.fstat(self.fd).st_size != self.size:
-                os.ftruncate(self.fd, self.size)
-        finally:
-            os.close(self.fd)
+    def end_content(self) -> None:
+        """Give a file its size, unless its content did that already."""
+        if self.size is not None and os.fstat(self.fd).st_size != self.size:
+            os.ftruncate(self.fd, self.size)
+        self.size = None
 
 
 class Receiver:
@@ -79,9 +78,11 @@ class Receiver:
 
     def __init__(self, root: Path, policy: Policy | None = None) -> None:
         self.policy = policy or Policy()
-        self._file: _OpenFile | None = None
+        self._entry: _OpenEntry | None = None
         self._parent: tuple[bytes, int] | None = None
         self._parked: set[int] = set()
+        self._linked: set[tuple[int, int]] | None = None
+        """The inodes that have several names, where all entries are known to have been made here."""
         self._park_prefix = f".podferry-{secrets.token_hex(8)}-".encode()
         self._in_pass = False
         self._broken = False
@@ -107,9 +108,7 @@ class Receiver:
 
     def close(self) -> None:
         """Let go of all descriptors. The tree stays as it is."""
-        if self._file:
-            os.close(self._file.fd)
-            self._file = None
+        self._forget_entry()
         self._forget_parent()
         if self._root >= 0:
             os.close(self._root)
@@ -151,9 +150,10 @@ class Receiver:
     def _record(self, verb: Verb, body: Body, digest: str) -> None:
         if self._in_pass == (verb is Verb.BEGIN):
             raise misbehaved(f"{verb.name} {'inside' if self._in_pass else 'outside'} a pass")
-        if self._file and verb not in (Verb.DATA, Verb.HOLE):
-            done, self._file = self._file, None
-            done.close()
+        if self._entry and verb not in (Verb.DATA, Verb.HOLE):
+            self._entry.end_content()
+            if verb is not Verb.ATTRIBUTES:
+                self._forget_entry()
         if verb is Verb.END:
             self._end(body.end(), digest)
         else:
@@ -165,10 +165,8 @@ class Receiver:
         self._in_pass, self._summary = True, None
         self._entries = self._bytes = 0
         if fresh:
-            with os.scandir(self._root) as listing:
-                names = [os.fsencode(item.name) for item in listing]
-            for name in names:
-                _remove(self._root, name)
+            empty(self._root)
+            self._linked = set()
 
     def _end(self, claimed: Summary, digest: str) -> None:
         if self._parked:
@@ -199,11 +197,32 @@ class Receiver:
             os.close(self._parent[1])
             self._parent = None
 
+    def _forget_entry(self) -> None:
+        if self._entry:
+            os.close(self._entry.fd)
+            self._entry = None
+
+    def _open_entry(self, place: int, name: bytes) -> tuple[int, os.stat_result]:
+        """What has this name now, opened without any effect on it, and what it is."""
+        fd = open_beneath(place, b"" if name == b"." else name, os.O_PATH)
+        found = os.fstat(fd)
+        if (
+            self._linked is not None
+            and found.st_nlink > 1
+            and not stat.S_ISDIR(found.st_mode)
+            and (found.st_dev, found.st_ino) not in self._linked
+        ):
+            os.close(fd)
+            raise _exchanged(name)
+        return fd, found
+
     def _park(self, slot: int, path: bytes) -> None:
         if slot in self._parked:
             raise misbehaved(f"the parking slot {slot} twice")
         place, name = self._place(path)
-        if stat.S_ISDIR(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode):
+        fd, found = self._open_entry(place, name)
+        os.close(fd)
+        if stat.S_ISDIR(found.st_mode):
             raise misbehaved("a directory to be parked")
         os.rename(name, self._park_prefix + b"%d" % slot, src_dir_fd=place, dst_dir_fd=self._root)
         self._parked.add(slot)
@@ -217,22 +236,23 @@ class Receiver:
 
     def _remove(self, path: bytes) -> None:
         place, name = self._place(path)
-        _remove(place, name)
+        remove(place, name)
         self._forget_parent()  # it may be among what was removed
 
     def _link(self, path: bytes, leader: bytes) -> None:
         directory, _, old = leader.rpartition(b"/")
         source = open_beneath(self._root, directory, os.O_PATH | os.O_DIRECTORY)
         try:
+            fd, found = self._open_entry(source, old)
+            os.close(fd)
+            if stat.S_ISDIR(found.st_mode):
+                raise misbehaved("a hard link to a directory")
             place, name = self._place(path)
             os.link(old, name, src_dir_fd=source, dst_dir_fd=place, follow_symlinks=False)
-        except PermissionError as error:
-            # link(2) says EPERM for a directory.
-            if stat.S_ISDIR(os.stat(old, dir_fd=source, follow_symlinks=False).st_mode):
-                raise misbehaved("a hard link to a directory") from error
-            raise
         finally:
             os.close(source)
+        if self._linked is not None:
+            self._linked.add((found.st_dev, found.st_ino))
         self._entries += 1
 
     def _make(self, kind: int, rdev: int, path: bytes, target: bytes) -> None:
@@ -245,24 +265,32 @@ class Receiver:
             os.symlink(target, name, dir_fd=place)
         else:
             os.mknod(name, kind | 0o600, rdev, dir_fd=place)
+        fd, found = self._open_entry(place, name)
+        self._entry = _OpenEntry(path, fd)
+        if stat.S_IFMT(found.st_mode) != kind or (rdev and found.st_rdev != rdev):
+            raise _exchanged(path)
 
     # -- content -----------------------------------------------------------------------------------------------
 
     def _open(self, how: How, size: int, path: bytes) -> None:
         place, name = self._place(path)
-        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if how is How.CREATE:
-            flags |= os.O_CREAT | os.O_EXCL
-        elif not stat.S_ISREG(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode):
-            raise misbehaved("content for what is no regular file")
-        fd = os.open(name, flags, 0o600, dir_fd=place)
-        self._file = _OpenFile(path, fd, size)
+            fd = open_beneath(place, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        else:
+            handle, found = self._open_entry(place, name)
+            try:
+                if not stat.S_ISREG(found.st_mode):
+                    raise misbehaved("content for what is no regular file")
+                fd = os.open(reached(handle), os.O_WRONLY | os.O_CLOEXEC)
+            finally:
+                os.close(handle)
+        self._entry = _OpenEntry(path, fd, size)
         if how is How.DISCARD:
             os.ftruncate(fd, 0)
 
     def _data(self, offset: int, content: memoryview) -> None:
-        file = self._file
-        if file is None or offset + len(content) > file.size:
+        file = self._entry
+        if file is None or file.size is None or offset + len(content) > file.size:
             raise misbehaved("content outside its file")
         self._bytes += len(content)
         self._total += len(content)
@@ -271,8 +299,8 @@ class Receiver:
         write_all(file.fd, content, offset)
 
     def _hole(self, offset: int, length: int) -> None:
-        file = self._file
-        if file is None or length == 0 or offset + length > file.size:
+        file = self._entry
+        if file is None or file.size is None or length == 0 or offset + length > file.size:
             raise misbehaved("a hole outside its file")
         punch_hole(file.fd, offset, length)
 
@@ -281,20 +309,24 @@ class Receiver:
 
         A change of owner clears set-user-ID bits and file capabilities, an ACL changes the mode.
         """
-        place, name = self._place(path)
-        kind = stat.S_IFMT(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode)
-        os.chown(name, attributes.uid, attributes.gid, dir_fd=place, follow_symlinks=False)
-        _set_xattrs(f"/proc/self/fd/{place}/{os.fsdecode(name)}", attributes.xattrs)
-        if kind != stat.S_IFLNK:
-            os.chmod(name, attributes.mode, dir_fd=place)
-        os.utime(name, ns=(attributes.atime_ns, attributes.mtime_ns), dir_fd=place, follow_symlinks=False)
+        if self._entry is None or self._entry.path != path:
+            self._forget_entry()
+            self._entry = _OpenEntry(path, self._open_entry(*self._place(path))[0])
+        fd = self._entry.fd
+        where = reached(fd)
+        os.chown(where, attributes.uid, attributes.gid)
+        _set_xattrs(where, attributes.xattrs)
+        if not stat.S_ISLNK(os.fstat(fd).st_mode):
+            Path(where).chmod(attributes.mode)
+        os.utime(where, ns=(attributes.atime_ns, attributes.mtime_ns))
+        self._forget_entry()
         self._entries += 1
 
 
 def _set_xattrs(path: str, wanted: tuple[tuple[str, bytes], ...]) -> None:
     """Make the attributes that move equal to `wanted`; those of this node stay, and so do not follow a default ACL."""
     try:
-        present = [name for name in os.listxattr(path, follow_symlinks=False) if carried(name)]
+        present = [name for name in os.listxattr(path) if carried(name)]
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP or wanted:
             raise
@@ -302,16 +334,17 @@ def _set_xattrs(path: str, wanted: tuple[tuple[str, bytes], ...]) -> None:
     names = {name for name, _ in wanted}
     for name in present:
         if name not in names:
-            os.removexattr(path, name, follow_symlinks=False)
+            os.removexattr(path, name)
     for name, value in wanted:
-        os.setxattr(path, name, value, follow_symlinks=False)
+        os.setxattr(path, name, value)
 
 
-def _remove(place: int, name: bytes) -> None:
-    if stat.S_ISDIR(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode):
-        shutil.rmtree(name, dir_fd=place)
-    else:
-        os.unlink(name, dir_fd=place)
+def _exchanged(path: bytes) -> Failed:
+    return Failed(
+        f"{os.fsdecode(path)} of the upper layer is not what was made of it",
+        why="another process on the target writes to the tree while it arrives",
+        remedy="find that process and stop it, then migrate again",
+    )
 
 
 @contextmanager

@@ -26,11 +26,11 @@ from typing import Self
 import xxhash
 
 from podferry.errors import Failed, Refused
+from podferry.node.beneath import open_beneath
 from podferry.node.upper import plan as plans
 from podferry.node.upper import records
 from podferry.node.upper.blocks import BLOCK, HOLE, Blocks, Shrunk, read_blocks
 from podferry.node.upper.entries import Entry, Manifest
-from podferry.node.upper.linux import open_beneath
 from podferry.node.upper.plan import Plan, Step, diff
 from podferry.node.upper.records import How, Record, Summary
 from podferry.node.upper.scan import VANISHED, scan
