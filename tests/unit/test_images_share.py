@@ -370,12 +370,14 @@ def test_device_nodes_that_every_containers_own_dev_hides_are_shared(
     os.mknod(source / "dev/console", kind | 0o600, os.makedev(5, 1))
     one = store(share, clock)
     layer = one.publish(CHAIN, source)
-    there = share.path(f"{layer.at}/fs/dev/console")
+    files = share.path(f"{layer.at}/fs")
+    there = files / "dev/console"
     assert there.lstat().st_rdev == os.makedev(5, 1)
     one.check(layer)
     there.unlink()
     os.mknod(there, kind | 0o600, os.makedev(8, 0))
-    os.utime(there, ns=((source / "dev/console").stat().st_mtime_ns,) * 2)
+    for name in ("dev/console", "dev"):
+        os.utime(files / name, ns=((source / name).stat().st_mtime_ns,) * 2)
     with pytest.raises(LayerDamaged, match="dev/console"):
         one.check(layer)
 
