@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from podferry.errors import Failed, PodferryError, TimedOut
 from podferry.kube.client import CONFIGMAPS, SIGNING_REQUESTS, Api
+from podferry.node.private import private_directory
 from podferry.wire.pki import AGENT_LIFE, BACKDATED, CA_CERTIFICATE, NODE_CERTIFICATE, NODE_KEY
 
 SIGNER, BUNDLE = "podferry.dev/agent", "podferry-ca"
@@ -137,7 +138,7 @@ async def obtain(api: Api, namespace: str, node: str, directory: Path) -> None:
                 if one["type"] in ("Denied", "Failed"):
                     raise Failed("the certificate was denied", why=one.get("message", ""))
             await anyio.sleep(LOOK_AGAIN)
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(directory, below=directory.parent)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )

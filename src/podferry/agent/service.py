@@ -33,6 +33,7 @@ from podferry.engine.target import Target
 from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
+from podferry.node.private import private_directory
 from podferry.wire.channel import Channel
 from podferry.wire.frames import Data
 from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Unknown
@@ -84,8 +85,8 @@ class Agent:
             "resolve": self.op_resolve,
             "node": self.op_node,
         }
-        for directory in (self.config.run, self.config.migrations):
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(self.config.run, below=self.config.run)
+        private_directory(self.config.migrations, below=self.config.state)
         listener = listen(self.config.listen)
         async with anyio.create_task_group() as self._tasks:
             self._recover()

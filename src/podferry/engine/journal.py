@@ -24,6 +24,7 @@ from typing import Any
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed, PodferryError
+from podferry.node.private import private_directory
 
 JOURNAL = "journal.jsonl"
 RECORD = "record.json"
@@ -38,7 +39,7 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(directory, below=directory.parent)
         self._lines, self._end = _read(directory / JOURNAL)
         self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.ledger = Ledger()

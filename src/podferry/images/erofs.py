@@ -17,6 +17,7 @@ from podferry.images.layout import FormName, LayerRecord
 from podferry.images.ports import Payload
 from podferry.images.posix import PosixShare
 from podferry.images.tree import survey
+from podferry.node.private import private_directory
 from podferry.node.process import run
 
 IMAGE = "layer.erofs"
@@ -40,7 +41,7 @@ class ErofsForm:
 
     def write(self, source: Path, into: str) -> Payload:
         inodes, _ = survey(source)
-        self.scratch.mkdir(parents=True, exist_ok=True)
+        private_directory(self.scratch, below=self.scratch.parent)
         image = self.scratch / f"{layout.new_token()}.erofs"
         try:
             run(

@@ -38,6 +38,7 @@ from podferry.images.service import Service
 from podferry.images.snapshotter import Snapshotter
 from podferry.images.store import LayerStore
 from podferry.images.tree import TreeForm
+from podferry.node.private import private_directory
 from podferry.protos import snapshots_pb2_grpc
 
 SOCKET = Path("/run/podferry/snapshotter.sock")
@@ -67,7 +68,7 @@ def serve(
     """containerd's snapshots over layers that live once, on a file system that every node mounts."""
     metrics = Metrics()
     root = root.resolve()
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_directory(root, below=root)
     metadata = Metadata(root / "metadata.db")
     clock = SystemClock()
     opened = _open(Path(share).absolute(), Guard(deadline), metadata, read_only=read_only)
@@ -92,7 +93,7 @@ def serve(
     snapshotter.cleanup()
     server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), maximum_concurrent_rpcs=4 * CALLS)
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshotter, metrics.called), server)  # type: ignore[no-untyped-call]
-    socket_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_directory(socket_path.parent, below=socket_path.parent)
     socket_path.unlink(missing_ok=True)
     server.add_insecure_port(f"unix://{socket_path}")
     socket_path.chmod(0o600)

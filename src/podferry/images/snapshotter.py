@@ -36,6 +36,7 @@ from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
 from podferry.images.store import Layer, LayerStore
 from podferry.images.tree import FILES, walk
+from podferry.node.private import private_directory
 
 REF = "containerd.io/snapshot.ref"
 """The label with which containerd's unpacker says which layer it is about to download."""
@@ -73,7 +74,7 @@ class Snapshotter:
         """Told of the layers on the share, by chain id, that a new container runs from."""
         self._mounting = threading.Lock()
         for folder in ("snapshots", "images", "l"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
+            private_directory(root / folder, below=root)
 
     # -- containerd's calls ------------------------------------------------------------------------------------------
 
@@ -209,7 +210,8 @@ class Snapshotter:
     def _make_directories(self, made: Snapshot, owner: tuple[int, int] | None) -> None:
         files = self.files(made)
         shutil.rmtree(files.parent, ignore_errors=True)  # of a crash before the same number was given out
-        files.mkdir(parents=True, mode=0o755)
+        private_directory(files.parent, below=self.root)
+        files.mkdir()
         files.chmod(0o755)
         (files.parent / "work").mkdir(mode=0o711)
         if owner is not None:
@@ -267,7 +269,7 @@ class Snapshotter:
             with faults(f"cannot mount {image}"):
                 mount_image(image, at)
 
-        at.mkdir(exist_ok=True)
+        private_directory(at, below=self.root)
         unmount(at)  # of a share that has gone; who still runs from it keeps it
         try:
             self._share.call(f"mount {image}", mount)

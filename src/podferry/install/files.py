@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from podferry.errors import Failed
+from podferry.node.private import private_directory
 
 LEDGER = "/var/lib/podferry/install"
 """Where a node keeps what was there before."""
@@ -96,7 +97,7 @@ class Ledger:
         if path not in self.entries:
             before = None if present is None else place.stat().st_mode & 0o7777
             if present is not None:
-                self._directory.mkdir(parents=True, exist_ok=True)
+                private_directory(self._directory, below=self._directory)
                 shutil.copy2(place, self._saved(path))
             self.entries[path] = Entry(path, "", before)
         self.entries[path] = Entry(path, sha256(content).hexdigest(), self.entries[path].mode)

@@ -25,6 +25,7 @@ from podferry.errors import Failed, PeerMisbehaved
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.store_runs import Run, RunMap
 from podferry.memory.uffd import PAGE
+from podferry.node.private import private_directory
 
 ADDRESS_LIMIT = 1 << 56
 """User addresses end here at the latest: x86-64 with five-level page tables; arm64 has 2^52."""
@@ -70,7 +71,7 @@ class PageStore:
     @classmethod
     def create(cls, directory: Path) -> PageStore:
         """An empty store. The directory is made; one that holds anything already is refused with `Failed`."""
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_directory(directory, below=directory.parent)
         if any(directory.iterdir()):
             raise Failed(f"the page store {directory} is not empty", remedy="remove what an older migration left there")
         return cls(directory)

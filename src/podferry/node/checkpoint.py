@@ -35,6 +35,7 @@ from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
 from podferry.node.gate import Gate
 from podferry.node.netns import in_network_of, in_new_network
+from podferry.node.private import private_directory
 from podferry.node.process import PATH, Child, ending, last_lines, spawn
 from podferry.node.thin import ThinDump
 
@@ -152,7 +153,7 @@ class Hold:
         if unknown:
             raise CheckpointFailed(f"no such dump option: {', '.join(sorted(unknown))}")
         for directory in (images, work):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_directory(directory, below=directory.parent)
         hold = Hold(id, cgroup, work, images)
         settings = Path(shutil.copy(conf, work))  # CRIU may not see the files of this program (`outside`)
         with settings.open("a") as more:

@@ -21,6 +21,7 @@ from podferry.errors import EVIDENCE_LINES, Bug, Failed, PodferryError, TimedOut
 from podferry.node import outside
 from podferry.node.criulog import explained
 from podferry.node.network_setup import NetworkSetup, settings
+from podferry.node.private import private_directory
 
 RUN = Path("/run/podferry")
 STOPPED = Path(__file__).with_name("gated") / "stopped"
@@ -93,7 +94,7 @@ class Incoming:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
         for directory in (draft, draft / "images", draft / "work"):
-            directory.mkdir(mode=0o700, parents=True)
+            private_directory(directory, below=run, new=True)
         (draft / "restore").write_text(" ".join(flags) + "\n")
         script = ON_NODE if outside.in_pod() else STOPPED
         if os.access(outside.root() / script.relative_to("/"), os.X_OK):

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from podferry.errors import Failed, UsageError
+from podferry.node.private import private_directory
 
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 NODE_CERTIFICATE, NODE_KEY = "node.crt", "node.key"
@@ -58,7 +59,7 @@ class Authority:
     @classmethod
     def create(cls, directory: Path, *, name: str = "podferry") -> Authority:
         """Make an authority in `directory`. Raises `UsageError` where one exists: a new one would orphan its nodes."""
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(directory, below=directory)
         if (directory / CA_KEY).exists():
             raise UsageError(f"{directory} holds an authority already", remedy="load it, or remove the directory")
         authority = cls.new(name)
@@ -129,7 +130,7 @@ class Authority:
         """
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self.certify(name, addresses, key.public_key(), not_before=not_before, not_after=not_after)
-        into.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(into, below=into)
         _write(into / CA_CERTIFICATE, self.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
         _write(into / NODE_KEY, _pem(key), 0o600)
         _write(into / NODE_CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM), 0o644)

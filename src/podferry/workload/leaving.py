@@ -40,6 +40,7 @@ from podferry.node.checkpoint import CRIU_CONF, Hold, Process
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.gate import Gate
 from podferry.node.guests import guests, show_out
+from podferry.node.private import private_directory
 from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.upper import Source as UpperSource
@@ -277,7 +278,7 @@ class Leaving:
         await run(self._shut_the_door)
 
     def _shut_the_door(self) -> None:
-        self._door.parent.mkdir(parents=True, exist_ok=True)
+        private_directory(self._door.parent, below=self._door.parents[1])
         self._door.write_text("guarded\n" if self._guarded else "")
         show_out(self._task.pid, self._cgroup.pids)
 

@@ -26,6 +26,7 @@ from podferry.model import Dump
 from podferry.node import outside
 from podferry.node.checkpoint import Process
 from podferry.node.payloads import OPEN_FILES
+from podferry.node.private import private_directory
 from podferry.node.process import spawn
 from podferry.node.upper import Plan
 from podferry.node.upper import Source as TreeSource
@@ -231,7 +232,7 @@ class LeavingPod(HeldPod):
     async def freeze(self) -> None:
         """Stop every task of every container. From here on nothing of the pod starts on this node, unless it is undone."""
         self._journal.acquire("departed", path=str(self._departed))
-        self._departed.parent.mkdir(parents=True, exist_ok=True)
+        private_directory(self._departed.parent, below=self._departed.parents[1])
         self._departed.touch()
         await gathered(*(part.freeze for part in self._parts))
 
