@@ -9,9 +9,12 @@ A program of the node may need one of ours, and a Python for it, which is in the
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from podferry.node.process import Arg
 
@@ -21,6 +24,15 @@ IN_POD = "PODFERRY_IN_POD"
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP = "podferry"
 """The node's cgroup for what outlives an agent."""
+
+CLONE_FS, CLONE_NEWNS = 0x200, 0x20000  # linux/sched.h
+
+FIRST = 1
+"""The pid of a process that has the node's own mounts."""
+
+Result = TypeVar("Result")
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
 
@@ -54,6 +66,45 @@ def from_node(argv: Sequence[Arg]) -> list[Arg]:
     agent's container, though not in its mount namespace, and finds the node's at `root()`. Once this agent has ended it fails.
     """
     return ["chroot", f"/proc/{os.getpid()}/root", *argv] if in_pod() else list(argv)
+
+
+def among_node_mounts(function: Callable[[], Result]) -> Result:
+    """Call `function` where the node's own mounts are.
+
+    In a pod every directory of the node is a mount of its own: nothing can be renamed from one to another, and a mount that is
+    made is seen by nobody on the node.
+    """
+    if not in_pod():
+        return function()
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            _enter_mounts_of(FIRST)
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001  it is raised again in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(
+        target=body, name="node-mounts"
+    )  # which ends there: no other code ever runs among these mounts
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _enter_mounts_of(pid: int) -> None:
+    """For this thread alone."""
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.unshare(CLONE_FS) != 0 or _libc.setns(namespace, CLONE_NEWNS) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), f"/proc/{pid}/ns/mnt")
+    finally:
+        os.close(namespace)
 
 
 def make_cgroups(top: Path = CGROUPS, name: str = CGROUP) -> list[Path]:

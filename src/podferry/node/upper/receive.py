@@ -315,7 +315,7 @@ class Receiver:
         fd = self._entry.fd
         where = reached(fd)
         os.chown(where, attributes.uid, attributes.gid)
-        _set_xattrs(where, attributes.xattrs)
+        set_xattrs(where, attributes.xattrs)
         if not stat.S_ISLNK(os.fstat(fd).st_mode):
             Path(where).chmod(attributes.mode)
         os.utime(where, ns=(attributes.atime_ns, attributes.mtime_ns))
@@ -323,7 +323,7 @@ class Receiver:
         self._entries += 1
 
 
-def _set_xattrs(path: str, wanted: tuple[tuple[str, bytes], ...]) -> None:
+def set_xattrs(path: str, wanted: tuple[tuple[str, bytes], ...]) -> None:
     """Make the attributes that move equal to `wanted`; those of this node stay, and so do not follow a default ACL."""
     try:
         present = [name for name in os.listxattr(path) if carried(name)]

@@ -143,10 +143,10 @@ class _Scan:
         )
 
 
-def read_xattrs(path: str) -> tuple[tuple[str, bytes], ...]:
-    """The extended attributes that move, sorted by name; none where the file system has none. Follows no link."""
+def read_xattrs(path: str, *, follow: bool = False) -> tuple[tuple[str, bytes], ...]:
+    """The extended attributes that move, sorted by name; none where the file system has none. Follows no link but with `follow`."""
     try:
-        names = os.listxattr(path, follow_symlinks=False)
+        names = os.listxattr(path, follow_symlinks=follow)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             return ()
@@ -156,7 +156,7 @@ def read_xattrs(path: str) -> tuple[tuple[str, bytes], ...]:
     found = []
     for name in sorted(filter(carried, names)):
         try:
-            found.append((name, os.getxattr(path, name, follow_symlinks=False)))
+            found.append((name, os.getxattr(path, name, follow_symlinks=follow)))
         except OSError as error:
             if error.errno != errno.ENODATA:  # removed since it was listed; the ctime tells the next pass
                 raise

@@ -8,9 +8,7 @@ killed before the source hears that the pod will never run here.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from podferry.node import cri
 from podferry.node.containerd import Containerd
 from podferry.node.cri import Kind, Volume
 from podferry.node.records import Container
-from podferry.node.upper import Receiver, copy
+from podferry.node.staging import Staged, discard_all
+from podferry.node.upper import Receiver
 from podferry.wire.messages import StateEnd
 from podferry.workload.config import Config
 from podferry.workload.helpers import gathered
@@ -42,17 +41,17 @@ MADE_TIMEOUT = 100.0
 class ArrivingVolume:
     """A file system of the pod's own: staged until the kubelet has made its place."""
 
-    def __init__(self, volume: Volume, staged: Path) -> None:
+    def __init__(self, volume: Volume, staged: Staged) -> None:
         self.volume, self._staged = volume, staged
-        staged.mkdir(mode=0o700, parents=True)
-        self.receiver = Receiver(staged)
+
+    @property
+    def receiver(self) -> Receiver:
+        """What fills it."""
+        return self._staged.receiver
 
     def move_in(self, place: Path) -> None:
         """The place is there: it takes in what was staged, and what comes later."""
-        self.receiver.close()
-        copy(self._staged, place)
-        shutil.rmtree(self._staged, ignore_errors=True)
-        self.receiver = Receiver(place)
+        self._staged.move_to(place)
 
 
 class ArrivingPod:
@@ -82,8 +81,8 @@ class ArrivingPod:
         on_disk, in_memory = self._config.staging / f"{name}.volumes", self._config.run / "staging" / name
         self._journal.acquire("staged-volumes", directories=[str(on_disk), str(in_memory)])
         for number, volume in enumerate(self._offered.volumes):
-            root = on_disk if volume.kind is Kind.DISK else in_memory
-            self._volumes.append(ArrivingVolume(volume, root / str(number)))
+            root, below = (on_disk, self._config.state) if volume.kind is Kind.DISK else (in_memory, self._config.run)
+            self._volumes.append(ArrivingVolume(volume, Staged(root / str(number), below=below)))
 
     async def poise(self, *, postcopy: bool) -> None:
         """Have the controller make the pod, and wait until the kubelet has come to its first container."""
@@ -245,7 +244,6 @@ def handlers(containerd: Containerd, cluster: Cluster) -> dict[str, Handler]:
 
     async def unstage(facts: Mapping[str, Any]) -> None:
         for directory in facts["directories"]:
-            with suppress(OSError):
-                await run(partial(shutil.rmtree, directory, ignore_errors=True))
+            await run(discard_all, Path(directory))
 
     return {"target-pod": give_back, "staged-volumes": unstage, **arriving_part.handlers(containerd)}

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,11 @@ from podferry.node.checkpoint import POD_CONF, Process
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import LOG_ROOT, log_of, termination_message
 from podferry.node.incoming import Incoming, pod_key
+from podferry.node.private import private_directory
 from podferry.node.records import Container, Status, upper_dir
 from podferry.node.restored_group import group_to_tell
-from podferry.node.upper import Receiver, copy, refresh_root
+from podferry.node.staging import Staged, discard
+from podferry.node.upper import refresh_root
 from podferry.workload.arriving import RESTORE_TIMEOUT, Arriving
 from podferry.workload.config import Config
 from podferry.workload.helpers import ended, process_of
@@ -54,6 +55,7 @@ class ArrivingPart(Arriving):
         self.name, self._flags = part.name, part.flags
         self._container: Container | None = None
         self._judged = False
+        self._staged: Staged | None = None
         if "uid" in journal.facts:
             self.key = pod_key(journal.facts["uid"], part.name)
 
@@ -62,8 +64,8 @@ class ArrivingPart(Arriving):
         self._store = PageStore.create(self.scratch / "store")
         staged = self._config.staging / self.scratch.name
         self._journal.acquire("staged", directory=str(staged))
-        staged.mkdir(mode=0o700, parents=True)
-        self._upper = Receiver(staged)
+        self._staged = Staged(staged, below=self._config.state)
+        self._upper = self._staged.receiver
         self._log = os.open(self.scratch / "log", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def expect(self, uid: str) -> None:
@@ -99,10 +101,10 @@ class ArrivingPart(Arriving):
         record = self._containerd.container(id)
         self._need_incoming().belongs_in(group_to_tell(record.spec_json(), version("runc")))
         upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
-        if self._upper is not None:
-            self._upper.close()
-        copy(self._config.staging / self.scratch.name, upper)
-        self._upper = Receiver(upper)
+        if self._staged is None:
+            raise Bug("a part of a pod was made before it was prepared")
+        self._staged.move_to(upper)
+        self._upper = self._staged.receiver
         return record
 
     def _judge_images(self) -> None:
@@ -229,7 +231,7 @@ class ArrivingPart(Arriving):
         """From now on a restart of the container is an ordinary one."""
         path = self._mark()
         self._journal.acquire("arrived", path=str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_directory(path.parent, below=self._config.state)
         path.touch()
 
     def _mark(self) -> Path:
@@ -254,6 +256,6 @@ def handlers(containerd: Containerd) -> dict[str, Handler]:
         Path(facts["path"]).unlink(missing_ok=True)
 
     async def unstage(facts: Mapping[str, Any]) -> None:
-        await at_once(partial(shutil.rmtree, facts["directory"], ignore_errors=True))
+        await at_once(discard, Path(facts["directory"]))
 
     return {"kubelet-task": kill_task, "arrived": unmark, "staged": unstage}
