@@ -15,7 +15,7 @@ import pytest
 from upper_tree import picture
 
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.node import beneath
+from podferry.fs import beneath
 from podferry.node.upper import Entry, Receiver, records
 from podferry.node.upper import receive as receiving
 from podferry.node.upper.records import How, Record

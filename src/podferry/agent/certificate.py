@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from podferry.errors import Failed, PodferryError, TimedOut
+from podferry.fs.private import private_directory
 from podferry.kube.client import CONFIGMAPS, SIGNING_REQUESTS, Api
-from podferry.node.private import private_directory
 from podferry.wire.pki import AGENT_LIFE, BACKDATED, CA_CERTIFICATE, NODE_CERTIFICATE, NODE_KEY
 
 SIGNER, BUNDLE = "podferry.dev/agent", "podferry-ca"

@@ -31,9 +31,9 @@ from podferry.engine.source import Order, Source
 from podferry.engine.story import Story
 from podferry.engine.target import Target
 from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
+from podferry.fs.private import private_directory
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
-from podferry.node.private import private_directory
 from podferry.wire.channel import Channel
 from podferry.wire.frames import Data
 from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Unknown

@@ -24,7 +24,7 @@ from typing import Any
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed, PodferryError
-from podferry.node.private import private_directory
+from podferry.fs.private import private_directory
 
 JOURNAL = "journal.jsonl"
 RECORD = "record.json"

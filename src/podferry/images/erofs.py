@@ -11,13 +11,13 @@ import struct
 import uuid
 from pathlib import Path
 
+from podferry.fs.private import private_directory
 from podferry.images import layout
 from podferry.images.faults import LayerDamaged, faults
 from podferry.images.layout import FormName, LayerRecord
 from podferry.images.ports import Payload
 from podferry.images.posix import PosixShare
 from podferry.images.tree import survey
-from podferry.node.private import private_directory
 from podferry.node.process import run
 
 IMAGE = "layer.erofs"

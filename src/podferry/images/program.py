@@ -18,6 +18,7 @@ import structlog
 import typer
 
 from podferry.errors import PodferryError
+from podferry.fs.private import private_directory
 from podferry.images import layout
 from podferry.images.collect import DAY, Collector
 from podferry.images.erofs import ErofsForm
@@ -38,7 +39,6 @@ from podferry.images.service import Service
 from podferry.images.snapshotter import Snapshotter
 from podferry.images.store import LayerStore
 from podferry.images.tree import TreeForm
-from podferry.node.private import private_directory
 from podferry.protos import snapshots_pb2_grpc
 
 SOCKET = Path("/run/podferry/snapshotter.sock")

@@ -25,6 +25,7 @@ from pathlib import Path
 import structlog
 
 from podferry.errors import PodferryError
+from podferry.fs.private import private_directory
 from podferry.images import layout
 from podferry.images.erofs import IMAGE
 from podferry.images.faults import LayerMissing, faults
@@ -36,7 +37,6 @@ from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
 from podferry.images.store import Layer, LayerStore
 from podferry.images.tree import FILES, walk
-from podferry.node.private import private_directory
 
 REF = "containerd.io/snapshot.ref"
 """The label with which containerd's unpacker says which layer it is about to download."""

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from podferry.errors import Failed
-from podferry.node.private import private_directory
+from podferry.fs.private import private_directory
 
 LEDGER = "/var/lib/podferry/install"
 """Where a node keeps what was there before."""

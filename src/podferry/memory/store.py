@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from podferry.errors import Failed, PeerMisbehaved
+from podferry.fs.private import private_directory
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.store_runs import Run, RunMap
 from podferry.memory.uffd import PAGE
-from podferry.node.private import private_directory
 
 ADDRESS_LIMIT = 1 << 56
 """User addresses end here at the latest: x86-64 with five-level page tables; arm64 has 2^52."""

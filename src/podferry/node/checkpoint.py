@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import CommandFailed, Failed, PeerMisbehaved, TimedOut
+from podferry.fs.private import private_directory
 from podferry.node import outside
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.criulog import explained
 from podferry.node.gate import Gate
 from podferry.node.netns import in_network_of, in_new_network
-from podferry.node.private import private_directory
 from podferry.node.process import PATH, Child, ending, last_lines, spawn
 from podferry.node.thin import ThinDump
 

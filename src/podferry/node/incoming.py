@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Self
 
 from podferry.errors import EVIDENCE_LINES, Bug, Failed, PodferryError, TimedOut, UsageError
+from podferry.fs.private import private_directory
 from podferry.node import outside
 from podferry.node.criulog import explained
 from podferry.node.network_setup import NetworkSetup, settings
-from podferry.node.private import private_directory
 
 RUN = Path("/run/podferry")
 STOPPED = Path(__file__).with_name("gated") / "stopped"

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from podferry.errors import Failed
-from podferry.node.beneath import empty, reached, remove
+from podferry.fs.beneath import empty, reached, remove
+from podferry.fs.private import private_directory
 from podferry.node.outside import among_node_mounts
-from podferry.node.private import private_directory
 from podferry.node.upper import Receiver, copy
 from podferry.node.upper.receive import set_xattrs
 from podferry.node.upper.scan import read_xattrs

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from podferry.errors import Failed, UsageError
-from podferry.node.private import private_directory
+from podferry.fs.private import private_directory
 
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 NODE_CERTIFICATE, NODE_KEY = "node.crt", "node.key"

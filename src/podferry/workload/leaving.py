@@ -27,6 +27,7 @@ from podferry.core.undo import Handler
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError, Refused
+from podferry.fs.private import private_directory
 from podferry.memory.ranges import EMPTY, Growing, Runs
 from podferry.memory.reader import Data, Reader
 from podferry.memory.thin_images import Population, complete, population, possible, worth_sparing
@@ -40,7 +41,6 @@ from podferry.node.checkpoint import CRIU_CONF, Hold, Process
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.gate import Gate
 from podferry.node.guests import guests, show_out
-from podferry.node.private import private_directory
 from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.upper import Source as UpperSource

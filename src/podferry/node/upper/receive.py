@@ -27,7 +27,7 @@ from typing import Self
 import xxhash
 
 from podferry.errors import Failed, PeerMisbehaved, PodferryError
-from podferry.node.beneath import empty, open_beneath, reached, remove
+from podferry.fs.beneath import empty, open_beneath, reached, remove
 from podferry.node.upper.entries import carried
 from podferry.node.upper.linux import punch_hole, write_all
 from podferry.node.upper.records import Attributes, Body, How, Summary, Verb, misbehaved, parse

@@ -23,7 +23,7 @@ import time
 from collections.abc import Collection
 
 from podferry.errors import Failed, Refused
-from podferry.node.beneath import open_beneath
+from podferry.fs.beneath import open_beneath
 from podferry.node.upper.entries import MAX_DEPTH, MAX_PATH, MAX_XATTRS, Entry, Manifest, carried
 
 CLOCK_REALTIME_COARSE = 5  # linux/time.h; the clock that file systems stamp with

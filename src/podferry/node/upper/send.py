@@ -26,7 +26,7 @@ from typing import Self
 import xxhash
 
 from podferry.errors import Failed, Refused
-from podferry.node.beneath import open_beneath
+from podferry.fs.beneath import open_beneath
 from podferry.node.upper import plan as plans
 from podferry.node.upper import records
 from podferry.node.upper.blocks import BLOCK, HOLE, Blocks, Shrunk, read_blocks

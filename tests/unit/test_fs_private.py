@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Failed, PodferryError, Refused
-from podferry.node.private import private_directory
+from podferry.fs.private import private_directory
 
 pytestmark = pytest.mark.unit
 
