@@ -100,6 +100,7 @@ def _start(home: Path, processes: list[subprocess.Popen[bytes]]) -> Path:
         f"--service-account-signing-key-file={home}/sa.key",
         f"--token-auth-file={home}/tokens",
         "--authorization-mode=RBAC",
+        "--allow-privileged=true",
         "--enable-admission-plugins=OwnerReferencesPermissionEnforcement",
     )
     kubeconfig = home / "kubeconfig"

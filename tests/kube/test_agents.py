@@ -406,8 +406,29 @@ async def test_only_the_api_servers_own_not_found_of_the_object_is_one(
         assert one.newest(migration.uid) is None
 
 
+async def test_an_order_without_the_containers_is_refused_and_not_begun(world: World) -> None:
+    """An older controller has not said which ones move; the agent may not read the pod to see."""
+    await world.pod()
+    scope = world.controller()
+    await world.migrate()
+    await world.reached(lambda one: one.status.phase == "Running")
+    scope.cancel()
+
+    def as_of_old(now: Migration) -> bool:
+        now.status.containers = []
+        return True
+
+    await world.set(as_of_old)
+    agents = Agents.of(world)
+    over = await world.reached(lambda one: one.status.engine_ending is not None)
+    assert over.status.engine_ending is not None
+    assert over.status.engine_ending.outcome == "refused"
+    assert "podferry-controller" in over.status.engine_ending.message
+    assert not agents.engines[0].orders
+
+
 async def test_an_api_server_that_is_away_does_not_refuse_an_order(world: World) -> None:
-    """It goes away between the agent's reading of the Migration and of the pod."""
+    """It goes away between the agent's reading of the Migration and its taking the order up."""
     if world.fake is None:
         pytest.skip("the real API server does not go away here")
     await world.pod()
@@ -422,14 +443,14 @@ async def test_an_api_server_that_is_away_does_not_refuse_an_order(world: World)
     async with path.api() as api:
         agents = Agents(world, (Engine(), Engine()), [], [])
         agents.start(0, api)
-        get = api.get
+        replace = api.replace
 
-        async def pod_cannot_be_read(*arguments: object) -> object:
-            if arguments[0] is PODS and not failed:
+        async def cannot_be_written(*arguments: object) -> object:
+            if not failed:
                 path.away = away
-            return await get(*arguments)  # type: ignore[arg-type]
+            return await replace(*arguments)  # type: ignore[arg-type]
 
-        api.get = pod_cannot_be_read  # type: ignore[method-assign, assignment]
+        api.replace = cannot_be_written  # type: ignore[method-assign, assignment]
         world.controller()
         await agents.begun(await world.migrate())
         assert len(failed) == 1

@@ -95,13 +95,14 @@ async def test_a_priority_goes_first(drained: World) -> None:
     urgent = {"metadata": {"annotations": {PRIORITY_ANNOTATION: "7"}}}
     await world.patch(PODS, "second", urgent, world.namespace)
     world.controller()
-    await ask(world, parallel=1)
+    await ask(world, parallel=1, requestedBy="admin")
 
     async def begun() -> bool:
         return bool(await under_way(world))
 
     await world.until(begun)
-    assert [one.spec.pod_name for one in await migrations(world)] == ["second"]
+    asked = [(one.spec.pod_name, one.spec.requested_by) for one in await migrations(world)]
+    assert asked == [("second", "admin")], "who asked for the drain asked for its moves"
 
 
 async def test_what_cannot_move_stays_with_the_reason(drained: World) -> None:

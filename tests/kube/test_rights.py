@@ -2,109 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anyio
-import httpx2
 import pytest
-import yaml
 
-import podferry
 from podferry.agent import certificate
-from podferry.controller.program import Controller
-from podferry.core.migration import MigrationPhase
 from podferry.errors import Failed
-from podferry.kube import status as store
 from podferry.kube.client import (
     CONFIGMAPS,
     JOBS,
     MIGRATIONS,
-    NAMESPACES,
     NODE_DRAINS,
     NODES,
     PODS,
     REPLICASETS,
-    Api,
     Json,
     Kind,
-    configuration,
 )
 from podferry.kube.drain import NodeDrain
-from podferry.kube.errors import AlreadyExists, Forbidden
-from podferry.kube.migration import EnginePhases, Migration, Progress
+from podferry.kube.errors import Forbidden
 from podferry.wire.pki import AGENT_LIFE
 from podferry.wire.tls import Credentials
 
-from .world import QUICK, World
+from .rights import KINDS, SYSTEM, apply, as_account, the_controller
+from .world import World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.anyio]
-DEPLOY = Path(podferry.__file__).parents[2] / "deploy"
-SYSTEM = "podferry-system"
-KINDS = {
-    "ServiceAccount": Kind("v1", "ServiceAccount", "serviceaccounts"),
-    "Role": Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
-    "RoleBinding": Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
-    "ClusterRole": Kind("rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles", namespaced=False),
-    "ClusterRoleBinding": Kind(
-        "rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "clusterrolebindings", namespaced=False
-    ),
-    "ValidatingAdmissionPolicy": Kind(
-        "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "validatingadmissionpolicies", namespaced=False
-    ),
-    "ValidatingAdmissionPolicyBinding": Kind(
-        "admissionregistration.k8s.io/v1",
-        "ValidatingAdmissionPolicyBinding",
-        "validatingadmissionpolicybindings",
-        namespaced=False,
-    ),
-}
-
-
-async def make(api: Api, kind: Kind, body: Json, namespace: str = "") -> None:
-    with suppress(AlreadyExists):
-        await api.create(kind, body, namespace)
 
 
 @pytest.fixture
 async def world(real_world: World) -> World:
     """With deploy/'s rights in the cluster."""
-    await make(real_world.api, NAMESPACES, {"metadata": {"name": SYSTEM}})
-    for file in ("rbac.yaml", "policies.yaml", "drain-policy.yaml"):
-        for body in yaml.safe_load_all((DEPLOY / file).read_text()):
-            namespace = body["metadata"].pop("namespace", "")
-            await make(real_world.api, KINDS[body["kind"]], body, namespace)
+    await apply(real_world.api)
     return real_world
-
-
-@asynccontextmanager
-async def as_account(
-    world: World, kubeconfig: Path, name: str, node: str | None, namespace: str = SYSTEM
-) -> AsyncIterator[Api]:
-    """The API server as a service account of podferry's sees it, its token bound to a node as the kubelet binds that of a pod."""
-    ask: dict[str, Any] = {"spec": {"expirationSeconds": 600}}
-    if node is not None:
-        uid = (await world.api.get(NODES, node))["metadata"]["uid"]
-        ask["spec"]["boundObjectRef"] = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
-    path = Kind("v1", "ServiceAccount", "serviceaccounts").path(namespace, name, "token")
-    made = await world.api._call("POST", path, body=ask, what="no token")
-    token = made["status"]["token"]
-    server = configuration(kubeconfig).cluster.server
-    async with httpx2.AsyncClient(base_url=server, verify=False, headers={"Authorization": f"Bearer {token}"}) as http:
-        yield Api(http)
-
-
-@asynccontextmanager
-async def the_controller(world: World, kubeconfig: Path) -> AsyncIterator[Api]:
-    """It runs, with its own rights and no more."""
-    async with as_account(world, kubeconfig, "podferry-controller", None) as api, anyio.create_task_group() as tasks:
-        tasks.start_soon(Controller(api, SYSTEM, QUICK).run)
-        yield api
-        tasks.cancel_scope.cancel()
 
 
 async def test_an_agent_gets_a_certificate_for_its_own_node_and_no_other(
@@ -172,64 +105,6 @@ async def test_a_certificate_is_renewed_before_it_ends_and_when_the_authority_is
             assert certificate.usable(tmp_path, here, ca.read_bytes()) is None
             assert Credentials.load(tmp_path).node == here
         tasks.cancel_scope.cancel()
-
-
-async def test_an_agent_writes_into_its_own_migrations_and_only_what_is_its_to_say(
-    world: World, control_plane: Path
-) -> None:
-    await world.pod()
-    async with (
-        the_controller(world, control_plane),
-        as_account(world, control_plane, "podferry-agent", world.nodes[0]) as source,
-        as_account(world, control_plane, "podferry-agent", world.nodes[1]) as target,
-    ):
-        await world.migrate(targetNode=world.nodes[1])
-        running = await world.reached(lambda one: one.status.phase == "Running")
-
-        def progressed(now: Migration) -> bool:
-            now.status.engine = EnginePhases(source="pre-copy")
-            now.status.progress = Progress(bytes=(now.status.progress.bytes if now.status.progress else 0) + 1)
-            return True
-
-        async def by(api: Api, change: store.Change) -> None:
-            await store.change(api, await world.get(), change)
-
-        await by(source, progressed)
-        with pytest.raises(Forbidden, match="source's agent's"):
-            await by(target, progressed)
-
-        def requested(now: Migration) -> bool:
-            now.status.say("TargetRequested", True, "Converged")
-            return True
-
-        await by(target, requested)
-        for name, value in (
-            ("phase", MigrationPhase.COMPLETED),
-            ("arbiter", "target"),
-            ("target_node", world.nodes[0]),
-        ):
-
-            def usurped(now: Migration, name: str = name, value: Any = value) -> bool:
-                setattr(now.status, name, value)
-                return True
-
-            with pytest.raises(Forbidden, match="controller's to say"):
-                await by(source, usurped)
-        await world.api.create(NODES, {"metadata": {"name": f"{world.namespace}-c"}})
-        try:
-            async with as_account(world, control_plane, "podferry-agent", f"{world.namespace}-c") as stranger:
-                with pytest.raises(Forbidden, match="its own node"):
-                    await by(stranger, progressed)
-        finally:
-            await world.api.delete(NODES, f"{world.namespace}-c")
-        for forbidden in (
-            source.delete(PODS, "train", world.namespace),
-            source.patch(PODS, "train", {"metadata": {"labels": {"x": "y"}}}, world.namespace, uid=None),
-            source.get(Kind("v1", "Secret", "secrets"), "podferry-ca", SYSTEM),
-        ):
-            with pytest.raises(Forbidden):
-                await forbidden
-        assert running.uid
 
 
 def template(restart: str) -> Json:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from podferry.kube.moved import moved_containers
 from podferry.node.cgroup import Frozen
 from podferry.node.process import spawn
 from podferry.workload import answering
@@ -171,7 +172,7 @@ def container(**probe: object) -> dict[str, object]:
     ],
 )
 def test_the_probes_of_a_pod(probe: dict[str, object], found: tuple[Probe, ...]) -> None:
-    assert network_probes({"spec": {"containers": [container(**probe)]}}) == found
+    assert network_probes(moved_containers({"spec": {"containers": [container(**probe)]}})) == found
     sidecar = {**container(**probe), "restartPolicy": "Always"}
     spec = {"initContainers": [sidecar, container(tcpSocket={"port": 1})], "containers": [{"name": "main"}]}
-    assert network_probes({"spec": spec}) == found
+    assert network_probes(moved_containers({"spec": spec})) == found

@@ -34,12 +34,11 @@ def of_kind(kind: str) -> dict[str, Json]:
 
 
 def test_every_file_is_named_by_its_kustomization() -> None:
-    for directory in (DEPLOY, DEPLOY / "uninstall"):
+    apart = {path.parent for path in DEPLOY.glob("*/kustomization.yaml")}
+    for directory in (DEPLOY, *apart):
         named = set(yaml.safe_load((directory / "kustomization.yaml").read_text())["resources"])
-        there = {str(path.relative_to(directory)) for path in directory.rglob("*.yaml")}
-        assert named == {
-            name for name in there if "kustomization" not in name and not name.startswith("uninstall/")
-        } - ({"uninstall/uninstall.yaml"} if directory == DEPLOY else set())
+        there = {path for path in directory.rglob("*.yaml") if directory != DEPLOY or path.parent not in apart}
+        assert named == {str(path.relative_to(directory)) for path in there if path.name != "kustomization.yaml"}
 
 
 @pytest.mark.parametrize("directory", [DEPLOY, DEPLOY / "uninstall"], ids=["deploy", "uninstall"])

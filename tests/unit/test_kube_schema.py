@@ -21,7 +21,8 @@ from podferry.core.migration import (
 )
 from podferry.errors import Bug
 from podferry.kube.migration import Migration, duration, quantity, seconds
-from podferry.kube.schema import definition, definition_yaml, reference, structural
+from podferry.kube.schema import definition, definition_yaml, policies_yaml, reference, structural
+from podferry.kube.writers import MIGRATION_STATUS
 
 pytestmark = pytest.mark.unit
 ROOT = Path(podferry.__file__).parents[2]
@@ -32,7 +33,16 @@ def test_the_committed_files_are_the_generated_ones() -> None:
         "run scripts/crds .venv"
     )
     assert (ROOT / "docs/api.md").read_text() == reference(), "run scripts/crds .venv"
+    assert (ROOT / "deploy/status-policy.yaml").read_text() == policies_yaml(), "run scripts/crds .venv"
     assert yaml.safe_load(definition_yaml()) == definition()
+
+
+def test_every_field_of_a_status_has_its_writers() -> None:
+    fields = structural(Migration)["properties"]["status"]["properties"]
+    groups = {path.partition(".")[0] for path in MIGRATION_STATUS if "." in path}
+    wanted = {name for name in fields if name not in groups} - {"conditions"}
+    wanted |= {f"{group}.{name}" for group in groups for name in fields[group]["properties"]}
+    assert set(MIGRATION_STATUS) == wanted, "name the writers of each field in podferry.kube.writers"
 
 
 def test_the_schema_is_structural() -> None:

@@ -23,7 +23,7 @@ from podferry.core.precopy import Policy
 from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
-from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
+from podferry.kube.client import MIGRATIONS, NODES, Api
 from podferry.kube.errors import NotFound, NotServed, transient
 from podferry.kube.events import Events
 from podferry.kube.migration import (
@@ -124,19 +124,22 @@ class Kubernetes:
         assert status.source_pod is not None
         assert status.target_node is not None
         try:
-            pod = await self._api.get(PODS, status.source_pod.name, migration.namespace)
+            if not status.containers:
+                raise Refused(
+                    f"the Migration {migration.name} does not say which containers move",
+                    why="podferry-controller is older than this node's agent",
+                    remedy="upgrade podferry-controller, and migrate again",
+                )
             half = await self._pods.move(
                 PodOrder(
                     id=migration.uid,
                     pod=PodName(migration.namespace, status.source_pod.name, status.source_pod.uid),
-                    containers=container_names(pod),
+                    containers=tuple(one.name for one in status.containers),
                     target=status.target_node,
                     order=order_of(migration),
-                    probes=network_probes(pod),
+                    probes=network_probes(status.containers),
                 )
             )
-        except NotFound:
-            return None  # the controller sees that too
         except PodferryError as error:
             if transient(error) or isinstance(error, NotServed):
                 raise  # nothing was said about the pod: it is tried again
@@ -261,9 +264,3 @@ def order_of(migration: Migration) -> Order:
     bandwidth = quantity(spec.bandwidth) if spec.bandwidth else None
     max_freeze = seconds(spec.max_freeze) if spec.max_freeze else None
     return Order(spec.mode, timeout=seconds(spec.timeout), bandwidth=bandwidth, policy=policy, max_freeze=max_freeze)
-
-
-def container_names(pod: Json) -> tuple[str, ...]:
-    """Those that run as long as the pod does, in the order in which the kubelet starts them."""
-    sidecars = [one for one in pod["spec"].get("initContainers") or [] if one.get("restartPolicy") == "Always"]
-    return tuple(one["name"] for one in [*sidecars, *pod["spec"]["containers"]])

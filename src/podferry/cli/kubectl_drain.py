@@ -52,6 +52,7 @@ async def begin(where: Where, node: str, spec: Json) -> NodeDrain:
         if found is not None:
             await api.delete(NODE_DRAINS, node, uid=found["metadata"]["uid"])
         try:
+            spec = {**spec, **({"requestedBy": name} if (name := await api.whoami()) else {})}
             return NodeDrain.from_json(await api.create(NODE_DRAINS, {"metadata": {"name": node}, "spec": spec}))
         except NotFound as absent:
             raise Refused(

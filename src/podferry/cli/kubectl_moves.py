@@ -90,6 +90,8 @@ async def create(where: Where, body: Json) -> Migration:
 
 async def _create(api: Api, namespace: str, body: Json) -> Migration:
     try:
+        if (name := await api.whoami()) is not None:
+            body = {**body, "spec": {**body["spec"], "requestedBy": name}}
         return Migration.from_json(await api.create(MIGRATIONS, body, namespace))
     except NotServed as absent:
         raise Refused(

@@ -128,7 +128,13 @@ class Books:
         migration = await store.change(self._api, migration, moved)
         if written:
             self._log.info(
-                "phase", migration=migration.name, namespace=migration.namespace, phase=str(after), because=str(event)
+                "phase",
+                migration=migration.name,
+                namespace=migration.namespace,
+                pod=migration.spec.pod_name,
+                phase=str(after),
+                because=str(event),
+                requested_by=migration.spec.requested_by or "",
             )
             if ending is not None and after in MIGRATION_ENDS:
                 await self._announce(migration, ending)

@@ -159,6 +159,7 @@ class Drains:
             "timeout": drain.spec.timeout,
             "allowPostCopy": drain.spec.allow_post_copy,
             "allowAutoConverge": drain.spec.allow_auto_converge,
+            **({"requestedBy": drain.spec.requested_by} if drain.spec.requested_by else {}),
         }
         owner = {
             "apiVersion": API_VERSION,

@@ -37,6 +37,7 @@ from podferry.kube.migration import (
     PodReference,
     timestamp,
 )
+from podferry.kube.moved import moved_containers
 from podferry.kube.paths import NameRefused, is_subdomain
 from podferry.model import Outcome
 
@@ -137,12 +138,15 @@ class Reconciler:
         def taken_up(now: Migration) -> None:
             now.status.source_node = source["spec"]["nodeName"]
             now.status.source_pod = PodReference(name=source["metadata"]["name"], uid=source["metadata"]["uid"])
+            now.status.containers = moved_containers(source)
             now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
             now.status.start_time = timestamp()
             now.status.say(ELIGIBLE, True, "NothingInTheWay")
 
         await self._books.fire(migration, E.CLAIMED, taken_up, message="looking for a node")
-        await self._books.tell_of_pod(source, "MigrationStarted", f"Migration {migration.name} looks for another node")
+        asked = f", as {migration.spec.requested_by} asked for" if migration.spec.requested_by else ""
+        words = f"Migration {migration.name} looks for another node{asked}"
+        await self._books.tell_of_pod(source, "MigrationStarted", words)
         return 0.0
 
     async def _named_pod(self, migration: Migration) -> Json | PodUnfit:

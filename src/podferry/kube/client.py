@@ -22,7 +22,7 @@ from lightkube.config.kubeconfig import KubeConfig, SingleConfig
 from lightkube.core.exceptions import ConfigError
 
 from podferry import __version__
-from podferry.kube.errors import ApiUnreachable, NoCluster, NotFound, of_status
+from podferry.kube.errors import ApiUnreachable, Forbidden, NoCluster, NotFound, NotServed, of_status
 from podferry.kube.paths import of_fields, of_labels, segment
 
 Json = dict[str, Any]
@@ -75,6 +75,7 @@ LEASES = Kind("coordination.k8s.io/v1", "Lease", "leases")
 SIGNING_REQUESTS = Kind(
     "certificates.k8s.io/v1", "CertificateSigningRequest", "certificatesigningrequests", namespaced=False
 )
+SELF_REVIEWS = Kind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews", namespaced=False)
 MIGRATIONS = Kind("podferry.dev/v1alpha1", "Migration", "migrations")
 NODE_DRAINS = Kind("podferry.dev/v1alpha1", "NodeDrain", "nodedrains", namespaced=False)
 
@@ -182,6 +183,15 @@ class Api:
         except NotFound:
             return False
         return True
+
+    async def whoami(self) -> str | None:
+        """The name that the API server knows the caller by; None where it does not say."""
+        try:
+            answer = await self.create(SELF_REVIEWS, {"metadata": {}})
+        except (NotServed, Forbidden):
+            return None
+        name = ((answer.get("status") or {}).get("userInfo") or {}).get("username")
+        return str(name) if name else None
 
     async def evict(self, name: str, namespace: str, *, uid: str) -> None:
         """Evict the pod with this `uid`. Raises `NotFound`, `Conflict` where the uid is another, and `ApiFailed` with status 429

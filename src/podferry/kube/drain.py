@@ -11,7 +11,18 @@ from pydantic import Field, ValidationError
 
 from podferry.core.drain import DRAIN_ENDS, DrainPhase, PodState
 from podferry.errors import Failed
-from podferry.kube.migration import API_VERSION, DURATION, FIXED, GROUP, Condition, Conditioned, Part, _rule
+from podferry.kube.migration import (
+    API_VERSION,
+    DURATION,
+    FIXED,
+    GROUP,
+    REQUESTED_BY,
+    Condition,
+    Conditioned,
+    Part,
+    _fixed,
+    _rule,
+)
 from podferry.model import Mode
 
 PRIORITY_ANNOTATION = f"{GROUP}/priority"
@@ -27,6 +38,8 @@ class DrainUnreadable(Failed):
 
 class NodeDrainSpec(Part):
     """How the node is emptied."""
+
+    model_config = _fixed("requestedBy")
 
     evict_others: Annotated[
         bool,
@@ -53,6 +66,7 @@ class NodeDrainSpec(Part):
             "stays cordoned."
         ),
     ] = False
+    requested_by: Annotated[str | None, REQUESTED_BY] = None
 
 
 class PodDrain(Part):

@@ -69,8 +69,30 @@ def _named(description: str) -> Any:
     return Field(description=description, json_schema_extra=NAME)
 
 
+REQUESTED_BY = Field(
+    description="Who asked for it, by the name that the API server knows him by. An admission policy refuses another's name; "
+    "one of Kubernetes 1.36 fills it in (deploy/requested-by), and so does `kubectl podferry`. Without it only the API server's "
+    "audit log knows.",
+    max_length=1024,
+)
+
+
+def _fixed(*fields: str) -> ConfigDict:
+    """Fields of a spec that can neither be changed nor added or removed later: rules of a field do not see the last two."""
+    rules: list[Any] = [
+        {
+            "rule": f"(has(self.{one}) ? self.{one} : '') == (has(oldSelf.{one}) ? oldSelf.{one} : '')",
+            "message": f"{one} cannot be changed",
+        }
+        for one in fields
+    ]
+    return ConfigDict(json_schema_extra={"x-kubernetes-validations": rules})
+
+
 class MigrationSpec(Part):
     """What is asked for."""
+
+    model_config = _fixed("targetNode", "requestedBy")
 
     pod_name: Annotated[
         str,
@@ -84,7 +106,7 @@ class MigrationSpec(Part):
         str | None,
         Field(
             description="The node to move it to. Without it the scheduler chooses, as it would for a new pod.",
-            json_schema_extra=NAME | _rule(FIXED, "targetNode cannot be changed"),
+            json_schema_extra=NAME,
         ),
     ] = None
     node_selector: Annotated[
@@ -141,6 +163,7 @@ class MigrationSpec(Part):
             json_schema_extra=_rule("self || !oldSelf", "a cancelled migration stays cancelled"),
         ),
     ] = False
+    requested_by: Annotated[str | None, REQUESTED_BY] = None
     ttl_seconds_after_finished: Annotated[
         int | None,
         Field(
@@ -158,6 +181,17 @@ class PodReference(Part):
 
     name: Annotated[str, _named("Its name.")]
     uid: Annotated[str, Field(description="Its uid: another pod of the same name is not it.")]
+
+
+class MovedContainer(Part):
+    """A container of the pod that runs as long as the pod does, and the liveness probe that reaches it by the network."""
+
+    name: Annotated[str, Field(description="Its name.")]
+    probe_port: Annotated[
+        int | None,
+        Field(description="The port that its liveness probe asks: an http, tcp or grpc one.", ge=1, le=65535),
+    ] = None
+    probe_path: Annotated[str, Field(description="What an http probe asks for.")] = ""
 
 
 class OwnerReference(Part):
@@ -244,6 +278,13 @@ class MigrationStatus(Conditioned):
     target_node: Annotated[str | None, _named("The node that it goes to.")] = None
     source_pod: Annotated[PodReference | None, Field(description="The pod that leaves.")] = None
     target_pod: Annotated[PodReference | None, Field(description="The pod that takes its place.")] = None
+    containers: Annotated[
+        list[MovedContainer],
+        Field(
+            description="The containers that move, in the order in which the kubelet starts them: agents read no pods.",
+            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = []
     owner: Annotated[OwnerReference | None, Field(description="What the pod belongs to.")] = None
     engine: Annotated[EnginePhases | None, Field(description="The engine's two halves.")] = None
     progress: Annotated[Progress | None, Field(description="How far the engine is.")] = None

@@ -10,6 +10,7 @@ import yaml
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, Kind
 from podferry.kube.drain import NodeDrain
 from podferry.kube.migration import GROUP, VERSION, Migration, Part
+from podferry.kube.writers import HEADER, status_policies
 
 Schema = dict[str, Any]
 Column = tuple[str, str, str, int, str]
@@ -25,6 +26,7 @@ MIGRATION_COLUMNS: tuple[Column, ...] = (
     ("Age", "date", ".metadata.creationTimestamp", 0, ""),
     ("Mode", "string", ".spec.mode", 1, "how memory moves"),
     ("Reason", "string", ".status.ending.reason", 1, "why it ended so"),
+    ("Requested-By", "string", ".spec.requestedBy", 1, "who asked for it"),
     ("Message", "string", ".status.message", 1, "the latest in words"),
 )
 DRAIN_COLUMNS: tuple[Column, ...] = (
@@ -178,6 +180,11 @@ def definition(resource: Resource = MIGRATION) -> Schema:
             ],
         },
     }
+
+
+def policies_yaml() -> str:
+    """The policies of the statuses as deploy/ holds them."""
+    return HEADER + yaml.dump_all(status_policies(), Dumper=_Whole, sort_keys=False, width=120)
 
 
 def definition_yaml(resource: Resource = MIGRATION) -> str:

@@ -5,10 +5,12 @@ run a command are podferry-runc's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-Json = dict[str, Any]
+if TYPE_CHECKING:  # the process that answers probes stays small
+    from podferry.kube.migration import MovedContainer
 
 
 @dataclass(frozen=True)
@@ -19,30 +21,7 @@ class Probe:
     path: str = ""
 
 
-def network_probes(pod: Json) -> tuple[Probe, ...]:
-    """Those of the containers that run as long as the pod does. A probe of another host than the pod does not reach it."""
-    spec = pod["spec"]
-    containers = [one for one in spec.get("initContainers") or [] if one.get("restartPolicy") == "Always"]
-    found = [_of(one) for one in [*containers, *spec["containers"]]]
-    return tuple(dict.fromkeys(one for one in found if one is not None))
-
-
-def _of(container: Json) -> Probe | None:
-    probe = container.get("livenessProbe") or {}
-    for kind in ("httpGet", "tcpSocket", "grpc"):
-        if (asked := probe.get(kind)) is not None:
-            port = _port(asked.get("port"), container)
-            path = asked.get("path") or "/" if kind == "httpGet" else ""
-            return None if port is None else Probe(port, path if path.startswith("/") or not path else f"/{path}")
-    return None
-
-
-def _port(named: int | str | None, container: Json) -> int | None:
-    """A port by its number or, as the kubelet does, by the name that the container gives it."""
-    for one in container.get("ports") or []:
-        if one.get("name") == named:
-            return int(one["containerPort"])
-    try:
-        return int(named or 0) or None
-    except ValueError:
-        return None
+def network_probes(containers: Iterable[MovedContainer]) -> tuple[Probe, ...]:
+    """Those of the containers that move, each once."""
+    found = [Probe(one.probe_port, one.probe_path) for one in containers if one.probe_port is not None]
+    return tuple(dict.fromkeys(found))
