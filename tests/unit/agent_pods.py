@@ -207,7 +207,7 @@ class PodRig(Rig):
         parts = self._parts(FakeRemains, "source", (HeldJob,), self.source, journal)
         return Guarded(HeldPod(journal, parts, lambda: self.hand_over("m")), (HeldJob,), self, "source")
 
-    def arriving(self, config: Any, containerd: None, journal: Any, offered: Any) -> Guarded:
+    def arriving(self, config: Any, containerd: None, journal: Any, offered: Any, *_: Any) -> Guarded:
         parts = self._parts(FakePart, "target", (ArrivingJob,), self.target, journal)
         return Guarded(ArrivingPod(config, journal, OFFERED, parts, self), (ArrivingJob,), self, "target")
 

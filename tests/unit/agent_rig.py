@@ -46,6 +46,7 @@ from podferry.wire.frames import Data
 from podferry.wire.messages import Message, Offer
 from podferry.wire.session import Role
 from podferry.workload import threads
+from podferry.workload.account import Account, Room
 from podferry.workload.config import Config
 from podferry.workload.offered import Offered
 
@@ -386,6 +387,7 @@ class FakedAgent(service.Agent):
         self._cluster = rig.cluster
         self.inspection = FakeInspection(rig)  # type: ignore[assignment]
         self._sources, self._targets, self._weighed = {}, {}, set()
+        self.account = Account(lambda: self.rig.free)
         self.errors: list[PodferryError] = []
 
     async def live(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -463,6 +465,7 @@ class Rig:
         self.down_until = 0.0
         self.stalled = self.over = self.was_cut = False
         self.restarts = 0
+        self.free = Room(1 << 40, 1 << 40, 1 << 40)
         self.helped = False
         self.refused = ""
         self.frozen_memory: Memory | None = None
@@ -527,7 +530,7 @@ class Rig:
     def remains(self, journal: Journal, containerd: None, offered: Offered) -> Guarded:
         return Guarded(FakeRemains(self.source, journal), (HeldJob,), self, "source")
 
-    def arriving(self, config: Config, containerd: None, journal: Journal, offered: Offered) -> Guarded:
+    def arriving(self, config: Config, containerd: None, journal: Journal, offered: Offered, *_: Any) -> Guarded:
         return Guarded(FakeArriving(self.target, journal), (ArrivingJob,), self, "target")
 
     def handlers(self, side: str) -> dict[str, Any]:

@@ -71,12 +71,24 @@ class Node:
     bundle: Path
     containerd: Containerd
     said: list[str] = field(default_factory=list)
+    mounts: list[str] = field(default_factory=list)
 
     def install(self) -> node.Installed:
-        return node.install(lambda _: None, bundle=self.bundle, find=lambda: self.containerd)  # type: ignore[arg-type,return-value]
+        return node.install(
+            lambda _: None,
+            bundle=self.bundle,
+            find=lambda: self.containerd,  # type: ignore[arg-type,return-value]
+            memory=lambda _: self.mounts.append("on"),
+        )
 
     def uninstall(self, *, force: bool = False, wait: bool = False) -> node.Installed:
-        return node.uninstall(self.said.append, force=force, wait=wait, find=lambda: self.containerd)  # type: ignore[arg-type,return-value]
+        return node.uninstall(
+            self.said.append,
+            force=force,
+            wait=wait,
+            find=lambda: self.containerd,  # type: ignore[arg-type,return-value]
+            memory=lambda _: self.mounts.append("off"),
+        )
 
     def put(self, path: str, text: str, mode: int = 0o644) -> None:
         place = self.root / path[1:]

@@ -27,6 +27,7 @@ from podferry.node.records import Container, Opaque
 from podferry.wire.channel import Channel
 from podferry.wire.messages import Offer
 from podferry.workload import arriving, leaving
+from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.leaving import Remains
 from podferry.workload.offered import Offered
@@ -238,11 +239,11 @@ class PodEngine:
             found.insert(0, outside)
         return here, found
 
-    def arriving(self, journal: Journal, offered: OfferedPod) -> ArrivingPod:
-        """The pod that is to run here."""
+    def arriving(self, journal: Journal, offered: OfferedPod, promise: Promise | None = None) -> ArrivingPod:
+        """The pod that is to run here. `promise` is what it was promised of memory and disk."""
         self._start(partial(run, self.sweep))
         parts = [
-            ArrivingPart(self._config, self._containerd, Part(journal, number), part)
+            ArrivingPart(self._config, self._containerd, Part(journal, number), part, promise)
             for number, part in enumerate(offered.containers)
         ]
         return ArrivingPod(self._config, journal, offered, parts, self._cluster)

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import anyio
+import structlog
 
 from podferry import __version__
 from podferry.agent.service import Agent
 from podferry.engine import metrics
 from podferry.errors import PodferryError, UsageError
-from podferry.node import apparmor
+from podferry.node import apparmor, own_tmpfs
 from podferry.node.logs import log_json_lines
 from podferry.workload.config import Config, load, of_kubernetes
 
@@ -45,6 +46,8 @@ def main() -> None:
         _raise_file_limit()
         apparmor.show()
         config = of_kubernetes(os.environ) if arguments.kubernetes else load(arguments.config)
+        if config.run_size and (why := own_tmpfs.ensure(config.run, config.run_size)):
+            structlog.get_logger().warning("memory on its way shares its file system with others", why=why)
         if config.metrics:
             metrics.serve(config.metrics)
         anyio.run(_in_cluster if arguments.kubernetes else _alone, config)

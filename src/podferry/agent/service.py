@@ -40,6 +40,7 @@ from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, 
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
 from podferry.workload import arriving, leaving
+from podferry.workload.account import Account, Room, free_here, needed
 from podferry.workload.arriving import Arriving
 from podferry.workload.config import Config
 from podferry.workload.inspection import Inspection
@@ -69,6 +70,7 @@ class Agent:
         self._sources: dict[str, Source] = {}
         self._targets: dict[str, Target] = {}
         self._weighed: set[str] = set()
+        self.account = Account(partial(free_here, config))
         self.pods = PodEngine(
             config, cluster, sources=self._sources, targets=self._targets, start=self._start, dial=self._dial
         )
@@ -152,7 +154,15 @@ class Agent:
             source = self._sources[story.id] = self._source_again(journal, story)
             return source
         target = self._targets[story.id] = self._target_again(journal, story)
+        if not target.machine.ended:
+            self.account.restore(story.id, Room.from_dict(journal.facts.get("promise")))
+            self._start(partial(self._hold_promise, target))
         return target
+
+    async def _hold_promise(self, target: Target) -> None:
+        """What a migration was promised is free for others once it has ended here."""
+        await target.ended.wait()
+        self.account.release(target.story.id)
 
     def _source_again(self, journal: Journal, story: Story) -> Source:
         if is_of_a_pod(journal):
@@ -388,8 +398,11 @@ class Agent:
             accepted = await self._weigh(channel, offer)
         finally:
             self._weighed.discard(offer.migration)
+            if offer.migration not in self._targets:
+                self.account.release(offer.migration)
         if accepted is not None:
             target, first = accepted
+            self._start(partial(self._hold_promise, target))
             await target.converse(channel, first, self._start, offer.timeout_s)
 
     async def _weigh(self, channel: Channel, offer: Offer) -> tuple[Target, Message | Data] | None:
@@ -405,6 +418,8 @@ class Agent:
             await demand_allowed(self.config, self._cluster, channel.peer, offer, offered)
             facts, refused = await run(weigh)
             reasons += refused
+            if not reasons:
+                promise = self.account.promise(offer.migration, needed(offer))
         except PodferryError as error:
             reasons.append(error)
         if reasons:
@@ -419,11 +434,11 @@ class Agent:
             return None
         journal = Journal(self.config.migrations / offer.migration)
         story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
-        journal.note(role="target", offered=offered.to_dict(), record=story.to_dict())
+        journal.note(role="target", offered=offered.to_dict(), record=story.to_dict(), promise=promise.room.to_dict())
         if isinstance(offered, OfferedPod):
-            target = Target(self.pods.arriving(journal, offered), journal, story, self.pods.target_handlers())
+            target = Target(self.pods.arriving(journal, offered, promise), journal, story, self.pods.target_handlers())
         else:
-            job = Arriving(self.config, self.containerd, journal, offered)
+            job = Arriving(self.config, self.containerd, journal, offered, promise)
             target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
         self._targets[offer.migration] = target
         return target, first

@@ -14,7 +14,7 @@ from podferry.install import criu, daemon, settings
 from podferry.install.daemon import Daemon
 from podferry.install.files import Ledger, Root
 from podferry.install.settings import Settings
-from podferry.node import gate, incoming, network_setup, outside
+from podferry.node import gate, incoming, network_setup, outside, own_tmpfs
 
 WRAPPER = "/opt/podferry/bin/podferry-runc"
 SOURCE = Path(outside.__file__).with_name("podferry-runc")
@@ -33,8 +33,15 @@ class Installed:
     restarted: bool
 
 
-def install(tell: Tell, *, bundle: Path = Path(criu.DIRECTORY), find: Callable[[], Daemon] = daemon.find) -> Installed:
-    """Put podferry on this node, or bring what is there up to date. `bundle` holds our CRIU.
+def install(
+    tell: Tell,
+    *,
+    bundle: Path = Path(criu.DIRECTORY),
+    find: Callable[[], Daemon] = daemon.find,
+    memory: Callable[[Tell], object] = own_tmpfs.ensure_on_node,
+) -> Installed:
+    """Put podferry on this node, or bring what is there up to date. `bundle` holds our CRIU; `memory` makes the place for memory
+    on its way.
 
     containerd is started again only if its settings changed. Raises `PodferryError`; the settings are then as before.
     """
@@ -62,13 +69,19 @@ def install(tell: Tell, *, bundle: Path = Path(criu.DIRECTORY), find: Callable[[
         for path, content, mode in criu.files(bundle):
             write(path, content, mode)
     restarted = _configure(root, containerd, ledger, write, tell)
+    memory(tell)
     if not changed and not restarted:
         tell("everything is in its place already")
     return Installed(tuple(changed), restarted)
 
 
 def uninstall(
-    tell: Tell, *, force: bool = False, wait: bool = False, find: Callable[[], Daemon] = daemon.find
+    tell: Tell,
+    *,
+    force: bool = False,
+    wait: bool = False,
+    find: Callable[[], Daemon] = daemon.find,
+    memory: Callable[[Tell], object] = own_tmpfs.remove_from_node,
 ) -> Installed:
     """Restore the node as it was before `install`.
 
@@ -114,6 +127,7 @@ def uninstall(
         containerd.restart()
     ledger.restart_due = False
     ledger.save()
+    memory(tell)
     return Installed(tuple(changed), restarted)
 
 

@@ -8,7 +8,7 @@ R=$HOME_DIR/root
 mount -t overlay overlay -o "lowerdir=$IMAGE,upperdir=$HOME_DIR/upper,workdir=$HOME_DIR/work" "$R"
 mount -t proc proc "$R/proc"
 mount -t sysfs sysfs "$R/sys"
-mount -t tmpfs -o mode=755,size=80% tmpfs "$R/run"
+mount -t tmpfs -o mode=755,size=10%,nr_inodes=800k tmpfs "$R/run"  # as Debian has it
 mount -t tmpfs tmpfs "$R/tmp"
 
 # Devices of its own: a node may make and remove entries without the machine noticing.

@@ -17,7 +17,7 @@ import errno
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -67,14 +67,18 @@ class PageStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._spaces: dict[int, _Space] = {}
+        self.grows: Callable[[int], object] | None = None
+        """Told by how many bytes a write makes the store grow, and a drop shrink; may raise before anything is written."""
 
     @classmethod
-    def create(cls, directory: Path) -> PageStore:
+    def create(cls, directory: Path, grows: Callable[[int], object] | None = None) -> PageStore:
         """An empty store. The directory is made; one that holds anything already is refused with `Failed`."""
         private_directory(directory, below=directory.parent)
         if any(directory.iterdir()):
             raise Failed(f"the page store {directory} is not empty", remedy="remove what an older migration left there")
-        return cls(directory)
+        store = cls(directory)
+        store.grows = grows
+        return store
 
     @classmethod
     def open(cls, directory: Path) -> PageStore:
@@ -106,6 +110,10 @@ class PageStore:
         if length > LONGEST_WRITE or not 0 <= round < 1 << 32:
             raise PeerMisbehaved(f"a write of {length} bytes in round {round} is out of bounds")
         into = self._space(space)
+        if self.grows is not None:
+            there = sum(run.end - run.start for run in into.present.within(address, end))
+            if there < length:
+                self.grows(length - there)
         try:
             written = os.pwrite(into.fd, data, address)
             if written != length:
@@ -131,8 +139,10 @@ class PageStore:
     def drop(self, space: int, start: int, end: int) -> None:
         """Forget a range: it was unmapped, or is all zero now. Its memory is free at once."""
         self._check(space, start, end)
-        if space in self._spaces and self._spaces[space].present.cut(start, end):
+        if space in self._spaces and (gone := self._spaces[space].present.cut(start, end)):
             self.punch(space, start, end)
+            if self.grows is not None:
+                self.grows(-sum(run.end - run.start for run in gone))
 
     def punch(self, space: int, start: int, end: int) -> None:
         """Free the memory of a range and leave the record as it is: for the feeder, as pages reach their place."""

@@ -43,6 +43,7 @@ from podferry.node.restoring import Restoring
 from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import StateEnd
+from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.helpers import (
     END_TIMEOUT,
@@ -75,7 +76,16 @@ class Arriving:
     lasting: tuple[str, ...] = ("task", "container", "snapshot", "log", "restored")
     """What it holds that stays when it runs."""
 
-    def __init__(self, config: Config, containerd: Containerd, journal: Journal | Part, offer: Offered | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        containerd: Containerd,
+        journal: Journal | Part,
+        offer: Offered | None,
+        promise: Promise | None = None,
+    ) -> None:
+        """`promise` is what this node has promised of memory and disk; nobody asks for more after GO."""
+        self._promise = promise
         self._config, self._containerd, self._journal, self._offered = config, containerd, journal, offer
         self.key = offer.record.id if offer else ""
         self.scratch = config.incoming.with_name("arriving") / journal.directory.name
@@ -116,7 +126,7 @@ class Arriving:
         )
         self._upper = Receiver(upper_dir(mounts))
         journal.acquire("scratch", directory=str(self.scratch))
-        self._store = PageStore.create(self.scratch / "store")
+        self._store = PageStore.create(self.scratch / "store", self._grows)
         journal.acquire("restored", key=record.id)
         journal.acquire("incoming", key=record.id)
         self._incoming = Incoming.prepare(
@@ -195,6 +205,10 @@ class Arriving:
 
     # What arrives.
 
+    def _grows(self, size: int) -> None:
+        if self._promise is not None:
+            self._promise.take(run=size)
+
     def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
         """Put arrived pages into the store."""
         self._need_store().write(space, address, data, round)
@@ -209,6 +223,8 @@ class Arriving:
             raise PeerMisbehaved(f"a record of tree {number}, which a container has not")
         if self._upper is None:
             raise Bug("a record of the upper layer came before the container was prepared")
+        if self._promise is not None:
+            self._promise.take(disk=len(record))
         self._upper.feed(record)
 
     def log(self, directory: int, offset: int, data: memoryview) -> None:
@@ -230,6 +246,7 @@ class Arriving:
         if name not in self._images:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             self._images[name] = os.open(self._need_incoming().images / name, flags, 0o600)
+        self._grows(len(data))
         os.pwrite(self._images[name], data, offset)
         if last:  # there may be one for each mapping, and descriptors are few
             self._images_whole[name] = _sum(self._images[name])
@@ -285,6 +302,7 @@ class Arriving:
 
     def relay(self) -> Relay:
         """Connect to the page feeder."""
+        self._promise = None
         if self._store is None:
             self._store = PageStore.open(self.scratch / "store")
         return Relay(self.scratch / FEEDER_SOCKET)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import UsageError
+from podferry.node.own_tmpfs import SIZE
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Config:
     `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node; `logs` is the directory
     below which the output of containers that arrive is written; `capabilities` are those that they may have beyond containerd's
     default; `metrics` is HOST:PORT for Prometheus, empty for none; `kubelet` is the kubelet's directory, where pods have their
-    volumes.
+    volumes; `run_size` is the size of the tmpfs that is mounted at `run`, as mount(8) takes it, empty for none.
     """
 
     node: str
@@ -36,6 +37,7 @@ class Config:
     kubelet: Path = Path("/var/lib/kubelet")
     logs: Path = Path("/var/log")
     capabilities: frozenset[str] = frozenset()
+    run_size: str = SIZE
 
     @property
     def socket(self) -> Path:
@@ -93,6 +95,7 @@ def of_kubernetes(environment: Mapping[str, str]) -> Config:
         certificates=Path("/var/lib/podferry/pki"),
         namespace="k8s.io",
         wrapper=Path("/opt/podferry/bin/podferry-runc"),
+        run_size="",  # `podferry install` has mounted it on the node, before this container was made
     )
 
 

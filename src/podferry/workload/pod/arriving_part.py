@@ -31,6 +31,7 @@ from podferry.node.records import Container, Status, upper_dir
 from podferry.node.restored_group import group_to_tell
 from podferry.node.staging import Staged, discard
 from podferry.node.upper import refresh_root
+from podferry.workload.account import Promise
 from podferry.workload.arriving import RESTORE_TIMEOUT, Arriving
 from podferry.workload.config import Config
 from podferry.workload.helpers import ended, process_of
@@ -50,8 +51,10 @@ class ArrivingPart(Arriving):
 
     lasting = ()
 
-    def __init__(self, config: Config, containerd: Containerd, journal: Part, part: PodPart) -> None:
-        super().__init__(config, containerd, journal, None)
+    def __init__(
+        self, config: Config, containerd: Containerd, journal: Part, part: PodPart, promise: Promise | None = None
+    ) -> None:
+        super().__init__(config, containerd, journal, None, promise)
         self.name, self._flags = part.name, part.flags
         self._container: Container | None = None
         self._judged = False
@@ -61,7 +64,7 @@ class ArrivingPart(Arriving):
 
     def _prepare(self) -> None:
         self._journal.acquire("scratch", directory=str(self.scratch))
-        self._store = PageStore.create(self.scratch / "store")
+        self._store = PageStore.create(self.scratch / "store", self._grows)
         staged = self._config.staging / self.scratch.name
         self._journal.acquire("staged", directory=str(staged))
         self._staged = Staged(staged, below=self._config.state)

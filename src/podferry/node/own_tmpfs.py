@@ -1,0 +1,69 @@
+"""A tmpfs of our own for memory on its way: filling it takes nothing from others that need /run, as containerd and the kubelet do.
+
+/run is 10 to 20 % of memory on every distribution, and a job's whole memory passes through. Where the kernel has `noswap`
+(Linux 6.4), none of it reaches a disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from podferry.errors import CommandFailed, TimedOut
+from podferry.node import outside
+from podferry.node.process import run
+
+RUN = "/run/podferry"
+SIZE = "80%"
+"""Of the node's memory. What may really come is decided by what is available (`podferry.workload.account`)."""
+MOUNT_TIMEOUT = 20.0  # seconds
+_SOCKETS = frozenset({"agent.sock"})
+
+
+def ensure(directory: Path, size: str = SIZE) -> str:
+    """Have `directory` be a tmpfs of its own; it is made. Returns why it is none, or nothing where it is.
+
+    One that is a file system of its own already stays as it is, and so does one that holds anything of an earlier agent.
+    """
+    seen = outside.root() / str(directory).lstrip("/")
+    seen.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if seen.stat().st_dev != seen.parent.stat().st_dev:
+        return ""
+    if left := sorted(one.name for one in seen.iterdir() if one.name not in _SOCKETS and _holds_anything(one)):
+        return (
+            f"{directory} holds {', '.join(left[:4])} of an earlier agent: it will be one after the node's next start"
+        )
+    why = ""
+    for options in (f"mode=700,size={size},noswap", f"mode=700,size={size}"):
+        try:
+            done = run(
+                outside.on_node(["mount", "-t", "tmpfs", "-o", options, "podferry", directory]),
+                check=False,
+                timeout=MOUNT_TIMEOUT,
+            )
+        except (CommandFailed, TimedOut, OSError) as error:
+            return f"{directory} cannot be mounted: {error}"
+        if done.returncode == 0:
+            return ""
+        why = done.stderr.strip() or f"mount ended with {done.returncode}"
+    return f"{directory} cannot be mounted: {why[-200:]}"
+
+
+def ensure_on_node(tell: Callable[[str], None]) -> None:
+    """What the installer does on each node of a cluster, before its agent starts."""
+    if why := ensure(Path(RUN)):
+        tell(f"memory on its way shares /run with others: {why}")
+
+
+def remove_from_node(tell: Callable[[str], None]) -> None:
+    """The way back. Who still works there keeps it until its end."""
+    try:
+        done = run(outside.on_node(["umount", "--lazy", RUN]), check=False, timeout=MOUNT_TIMEOUT)
+    except (CommandFailed, TimedOut, OSError):
+        return
+    if done.returncode == 0:
+        tell(f"unmounted {RUN}")
+
+
+def _holds_anything(path: Path) -> bool:
+    return not path.is_dir() or any(path.iterdir())
