@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import anyio
 import structlog
-from anyio import to_thread
 
 from podferry.core.inventory import Difference, decode, differences
 from podferry.node import inventory
 from podferry.node.cgroup import Cgroup
 from podferry.node.incoming import Incoming
+from podferry.workload.threads import at_once
 
 INVENTORY = "podferry-inventory.json"
 """The source's inventory, among CRIU's images, which knows nothing of it."""
@@ -48,7 +48,7 @@ async def keeping(incoming: Incoming | None, kept: Kept) -> AsyncIterator[None]:
 async def _keep(incoming: Incoming, kept: Kept) -> None:
     await anyio.wait_readable(incoming.stopped())
     try:
-        await to_thread.run_sync(_inspect, incoming, kept)
+        await at_once(_inspect, incoming, kept)
     finally:
         incoming.let_run()
         kept.since = time.monotonic()
