@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from podferry.cli import job
+from podferry.criu.dump_gate import ON_NODE
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
 from podferry.lab.kubernetes.cluster import Kubectl
-from podferry.node.gate import ON_NODE
 
 from .installing import A, B
 

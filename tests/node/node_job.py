@@ -17,13 +17,13 @@ from pathlib import Path
 
 from node_look import ended, family, inside, portrait, said
 
+from podferry.criu.checkpoint import Hold
+from podferry.criu.images import lazy_runs
+from podferry.criu.incoming import Incoming
 from podferry.errors import Failed
-from podferry.memory.criu_images import lazy_runs
-from podferry.memory.store import PageStore
+from podferry.memory.store.page_store import PageStore
 from podferry.node.cgroup import Cgroup
-from podferry.node.checkpoint import Hold
 from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
-from podferry.node.incoming import Incoming
 from podferry.node.process import run, spawn
 from podferry.node.records import Container, Opaque, Stdio, Task
 from podferry.protos.runc_pb2 import Options
@@ -197,7 +197,7 @@ class Arrival:
     @contextlib.contextmanager
     def feeding(self, store: Path) -> Iterator[None]:
         """Feed what a page store has to what is restored meanwhile. The store is gone afterwards."""
-        argv = ["python3", "-m", "podferry.memory.feeder", "--work", self.incoming.work, "--store", store]
+        argv = ["python3", "-m", "podferry.lazypages.daemon", "--work", self.incoming.work, "--store", store]
         argv += ["--images", self.incoming.images, "--status", self.source.place / "feeder.json"]
         with (self.source.place / "feeder.log").open("wb") as log:
             environment = {"PYTHONPATH": os.environ["PYTHONPATH"]}

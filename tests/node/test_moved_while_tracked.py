@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 from node_job import Arrival, Job
-from test_feeder_criu import PROCESSES, WILD
+from test_lazypages_criu import PROCESSES, WILD
 
+from podferry.criu.images import missing
+from podferry.criu.restored_group import group_to_tell
 from podferry.engine.journal import Journal
 from podferry.engine.ports import Change
-from podferry.memory.criu_images import missing
-from podferry.memory.feeder_status import State, read_status
-from podferry.memory.store import PageStore, Totals
-from podferry.memory.tracker import choose, probe
-from podferry.memory.uffd import PAGE
+from podferry.lazypages.status import State, read_status
+from podferry.memory.kernel.uffd import PAGE
+from podferry.memory.store.page_store import PageStore, Totals
+from podferry.memory.tracking.tracker import choose, probe
 from podferry.node.cgroup import Frozen
 from podferry.node.containerd import Containerd
 from podferry.node.records import Stdio, upper_dir
-from podferry.node.restored_group import group_to_tell
 from podferry.wire.frames import Pages
 from podferry.workload.config import Config
 from podferry.workload.leaving import Leaving
@@ -32,7 +32,7 @@ from podferry.workload.offered import Offered
 
 KIND = choose(probe()).kind
 ROUNDS = 4
-# As in test_feeder_criu.py, with an eighth of the memory.
+# As in test_lazypages_criu.py, with an eighth of the memory.
 SMALL_AND_WILD = WILD.replace("8192", "1024").replace("5120", "640").replace("ATTEMPT", "tracked")
 
 pytestmark = [pytest.mark.node, pytest.mark.anyio]

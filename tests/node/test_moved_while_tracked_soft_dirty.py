@@ -14,7 +14,7 @@ from node_job import IMAGE, PLAIN, RUNTIME
 from test_moved_while_tracked import *  # noqa: F403
 from test_moved_while_tracked import KIND
 
-from podferry.memory.tracker import Kind
+from podferry.memory.tracking.tracker import Kind
 from podferry.node.cgroup import CgroupKind, cgroup_kind
 from podferry.node.process import run, spawn
 

@@ -15,11 +15,11 @@ import pytest
 from node_job import COUNT, Arrival, Job
 
 from podferry.core.facts import NodeFacts
+from podferry.criu.checkpoint import CheckpointFailed, Hold, Process, _children
+from podferry.criu.incoming import Incoming
 from podferry.errors import Refused, TimedOut
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
-from podferry.node.checkpoint import CheckpointFailed, Hold, Process, _children
 from podferry.node.containerd import Containerd, ContainerdFailed
-from podferry.node.incoming import Incoming
 from podferry.node.jobfacts import ContainerFacts, container_facts
 from podferry.node.process import run, spawn
 from podferry.node.records import Container, Status, upper_dir

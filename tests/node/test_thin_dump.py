@@ -8,15 +8,15 @@ import pytest
 from node_job import Arrival, Job
 
 from podferry.core.preflight import GUARDING_CRIU, numbers
-from podferry.memory.criu_images import PE_LAZY, PE_PRESENT, page_map, tasks
-from podferry.memory.pagemap import tells_guards
+from podferry.criu.checkpoint import Hold
+from podferry.criu.images import PE_LAZY, PE_PRESENT, page_map, tasks
+from podferry.criu.memory_skipping import ThinDump
+from podferry.criu.skipped_pages import complete, population
+from podferry.memory.kernel.pagemap import tells_guards
+from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import Runs
-from podferry.memory.thin_images import complete, population
-from podferry.memory.uffd import PAGE
-from podferry.node.checkpoint import Hold
 from podferry.node.containerd import Containerd
 from podferry.node.records import Status
-from podferry.node.thin import ThinDump
 from podferry.protos.pagemap_pb2 import MmEntry
 from podferry.workload.nodefacts import version
 

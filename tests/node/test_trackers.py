@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from trackers_zoo import Zoo
 
-from podferry.memory.maps import PAGE, private_anonymous, read_areas
-from podferry.memory.reader import Data, Gone, Reader, Zero
-from podferry.memory.tracker import Kind, Round, Tracker, choose, create, probe
+from podferry.memory.kernel.maps import PAGE, private_anonymous, read_areas
+from podferry.memory.kernel.reader import Data, Gone, Reader, Zero
+from podferry.memory.tracking.tracker import Kind, Round, Tracker, choose, create, probe
 
 FACTS = probe()
 SEEDS = 300

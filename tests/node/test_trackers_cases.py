@@ -13,14 +13,14 @@ import pytest
 from test_trackers import KIND, Copy, needs_tracker
 from trackers_zoo import Job, Zoo, wait_gone
 
-from podferry.memory import uffd
-from podferry.memory.injector import Injector
-from podferry.memory.maps import PAGE, locked_bytes, private_anonymous, read_areas
-from podferry.memory.pagemap import open_pagemap, read_entries
+from podferry.memory.kernel import uffd
+from podferry.memory.kernel.maps import PAGE, locked_bytes, private_anonymous, read_areas
+from podferry.memory.kernel.pagemap import open_pagemap, read_entries
+from podferry.memory.kernel.reader import Data, Gone, Piece, Reader, Zero
 from podferry.memory.ranges import Runs
-from podferry.memory.reader import Data, Gone, Piece, Reader, Zero
-from podferry.memory.tracker import Kind, SpaceRound, Tracker, choose, create, no_pause, probe
-from podferry.memory.tracker_process import share_memory
+from podferry.memory.tracking.injector import Injector
+from podferry.memory.tracking.tracker import Kind, SpaceRound, Tracker, choose, create, no_pause, probe
+from podferry.memory.tracking.userfaultfd_owner import share_memory
 
 FACTS = probe()
 HUGE = 2 << 20

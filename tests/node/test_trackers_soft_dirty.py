@@ -6,7 +6,7 @@ import pytest
 from test_trackers import *  # noqa: F403
 from test_trackers import KIND
 
-from podferry.memory.tracker import Kind
+from podferry.memory.tracking.tracker import Kind
 
 pytestmark = [pytest.mark.node, pytest.mark.slow, pytest.mark.kernel("bookworm")]
 del test_the_copy_is_the_process_for_thousands  # noqa: F821

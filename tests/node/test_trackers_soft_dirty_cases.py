@@ -6,7 +6,7 @@ import pytest
 from test_trackers_cases import *  # noqa: F403
 from test_trackers_cases import KIND
 
-from podferry.memory.tracker import Kind
+from podferry.memory.tracking.tracker import Kind
 
 pytestmark = [pytest.mark.node, pytest.mark.slow, pytest.mark.kernel("bookworm")]
 

@@ -18,7 +18,7 @@ import xxhash
 from podferry.engine.journal import Journal
 from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError
-from podferry.memory.feeder_source import Frame, Word
+from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
 from podferry.wire.batch import PageBatch

@@ -16,7 +16,7 @@ from agent_rig import RECORD, Guarded, Rig, guarded
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.engine.journal import Part
 from podferry.engine.ports import ArrivingJob, HeldJob, LeavingJob
-from podferry.memory.feeder_source import Frame
+from podferry.lazypages.page_source import Frame
 from podferry.model import Mode
 from podferry.node.records import Container
 from podferry.workload.pod import arriving as arriving_pod

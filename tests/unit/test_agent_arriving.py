@@ -10,9 +10,9 @@ from pathlib import Path
 import anyio
 import pytest
 
+from podferry.criu.checkpoint import Process
 from podferry.engine.journal import Journal
 from podferry.errors import Failed
-from podferry.node.checkpoint import Process
 from podferry.node.containerd import NotFound
 from podferry.node.records import Container, Opaque, Status, Task
 from podferry.workload.arriving import FEEDER_STATUS, LOOK_AT_JOB_EVERY, Arriving

@@ -15,8 +15,8 @@ import structlog
 from podferry.engine.contact import Contact
 from podferry.engine.ports import OriginalGone
 from podferry.engine.story import Story
+from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import Runs
-from podferry.memory.uffd import PAGE
 from podferry.model import Mode
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import PageWanted

@@ -12,10 +12,10 @@ import pytest
 
 from podferry.agent.telling import say_intact
 from podferry.core.inventory import encode
+from podferry.criu.incoming import STOPPED, Incoming
 from podferry.errors import Failed
 from podferry.kube.migration import INTACT, Migration
 from podferry.node import inventory
-from podferry.node.incoming import STOPPED, Incoming
 from podferry.workload.keeping import INVENTORY, Kept, keeping
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]

@@ -13,17 +13,17 @@ from unittest.mock import AsyncMock
 import pytest
 
 from podferry.core.undo import Ledger
+from podferry.criu.checkpoint import Hold, Process
+from podferry.criu.dump_gate import Gate
+from podferry.criu.images import FILES_MAGIC, write_entries
 from podferry.engine.journal import Journal
 from podferry.engine.ports import OriginalGone
 from podferry.errors import PodferryError, Refused
-from podferry.memory.criu_images import FILES_MAGIC, write_entries
 from podferry.memory.ranges import EMPTY, Runs
-from podferry.memory.tracker import Kind, Round, SpaceRound
+from podferry.memory.tracking.tracker import Kind, Round, SpaceRound
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
-from podferry.node.checkpoint import Hold, Process
 from podferry.node.containerd import ContainerdFailed, NotFound
-from podferry.node.gate import Gate
 from podferry.node.process import spawn
 from podferry.node.records import Container, Opaque, Status, Task
 from podferry.workload.config import Config

@@ -18,7 +18,7 @@ from test_agent_leaving import leaving, made
 import podferry
 from podferry.core.undo import Ledger
 from podferry.engine.journal import Journal
-from podferry.memory.tracker import Round
+from podferry.memory.tracking.tracker import Round
 from podferry.workload import leaving as module
 from podferry.workload.leaving import handlers
 from podferry.workload.threads import Looks, at_once, patiently, run

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from podferry.core.allowed_rights import CAPABILITIES, Rights, rights_of
+from podferry.criu.images import messages_of
+from podferry.criu.incoming import Incoming
+from podferry.criu.rights import MAGIC, against, demand_no_more
 from podferry.engine.journal import Journal, Part
 from podferry.errors import PeerMisbehaved
-from podferry.memory.criu_images import messages_of
-from podferry.memory.image_rights import MAGIC, against, demand_no_more
-from podferry.node.incoming import Incoming
 from podferry.node.records import Container, Opaque
 from podferry.protos import rights_pb2 as pb
 from podferry.wire.messages import StateEnd
@@ -486,7 +486,7 @@ def test_damaged_images_end_in_a_judgement_at_length(scratch: Path, damage: Any,
 
 @given(st.sampled_from([pb.Core, pb.Creds, pb.MountEntry, pb.FileEntry, pb.Cgroup, pb.KobjIds]), st.binary(max_size=80))
 def test_arbitrary_bytes_are_a_message_or_refused(kind: type[Message], data: bytes) -> None:
-    from podferry.memory.image_rights import _parsed
+    from podferry.criu.rights import _parsed
 
     try:
         message = _parsed(kind(), data, "an image")

@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 
 from podferry.core.allowed_syscalls import ACTIONS, MACHINES, OPERATORS, Profile, profile_of
 from podferry.core.syscall_numbers import ARCHITECTURES, X32_BIT, numbers
-from podferry.errors import PeerMisbehaved, Refused
-from podferry.memory.image_seccomp import MOST_DIFFERENT, Filters, reason_against
-from podferry.memory.seccomp_programs import (
+from podferry.criu.seccomp import MOST_DIFFERENT, Filters, reason_against
+from podferry.criu.seccomp_programs import (
     ALL_BITS,
     ANY,
     Budget,
@@ -40,6 +39,7 @@ from podferry.memory.seccomp_programs import (
     walk,
     without,
 )
+from podferry.errors import PeerMisbehaved, Refused
 from podferry.protos import rights_pb2 as pb
 
 pytestmark = pytest.mark.unit

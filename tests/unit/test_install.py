@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import tomli_w
 
+from podferry.criu import dump_gate, incoming
 from podferry.errors import Refused
 from podferry.install import criu, daemon, files, node, settings
 from podferry.install.settings import CRI, Settings
-from podferry.node import gate, incoming, outside
+from podferry.node import outside
 
 pytestmark = pytest.mark.unit
 
@@ -151,8 +152,8 @@ def test_the_runtime_is_the_nodes_runc_by_another_program(on: Node, major: int) 
     wrapper = on.root / node.WRAPPER[1:]
     assert wrapper.read_bytes() == node.SOURCE.read_bytes()
     assert wrapper.stat().st_mode & 0o777 == 0o755
-    shim = on.root / gate.ON_NODE.relative_to("/")
-    assert shim.read_bytes() == gate.SHIM.read_bytes()
+    shim = on.root / dump_gate.ON_NODE.relative_to("/")
+    assert shim.read_bytes() == dump_gate.SHIM.read_bytes()
     script = on.root / incoming.ON_NODE.relative_to("/")
     assert script.read_bytes() == incoming.STOPPED.read_bytes()
     assert shim.stat().st_mode & 0o777 == 0o755

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from podferry.memory.maps import covered, parse_maps, parse_smaps, private_anonymous, spans
+from podferry.memory.kernel.maps import covered, parse_maps, parse_smaps, private_anonymous, spans
 from podferry.memory.ranges import Runs
 
 pytestmark = pytest.mark.unit

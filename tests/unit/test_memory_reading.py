@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry.errors import UsageError
-from podferry.memory import pagemap, tracker_none
-from podferry.memory.maps import private_anonymous, read_areas
-from podferry.memory.pagemap import PAGE, Category, Entries, Regions, decode_entries, open_pagemap, read_entries
+from podferry.memory.kernel import pagemap
+from podferry.memory.kernel.maps import private_anonymous, read_areas
+from podferry.memory.kernel.pagemap import PAGE, Category, Entries, Regions, decode_entries, open_pagemap, read_entries
+from podferry.memory.kernel.reader import Data, Reader, Zero, tell_zeroes
+from podferry.memory.kernel.zero_frames import ZeroFrames
 from podferry.memory.ranges import Runs
-from podferry.memory.reader import Data, Reader, Zero, tell_zeroes
-from podferry.memory.tracker import Kind, Tracker, TrackerFacts, choose, create, no_pause
-from podferry.memory.zero_frames import ZeroFrames
+from podferry.memory.tracking import none
+from podferry.memory.tracking.tracker import Kind, Tracker, TrackerFacts, choose, create, no_pause
 
 pytestmark = pytest.mark.unit
 
@@ -191,7 +192,7 @@ def test_entries_are_read_of_areas_and_not_of_the_terabytes_between(
         return read(file, length, offset)
 
     read = os.pread
-    monkeypatch.setattr(tracker_none, "has_scan", lambda: False)
+    monkeypatch.setattr(none, "has_scan", lambda: False)
     monkeypatch.setattr(pagemap.os, "pread", counted)
     with contextlib.closing(make()) as tracker:
         [space] = tracker.final().spaces.values()

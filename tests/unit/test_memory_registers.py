@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from podferry.memory.registers import ARM64, X86_64, Architecture, UnsupportedCode, rseq_abort
+from podferry.memory.tracking.registers import ARM64, X86_64, Architecture, UnsupportedCode, rseq_abort
 
 pytestmark = pytest.mark.unit
 

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
+from podferry.criu.images import without_deleted_sources
 from podferry.errors import PeerMisbehaved
-from podferry.memory.criu_images import without_deleted_sources
 
 pytestmark = pytest.mark.unit
 HEAD = struct.pack("<II", 0x54564319, 0x55563928)

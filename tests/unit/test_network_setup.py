@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from podferry.criu import network_setup
+from podferry.criu.incoming import Incoming
 from podferry.errors import Failed, PeerMisbehaved, Refused
 from podferry.lab.state import CACHE
-from podferry.node import network, network_setup
-from podferry.node.incoming import Incoming
+from podferry.node import network
 from podferry.node.network import DEFAULT, Network
 from podferry.node.process import spawn
 

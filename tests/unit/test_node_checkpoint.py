@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from podferry.criu.checkpoint import CheckpointFailed, Hold, Process
+from podferry.criu.log import error_lines, explained
 from podferry.errors import EVIDENCE_LINES, PeerMisbehaved, TimedOut
 from podferry.node.cgroup import Cgroup
-from podferry.node.checkpoint import CheckpointFailed, Hold, Process
-from podferry.node.criulog import error_lines, explained
 from podferry.node.process import spawn
 
 pytestmark = pytest.mark.unit

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from podferry.criu.dump_gate import ON_NODE, SHIM, Gate
+from podferry.criu.gatekeeper import DUMP
 from podferry.node import outside
-from podferry.node.gate import ON_NODE, SHIM, Gate
-from podferry.node.gatekeeper import DUMP
 
 pytestmark = pytest.mark.unit
 FEATURE_CHECK = b"\x08\x09"
@@ -163,7 +163,7 @@ def test_the_shim_is_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("where", ["pod"], indirect=True)
 def test_a_pod_tries_whether_its_node_can_come_to_its_python(where: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("podferry.node.gate.PATH", "/usr/sbin:/bin:/usr/bin")
+    monkeypatch.setattr("podferry.criu.dump_gate.PATH", "/usr/sbin:/bin:/usr/bin")
     assert not Gate.usable(), "there is no criu"
     criu = where.top / "bin" / "criu"
     criu.write_text('#!/bin/sh\n[ "$*" = --version ]\n')

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from podferry.node.checkpoint import Process
+from podferry.criu.checkpoint import Process
+from podferry.criu.restoring import LOG, Restoring
 from podferry.node.process import spawn
-from podferry.node.restoring import LOG, Restoring
 
 pytestmark = pytest.mark.unit
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from podferry.criu import memory_skipping
+from podferry.criu.memory_skipping import BLANK, ThinDump
+from podferry.criu.skipped_pages import population
 from podferry.errors import CommandFailed
-from podferry.memory.maps import read_areas
-from podferry.memory.thin_images import population
-from podferry.node import thin
-from podferry.node.thin import BLANK, ThinDump
+from podferry.memory.kernel.maps import read_areas
 
 pytestmark = pytest.mark.unit
 
@@ -51,6 +51,6 @@ def test_the_process_has_next_to_no_memory_and_none_where_jobs_have_theirs(tmp_p
 
 def test_without_its_program_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert shutil.which(BLANK[0])
-    monkeypatch.setattr(thin, "BLANK", ["/nonexistent/program"])
+    monkeypatch.setattr(memory_skipping, "BLANK", ["/nonexistent/program"])
     with pytest.raises(CommandFailed):
         ThinDump(tmp_path / "shown")

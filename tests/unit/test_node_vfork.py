@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from podferry.criu import vfork
+from podferry.criu.vfork import freeze_apart_from_vfork, waiting_in_vfork
 from podferry.errors import Failed
-from podferry.node import vfork
-from podferry.node.vfork import freeze_apart_from_vfork, waiting_in_vfork
 
 pytestmark = pytest.mark.unit
 VFORK = """

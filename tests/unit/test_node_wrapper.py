@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import podferry.node
+from podferry.criu.incoming import Incoming, WrapperGone, pod_key
 from podferry.errors import Bug, TimedOut, UsageError
 from podferry.lab.state import CACHE
-from podferry.node.incoming import Incoming, WrapperGone, pod_key
 from podferry.node.process import spawn
 
 pytestmark = pytest.mark.unit

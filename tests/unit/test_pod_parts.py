@@ -17,7 +17,7 @@ from podferry.core.undo import Ledger
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import Change, is_log
 from podferry.errors import PeerMisbehaved, UsageError
-from podferry.memory.feeder_source import Frame, Word
+from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import Runs
 from podferry.node import cri
 from podferry.node.cri import Kind, Volume

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from podferry.core.facts import CgroupKind
-from podferry.node import restored_group
-from podferry.node.incoming import Incoming
-from podferry.node.restored_group import group_of, group_to_tell
+from podferry.criu import restored_group
+from podferry.criu.incoming import Incoming
+from podferry.criu.restored_group import group_of, group_to_tell
 
 pytestmark = pytest.mark.unit
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.memory.store import ADDRESS_LIMIT, LONGEST_WRITE, RECENT, RECORD, PageStore, Totals
-from podferry.memory.uffd import PAGE
+from podferry.memory.kernel.uffd import PAGE
+from podferry.memory.store.page_store import ADDRESS_LIMIT, LONGEST_WRITE, RECENT, RECORD, PageStore, Totals
 
 pytestmark = [
     pytest.mark.unit,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.memory.store_runs import Run, RunMap
+from podferry.memory.store.runs import Run, RunMap
 
 pytestmark = pytest.mark.unit
 

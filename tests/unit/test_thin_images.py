@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import Message
 
+from podferry.criu import skipped_pages
+from podferry.criu.images import PE_LAZY, PE_PRESENT, Mapped, anonymous_areas, page_map
+from podferry.criu.skipped_pages import Population, complete, population, settled, worth_sparing
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.memory import guards, pagemap, thin_images
-from podferry.memory.criu_images import PE_LAZY, PE_PRESENT, Mapped, anonymous_areas, page_map
+from podferry.memory.kernel import guards, pagemap
+from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import EMPTY, Runs
-from podferry.memory.thin_images import Population, complete, population, settled, worth_sparing
-from podferry.memory.uffd import PAGE
 from podferry.protos.pagemap_pb2 import MmEntry, PagemapEntry, PagemapHead, VmaEntry
 
 pytestmark = pytest.mark.unit
@@ -232,7 +233,7 @@ def test_a_population_is_what_a_process_has_of_its_own(
 ) -> None:
     if scans and not pagemap.has_scan():
         pytest.skip("this kernel has no PAGEMAP_SCAN (6.7)")
-    monkeypatch.setattr(thin_images, "has_scan", lambda: scans)
+    monkeypatch.setattr(skipped_pages, "has_scan", lambda: scans)
     (tmp_path / "file").write_bytes(bytes(4 * PAGE))
     with (tmp_path / "file").open("r+b") as file:
         mapped = mmap.mmap(file.fileno(), 4 * PAGE, flags=mmap.MAP_PRIVATE)
@@ -284,7 +285,7 @@ def test_where_guards_hide_no_dump_is_thin(
     monkeypatch.setattr(guards, "_GUARD_INSTALL", guards._GUARD_INSTALL if made else 9999)
     guards.hides_guards.cache_clear()
     assert guards.hides_guards() is hidden
-    assert thin_images.possible() is not hidden
+    assert skipped_pages.possible() is not hidden
     guards.hides_guards.cache_clear()
 
 

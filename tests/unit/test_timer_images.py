@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from podferry.criu.images import FILES_MAGIC, parse_entries, write_entries
+from podferry.criu.timers import ABSOLUTE, SECOND, put_right
 from podferry.errors import PeerMisbehaved
-from podferry.memory.criu_images import FILES_MAGIC, parse_entries, write_entries
-from podferry.memory.timer_images import ABSOLUTE, SECOND, put_right
 from podferry.protos.pagemap_pb2 import FileEntry, TimerfdEntry
 
 pytestmark = pytest.mark.unit

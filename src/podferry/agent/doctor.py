@@ -9,7 +9,7 @@ from pathlib import Path
 
 from podferry.core.host import Kernel
 from podferry.core.nodehost import NodeHost, Place
-from podferry.memory import tracker
+from podferry.memory.tracking import tracker
 from podferry.node import host, outside
 from podferry.node.cgroup import trees
 from podferry.workload.config import Config

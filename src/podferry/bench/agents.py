@@ -15,7 +15,7 @@ from podferry.errors import Failed, PodferryError
 from podferry.lab import Lab
 
 PERIOD = 0.05
-FEEDER = "podferry.memory.feeder"
+FEEDER = "podferry.lazypages.daemon"
 
 
 def ask(lab: Lab, node: str, op: str, **arguments: Any) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from podferry.errors import Failed, PodferryError
-from podferry.memory.feeder_source import Frame
+from podferry.lazypages.page_source import Frame
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
 from podferry.wire.frames import Drop, Pages

@@ -9,12 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from podferry.criu import dump_gate, incoming, network_setup
 from podferry.errors import PodferryError, Refused
 from podferry.install import criu, daemon, settings
 from podferry.install.daemon import Daemon
 from podferry.install.files import Ledger, Root
 from podferry.install.settings import Settings
-from podferry.node import gate, incoming, network_setup, outside, own_tmpfs
+from podferry.node import outside, own_tmpfs
 
 WRAPPER = "/opt/podferry/bin/podferry-runc"
 SOURCE = Path(outside.__file__).with_name("podferry-runc")
@@ -56,7 +57,7 @@ def install(
             changed.append(path)
 
     write(WRAPPER, SOURCE.read_bytes(), 0o755)
-    write(str(gate.ON_NODE), gate.SHIM.read_bytes(), 0o755)
+    write(str(dump_gate.ON_NODE), dump_gate.SHIM.read_bytes(), 0o755)
     write(str(network_setup.ON_NODE), network_setup.SCRIPT.read_bytes(), 0o755)
     write(str(incoming.ON_NODE), incoming.STOPPED.read_bytes(), 0o755)
     if criu.wanted(root.top):

@@ -26,7 +26,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from podferry.memory.inject import ARCHITECTURE
+from podferry.memory.tracking.inject import ARCHITECTURE
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen
 from podferry.workload.pod.probes import Probe
 

@@ -22,24 +22,24 @@ import xxhash
 
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
+from podferry.criu.checkpoint import Process
+from podferry.criu.images import missing
+from podferry.criu.incoming import Incoming
+from podferry.criu.restored_group import group_to_tell
+from podferry.criu.restoring import Restoring
+from podferry.criu.rights import demand_no_more
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import IMAGES, LOG, UPPER, Json, Line
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused, TimedOut
-from podferry.memory.criu_images import missing
-from podferry.memory.image_rights import demand_no_more
-from podferry.memory.store import PageStore
-from podferry.memory.store import Totals as StoreTotals
-from podferry.memory.uffd import PAGE
+from podferry.memory.kernel.uffd import PAGE
+from podferry.memory.store.page_store import PageStore
+from podferry.memory.store.page_store import Totals as StoreTotals
 from podferry.node import outside
-from podferry.node.checkpoint import Process
 from podferry.node.containerd import AlreadyExists, Containerd, NotFound
-from podferry.node.incoming import Incoming
 from podferry.node.network import is_own
 from podferry.node.newfile import check_new, create_new
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
-from podferry.node.restored_group import group_to_tell
-from podferry.node.restoring import Restoring
 from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import StateEnd
@@ -167,7 +167,7 @@ class Arriving:
 
     def _start_feeder(self, *, postcopy: bool) -> None:
         incoming, store = self._need_incoming(), self.scratch / "store"
-        argv = [*python("podferry.memory.feeder"), "--work", incoming.work, "--images", incoming.images]
+        argv = [*python("podferry.lazypages.daemon"), "--work", incoming.work, "--images", incoming.images]
         argv += ["--store", store, "--status", self.scratch / FEEDER_STATUS]
         if postcopy:
             argv += ["--source", self.scratch / FEEDER_SOCKET]

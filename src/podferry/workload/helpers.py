@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import anyio
 
-from podferry.node.checkpoint import Process
+from podferry.criu.checkpoint import Process
 from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
 from podferry.node.outside import IN_POD
 from podferry.node.records import Status

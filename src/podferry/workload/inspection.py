@@ -10,8 +10,8 @@ from podferry.core.allowed_spec import DEFAULT_CAPABILITIES
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import GUARDS, LIMITS, Question, refusals, unthrottled, warnings
 from podferry.errors import Refused, UsageError
-from podferry.memory.guards import has_guards
-from podferry.memory.tracker import Choice, Kind, choose, probe
+from podferry.memory.kernel.guards import has_guards
+from podferry.memory.tracking.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
 from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import Containerd, NotFound

@@ -11,9 +11,9 @@ import anyio
 import structlog
 
 from podferry.core.inventory import Difference, decode, differences
+from podferry.criu.incoming import Incoming
 from podferry.node import inventory
 from podferry.node.cgroup import Cgroup
-from podferry.node.incoming import Incoming
 from podferry.workload.threads import at_once
 
 INVENTORY = "podferry-inventory.json"

@@ -24,28 +24,28 @@ import anyio
 from podferry.core.inventory import Inventory, encode
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.core.undo import Handler
+from podferry.criu.checkpoint import CRIU_CONF, Hold, Process
+from podferry.criu.dump_gate import Gate
+from podferry.criu.skipped_pages import Population, complete, population, possible, worth_sparing
+from podferry.criu.timers import put_right
+from podferry.criu.vfork import freeze_apart_from_vfork
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.fs.private import private_directory
+from podferry.memory.kernel.reader import Data, Reader
+from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import EMPTY, Growing, Runs
-from podferry.memory.reader import Data, Reader
-from podferry.memory.thin_images import Population, complete, population, possible, worth_sparing
-from podferry.memory.timer_images import put_right
-from podferry.memory.tracker import Kind, Round, create
-from podferry.memory.uffd import PAGE
+from podferry.memory.tracking.tracker import Kind, Round, create
 from podferry.model import Dump
 from podferry.node import inventory, network
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CgroupFailed, CpuQuota, Frozen
-from podferry.node.checkpoint import CRIU_CONF, Hold, Process
 from podferry.node.containerd import Containerd, NotFound
-from podferry.node.gate import Gate
 from podferry.node.guests import guests, show_out
 from podferry.node.records import Task
 from podferry.node.stdio import drained
 from podferry.node.upper import Source as UpperSource
 from podferry.node.upper import shared_files
-from podferry.node.vfork import freeze_apart_from_vfork
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, MAX_PAYLOAD, Drop, Pages
 from podferry.wire.messages import SpaceSum, TreeSum

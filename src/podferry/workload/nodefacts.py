@@ -11,11 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from podferry.core.facts import NodeFacts
+from podferry.criu import skipped_pages
+from podferry.criu.dump_gate import Gate
 from podferry.errors import CommandFailed, TimedOut
-from podferry.memory import thin_images, tracker, uffd
+from podferry.memory.kernel import uffd
+from podferry.memory.tracking import tracker
 from podferry.node import outside
 from podferry.node.cgroup import cgroup_kind
-from podferry.node.gate import Gate
 from podferry.node.process import PATH, run
 
 PROGRAM_TIMEOUT = 10.0  # seconds
@@ -48,7 +50,7 @@ def node_facts(root: Path, held: Path, *, containerd: str = "", runc: str = "run
         pagemap_scan=kernel.pagemap_scan,
         wp_async=kernel.wp_async,
         soft_dirty=kernel.soft_dirty,
-        thin_dump=Gate.usable() and thin_images.possible(),
+        thin_dump=Gate.usable() and skipped_pages.possible(),
         pipe_max_size=int(Path("/proc/sys/fs/pipe-max-size").read_text()),
         clock=time.time(),
     )

@@ -15,8 +15,8 @@ from typing import Any
 
 from podferry.core.allowed_spec import against
 from podferry.core.preflight import OWN_BINDS
+from podferry.criu.checkpoint import FLAGS
 from podferry.errors import PeerMisbehaved, Refused
-from podferry.node.checkpoint import FLAGS
 from podferry.node.jobfacts import binds
 from podferry.node.records import RUNC_V2, Container, Opaque, Stdio
 from podferry.protos import runc_pb2

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from podferry.engine.ports import OriginalGone
+from podferry.memory.kernel.reader import Data, Gone, Reader
+from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import EMPTY, Runs
-from podferry.memory.reader import Data, Gone, Reader
-from podferry.memory.uffd import PAGE
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, Drop, Pages
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 
 from podferry.errors import Failed
-from podferry.memory.feeder_source import Frame, Word
+from podferry.lazypages.page_source import Frame, Word
 from podferry.workload.pod.parts import container_of_space, space_of
 
 PACKET = 64

@@ -16,19 +16,19 @@ import anyio
 
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
+from podferry.criu.checkpoint import POD_CONF, Process
+from podferry.criu.incoming import Incoming, pod_key
+from podferry.criu.restored_group import group_to_tell
+from podferry.criu.rights import demand_no_more
 from podferry.engine.journal import Part
 from podferry.errors import Bug, Failed
 from podferry.fs.private import private_directory
-from podferry.memory.image_rights import demand_no_more
-from podferry.memory.store import PageStore
+from podferry.memory.store.page_store import PageStore
 from podferry.node import payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
-from podferry.node.checkpoint import POD_CONF, Process
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import LOG_ROOT, log_of, termination_message
-from podferry.node.incoming import Incoming, pod_key
 from podferry.node.records import Container, Status, upper_dir
-from podferry.node.restored_group import group_to_tell
 from podferry.node.staging import Staged, discard
 from podferry.node.upper import refresh_root
 from podferry.workload.account import Promise

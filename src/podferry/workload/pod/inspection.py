@@ -9,13 +9,13 @@ from typing import Any
 
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import ContainerBound, Question, refusals, unthrottled, warnings
+from podferry.criu.checkpoint import POD_CONF
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
-from podferry.memory.tracker import Choice, Kind, choose, probe
+from podferry.memory.tracking.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
 from podferry.node import cri, payloads
 from podferry.node.cgroup import Cgroup
-from podferry.node.checkpoint import POD_CONF
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import PodContainer, Volume
 from podferry.node.jobfacts import container_facts, deleted_but_open, disk_usage

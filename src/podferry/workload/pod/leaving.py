@@ -18,14 +18,14 @@ from typing import Any
 import anyio
 
 from podferry.core.undo import Handler
+from podferry.criu.checkpoint import Process
+from podferry.criu.images import without_deleted_sources
 from podferry.engine.journal import Journal
 from podferry.engine.ports import IMAGES, Change, Debt
 from podferry.errors import Failed
 from podferry.fs.private import private_directory
-from podferry.memory.criu_images import without_deleted_sources
 from podferry.model import Dump
 from podferry.node import outside
-from podferry.node.checkpoint import Process
 from podferry.node.payloads import OPEN_FILES
 from podferry.node.process import spawn
 from podferry.node.upper import Plan

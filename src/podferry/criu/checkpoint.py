@@ -1,0 +1,436 @@
+"""Holding a frozen container: CRIU's lazy dump, through runc, as the keeper of the source until the decision falls.
+
+`runc checkpoint --lazy-pages` writes everything but private memory to its images and then waits, every task seized,
+for somebody to fetch pages. Nobody does: pages are read from /proc/PID/mem. What makes this dump the holder is how it
+ends. `commit` kills the tasks; `rollback` makes CRIU fail, which lets them go on as if nothing had happened.
+
+Three things make the hold safe:
+
+- Whoever connects to CRIU's page server decides: even a connection that only closes commits, and reads memory besides.
+  So CRIU runs in a network namespace of its own, where nobody but we can connect, and any port is free.
+- A CRIU that is killed (out of memory, say) lets the tasks go. So the cgroup is frozen again as soon as the dump is
+  ready: then only the decision sets the source free.
+- `commit` sends SIGKILL to the frozen tasks before it lets anything move, and asks CRIU nothing: no instruction of the
+  job runs after it began, whatever happens to CRIU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from podferry.criu.dump_gate import Gate
+from podferry.criu.log import explained
+from podferry.criu.memory_skipping import ThinDump
+from podferry.errors import CommandFailed, Failed, PeerMisbehaved, TimedOut
+from podferry.fs.private import private_directory
+from podferry.node import outside
+from podferry.node.cgroup import Cgroup, CgroupFailed
+from podferry.node.netns import in_network_of, in_new_network
+from podferry.node.process import PATH, Child, ending, last_lines, spawn
+
+PORT = 7117
+READY_TIMEOUT = 120.0  # seconds
+END_TIMEOUT = 10.0  # seconds
+BREAK_OFF_TIMEOUT = 15.0
+"""Seconds that CRIU gets to fail by itself, and to set right what it did to the tasks, before it is killed."""
+THREADS_A_SECOND = 2000
+FIRST_LOOK, LAST_LOOK = 0.001, 0.05  # seconds
+# As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
+NO_COMMAND = b"\xff" * 32
+CRIU_CONF = Path(__file__).with_name("criu.conf")
+POD_CONF = Path(__file__).with_name("criu-pod.conf")
+_OF_THE_CLEANING = re.compile("container paused|container still running")
+"""What runc says of what it does after a dump failed; why it failed, it said before."""
+FLAGS = frozenset({"--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
+
+
+class CheckpointFailed(Failed):
+    """CRIU could not dump the container. It goes on running."""
+
+    code = "PF241"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, named so that another one which got its pid later is not taken for it."""
+
+    pid: int
+    started: int  # clock ticks since boot
+
+    @staticmethod
+    def of(pid: int) -> Process | None:
+        """Process `pid` as it is now; `None` where there is none."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return None
+        return Process(pid, int(stat.rpartition(")")[2].split()[19]))
+
+    def alive(self) -> bool:
+        """Whether it is still there, and not a zombie."""
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[19]) == self.started and fields[0] not in "ZX"
+        return False
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for its end; whether it came."""
+        with self._pidfd() as pidfd:
+            return pidfd is None or bool(_poll(pidfd, timeout))
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        self.send(signal.SIGKILL)
+
+    def send(self, what: signal.Signals) -> None:
+        """Send a signal, unless it has ended."""
+        with self._pidfd() as pidfd, contextlib.suppress(ProcessLookupError):
+            if pidfd is not None:
+                signal.pidfd_send_signal(pidfd, what)
+
+    @contextlib.contextmanager
+    def _pidfd(self) -> Iterator[int | None]:
+        """A descriptor of the process; `None` where it has ended."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            yield None
+            return
+        try:
+            yield pidfd if self.alive() else None  # asked after the open: from here on the pid is nobody else's
+        finally:
+            os.close(pidfd)
+
+
+class Hold:
+    """A container held frozen by CRIU. Make one with `start` or, after an agent's restart, with `from_dict`."""
+
+    def __init__(self, id: str, cgroup: Cgroup, work: Path, images: Path | None = None) -> None:
+        self.id = id
+        self.cgroup = cgroup
+        self.work = work
+        self.images = images
+        self.runc: Process | None = None
+        self.criu: Process | None = None
+        self.waits = False
+        self._child: Child | None = None
+        self._status: int | None = None
+        self._gate: Gate | None = None
+        self._thin: ThinDump | None = None
+
+    @staticmethod
+    def start(
+        id: str,
+        cgroup: Cgroup,
+        *,
+        runc_root: Path,
+        images: Path,
+        work: Path,
+        flags: Sequence[str] = ("--file-locks",),
+        conf: Path = CRIU_CONF,
+        runc: str | Path = "runc",
+        wait: bool = False,
+        thin: bool = False,
+    ) -> Hold:
+        """Begin to dump container `id`, which should be frozen already: CRIU looks only every 100 ms else.
+
+        With `wait` only what can be done while it runs is begun; `go_on` does the rest. With `thin` as well the dump can leave
+        private memory where it is; its images must then be completed (`podferry.criu.skipped_pages`). `images` and `work` are
+        made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings.
+        """
+        unknown = set(flags) - FLAGS
+        if unknown:
+            raise CheckpointFailed(f"no such dump option: {', '.join(sorted(unknown))}")
+        for directory in (images, work):
+            private_directory(directory, below=directory.parent)
+        hold = Hold(id, cgroup, work, images)
+        settings = Path(shutil.copy(conf, work))  # CRIU may not see the files of this program (`outside`)
+        with settings.open("a") as more:
+            more.write(f"\ntimeout {seize_timeout(cgroup)}\n")
+        environment = {"CRIU_CONFIG_FILE": str(settings)}
+        if wait:
+            hold.waits, hold._gate = True, Gate(work / "gate")
+            environment |= hold._gate.environment(PATH)
+            if thin:
+                with contextlib.suppress(CommandFailed):  # then the dump is an ordinary one
+                    hold._thin = ThinDump(work / "shown")
+                    environment |= hold._thin.environment()
+        status, theirs = os.pipe()
+        argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
+        argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
+        argv += [*flags, "--image-path", images, "--work-path", work, id]
+        try:
+            hold._child = in_new_network(lambda: spawn(outside.on_node(argv), env=environment, pass_fds=[theirs]))
+        except BaseException:
+            os.close(status)
+            hold.let_go()
+            raise
+        finally:
+            os.close(theirs)
+        hold._status = status
+        hold.runc = Process.of(hold._child.pid)
+        return hold
+
+    def go_on(self, spared: Collection[int] = ()) -> None:
+        """Let a dump that waits begin, of a container that is frozen. Journal that it does before: afterwards `to_dict` says so.
+
+        A thin dump leaves the memory of the processes `spared` where it is, and says nothing of it.
+        """
+        if self._gate is not None:
+            self.waits = False
+            if self._thin is not None:
+                self._thin.claim(spared)
+            self._gate.open()
+
+    @property
+    def thin(self) -> bool:
+        """Whether this dump can be had to leave memory where it is."""
+        return self._thin is not None
+
+    def may_go_on(self) -> bool:
+        """Whether a dump that waits can still begin. Where it cannot, runc or our `criu` has failed, and touched nothing."""
+        return self.runc is not None and self.runc.alive()
+
+    def call_off(self) -> None:
+        """End a dump that waits. The cgroup stays as it is."""
+        self.close()
+        self.runc = self.runc or self._find_runc()
+        if self.runc is not None:
+            self.runc.kill()
+        self._end()
+
+    def let_go(self) -> None:
+        """Let go of the gate: a dump that still waits does not take place."""
+        if self._gate is not None:
+            self._gate.close()
+
+    def close(self) -> None:
+        """Close descriptors. A dump that still waits does not take place."""
+        self.let_go()
+        self._show_no_more()
+        if self._status is not None:
+            os.close(self._status)
+            self._status = None
+
+    def wait_ready(self, timeout: float = READY_TIMEOUT, *, stop: int | None = None) -> None:
+        """Wait until the images are whole; then freeze the cgroup again under CRIU's hold. The wait is broken off when the
+        descriptor `stop` can be read.
+
+        Raises `CheckpointFailed` with CRIU's reason, or `TimedOut`; the container then runs, thawed.
+        """
+        status, self._status = self._status, None
+        if status is None:
+            raise CheckpointFailed(f"the dump of {self.id} was waited for already")
+        try:
+            ready = status in _poll_all([status] if stop is None else [status, stop], timeout)
+            done = os.read(status, 1) if ready else b""
+        finally:
+            os.close(status)
+            self._show_no_more()
+        if not done:
+            error = self._failed() if ready else self._late()
+            with contextlib.suppress(CgroupFailed):
+                self.rollback()
+            raise error
+        try:
+            self.criu = self._find_criu()
+            self.cgroup.freeze()
+            if not self.alive():  # then the tasks ran on until the freeze, and the images are of the past
+                raise CheckpointFailed(f"CRIU died as it held {self.id}", remedy="see the kernel's log: out of memory?")
+        except BaseException:
+            self.rollback()
+            raise
+
+    def _show_no_more(self) -> None:
+        if self._thin is not None:
+            self._thin.close()
+            self._thin = None
+
+    def alive(self) -> bool:
+        """Whether CRIU still holds the tasks. Where it does not, the freezer does."""
+        return self.criu is not None and self.criu.alive()
+
+    def commit(self) -> None:
+        """Kill the container: the right to run has passed on. No instruction of it runs from here on.
+
+        May be called again after a failure. Raises `TimedOut` where a killed process does not end.
+        """
+        # A dead process stays CRIU's as long as CRIU lives, and a container's init waits for all of its own.
+        self.cgroup.kill(once_sent=self._end)
+
+    def rollback(self) -> None:
+        """Let the container go on. A dump that is still under way is made to fail.
+
+        May be called again after a failure. Raises `CgroupFailed` where the container has ended meanwhile.
+        """
+        # CRIU undoes what it did to the tasks only if it fails by itself; a kill leaves them as they are.
+        if self.waits:
+            self.call_off()
+        elif self._settled(READY_TIMEOUT if self.images is None else BREAK_OFF_TIMEOUT):
+            self.cgroup.thaw()
+            with contextlib.suppress(OSError, Failed):
+                self._fail_criu()
+        self._end()
+        self.cgroup.thaw()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hold as the journal keeps it: enough for another agent process to commit it or roll it back."""
+        return {
+            "id": self.id,
+            "cgroup": self.cgroup.to_dict(),
+            "work": str(self.work),
+            "images": str(self.images) if self.images else None,
+            "runc": [self.runc.pid, self.runc.started] if self.runc else None,
+            "criu": [self.criu.pid, self.criu.started] if self.criu else None,
+            "waits": self.waits,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Hold:
+        """The inverse of `to_dict`. `cgroup` and `work` are enough: they can be journalled before `start`, and what it
+        had started by the agent's end is found by them. Raises `PeerMisbehaved` on anything else.
+        """
+        try:
+            images = data.get("images")  # agents before this one did not write it down
+            hold = Hold(
+                str(data.get("id", "")),
+                Cgroup.from_dict(data["cgroup"]),
+                Path(data["work"]),
+                Path(images) if images else None,
+            )
+            hold.runc, hold.criu = (_process(data.get(who)) for who in ("runc", "criu"))
+            hold.waits = data.get("waits") is True
+        except (KeyError, TypeError, ValueError) as error:
+            raise PeerMisbehaved.because("not a hold", error) from error
+        return hold
+
+    def _settled(self, patience: float) -> bool:
+        """Wait until CRIU's page server listens, which has no event for others; false where all has ended before. A CRIU that
+        is on its way there fails: it finds no directory for its next image.
+
+        What is not known of runc and CRIU is looked for: their agent may have died before it wrote it down.
+        """
+        deadline, pause = time.monotonic() + patience, FIRST_LOOK
+        self.runc = self.runc or self._find_runc()
+        while True:
+            self.criu = self.criu or self._find_criu()
+            if self.criu is not None and self.criu.alive():
+                if _listens(self.criu):
+                    return True
+                self._take_images_away()
+            elif self.runc is None or not self.runc.alive():
+                return False
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_LOOK)
+
+    def _take_images_away(self) -> None:
+        if self.images is not None:
+            shutil.rmtree(self.images, ignore_errors=True)
+
+    def _find_runc(self) -> Process | None:
+        """runc's process, which was told of our work directory."""
+        told = f"\0--work-path\0{self.work}\0".encode()
+        return _find(lambda proc: told in (proc / "cmdline").read_bytes())
+
+    def _find_criu(self) -> Process | None:
+        """CRIU's process, which works in our work directory: a child of runc, unless runc has died."""
+        work = self.work.resolve()
+
+        def matches(proc: Path) -> bool:
+            return (proc / "comm").read_text() == "criu\n" and (proc / "cwd").readlink() == work
+
+        return (self.runc and _find(matches, _children(self.runc.pid))) or _find(matches)
+
+    def _fail_criu(self) -> None:
+        """Send CRIU's page server a command that there is none of, from within its network, and wait for CRIU's end."""
+        assert self.criu is not None
+        with in_network_of(self.criu.pid, socket.socket) as connection:
+            connection.settimeout(END_TIMEOUT)
+            connection.connect(("127.0.0.1", PORT))
+            connection.sendall(NO_COMMAND)
+            self.criu.wait(END_TIMEOUT)
+
+    def _end(self) -> None:
+        """End CRIU, whatever it does, and reap runc."""
+        if self.criu is not None:
+            self.criu.kill()
+        if self.runc is not None and not self.runc.wait(END_TIMEOUT):
+            self.runc.kill()
+        if self._child is not None:
+            self._child.wait()
+
+    def _failed(self) -> CheckpointFailed:
+        said = [line for line in last_lines(self.work / "runc.log") if not _OF_THE_CLEANING.search(line)]
+        if self._child is not None:
+            self._child.wait()
+            said.append(f"runc: {ending(self._child.returncode)}")
+        return explained(CheckpointFailed, f"cannot dump {self.id}", self.work / "dump.log", said=said)
+
+    def _late(self) -> TimedOut:
+        return explained(TimedOut, f"the dump of {self.id} took too long and was broken off", self.work / "dump.log")
+
+
+def seize_timeout(cgroup: Cgroup) -> int:
+    """Seconds that CRIU may take to stop every task, which is what its option `timeout` is about; 10 is its default, and the job
+    stands still in vain meanwhile. Stopped already by the freezer, a thousand threads take it less than 0.1 s."""
+    threads = 0
+    for pid in cgroup.pids():
+        with contextlib.suppress(OSError):
+            threads += sum(1 for _ in Path(f"/proc/{pid}/task").iterdir())
+    return 1 + threads // THREADS_A_SECOND
+
+
+def _find(matches: Callable[[Path], bool], among: Iterable[int] | None = None) -> Process | None:
+    """The first process, of those `among` or of all, whose directory in /proc matches."""
+    for proc in Path("/proc").glob("[0-9]*") if among is None else (Path(f"/proc/{pid}") for pid in among):
+        with contextlib.suppress(OSError):
+            if matches(proc):
+                return Process.of(int(proc.name))
+    return None
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _listens(criu: Process) -> bool:
+    """Whether the page server listens in CRIU's network."""
+    with contextlib.suppress(OSError):
+        return f":{PORT:04X} 00000000:0000 0A " in Path(f"/proc/{criu.pid}/net/tcp").read_text()
+    return False
+
+
+def _process(data: Any) -> Process | None:
+    if data is None:
+        return None
+    pid, started = data
+    return Process(int(pid), int(started))
+
+
+def _poll(fd: int, timeout: float) -> bool:
+    return bool(_poll_all([fd], timeout))
+
+
+def _poll_all(fds: Iterable[int], timeout: float) -> list[int]:
+    """Which of them can be read, within `timeout` seconds."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(timeout * 1000)]

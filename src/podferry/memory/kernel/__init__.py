@@ -1,0 +1,1 @@
+"""The kernel's interfaces to other processes' memory: userfaultfd, pagemap, maps."""

@@ -1,0 +1,1 @@
+"""The page store: the target's copy of address spaces on their way."""
