@@ -61,4 +61,5 @@ def test_criu_reads_it_among_its_settings(tmp_path: Path, settings: str, group: 
         incoming.belongs_in(group)
         conf = incoming.path / "criu.conf"
         lines = conf.read_text().split("\n") if conf.exists() else []
-        assert [line for line in lines if line] == [one for one in (settings, group and f"cgroup-root :{group}") if one]
+        lines = [line for line in lines if line and not line.startswith("action-script")]
+        assert lines == [one for one in (settings, group and f"cgroup-root :{group}") if one]
