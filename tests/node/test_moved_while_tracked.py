@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from node_job import Arrival, Job
-from test_lazypages_criu import PROCESSES, WILD
+from test_feeder_criu import PROCESSES, WILD
 
 from podferry.criu.images import missing
 from podferry.criu.restored_group import group_to_tell
-from podferry.engine.journal import Journal
+from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import Change
 from podferry.lazypages.status import State, read_status
 from podferry.memory.kernel.uffd import PAGE
@@ -26,13 +26,15 @@ from podferry.node.containerd import Containerd
 from podferry.node.records import Stdio, upper_dir
 from podferry.wire.frames import Pages
 from podferry.workload.config import Config
-from podferry.workload.leaving import Leaving
+from podferry.workload.makers.containerd import ContainerdOwner
 from podferry.workload.nodefacts import version
-from podferry.workload.offered import Offered
+from podferry.workload.offered import log_file
+from podferry.workload.source import SourceWorkload
+from podferry.workload.source_container import Output, RunningContainer, SourceContainer
 
 KIND = choose(probe()).kind
 ROUNDS = 4
-# As in test_lazypages_criu.py, with an eighth of the memory.
+# As in test_feeder_criu.py, with an eighth of the memory.
 SMALL_AND_WILD = WILD.replace("8192", "1024").replace("5120", "640").replace("ATTEMPT", "tracked")
 
 pytestmark = [pytest.mark.node, pytest.mark.anyio]
@@ -51,17 +53,18 @@ def work() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def leaving(job: Job, work: Path) -> Leaving:
+def leaving(job: Job, work: Path) -> SourceWorkload:
     record, task = job.record, job.task
-    layers = job.client.lineage(record.snapshotter, record.snapshot_key)
-    offered = Offered(record, layers, Stdio(task.stdin, task.stdout, task.stderr, task.terminal), ("--file-locks",))
+    log = log_file(Stdio(task.stdin, task.stdout, task.stderr, task.terminal))
     upper = upper_dir(job.client.mounts(record.snapshotter, record.snapshot_key))
     config = Config("here", "", work, state=work / "state", run=work / "run")
     journal = Journal(config.migrations / "moved")
-    return Leaving(config, job.client, journal, offered=offered, task=task, upper=upper, kind=KIND)
+    running = RunningContainer(record, task, upper, Output(log), ("--file-locks",))
+    container = SourceContainer(config, job.client, Part(journal, 0), running, KIND)
+    return SourceWorkload([container], ContainerdOwner(job.client, log))
 
 
-def take_in(store: PageStore, source: Leaving, change: Change, number: int) -> int:
+def take_in(store: PageStore, source: SourceWorkload, change: Change, number: int) -> int:
     """What the target does with the frames of a round. Returns how many pages came."""
     pages = 0
     for frame in source.read(change, number):

@@ -1,7 +1,7 @@
 """A container on two nodes without any kernel behind it: what a migration does to it, in dictionaries.
 
-`SourceNode` and `TargetNode` are what outlives a killed agent: containerd, CRIU, the cgroup, the page feeder. `FakeLeaving`,
-`FakeRemains` and `FakeArriving` fulfil the ports of `podferry.engine.ports` on them. The job writes whenever anything happens
+`SourceNode` and `TargetNode` are what outlives a killed agent: containerd, CRIU, the cgroup, the page feeder. `FakeSource`,
+`FakeFrozen` and `FakeArriving` are a container on them. The job writes whenever anything happens
 while it executes, so that whatever the engine forgets to send is seen at the end.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -24,6 +25,8 @@ from podferry.model import Dump
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import PAGE, Drop, Pages
 from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
+from podferry.workload.numbers import container_of_space, directory_of, space_of
+from podferry.workload.source_memory import Left
 
 Memory = dict[int, dict[int, bytes]]
 BASE = 0x7000_0000_0000
@@ -132,20 +135,19 @@ class SourceNode:
         return {"outgoing": outgoing, "hold": hold, "freeze": freeze, "quota": quota, "door": door}
 
 
-class FakeRemains:
-    """The frozen original, for an agent that was restarted."""
+class FakeFrozen:
+    """`podferry.workload.frozen.FrozenContainer` on a `SourceNode`, for an agent that was restarted."""
 
-    def __init__(self, node: SourceNode, journal: Journal) -> None:
+    def __init__(self, node: SourceNode, journal: Any) -> None:
         self.node, self.journal = node, journal
 
-    def owed(self) -> FakeOwed:
+    def left(self) -> Left:
         if not self.node.alive:
             raise OriginalGone("the frozen original has ended")
-        return FakeOwed(
-            self.node, {space: Runs((at, at + PAGE) for at in pages) for space, pages in self.node.memory.items()}
-        )
+        runs = {space: Runs((at, at + PAGE) for at in pages) for space, pages in spaces(self.node).items()}
+        return Left(dict.fromkeys(runs, self.node), runs)  # type: ignore[arg-type]
 
-    async def commit(self) -> None:
+    async def kill(self) -> None:
         if self.node.alive and not self.node.frozen:
             raise Bug("the original is killed although it executes")
         self.node.alive = self.node.held = self.node.frozen = self.node.door_shut = False
@@ -153,9 +155,6 @@ class FakeRemains:
         self.node.ended.set()
         for kind in ("hold", "freeze", "quota", "door"):
             self.journal.release(kind)
-
-    async def kill(self) -> None:
-        await self.commit()
 
     async def runs(self) -> bool:
         return self.node.alive
@@ -167,50 +166,55 @@ class FakeRemains:
         pass
 
 
-class FakeLeaving(FakeRemains):
-    """`LeavingJob` on a `SourceNode`."""
+def spaces(node: SourceNode) -> Memory:
+    """The node's memory, by the numbers of the wire."""
+    return {space_of(node.number, pid): pages for pid, pages in node.memory.items()}
 
-    def __init__(self, node: SourceNode, journal: Journal) -> None:
-        super().__init__(node, journal)
+
+class FakeMemory:
+    """`podferry.workload.source_memory.SourceMemory` on a `SourceNode`."""
+
+    def __init__(self, node: SourceNode) -> None:
+        self.node = node
         self._looked = False
         self._sent: dict[int, Runs] = {}
-        self._files_sent: dict[str, bytes] = {}
-        self._log_sent = 0
-        self._tree = TreeSum(UPPER, 0, 0, "")
-        self._owed: FakeOwed | None = None
+        self.left: Left | None = None
 
-    async def look(self) -> Change:
+    def scan(self) -> Change:
         node = self.node
-        written, dropped = node.written, {space: set(at) for space, at in node.gone.items()}
+        written, dropped = node.written, {pid: set(at) for pid, at in node.gone.items()}
         if not self._looked:
-            written = {space: set(pages) for space, pages in node.memory.items()}
+            written = {pid: set(pages) for pid, pages in node.memory.items()}
         self._looked = True
+        gone = [space_of(node.number, pid) for pid in node.spaces_gone]
         found = Change(
-            {space: Runs((at, at + PAGE) for at in pages) for space, pages in written.items() if space in node.memory},
-            {space: Runs((at, at + PAGE) for at in pages) for space, pages in dropped.items()}
-            | {space: self._sent.get(space, EMPTY) for space in node.spaces_gone},
+            {self._space(pid): self._runs(pages) for pid, pages in written.items() if pid in node.memory},
+            {self._space(pid): self._runs(pages) for pid, pages in dropped.items()}
+            | {space: self._sent.get(space, EMPTY) for space in gone},
         )
         node.written, node.gone, node.spaces_gone = {}, {}, set()
         return found
 
-    async def last_look(self) -> Change:
-        if self.node.executing:
-            raise Bug("the last look at a job that executes")
-        return await self.look()
+    def _space(self, pid: int) -> int:
+        return space_of(self.node.number, pid)
 
-    def owe(self, change: Change) -> Iterator[Drop]:
-        for space in {**change.dropped, **change.written}:
-            yield from self._forget(space, change.dropped.get(space, EMPTY) | change.written.get(space, EMPTY))
-        self._owed = FakeOwed(self.node, change.written)
+    def _runs(self, pages: set[int]) -> Runs:
+        return Runs((at, at + PAGE) for at in pages)
 
-    def owed(self) -> FakeOwed:
-        return self._owed or super().owed()
+    def _own(self, found: Mapping[int, Runs]) -> dict[int, Runs]:
+        return {space: runs for space, runs in found.items() if container_of_space(space)[0] == self.node.number}
+
+    def leave(self, change: Change) -> Iterator[Drop]:
+        dropped, written = self._own(change.dropped), self._own(change.written)
+        for space in {**dropped, **written}:
+            yield from self._forget(space, dropped.get(space, EMPTY) | written.get(space, EMPTY))
+        self.left = Left(dict.fromkeys(written, self.node), written)  # type: ignore[arg-type]
 
     def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
-        for space, runs in change.dropped.items():
+        for space, runs in self._own(change.dropped).items():
             yield from self._forget(space, runs)
-        for space, runs in change.written.items():
-            batch, memory = PageBatch(space, round), self.node.memory.get(space, {})
+        for space, runs in self._own(change.written).items():
+            batch, memory = PageBatch(space, round), spaces(self.node).get(space, {})
             there = Runs((at, at + PAGE) for at, data in memory.items() if at in runs and data != ZERO)
             for start, end in there:
                 yield from batch.add(start, b"".join(memory[at] for at in range(start, end, PAGE)))
@@ -224,26 +228,57 @@ class FakeLeaving(FakeRemains):
         if void:
             yield Drop(space, tuple(void))
 
-    async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+    def totals(self) -> tuple[SpaceSum, ...]:
+        return tuple(SpaceSum(space, runs.size // PAGE) for space, runs in self._sent.items())
+
+
+class FakeTree:
+    """`podferry.workload.source_tree.SourceTree` on a `SourceNode`."""
+
+    def __init__(self, node: SourceNode) -> None:
+        self.node = node
+        self._sent: dict[str, bytes] = {}
+
+    async def changes(self, *, last: bool) -> AsyncIterator[bytes]:
         if last and self.node.executing:
             raise Bug("the last pass over the files of a job that executes")
-        changed = {name: data for name, data in self.node.files.items() if self._files_sent.get(name) != data}
-        records = [json.dumps([name, data.hex()]).encode() for name, data in changed.items()]
-        for record in records:
-            yield UPPER, record
-        self._files_sent |= changed
-        self._tree = tree_sum(self._files_sent)
+        changed = {name: data for name, data in self.node.files.items() if self._sent.get(name) != data}
+        for record in [json.dumps([name, data.hex()]).encode() for name, data in changed.items()]:
+            yield record
+        self._sent |= changed
 
-    def tree_totals(self) -> tuple[TreeSum, ...]:
-        return (self._tree,)
+    def total(self, number: int) -> TreeSum:
+        return replace(tree_sum(self._sent), tree=number)
 
-    def memory_totals(self) -> tuple[SpaceSum, ...]:
-        return tuple(SpaceSum(space, runs.size // PAGE) for space, runs in self._sent.items())
+    async def close(self) -> None:
+        pass
+
+
+class FakeSource(FakeFrozen):
+    """`podferry.workload.source_container.SourceContainer` on a `SourceNode`."""
+
+    cgroup, dumped = None, Dump.THIN
+
+    def __init__(self, node: SourceNode, journal: Any) -> None:
+        super().__init__(node, journal)
+        self.memory, self.tree = FakeMemory(node), FakeTree(node)
+        self._log_sent = 0
+
+    async def look(self) -> Change:
+        return self.memory.scan()
+
+    async def last_look(self) -> Change:
+        if self.node.executing:
+            raise Bug("the last look at a job that executes")
+        return self.memory.scan()
+
+    def left(self) -> Left:
+        return self.memory.left or super().left()
 
     async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
         offset, self._log_sent = self._log_sent, len(self.node.log)
         if data := self.node.log[offset:]:
-            yield LOG, offset, data
+            yield directory_of(self.node.number, LOG), offset, data
 
     async def stand_by(self) -> None:
         self.journal.acquire("outgoing", node=self.node.number)
@@ -271,16 +306,14 @@ class FakeLeaving(FakeRemains):
         self.node.held = True
         lazy = {space: sorted(pages) for space, pages in self.node.memory.items()}
         lazy[FIRST].append(UNTOUCHED)
-        return {(IMAGES, "pagemap.img"): json.dumps(lazy).encode(), (IMAGES, "empty.img"): b""}
-
-    def dumped(self) -> Dump:
-        return Dump.THIN
+        directory = directory_of(self.node.number, IMAGES)
+        return {(directory, "pagemap.img"): json.dumps(lazy).encode(), (directory, "empty.img"): b""}
 
     async def demand_quota(self) -> None:
         pass
 
     async def slow_down(self, quota: float) -> None:
-        if self.journal.ledger.facts("quota") is None:
+        if self.journal.held("quota") is None:
             self.journal.acquire("quota", node=self.node.number, quota=self.node.quota)
         self.node.quota = quota
 
@@ -289,11 +322,30 @@ class FakeLeaving(FakeRemains):
         return "exit status 3"
 
 
-class FakeOwed:
-    """`podferry.workload.owed.Owed` without processes behind it."""
+class FakeOwner:
+    """Nobody's containers."""
 
-    def __init__(self, node: SourceNode, runs: Mapping[int, Runs]) -> None:
-        self._node, self._all, self._left = node, dict(runs), dict(runs)
+    async def stand_by(self, cgroups: Any) -> None:
+        pass
+
+    async def before_freeze(self) -> None:
+        pass
+
+    async def completed(self, images: Any) -> Any:
+        return images
+
+    async def before_commit(self) -> None:
+        pass
+
+    async def after_commit(self, killed: Any) -> None:
+        pass
+
+
+class FakePages:
+    """`podferry.workload.remote_pages.FrozenPages` without processes behind it: `nodes` stand in for the pids."""
+
+    def __init__(self, nodes: Mapping[int, SourceNode], runs: Mapping[int, Runs]) -> None:
+        self._nodes, self._all, self._left = nodes, dict(runs), dict(runs)
 
     def start_over(self) -> None:
         self._left = dict(self._all)
@@ -313,9 +365,10 @@ class FakeOwed:
                         yield self._take(space, at)
 
     def _take(self, space: int, at: int) -> Pages | Drop:
-        if not self._node.alive:
+        node = self._nodes.get(space) or next(iter(self._nodes.values()))
+        if not node.alive:
             raise OriginalGone("the frozen original has ended")
-        data = self._node.memory.get(space, {}).get(at, ZERO)
+        data = spaces(node).get(space, {}).get(at, ZERO)
         self._left[space] = self._left.get(space, EMPTY) - Runs.of(at, at + PAGE)
         return Drop(space, ((at, at + PAGE),)) if data == ZERO else Pages(space, 0, ((at, 1),), data)
 
@@ -388,31 +441,47 @@ class TargetNode:
         return {"container": container, "scratch": scratch, "task": task, "feeder": feeder}
 
 
-class FakeRelay:
-    """`podferry.workload.relay.Relay` without a socket."""
+async def first_of(events: list[anyio.Event]) -> None:
+    """Return once one of the events is set."""
+    async with anyio.create_task_group() as waits:
 
-    def __init__(self, node: TargetNode) -> None:
-        self._node = node
+        async def wait(event: anyio.Event) -> None:
+            await event.wait()
+            waits.cancel_scope.cancel()
+
+        for event in events:
+            waits.start_soon(wait, event)
+
+
+class FakeChannel:
+    """`podferry.workload.feeder_channel.FeederChannel` without sockets: `nodes` stand in for their paths."""
+
+    def __init__(self, nodes: Sequence[TargetNode]) -> None:
+        self._nodes = nodes
         self._asked: set[tuple[int, int]] = set()
 
     def arrived(self, space: int, start: int, end: int) -> None:
-        self._node.arrived(space, start, end)
+        number, pid = container_of_space(space)
+        self._nodes[number].arrived(pid, start, end)
 
     def zero(self, space: int, start: int, end: int) -> None:
-        self._node.arrived(space, start, end, zero=True)
+        number, pid = container_of_space(space)
+        self._nodes[number].arrived(pid, start, end, zero=True)
 
     async def flush(self) -> None:
         await anyio.lowlevel.checkpoint()
 
     async def wanted(self) -> Frame | None:
         while True:
-            for space, at in self._node.wants:
-                if (space, at) not in self._asked:
-                    self._asked.add((space, at))
-                    return Frame(Word.WANT, space, at, at + PAGE)
-            if not self._node.feeder:
+            for node in self._nodes:
+                for pid, at in node.wants:
+                    space = space_of(node.number, pid)
+                    if (space, at) not in self._asked:
+                        self._asked.add((space, at))
+                        return Frame(Word.WANT, space, at, at + PAGE)
+            if not any(node.feeder for node in self._nodes):
                 return None
-            await self._node.news.wait()
+            await first_of([node.news for node in self._nodes])
 
     def close(self) -> None:
         pass
@@ -508,12 +577,15 @@ class FakeArriving:
     def differences(self) -> tuple[str, ...]:
         return ("comm of 1/1: was a, is b",)
 
-    def relay(self) -> FakeRelay:
-        return FakeRelay(self.node)
+    def relay(self) -> FakeChannel:
+        return FakeChannel([self.node])
 
-    def all_owed_came(self, relay: FakeRelay) -> None:
-        for space, at in sorted(self.node.absent):
-            relay.zero(space, at, at + PAGE)
+    def feeder_socket(self) -> TargetNode:
+        return self.node
+
+    def all_owed_came(self, channel: FakeChannel) -> None:
+        for pid, at in sorted(self.node.absent):
+            channel.zero(space_of(self.node.number, pid), at, at + PAGE)
 
     async def close(self) -> None:
         self._closed = True

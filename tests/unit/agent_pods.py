@@ -10,21 +10,19 @@ from typing import Any
 
 import anyio
 import pytest
-from agent_fakes import FakeArriving, FakeLeaving, FakeRelay, FakeRemains, Memory, SourceNode, TargetNode
+from agent_fakes import FakeArriving, FakeChannel, Memory, SourceNode, TargetNode
 from agent_rig import RECORD, Guarded, Rig, guarded
 
 from podferry.core.phases import SourcePhase, TargetPhase
-from podferry.engine.journal import Part
-from podferry.engine.ports import ArrivingJob, HeldJob, LeavingJob
-from podferry.lazypages.page_source import Frame
+from podferry.engine.ports import ArrivingJob
 from podferry.model import Mode
 from podferry.node.records import Container
+from podferry.workload.makers import kubelet
+from podferry.workload.makers.kubelet import KubeletOwner
+from podferry.workload.numbers import space_of
 from podferry.workload.pod import arriving as arriving_pod
-from podferry.workload.pod import leaving as leaving_pod
 from podferry.workload.pod.arriving import ArrivingPod
-from podferry.workload.pod.leaving import HeldPod, LeavingPod
 from podferry.workload.pod.offered import OfferedPod, PodPart
-from podferry.workload.pod.parts import container_of_space, space_of
 from podferry.workload.pod.ports import PodName
 
 POD = PodName("ns", "job", "uid-source")
@@ -113,40 +111,6 @@ class FakePart(FakeArriving):
         self.node.marked = True
 
 
-class FakePodRelay:
-    """`podferry.workload.relay.PodRelay` without sockets."""
-
-    def __init__(self, parts: list[FakeRelay]) -> None:
-        self.parts = parts
-        self._found: list[Frame] = []
-
-    def arrived(self, space: int, start: int, end: int) -> None:
-        number, pid = container_of_space(space)
-        self.parts[number].arrived(pid, start, end)
-
-    def zero(self, space: int, start: int, end: int) -> None:
-        number, pid = container_of_space(space)
-        self.parts[number].zero(pid, start, end)
-
-    async def flush(self) -> None:
-        await anyio.lowlevel.checkpoint()
-
-    async def wanted(self) -> Frame | None:
-        async def ask(number: int) -> None:
-            if (frame := await self.parts[number].wanted()) is not None:
-                self._found.append(Frame(frame.word, space_of(number, frame.space), frame.start, frame.end))
-                asking.cancel_scope.cancel()
-
-        if not self._found:
-            async with anyio.create_task_group() as asking:
-                for number in range(len(self.parts)):
-                    asking.start_soon(ask, number)
-        return self._found.pop(0) if self._found else None
-
-    def close(self) -> None:
-        pass
-
-
 class Named(Guarded):
     """A part's fake behind points of its own."""
 
@@ -156,6 +120,10 @@ class Named(Guarded):
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._job, name)
+        if name == "dumped":
+            return method
+        if name in ("memory", "tree") and not callable(method):
+            return Named(method, (type(method),), self._rig, self._side, f"{self._prefix} {name}")
         return guarded(self._rig, self._side, f"{self._prefix} {name}", method) if name in self._names else method
 
 
@@ -192,27 +160,25 @@ class PodRig(Rig):
 
     # What the agents are made with.
 
-    def _parts(self, fake: Any, side: str, ports: tuple[type, ...], nodes: Any, journal: Any) -> list[Any]:
-        parts = [fake(node, Part(journal, node.number)) for node in nodes.nodes]
-        return [parts[0], *(Named(part, ports, self, side, str(n)) for n, part in enumerate(parts[1:], 1))]
+    def nodes(self, side: str) -> list[Any]:
+        there: list[Any] = (self.source if side == "source" else self.target).nodes  # type: ignore[attr-defined]
+        return there
 
-    def leaving(self, config: Any, containerd: None, journal: Any, **_: Any) -> Guarded:
-        parts = self._parts(FakeLeaving, "source", (LeavingJob,), self.source, journal)
-        job = LeavingPod(
-            journal, parts, lambda: self.hand_over("m"), volumes=[], payloads=lambda _: b"", departed=self.departed
-        )
-        return Guarded(job, (LeavingJob,), self, "source")
+    def containers(self, fake: Any, side: str, journal: Any) -> list[Any]:
+        first, *others = super().containers(fake, side, journal)
+        port = fake if side == "source" else ArrivingJob
+        return [first, *(Named(one, (port,), self, side, str(number)) for number, one in enumerate(others, 1))]
 
-    def remains(self, journal: Any, containerd: None, offered: Any) -> Guarded:
-        parts = self._parts(FakeRemains, "source", (HeldJob,), self.source, journal)
-        return Guarded(HeldPod(journal, parts, lambda: self.hand_over("m")), (HeldJob,), self, "source")
+    def owner(self, journal: Any) -> Any:
+        return KubeletOwner(journal, lambda: self.hand_over("m"), departed=self.departed)
 
     def arriving(self, config: Any, containerd: None, journal: Any, offered: Any, *_: Any) -> Guarded:
-        parts = self._parts(FakePart, "target", (ArrivingJob,), self.target, journal)
+        journal = journal._journal
+        parts = self.containers(FakePart, "target", journal)
         return Guarded(ArrivingPod(config, journal, OFFERED, parts, self), (ArrivingJob,), self, "target")
 
     def handlers(self, side: str) -> dict[str, Any]:
-        of_pods = leaving_pod.handlers() if side == "source" else arriving_pod.handlers(None, self)  # type: ignore[arg-type]
+        of_pods = kubelet.source_handlers() if side == "source" else arriving_pod.handlers(None, self)  # type: ignore[arg-type]
         return {**super().handlers(side), **of_pods}
 
     @property
@@ -221,7 +187,7 @@ class PodRig(Rig):
 
     def move(self, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> Rig:
         with monkeypatch.context() as patch:
-            patch.setattr(arriving_pod, "PodRelay", FakePodRelay)
+            patch.setattr(arriving_pod, "FeederChannel", FakeChannel)
             return super().move(mode, monkeypatch)
 
     def check(self) -> None:

@@ -27,14 +27,24 @@ from typing import Any
 import anyio
 import pytest
 import structlog
-from agent_fakes import FakeArriving, FakeLeaving, FakeRemains, Memory, SourceNode, TargetNode, without_zeros
+from agent_fakes import (
+    FakeArriving,
+    FakeFrozen,
+    FakeOwner,
+    FakePages,
+    FakeSource,
+    Memory,
+    SourceNode,
+    TargetNode,
+    without_zeros,
+)
 from anyio.abc import TaskStatus
 
 from podferry.agent import service
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Policy
 from podferry.engine import attempt
-from podferry.engine.journal import JOURNAL, Journal
+from podferry.engine.journal import JOURNAL, Journal, Part
 from podferry.engine.ports import ArrivingJob, HeldJob, LeavingJob
 from podferry.engine.source import Order, Source
 from podferry.engine.target import Target
@@ -45,10 +55,12 @@ from podferry.wire.channel import Channel, Traffic
 from podferry.wire.frames import Data
 from podferry.wire.messages import Message, Offer
 from podferry.wire.session import Role
+from podferry.workload import source as workload_source
 from podferry.workload import threads
 from podferry.workload.account import Account, Room
 from podferry.workload.config import Config
 from podferry.workload.offered import Offered
+from podferry.workload.source import FrozenWorkload, SourceWorkload
 
 NAME = "job"
 BOUND = 300.0
@@ -366,8 +378,7 @@ class FakeInspection:
         choice = SimpleNamespace(kind="wp-async", reason="a fake")
         return SimpleNamespace(
             offered=offered,
-            task=None,
-            upper=None,
+            source=self.rig.source_of,
             demand_movable=lambda mode: choice,
             offer=lambda id, mode: Offer(id, name, mode, offered.to_dict(), {}, 1, 1),
         )
@@ -522,15 +533,29 @@ class Rig:
     def journal(self, directory: Path) -> MortalJournal:
         return MortalJournal(directory, self, "source" if directory.is_relative_to(self.directory / "a") else "target")
 
-    def leaving(self, config: Config, containerd: None, journal: Journal, **_: Any) -> Guarded:
-        job = FakeLeaving(self.source, journal)
-        self.used.append(weakref.ref(job))
-        return Guarded(job, (LeavingJob,), self, "source")
+    def nodes(self, side: str) -> list[Any]:
+        """What each container has on a node."""
+        return [self.source if side == "source" else self.target]
 
-    def remains(self, journal: Journal, containerd: None, offered: Offered) -> Guarded:
-        return Guarded(FakeRemains(self.source, journal), (HeldJob,), self, "source")
+    def containers(self, fake: Any, side: str, journal: Journal) -> list[Any]:
+        """The workload's containers, as a node has them."""
+        return [fake(node, Part(journal, node.number)) for node in self.nodes(side)]
 
-    def arriving(self, config: Config, containerd: None, journal: Journal, offered: Offered, *_: Any) -> Guarded:
+    def owner(self, journal: Journal) -> Any:
+        """Whose they are."""
+        return FakeOwner()
+
+    def source_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
+        containers = self.containers(FakeSource, "source", journal)
+        self.used += [weakref.ref(one) for one in containers]
+        return Guarded(SourceWorkload(containers, self.owner(journal)), (LeavingJob,), self, "source")
+
+    def frozen(self, containers: list[Part], owner: Part) -> Guarded:
+        journal = containers[0]._journal
+        workload = FrozenWorkload(self.containers(FakeFrozen, "source", journal), self.owner(journal))
+        return Guarded(workload, (HeldJob,), self, "source")
+
+    def arriving(self, config: Config, containerd: None, journal: Part, offered: Offered, *_: Any) -> Guarded:
         return Guarded(FakeArriving(self.target, journal), (ArrivingJob,), self, "target")
 
     def handlers(self, side: str) -> dict[str, Any]:
@@ -547,10 +572,11 @@ class Rig:
 
         with monkeypatch.context() as patch:
             patch.setattr(service, "Journal", self.journal)
-            patch.setattr(service, "Leaving", self.leaving)
+            patch.setattr(service, "FrozenContainer", lambda journal, *_: journal)
+            patch.setattr(service, "FrozenWorkload", self.frozen)
+            patch.setattr(workload_source, "FrozenPages", FakePages)
             patch.setattr(service, "Arriving", self.arriving)
-            sides = SimpleNamespace(handlers=lambda *_: self.handlers("source"), Remains=self.remains)
-            patch.setattr(service, "leaving", sides)
+            patch.setattr(service, "frozen", SimpleNamespace(handlers=lambda *_: self.handlers("source")))
             patch.setattr(service, "arriving", SimpleNamespace(handlers=lambda *_: self.handlers("target")))
             patch.setattr(threads, "to_thread", SimpleNamespace(run_sync=direct))
             patch.setattr(attempt.gate, "hold", self.hold)

@@ -13,14 +13,17 @@ import pytest
 import structlog
 
 from podferry.engine.contact import Contact
-from podferry.engine.ports import OriginalGone
+from podferry.engine.ports import Change, OriginalGone
 from podferry.engine.story import Story
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import Runs
+from podferry.memory.tracking.tracker import Kind, create
 from podferry.model import Mode
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import PageWanted
-from podferry.workload.owed import PUSH, Owed
+from podferry.workload.numbers import space_of
+from podferry.workload.remote_pages import PUSH, FrozenPages
+from podferry.workload.source_memory import SourceMemory
 
 pytestmark = pytest.mark.unit
 SIZE = 1 << 20
@@ -35,8 +38,8 @@ class Memory:
         self.pages[:] = b"x" * SIZE
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.pages))
 
-    def owed(self, pid: int = 0) -> Owed:
-        return Owed({SPACE: pid or os.getpid()}, {SPACE: Runs.of(self.start, self.start + SIZE)})
+    def owed(self, pid: int = 0) -> FrozenPages:
+        return FrozenPages({SPACE: pid or os.getpid()}, {SPACE: Runs.of(self.start, self.start + SIZE)})
 
 
 class SlowLetters:
@@ -129,9 +132,22 @@ def test_memory_that_ended_with_its_process_is_not_taken_for_zeros(reaped: bool)
         os.waitpid(pid, 0)
 
 
-def test_an_original_without_processes_owes_nothing_that_could_be_sent() -> None:
+def test_a_container_without_processes_leaves_nothing_that_could_be_sent() -> None:
+    memory = SourceMemory(0, create(Kind.NONE, list))
     with pytest.raises(OriginalGone):
-        Owed({}, {})
+        list(memory.leave(Change()))
+
+
+def test_the_pages_of_several_containers_are_asked_for_by_their_numbers() -> None:
+    memory, other = Memory(), space_of(1, SPACE)
+    runs = Runs.of(memory.start, memory.start + SIZE)
+    owed = FrozenPages({SPACE: os.getpid(), other: os.getpid()}, {SPACE: runs, other: runs})
+    assert {frame.space for frame in owed.wanted(other, memory.start)} == {other}
+    assert 2 * SIZE - (64 << 10) <= owed.bytes < 2 * SIZE  # what is around the page went with it
+    assert {frame.space for frame in owed.rest()} == {SPACE, other}
+    stranger = space_of(2, SPACE)
+    assert list(owed.wanted(stranger, 0)) == [Drop(stranger, ((0, PAGE),))]
+    owed.close()
 
 
 def test_a_page_that_is_not_owed_is_zero() -> None:

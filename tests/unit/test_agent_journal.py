@@ -67,12 +67,12 @@ def test_half_a_line_of_an_older_agent_does_not_hide_the_line_behind_it(tmp_path
 def test_the_format_before_is_read_and_one_to_come_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "new").close()
     raw = (tmp_path / "new" / JOURNAL).read_bytes()
-    assert json.loads(raw.split(b"\n")[0]) == {"format": 2}
+    assert json.loads(raw.split(b"\n")[0]) == {"format": 3}
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / JOURNAL).write_bytes(raw.split(b"\n", 1)[1])
     assert state(tmp_path / "old") == state(tmp_path / "new")
-    (tmp_path / "new" / JOURNAL).write_bytes(raw.replace(b'"format":2', b'"format":3'))
-    with pytest.raises(Failed, match="format 3"):
+    (tmp_path / "new" / JOURNAL).write_bytes(raw.replace(b'"format":3', b'"format":4'))
+    with pytest.raises(Failed, match="format 4"):
         Journal(tmp_path / "new")
 
 

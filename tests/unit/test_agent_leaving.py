@@ -16,7 +16,7 @@ from podferry.core.undo import Ledger
 from podferry.criu.checkpoint import Hold, Process
 from podferry.criu.dump_gate import Gate
 from podferry.criu.images import FILES_MAGIC, write_entries
-from podferry.engine.journal import Journal
+from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import OriginalGone
 from podferry.errors import PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
@@ -27,9 +27,11 @@ from podferry.node.containerd import ContainerdFailed, NotFound
 from podferry.node.process import spawn
 from podferry.node.records import Container, Opaque, Status, Task
 from podferry.workload.config import Config
-from podferry.workload.leaving import Leaving, Remains, handlers, pid_inside
-from podferry.workload.offered import Offered
-from podferry.workload.pod.leaving import LeavingPod
+from podferry.workload.frozen import FrozenContainer, handlers
+from podferry.workload.numbers import space_of
+from podferry.workload.source import SourceWorkload
+from podferry.workload.source_container import RunningContainer, SourceContainer
+from podferry.workload.source_memory import pid_inside
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
@@ -110,22 +112,20 @@ def test_an_original_that_its_node_forgot_owes_no_memory(
 
     containerd = SimpleNamespace(runc_root=lambda record: tmp_path, task=task)
     with pytest.raises(error) as caught:
-        Remains(Journal(tmp_path / "journal"), containerd, Offered(JOB, ())).owed()  # type: ignore[arg-type]
+        FrozenContainer(Part(Journal(tmp_path / "journal"), 0), containerd, JOB).left()  # type: ignore[arg-type]
     assert type(caught.value) is error
 
 
-def leaving(tmp_path: Path, cgroup: Cgroup, journal: Journal) -> Leaving:
+def leaving(tmp_path: Path, cgroup: Cgroup, journal: Journal, number: int = 0) -> SourceContainer:
     (tmp_path / "runc/job").mkdir(parents=True)
     (tmp_path / "runc/job/state.json").write_text(json.dumps({"cgroup_paths": {"freezer": str(cgroup.freezer)}}))
     (tmp_path / "upper").mkdir()
-    return Leaving(
+    return SourceContainer(
         Config("a", "a:1", tmp_path, {}, run=tmp_path, state=tmp_path),
         SimpleNamespace(runc_root=lambda record: tmp_path / "runc"),  # type: ignore[arg-type]
-        journal,
-        offered=Offered(JOB, ()),
-        task=Task("job", 1, Status.RUNNING),
-        upper=tmp_path / "upper",
-        kind=Kind.SOFT_DIRTY,
+        Part(journal, number),
+        RunningContainer(JOB, Task("job", 1, Status.RUNNING), tmp_path / "upper"),
+        Kind.SOFT_DIRTY,
     )
 
 
@@ -135,14 +135,14 @@ def test_a_job_that_is_paused_for_a_look_is_in_the_ledger_until_it_runs_again(tm
     journal = Journal(tmp_path / "journal")
     job = leaving(tmp_path, cgroup, journal)
     with job._paused():
-        assert Journal(tmp_path / "journal").held("freeze") == {"cgroup": Cgroup(cgroup.freezer).to_dict()}
+        assert Journal(tmp_path / "journal").held("freeze.0") == {"cgroup": Cgroup(cgroup.freezer).to_dict()}
         assert files(cgroup)["freeze"].read_text() == "FROZEN"
     assert files(cgroup)["freeze"].read_text() == "THAWED"
-    assert journal.held("freeze") is None
+    assert journal.held("freeze.0") is None
     with pytest.raises(CgroupFailed), job._paused():
         files(cgroup)["freeze"].unlink()
         files(cgroup)["freeze"].mkdir()
-    assert journal.held("freeze") is not None
+    assert journal.held("freeze.0") is not None
     assert issubclass(CgroupFailed, PodferryError)
 
 
@@ -155,10 +155,10 @@ def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Pat
     os.waitpid(child, 0)
     seen = SpaceRound(areas=(), written=Runs.of(0x1000, 0x2000), dropped=EMPTY, deferred=EMPTY, fresh=True)
     both = {os.getpid(): seen, child: seen}
-    change = job._taken(Round(both, new=frozenset(both), gone=frozenset(), shared={}))
+    change = job.memory.found(Round(both, new=frozenset(both), gone=frozenset(), shared={}))
     here = pid_inside(os.getpid())
     assert set(change.written) == {here}
-    change = job._taken(Round({os.getpid(): seen}, new=frozenset(), gone=frozenset({child}), shared={}))
+    change = job.memory.found(Round({os.getpid(): seen}, new=frozenset(), gone=frozenset({child}), shared={}))
     assert set(change.written) == set(change.dropped) == {here}
 
 
@@ -215,39 +215,37 @@ async def test_what_a_dump_cannot_be_spared_does_not_end_the_migration(
 
     monkeypatch.setattr(Hold, "start", start)
     monkeypatch.setattr(Gate, "usable", lambda: gate)
-    monkeypatch.setattr("podferry.workload.leaving.possible", lambda: thin)
+    monkeypatch.setattr("podferry.workload.source_container.possible", lambda: thin)
     completed: list[int] = []
     monkeypatch.setattr(
-        "podferry.workload.leaving.complete", lambda images, found, guards: completed.extend(found) or whole
+        "podferry.workload.source_container.complete", lambda images, found, guards: completed.extend(found) or whole
     )
     journal = Journal(tmp_path / "journal")
-    job = leaving(tmp_path, made(tmp_path / "group"), journal)
-    job._spaces, job._spared = {os.getpid(): pid_inside(os.getpid()), 1 << 22: 7}, {os.getpid(): True, 1 << 22: False}
+    job = leaving(tmp_path, made(tmp_path / "group"), journal, number=1)
+    job.memory.spaces = {os.getpid(): space_of(1, pid_inside(os.getpid())), 1 << 22: space_of(1, 7)}
+    job.memory.skippable = {os.getpid(): True, 1 << 22: False}
     await job.stand_by()
     await job.dump()
     assert heard == said
     assert completed == ([pid_inside(os.getpid())] if "spared 1" in said[-1] else [])
-    assert job.dumped() is dumped
-    assert (journal.held("hold") or {})["waits"] is False
+    assert job.dumped is dumped
+    assert (journal.held("hold.1") or {})["waits"] is False
 
 
-def test_a_pod_says_what_all_of_its_dumps_were_spared(tmp_path: Path) -> None:
+def test_a_pod_says_what_all_of_its_dumps_were_spared() -> None:
     for dumps, said in ((Dump, Dump.ORDINARY), ((Dump.THIN, Dump.PREPARED), Dump.PREPARED), ((Dump.THIN,), Dump.THIN)):
-        parts: Any = [SimpleNamespace(dumped=lambda dump=dump: dump) for dump in dumps]
-        pod = LeavingPod(
-            Journal(tmp_path), parts, AsyncMock(), volumes=[], payloads=lambda _: b"", departed=tmp_path / "departed"
-        )
-        assert pod.dumped() is said
+        parts: Any = [SimpleNamespace(dumped=dump, tree=None) for dump in dumps]
+        assert SourceWorkload(parts, AsyncMock()).dumped() is said
 
 
-async def test_a_pod_is_slowed_down_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+async def test_a_pod_is_slowed_down_as_a_whole_or_not_at_all() -> None:
     parts: Any = [
-        SimpleNamespace(demand_quota=AsyncMock(), slow_down=AsyncMock()),
-        SimpleNamespace(demand_quota=AsyncMock(side_effect=Refused("no cpu controller")), slow_down=AsyncMock()),
+        SimpleNamespace(tree=None, demand_quota=AsyncMock(), slow_down=AsyncMock()),
+        SimpleNamespace(
+            tree=None, demand_quota=AsyncMock(side_effect=Refused("no cpu controller")), slow_down=AsyncMock()
+        ),
     ]
-    pod = LeavingPod(
-        Journal(tmp_path), parts, AsyncMock(), volumes=[], payloads=lambda _: b"", departed=tmp_path / "departed"
-    )
+    pod = SourceWorkload(parts, AsyncMock())
     with pytest.raises(Refused):
         await pod.slow_down(0.5)
     assert [part.slow_down.await_count for part in parts] == [0, 0]
@@ -298,8 +296,8 @@ async def test_somebody_who_came_in_at_the_last_moment_is_not_frozen_with_the_jo
         seen.append(files(cgroup)["freeze"].read_text())
         return 1
 
-    monkeypatch.setattr("podferry.workload.leaving.guests", guests)
-    monkeypatch.setattr("podferry.workload.leaving.show_out", show_out)
+    monkeypatch.setattr("podferry.workload.source_container.guests", guests)
+    monkeypatch.setattr("podferry.workload.source_container.show_out", show_out)
     await job.freeze()
     assert (seen, inside) == (["THAWED"], [])
     assert files(cgroup)["freeze"].read_text() == "FROZEN"

@@ -6,6 +6,7 @@ import ast
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,8 @@ import podferry
 from podferry.core.undo import Ledger
 from podferry.engine.journal import Journal
 from podferry.memory.tracking.tracker import Round
-from podferry.workload import leaving as module
-from podferry.workload.leaving import handlers
+from podferry.workload import source_container as module
+from podferry.workload.frozen import handlers
 from podferry.workload.threads import Looks, at_once, patiently, run
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -63,13 +64,13 @@ async def test_a_cut_over_and_a_roll_back_wait_for_nobody(tmp_path: Path, monkey
     cgroup = made(tmp_path / "group")
     job = leaving(tmp_path, cgroup, Journal(tmp_path / "journal"))
     fake_tracker: Any = SimpleNamespace(final=lambda: Round({}, frozenset(), frozenset(), {}), close=lambda: None)
-    job._tracker = fake_tracker
+    job.memory.tracker = fake_tracker
     monkeypatch.setattr(module, "freeze_apart_from_vfork", lambda *_: 0)
     monkeypatch.setattr(module, "guests", lambda *_: ())
     monkeypatch.setattr(module, "drained", lambda *_: None)
-    monkeypatch.setattr(module.Leaving, "_dump", lambda self, stop: {})
-    monkeypatch.setattr(module.Leaving, "mapped_shared", lambda self, at="/": set())
-    job._output = module.Output(tmp_path / "log")
+    monkeypatch.setattr(module.SourceContainer, "_dump", lambda self, stop: {})
+    monkeypatch.setattr(module.SourceContainer, "mapped_shared", lambda self, at="/": set())
+    job._running = replace(job._running, output=module.Output(tmp_path / "log"))
     (tmp_path / "log").write_bytes(b"it begins\n")
     ledger = Ledger()
     ledger.add("freeze", {"cgroup": cgroup.to_dict()})
@@ -77,7 +78,7 @@ async def test_a_cut_over_and_a_roll_back_wait_for_nobody(tmp_path: Path, monkey
         await job.freeze()
         await job.last_look()
         await job.dump()
-        assert [record async for record in job.trees(last=True)]
+        assert [record async for record in job.tree.changes(last=True)]
         assert [piece async for piece in job.logs(last=True)]
         assert await ledger.unwind(handlers()) == []
     assert (cgroup.freezer / "freezer.state").read_text() == "THAWED"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry.core.undo import Ledger
-from podferry.engine.journal import Journal, Part
+from podferry.engine.journal import JOURNAL, Journal, Part
 from podferry.engine.ports import Change, is_log
 from podferry.errors import PeerMisbehaved, UsageError
 from podferry.lazypages.page_source import Frame, Word
@@ -24,19 +24,18 @@ from podferry.node.cri import Kind, Volume
 from podferry.node.records import Container, Opaque
 from podferry.node.upper import copy
 from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
-from podferry.workload.pod.offered import OfferedPod, PodPart
-from podferry.workload.pod.parts import (
+from podferry.workload.feeder_channel import FeederChannel
+from podferry.workload.numbers import (
     container_of_directory,
     container_of_space,
     demand_known,
     directory_of,
     end_of,
-    joined,
     space_of,
-    split,
 )
+from podferry.workload.pod.offered import OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
-from podferry.workload.relay import PodRelay, Relay
+from podferry.workload.source import union
 
 pytestmark = pytest.mark.unit
 
@@ -63,8 +62,16 @@ def test_directories_are_told_apart(part: int, directory: int) -> None:
 
 
 @given(st.lists(st.builds(Change, SPACES, SPACES), min_size=1, max_size=4))
-def test_changes_are_joined_and_split_again(changes: list[Change]) -> None:
-    assert split(joined(changes), len(changes)) == changes
+def test_what_was_found_in_each_container_is_looked_up_in_one(changes: list[Change]) -> None:
+    def numbered(part: int, spaces: dict[int, Runs]) -> dict[int, Runs]:
+        return {space_of(part, pid): runs for pid, runs in spaces.items()}
+
+    found = [Change(numbered(n, one.written), numbered(n, one.dropped)) for n, one in enumerate(changes)]  # type: ignore[arg-type]
+    all_of_it = union(found)
+    assert all_of_it.bytes == sum(one.bytes for one in changes)
+    for one in found:
+        assert one.written.items() <= all_of_it.written.items()
+        assert one.dropped.items() <= all_of_it.dropped.items()
 
 
 def test_each_container_has_its_share_of_the_end() -> None:
@@ -100,6 +107,36 @@ def test_a_part_of_a_journal_keeps_to_itself(tmp_path: Path) -> None:
     again.close()
     assert Part(again, 1).held("freeze") == {"cgroup": "b"}
     assert first.directory.name == "m.0"
+
+
+@pytest.mark.parametrize(
+    ("head", "facts", "suffix"),
+    [
+        ([{"format": 3}], {"offered": {"record": ""}}, ".0"),
+        ([{"format": 2}], {"offered": {"record": ""}}, ""),
+        ([], {"offered": {"record": ""}}, ""),
+        ([{"format": 2}], {"offered": {"pod": {}}}, ".0"),
+        ([{"format": 2}], {"pod": {}}, ".0"),
+    ],
+)
+def test_the_journal_of_a_version_before_has_no_number_for_a_container_alone(
+    head: list[dict[str, Any]], facts: dict[str, Any], suffix: str, tmp_path: Path
+) -> None:
+    """A migration that the version before began is taken up: what it holds is found, and its places are those that it made."""
+    lines = [*head, {"t": 1.0, "facts": facts}, {"t": 2.0, "acquire": f"freeze{suffix}", "with": {"cgroup": "a"}}]
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal = Journal(tmp_path / "m")
+    part = Part(journal, 0)
+    assert part.held("freeze") == {"cgroup": "a"}
+    assert part.directory.name == f"m{suffix}"
+    part.note(released=True)
+    part.release("freeze")
+    journal.close()
+    again = Journal(tmp_path / "m")
+    again.close()
+    assert Part(again, 0).facts["released"] is True
+    assert again.ledger.entries == []
 
 
 @pytest.mark.anyio
@@ -225,7 +262,7 @@ async def test_the_feeders_of_a_pod_are_heard_as_one(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / str(number)))
         listener.listen(1)
         listeners.append(listener)
-    relay = PodRelay([Relay(tmp_path / str(number)) for number in range(2)])
+    relay = FeederChannel([tmp_path / str(number) for number in range(2)])
     feeders = [listener.accept()[0] for listener in listeners]
     try:
         feeders[1].send(Frame(Word.WANT, 7, 4096, 8192).encode())

@@ -26,19 +26,19 @@ from podferry.node.cri import NAMESPACE
 from podferry.node.records import Container, Opaque
 from podferry.wire.channel import Channel
 from podferry.wire.messages import Offer
-from podferry.workload import arriving, leaving
+from podferry.workload import arriving, frozen
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
-from podferry.workload.leaving import Remains
-from podferry.workload.offered import Offered
+from podferry.workload.frozen import FrozenContainer
+from podferry.workload.makers import kubelet
+from podferry.workload.makers.kubelet import KubeletOwner
 from podferry.workload.pod import arriving as arriving_pod
-from podferry.workload.pod import leaving as leaving_pod
 from podferry.workload.pod.arriving import ArrivingPod
 from podferry.workload.pod.arriving_part import ArrivingPart
 from podferry.workload.pod.inspection import PodInspection
-from podferry.workload.pod.leaving import HeldPod, LeavingPod
 from podferry.workload.pod.offered import OfferedPod
 from podferry.workload.pod.ports import Cluster, PodCheck, PodMigration, PodName, PodOrder
+from podferry.workload.source import FrozenWorkload, SourceWorkload
 from podferry.workload.threads import run
 
 Json = dict[str, Any]
@@ -184,13 +184,13 @@ class PodEngine:
         source = Source(order.order, partial(self._dial, order.target), journal, story, self.source_handlers())
         self._sources[order.id] = source
 
-        async def propose() -> tuple[Offer, LeavingPod]:
+        async def propose() -> tuple[Offer, SourceWorkload]:
             view = await run(self._inspection.pod, order.pod, order.containers)
             choice = view.demand_movable(order.order.mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
             hand_over = partial(self._cluster.hand_over, order.id)
-            job = view.leaving(self._config, self._containerd, journal, choice.kind, hand_over, order.probes)
+            job = view.source(self._config, self._containerd, journal, choice.kind, hand_over, order.probes)
             return view.offer(order.id, order.order.mode), job
 
         self._start(partial(source.run, propose))
@@ -253,11 +253,14 @@ class PodEngine:
         held = None
         if "offered" in journal.facts:
             offered = OfferedPod.from_dict(journal.facts["offered"], story.name)
-            parts = [
-                Remains(Part(journal, number), self._containerd, Offered(_record(one.id)))
+            containers = [
+                FrozenContainer(Part(journal, number), self._containerd, _record(one.id))
                 for number, one in enumerate(offered.containers)
             ]
-            held = HeldPod(journal, parts, partial(self._cluster.hand_over, story.id))
+            departed = self._config.departed / offered.pod.uid
+            held = FrozenWorkload(
+                containers, KubeletOwner(journal, partial(self._cluster.hand_over, story.id), departed=departed)
+            )
         return Source(
             Order(story.mode), partial(self._dial, story.target), journal, story, self.source_handlers(), held
         )
@@ -269,7 +272,7 @@ class PodEngine:
 
     def source_handlers(self) -> dict[str, Handler]:
         """How what the source's half holds is taken back."""
-        return {**leaving.handlers(), **leaving_pod.handlers()}
+        return {**frozen.handlers(), **kubelet.source_handlers()}
 
     def target_handlers(self) -> dict[str, Handler]:
         """How what the target's half holds is taken back."""
@@ -289,11 +292,6 @@ class PodEngine:
         for directory in (self._config.arrived, self._config.departed):
             with suppress(FileNotFoundError):
                 yield from directory.iterdir()
-
-
-def is_of_a_pod(journal: Journal) -> bool:
-    """Whether a journal is that of a pod's migration."""
-    return pod_of(journal) is not None
 
 
 def pod_of(journal: Journal) -> PodName | None:

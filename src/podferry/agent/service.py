@@ -20,12 +20,12 @@ from podferry import __version__
 from podferry.agent import control
 from podferry.agent.admission import demand_allowed, demand_peer, known_addresses
 from podferry.agent.control import Emit
-from podferry.agent.pods import PodEngine, is_of_a_pod
+from podferry.agent.pods import PodEngine
 from podferry.core.facts import NodeFacts
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent
 from podferry.core.precopy import Policy
 from podferry.engine.attempt import Attempt, leaves
-from podferry.engine.journal import Journal, forget_old, journals
+from podferry.engine.journal import Journal, Part, forget_old, journals
 from podferry.engine.letters import Letters
 from podferry.engine.source import Order, Source
 from podferry.engine.story import Story
@@ -39,15 +39,17 @@ from podferry.wire.frames import Data
 from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Unknown
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
-from podferry.workload import arriving, leaving
+from podferry.workload import arriving, frozen
 from podferry.workload.account import Account, Room, free_here, needed
 from podferry.workload.arriving import Arriving
 from podferry.workload.config import Config
+from podferry.workload.frozen import FrozenContainer
 from podferry.workload.inspection import Inspection
-from podferry.workload.leaving import Leaving
+from podferry.workload.makers.containerd import ContainerdOwner
 from podferry.workload.offered import Offered
 from podferry.workload.pod.offered import OfferedPod
 from podferry.workload.pod.ports import Cluster
+from podferry.workload.source import FrozenWorkload, SourceWorkload
 from podferry.workload.threads import run
 
 KEEP_RECORDS = 200
@@ -165,18 +167,20 @@ class Agent:
         self.account.release(target.story.id)
 
     def _source_again(self, journal: Journal, story: Story) -> Source:
-        if is_of_a_pod(journal):
+        if journal.is_of_a_pod:
             return self.pods.source_again(journal, story)
         held = None
         if "offered" in journal.facts:
-            held = leaving.Remains(journal, self.containerd, Offered.from_dict(journal.facts["offered"], story.name))
-        return Source(Order(story.mode), partial(self._dial, story.target), journal, story, leaving.handlers(), held)
+            offered = Offered.from_dict(journal.facts["offered"], story.name)
+            container = FrozenContainer(Part(journal, 0), self.containerd, offered.record)
+            held = FrozenWorkload([container], ContainerdOwner(self.containerd, offered.log))
+        return Source(Order(story.mode), partial(self._dial, story.target), journal, story, frozen.handlers(), held)
 
     def _target_again(self, journal: Journal, story: Story) -> Target:
-        if is_of_a_pod(journal):
+        if journal.is_of_a_pod:
             return self.pods.target_again(journal, story)
         offered = Offered.from_dict(journal.facts["offered"], story.name)
-        job = Arriving(self.config, self.containerd, journal, offered)
+        job = Arriving(self.config, self.containerd, Part(journal, 0), offered)
         handlers = arriving.handlers(self.config, self.containerd)
         return Target(job, journal, story, handlers)
 
@@ -321,23 +325,15 @@ class Agent:
         journal = Journal(self.config.migrations / id)
         story = Story(id, name, self.config.node, to, order.mode)
         journal.note(role="source", record=story.to_dict())
-        source = Source(order, partial(self._dial, to), journal, story, leaving.handlers())
+        source = Source(order, partial(self._dial, to), journal, story, frozen.handlers())
         self._sources[id] = source
 
-        async def propose() -> tuple[Offer, Leaving]:
+        async def propose() -> tuple[Offer, SourceWorkload]:
             view = await run(partial(self.inspection.container, name))
             choice = view.demand_movable(order.mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
-            job = Leaving(
-                self.config,
-                self.containerd,
-                journal,
-                offered=view.offered,
-                task=view.task,
-                upper=view.upper,
-                kind=choice.kind,
-            )
+            job = view.source(self.config, self.containerd, journal, choice.kind)
             return view.offer(id, order.mode), job
 
         self._start(partial(source.run, propose))
@@ -438,7 +434,7 @@ class Agent:
         if isinstance(offered, OfferedPod):
             target = Target(self.pods.arriving(journal, offered, promise), journal, story, self.pods.target_handlers())
         else:
-            job = Arriving(self.config, self.containerd, journal, offered, promise)
+            job = Arriving(self.config, self.containerd, Part(journal, 0), offered, promise)
             target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
         self._targets[offer.migration] = target
         return target, first

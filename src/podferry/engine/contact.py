@@ -15,7 +15,7 @@ from anyio.abc import TaskGroup
 
 from podferry.engine.attempt import leaves
 from podferry.engine.letters import Letters
-from podferry.engine.ports import Debt, OriginalGone
+from podferry.engine.ports import OriginalGone, RemotePages
 from podferry.engine.sending import Sender
 from podferry.engine.story import Story
 from podferry.errors import Failed, PodferryError
@@ -52,12 +52,12 @@ class Contact:
         story: Story,
         log: Any,
         dial: Callable[[], AbstractAsyncContextManager[Channel]],
-        debt: Callable[[], Debt] | None,
+        debt: Callable[[], RemotePages] | None,
         runs: Callable[[], Awaitable[bool]],
     ) -> None:
         self.letters: Letters | None = None
         self._story, self._log, self._dial, self._debt, self._runs = story, log, dial, debt, runs
-        self._owed: Debt | None = None
+        self._owed: RemotePages | None = None
 
     async def say_go(self, letters: Letters) -> Running | GaveUp | None:
         """Send GO and hear what became of it; None where the contact broke."""
@@ -165,7 +165,7 @@ class Contact:
             return await letters.expect(*kinds)
 
     @asynccontextmanager
-    async def _answering(self, letters: Letters) -> AsyncIterator[Debt]:
+    async def _answering(self, letters: Letters) -> AsyncIterator[RemotePages]:
         """Send each page that the job, or its restore, waits for, as long as the context lasts."""
         assert self._debt is not None
         owed = self._owed = self._owed or self._debt()

@@ -4,7 +4,8 @@ One directory a migration, one file of JSON lines in it, only ever appended to. 
 was torn by a crash or a full disk and is dropped: what it would have recorded had not begun, since every line is written before the
 act it announces. A write that is cut short is an error, and what it left is cut off before anything else is written: nothing that
 was written later may be hidden behind half a line. The first line names the format; journals without it are of format 1, which
-differs in nothing else.
+differs from format 2 in nothing else. From format 3 on what a container alone holds and knows is written under its number, 0, as in
+a pod's journal.
 
 A killed agent loses nothing that it wrote; only a node that dies could, and its containers die with it. So a line is synced to
 disk only where it passes the right to run.
@@ -28,8 +29,10 @@ from podferry.fs.private import private_directory
 
 JOURNAL = "journal.jsonl"
 RECORD = "record.json"
-FORMAT = 2
-FORMATS = (1, 2)
+FORMAT = 3
+FORMATS = (1, 2, 3)
+NUMBERED = 3
+"""The format from which on a container alone is written down as a pod of one is."""
 KEEP_SECONDS = 90 * 86400.0
 _BEGINS = b'{"t":'
 
@@ -41,6 +44,7 @@ class Journal:
         self.directory = directory
         private_directory(directory, below=directory.parent)
         self._lines, self._end = _read(directory / JOURNAL)
+        self.format = int(self._lines[0].get("format", 1)) if self._lines else FORMAT
         self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.ledger = Ledger()
         self.facts: dict[str, Any] = {}
@@ -63,6 +67,11 @@ class Journal:
     def release(self, kind: str) -> None:
         """Strike out what was given back in the ordinary course."""
         self._append({"release": kind})
+
+    @property
+    def is_of_a_pod(self) -> bool:
+        """Whether the migration is that of a pod, and not of a container alone."""
+        return "pod" in self.facts or "pod" in self.facts.get("offered", {})
 
     def held(self, kind: str) -> Mapping[str, Any] | None:
         """The facts of what is held of that kind, or None."""
@@ -113,19 +122,23 @@ class Journal:
 
 
 class Part:
-    """One container's share of the journal of a pod: what it holds and knows is written down under its number.
+    """One container's share of the journal: what it holds and knows is written down under its number.
 
-    It is used as a journal is; its `directory` does not exist, but gives the container's other places a name.
+    It is used as a journal is; its `directory` does not exist, but gives the container's other places a name. Up to format 2 a
+    container alone had no number in its journal.
     """
 
     def __init__(self, journal: Journal, number: int) -> None:
-        self._journal, self._suffix = journal, f".{number}"
+        self._journal, self.number = journal, number
+        self._suffix = f".{number}" if journal.format >= NUMBERED or journal.is_of_a_pod else ""
         self.directory = journal.directory.with_name(journal.directory.name + self._suffix)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Those of the whole migration, and this container's."""
         facts = self._journal.facts
+        if not self._suffix:
+            return facts
         own = {name.removesuffix(self._suffix): facts[name] for name in facts if name.endswith(self._suffix)}
         return {**facts, **own}
 

@@ -1,11 +1,11 @@
 """What the engine needs of the world: every effect of a migration passes through one of these.
 
-`source.py` and `target.py` are written against them; `leaving.py` and `arriving.py` fulfil them with the real containerd, runc,
-CRIU, kernel and disk, and a unit test with fakes that fail, stall or die at will.
+`source.py` and `target.py` are written against them; `podferry.workload` fulfils them with the real containerd, runc, CRIU, kernel
+and disk, and a unit test with fakes that fail, stall or die at will.
 
-Memory is spoken of in *spaces*: one per process, named by its pid inside the container, as CRIU's images name it. Files come as
-*trees* and in flat *directories*, by number. One container has one tree, its upper layer, and two directories; a pod has several,
-and `podferry.workload.pod.parts` says how they are numbered.
+What moves is a *workload*: one container or more, frozen together and committed by one GO. Memory is spoken of in *spaces*, one per
+process; files come as *trees* and in flat *directories*. All three have numbers, in which the container's is contained, and which
+are the same on both sides and on the wire (`podferry.workload.numbers`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
 Json = dict[str, Any]
 
 UPPER, IMAGES, LOG = 0, 0, 1
-"""On the wire: the tree of the upper layer; the directories of CRIU's images and of the container's log. In a pod directories of
-images are even, of logs odd."""
+"""Of the first container: the tree of its upper layer; the directories of CRIU's images and of its log. Directories of images are
+even, of logs odd."""
 
 
 def is_log(directory: int) -> bool:
@@ -66,8 +66,8 @@ class JobDied(Failed):
     code = "PF244"
 
 
-class Debt(Protocol):
-    """Post-copy on the source: the memory that the target has not got (`podferry.workload.owed`).
+class RemotePages(Protocol):
+    """Post-copy on the source: the memory that the target has not got (`podferry.workload.remote_pages`).
 
     Frames are only made of what was read: where the original has ended, `OriginalGone` is raised, since zeros would be lies.
     """
@@ -94,8 +94,8 @@ class Debt(Protocol):
         ...
 
 
-class Line(Protocol):
-    """Post-copy on the target: the line to whoever feeds the job its pages (`podferry.workload.relay`)."""
+class PageChannel(Protocol):
+    """Post-copy on the target: the channel to the page feeders (`podferry.workload.feeder_channel`)."""
 
     def arrived(self, space: int, start: int, end: int) -> None:
         """The store has these pages now."""
@@ -121,7 +121,7 @@ class Line(Protocol):
 class HeldJob(Protocol):
     """The frozen original on the source, once the right to run has passed."""
 
-    def owed(self) -> Debt:
+    def owed(self) -> RemotePages:
         """Post-copy: the memory that the target has not got. Where nobody remembers what it got, that is all memory.
         Raises `OriginalGone`."""
         ...
@@ -261,11 +261,11 @@ class ArrivingJob(Protocol):
         """After `release`: what the job has not here as it had it on the source, and could not be given."""
         ...
 
-    def relay(self) -> Line:
+    def relay(self) -> PageChannel:
         """Post-copy: connect to the page feeder. Pages that arrive from now on must be told to it."""
         ...
 
-    def all_owed_came(self, line: Line) -> None:
+    def all_owed_came(self, channel: PageChannel) -> None:
         """Post-copy: the source has sent all that it owed; what is still absent is zero."""
         ...
 

@@ -18,7 +18,7 @@ from podferry.core.phases import TARGET_ENDS, TARGET_MAY_RUN, TargetEvent, Targe
 from podferry.core.undo import Handler
 from podferry.engine.attempt import Attempt
 from podferry.engine.journal import Journal
-from podferry.engine.ports import ArrivingJob, JobDied, Json, Line, is_log
+from podferry.engine.ports import ArrivingJob, JobDied, Json, PageChannel, is_log
 from podferry.engine.story import Story
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, TimedOut
 from podferry.model import Outcome
@@ -187,7 +187,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 self._fetches.discard(scope)
                 relay.close()
 
-    async def _pass_on_pages(self, channel: Channel, relay: Line, scope: anyio.CancelScope) -> None:
+    async def _pass_on_pages(self, channel: Channel, relay: PageChannel, scope: anyio.CancelScope) -> None:
         while True:
             item = await channel.receive()
             if scope.cancel_called:  # what was there already comes without a wait, in which a cancel could strike
@@ -209,7 +209,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                     raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
             await relay.flush()
 
-    async def _pass_on_wants(self, relay: Line, channel: Channel) -> None:
+    async def _pass_on_wants(self, relay: PageChannel, channel: Channel) -> None:
         while (want := await relay.wanted()) is not None:
             await channel.send(PageWanted(want.space, want.start))
 

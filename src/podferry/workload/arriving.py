@@ -28,8 +28,8 @@ from podferry.criu.incoming import Incoming
 from podferry.criu.restored_group import group_to_tell
 from podferry.criu.restoring import Restoring
 from podferry.criu.rights import demand_no_more
-from podferry.engine.journal import Journal, Part
-from podferry.engine.ports import IMAGES, LOG, UPPER, Json, Line
+from podferry.engine.journal import Part
+from podferry.engine.ports import IMAGES, LOG, UPPER, Json, PageChannel
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused, TimedOut
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.store.page_store import PageStore
@@ -45,6 +45,7 @@ from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import StateEnd
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
+from podferry.workload.feeder_channel import FeederChannel
 from podferry.workload.helpers import (
     END_TIMEOUT,
     ended,
@@ -57,8 +58,8 @@ from podferry.workload.helpers import (
 )
 from podferry.workload.keeping import INVENTORY, Kept, keeping
 from podferry.workload.nodefacts import version
+from podferry.workload.numbers import space_of
 from podferry.workload.offered import Offered
-from podferry.workload.relay import Relay
 from podferry.workload.threads import at_once, patiently, run
 
 POISE_TIMEOUT = 60.0
@@ -80,7 +81,7 @@ class Arriving:
         self,
         config: Config,
         containerd: Containerd,
-        journal: Journal | Part,
+        journal: Part,
         offer: Offered | None,
         promise: Promise | None = None,
     ) -> None:
@@ -300,18 +301,22 @@ class Arriving:
 
     # Post-copy.
 
-    def relay(self) -> Relay:
+    def relay(self) -> FeederChannel:
         """Connect to the page feeder."""
+        return FeederChannel([self.feeder_socket()])
+
+    def feeder_socket(self) -> Path:
+        """Where the page feeder is told what has come, and asks for what is wanted."""
         self._promise = None
         if self._store is None:
             self._store = PageStore.open(self.scratch / "store")
-        return Relay(self.scratch / FEEDER_SOCKET)
+        return self.scratch / FEEDER_SOCKET
 
-    def all_owed_came(self, line: Line) -> None:
+    def all_owed_came(self, channel: PageChannel) -> None:
         """What is absent now, of the pages that CRIU left to the feeder, is zero."""
-        for space, gaps in missing(self._need_store(), self._need_incoming().images).items():
+        for pid, gaps in missing(self._need_store(), self._need_incoming().images).items():
             for start, end in gaps:
-                line.zero(space, start, end)
+                channel.zero(space_of(self._journal.number, pid), start, end)
 
     # The resume.
 

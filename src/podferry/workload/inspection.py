@@ -9,6 +9,7 @@ from typing import Any
 from podferry.core.allowed_spec import DEFAULT_CAPABILITIES
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import GUARDS, LIMITS, Question, refusals, unthrottled, warnings
+from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
 from podferry.memory.kernel.guards import has_guards
 from podferry.memory.tracking.tracker import Choice, Kind, choose, probe
@@ -20,8 +21,11 @@ from podferry.node.newfile import check_new
 from podferry.node.records import Container, Status, Stdio, Task, upper_dir
 from podferry.wire.messages import Offer
 from podferry.workload.config import Config
+from podferry.workload.makers.containerd import ContainerdOwner
 from podferry.workload.nodefacts import node_facts
 from podferry.workload.offered import Offered, log_file
+from podferry.workload.source import SourceWorkload
+from podferry.workload.source_container import Output, RunningContainer, SourceContainer
 
 RUNTIME = "podferry-runc"
 DUMP_FLAGS = ("--file-locks",)
@@ -56,6 +60,13 @@ class View:
             self.container.anonymous,
             self.container.upper,
         )
+
+    def source(self, config: Config, containerd: Containerd, journal: Journal, kind: Kind) -> SourceWorkload:
+        """The container, ready to be moved."""
+        offered = self.offered
+        running = RunningContainer(offered.record, self.task, self.upper, Output(offered.log), flags=offered.flags)
+        container = SourceContainer(config, containerd, Part(journal, 0), running, kind)
+        return SourceWorkload([container], ContainerdOwner(containerd, offered.log))
 
     def question(self, mode: Mode, target: NodeFacts | None = None) -> Question:
         """What preflight is asked."""

@@ -15,8 +15,8 @@ from typing import Any
 
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal
-from podferry.engine.ports import JobDied, Json, Line
-from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
+from podferry.engine.ports import JobDied, Json, PageChannel
+from podferry.errors import Failed, PeerMisbehaved, PodferryError
 from podferry.node import cri
 from podferry.node.containerd import Containerd
 from podferry.node.cri import Kind, Volume
@@ -25,13 +25,13 @@ from podferry.node.staging import Staged, discard_all
 from podferry.node.upper import Receiver
 from podferry.wire.messages import StateEnd
 from podferry.workload.config import Config
+from podferry.workload.feeder_channel import FeederChannel
 from podferry.workload.helpers import gathered
+from podferry.workload.numbers import container_of_directory, container_of_space, demand_known, end_of
 from podferry.workload.pod import arriving_part
 from podferry.workload.pod.arriving_part import ArrivingPart
 from podferry.workload.pod.offered import OfferedPod
-from podferry.workload.pod.parts import container_of_directory, container_of_space, demand_known, end_of
 from podferry.workload.pod.ports import Cluster
-from podferry.workload.relay import PodRelay
 from podferry.workload.threads import at_once, run
 
 MADE_TIMEOUT = 100.0
@@ -162,16 +162,14 @@ class ArrivingPod:
 
     # Post-copy.
 
-    def relay(self) -> PodRelay:
+    def relay(self) -> FeederChannel:
         """Connect to the page feeders."""
-        return PodRelay([part.relay() for part in self._parts])
+        return FeederChannel([part.feeder_socket() for part in self._parts])
 
-    def all_owed_came(self, line: Line) -> None:
+    def all_owed_came(self, channel: PageChannel) -> None:
         """What is absent now is zero."""
-        if not isinstance(line, PodRelay):
-            raise Bug("not the line of a pod")
-        for part, own in zip(self._parts, line.parts, strict=True):
-            part.all_owed_came(own)
+        for part in self._parts:
+            part.all_owed_came(channel)
 
     # The resume.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from podferry.node.records import Task, upper_dir
 from podferry.wire.messages import Offer
 from podferry.workload.config import Config
 from podferry.workload.inspection import DUMP_FLAGS, why_not, with_unsaved
-from podferry.workload.leaving import Leaving, Output
+from podferry.workload.makers.kubelet import HandOver, KubeletOwner
 from podferry.workload.nodefacts import node_facts
-from podferry.workload.offered import Offered
-from podferry.workload.pod.leaving import HandOver, LeavingPod
 from podferry.workload.pod.offered import LAST_WORDS, OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 from podferry.workload.pod.probes import Probe
+from podferry.workload.source import SourceWorkload
+from podferry.workload.source_container import Output, RunningContainer, SourceContainer
+from podferry.workload.source_tree import SourceTree
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class PodView:
             raise refusal
         return self.tracker if mode is Mode.LIVE else Choice(Kind.NONE, f"mode {mode} tracks nothing")
 
-    def leaving(
+    def source(
         self,
         config: Config,
         containerd: Containerd,
@@ -100,46 +102,43 @@ class PodView:
         kind: Kind,
         hand_over: HandOver,
         probes: Sequence[Probe] = (),
-    ) -> LeavingPod:
+    ) -> SourceWorkload:
         """The pod, ready to be moved."""
-        parts = [
-            Leaving(
-                config,
-                containerd,
-                # of what is offered only the record and the flags are asked: the kubelet sees to the rest
-                Part(journal, number),
-                offered=Offered(member.container.record, flags=DUMP_FLAGS),
-                task=member.task,
-                upper=member.upper,
-                kind=kind,
-                output=Output(member.container.log, fifos(member.task)),
-                enclosed=self._last_words(member, config.kubelet),
-                conf=POD_CONF,
-                guarded=True,
-            )
+        containers = [
+            SourceContainer(config, containerd, Part(journal, number), self._running(member, config.kubelet), kind)
             for number, member in enumerate(self.members)
         ]
-        mounted = [
-            (path, {number: list(cri.mounted_at(member.spec, path)) for number, member in enumerate(self.members)})
-            for _, path in self.volumes
-        ]
+
+        def suspects(path: Path) -> set[bytes]:
+            return {
+                file
+                for member, one in zip(self.members, containers, strict=True)
+                for at in cri.mounted_at(member.spec, path)
+                for file in one.mapped_shared(at)
+            }
 
         def payloads_open_in(images: Sequence[bytes]) -> bytes:
             return payloads.pack(payloads.open_in(images, self.pod.uid, config.kubelet))
 
-        return LeavingPod(
-            journal,
-            parts,
-            hand_over,
-            volumes=mounted,
-            payloads=payloads_open_in,
-            departed=config.departed / self.pod.uid,
-            probes=probes,
+        owner = KubeletOwner(
+            journal, hand_over, departed=config.departed / self.pod.uid, payloads=payloads_open_in, probes=probes
+        )
+        return SourceWorkload(
+            containers, owner, [SourceTree(path, partial(suspects, path)) for _, path in self.volumes]
         )
 
-    def _last_words(self, member: Member, kubelet: Path) -> dict[str, Path]:
-        path = cri.termination_message(member.spec, self.pod.uid, member.container.name, kubelet)
-        return {LAST_WORDS: path} if path else {}
+    def _running(self, member: Member, kubelet: Path) -> RunningContainer:
+        last_words = cri.termination_message(member.spec, self.pod.uid, member.container.name, kubelet)
+        return RunningContainer(
+            member.container.record,
+            member.task,
+            member.upper,
+            Output(member.container.log, fifos(member.task)),
+            flags=DUMP_FLAGS,
+            enclosed={LAST_WORDS: last_words} if last_words else {},
+            conf=POD_CONF,
+            guarded=True,
+        )
 
 
 class PodInspection:

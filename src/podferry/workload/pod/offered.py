@@ -11,7 +11,7 @@ from podferry.core.strict import Limit, NotStrict, from_json, to_json
 from podferry.criu.checkpoint import FLAGS
 from podferry.errors import PeerMisbehaved
 from podferry.node.cri import CONTAINER_NAME, UID, Volume
-from podferry.workload.pod.parts import MOST_CONTAINERS
+from podferry.workload.numbers import MOST_CONTAINERS
 from podferry.workload.pod.ports import PodName
 
 LAST_WORDS = "podferry-last-words"

@@ -23,13 +23,11 @@ PUSH = 256 << 10
 ROUND = 0
 
 
-class Owed:
-    """`runs` of memory, by space, of the frozen processes `pids`, by space too. Raises `OriginalGone` where there are none."""
+class FrozenPages:
+    """`RemotePages`: the runs of memory `runs` of the frozen processes `pids`, both by space, of all containers of a workload."""
 
     def __init__(self, pids: Mapping[int, int], runs: Mapping[int, Runs]) -> None:
-        if not pids:
-            raise OriginalGone("the frozen original has ended")
-        self._pids, self._runs = pids, dict(runs)
+        self._pids, self._runs = dict(pids), dict(runs)
         self._given: dict[int, Runs] = {}
         self._asking: dict[int, Reader] = {}
 

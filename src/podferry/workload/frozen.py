@@ -1,0 +1,151 @@
+"""A container that stands still on the source: whether it executes, what it has left to send, how it is killed or goes on.
+
+A killed agent finds it by the ledger alone, so everything here works from what the journal says.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from podferry.core.undo import Handler
+from podferry.criu.checkpoint import Hold, Process
+from podferry.engine.journal import Part
+from podferry.engine.ports import OriginalGone
+from podferry.errors import Refused
+from podferry.memory.tracking.tracker import Kind, create
+from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
+from podferry.node.containerd import Containerd
+from podferry.node.records import Container
+from podferry.workload.helpers import reap, runs
+from podferry.workload.numbers import space_of
+from podferry.workload.source_memory import Left, pid_inside
+from podferry.workload.threads import at_once, run
+
+
+class FrozenContainer:
+    """The container `record` on the source, by what `journal` says of it: one that an earlier agent took past the point of no
+    return, or what a running one (`SourceContainer`) is as well."""
+
+    def __init__(self, journal: Part, containerd: Containerd, record: Container) -> None:
+        self.journal, self.containerd, self.record = journal, containerd, record
+        self.group: Cgroup | None = None
+        """The cgroup in which it was killed."""
+
+    def left(self) -> Left:
+        """All memory: what the earlier agent sent died with it. Raises `OriginalGone`."""
+        try:
+            cgroup = Cgroup.of_container(self.containerd.runc_root(self.record), self.record.id)
+        except CgroupFailed as error:
+            if runs(self.containerd, self.record.id):
+                raise
+            raise OriginalGone.because("the frozen original has ended", error) from error
+        seen = create(Kind.NONE, cgroup.pids).final()
+        if not seen.spaces:
+            raise OriginalGone("the frozen original has ended")
+        pids = {space_of(self.journal.number, pid_inside(pid)): pid for pid in seen.spaces}
+        return Left(pids, {space: seen.spaces[pid].written for space, pid in pids.items()})
+
+    async def kill(self) -> None:
+        """Kill the frozen container; not one instruction of it runs. May be called again after a failure."""
+        if (facts := self.journal.held("freeze")) is not None:
+            self.group = Cgroup.from_dict(facts["cgroup"])
+        await at_once(kill_frozen, self.journal)
+
+    async def runs(self) -> bool:
+        """Whether the container is there and has not ended."""
+        return await run(runs, self.containerd, self.record.id)
+
+    def executing(self) -> bool:
+        """Whether the cgroup that was frozen is thawed and has processes."""
+        facts = self.journal.held("freeze")
+        return facts is not None and executes(Cgroup.from_dict(facts["cgroup"]))
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def executes(cgroup: Cgroup) -> bool:
+    """Whether processes of the cgroup run. Where it is gone, none do."""
+    with suppress(CgroupFailed, OSError):
+        return cgroup.state() is Frozen.THAWED and bool(cgroup.pids())
+    return False
+
+
+def kill_frozen(journal: Part) -> None:
+    """Kill a frozen container, and open its door. May be called again after a failure."""
+    if (facts := journal.held("hold")) is not None:
+        hold = Hold.from_dict(dict(facts))
+        hold.commit()
+        reap(hold.runc)
+    if (facts := journal.held("door")) is not None:
+        open_door(facts)
+    for kind in ("hold", "freeze", "quota", "door"):
+        journal.release(kind)
+
+
+def open_door(facts: Mapping[str, Any]) -> None:
+    """Let people in again. A signal that podferry-runc refused while the container stood still is sent now, where there is somebody
+    to get it: containerd, which was asked to stop the container, sends it once only, and kills when its patience is over."""
+    door = Path(facts["path"])
+    door.unlink(missing_ok=True)
+    refused = door.with_name(f"{door.name}.signal")
+    with suppress(FileNotFoundError):
+        wanted = signal_of(refused.read_text().strip())
+        refused.unlink()
+        if wanted is not None and "init" in facts:
+            Process(**facts["init"]).send(wanted)
+
+
+def signal_of(word: str) -> signal.Signals | None:
+    """A signal as `runc kill` takes it: 15, TERM or SIGTERM. None for what is none."""
+    try:
+        return signal.Signals(int(word)) if word.isdigit() else signal.Signals[f"SIG{word.upper().removeprefix('SIG')}"]
+    except (ValueError, KeyError):
+        return None
+
+
+@contextmanager
+def unless_gone(cgroup: Cgroup) -> Iterator[None]:
+    """A cgroup that went with its container needs nothing done to it. One that is there and fails is still owed what was tried:
+    the error goes on to whoever tries again and tells."""
+    try:
+        yield
+    except (CgroupFailed, Refused):
+        if cgroup.freezer.exists():
+            raise
+
+
+def handlers() -> dict[str, Handler]:
+    """How each thing that the ledger of a container on the source may hold is taken back."""
+
+    def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
+        return lambda facts: at_once(function, facts)
+
+    def roll_back(facts: Mapping[str, Any]) -> None:
+        hold = Hold.from_dict(dict(facts))
+        with unless_gone(hold.cgroup):
+            hold.rollback()
+        reap(hold.runc)
+
+    def thaw(facts: Mapping[str, Any]) -> None:
+        cgroup = Cgroup.from_dict(facts["cgroup"])
+        with unless_gone(cgroup):
+            cgroup.thaw()
+
+    def give_back(facts: Mapping[str, Any]) -> None:
+        cgroup = Cgroup.from_dict(facts["cgroup"])
+        with unless_gone(cgroup):
+            cgroup.set_cpu_quota(CpuQuota.from_dict(facts["quota"]))
+
+    return {
+        "door": threaded(open_door),
+        "outgoing": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
+        "hold": threaded(roll_back),
+        "freeze": threaded(thaw),
+        "quota": threaded(give_back),
+    }

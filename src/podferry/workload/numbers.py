@@ -1,0 +1,63 @@
+"""How the containers and volumes of a workload are told apart on the wire.
+
+The containers are numbered from 0, in the order in which the kubelet starts them. Container `n` has
+
+- the spaces `n << 22 | pid`, since every container counts its processes from 1 and the kernel allows 2^22 of them;
+- the tree `n`, its upper layer; the volumes' trees follow those of all containers;
+- the directories `2n`, CRIU's images, and `2n + 1`, its log.
+
+A container gives its pages and files these numbers when it makes their frames, and nobody between it and the container on the
+target changes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from podferry.errors import PeerMisbehaved
+from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
+
+PID_BITS = 22
+PIDS = (1 << PID_BITS) - 1
+MOST_CONTAINERS = 64
+
+
+def space_of(container: int, pid: int) -> int:
+    """The space of process `pid` of a container."""
+    return container << PID_BITS | pid
+
+
+def container_of_space(space: int) -> tuple[int, int]:
+    """The inverse of `space_of`: (container, pid)."""
+    return space >> PID_BITS, space & PIDS
+
+
+def directory_of(container: int, directory: int) -> int:
+    """The directory that is `directory` (IMAGES or LOG) of a container."""
+    return 2 * container + directory
+
+
+def container_of_directory(directory: int) -> tuple[int, int]:
+    """The inverse of `directory_of`."""
+    return divmod(directory, 2)
+
+
+def end_of(container: int, end: StateEnd) -> StateEnd:
+    """What concerns one container, as the first one's."""
+    return StateEnd(
+        end.migration,
+        tuple(replace(one, directory=one.directory % 2) for one in end.files if one.directory // 2 == container),
+        tuple(SpaceSum(one.space & PIDS, one.pages) for one in end.spaces if one.space >> PID_BITS == container),
+        tuple(replace(one, tree=0) for one in end.trees if one.tree == container),
+    )
+
+
+def demand_known(end: StateEnd, containers: int, trees: int) -> None:
+    """Raise `PeerMisbehaved` where `end` speaks of containers or trees that the workload has not."""
+    strange: list[FileSum | SpaceSum | TreeSum] = [
+        one for one in end.files if container_of_directory(one.directory)[0] >= containers
+    ]
+    strange += [one for one in end.spaces if container_of_space(one.space)[0] >= containers]
+    strange += [one for one in end.trees if one.tree >= trees]
+    if strange:
+        raise PeerMisbehaved("the source speaks of containers that the workload has not", why=str(strange[0]))

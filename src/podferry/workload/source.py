@@ -1,0 +1,200 @@
+"""A running workload on the source: its containers freeze together, are dumped side by side, and end together.
+
+A container alone is a workload of one. Whose the containers are, podferry's user's or the kubelet's, is asked of their `Owner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Protocol
+
+import anyio
+
+from podferry.engine.ports import Change, RemotePages
+from podferry.memory.ranges import Runs
+from podferry.model import Dump
+from podferry.node.cgroup import Cgroup
+from podferry.wire.frames import Drop, Pages
+from podferry.wire.messages import SpaceSum, TreeSum
+from podferry.workload.frozen import FrozenContainer
+from podferry.workload.helpers import gathered
+from podferry.workload.remote_pages import FrozenPages
+from podferry.workload.source_container import SourceContainer
+from podferry.workload.source_tree import SourceTree
+
+Images = Mapping[tuple[int, str], bytes]
+"""CRIU's images, by directory and name."""
+
+
+class Owner(Protocol):
+    """Whose the workload's containers are on this node, and what it is to be told of their move. Each call may be made again."""
+
+    async def stand_by(self, cgroups: Sequence[Cgroup]) -> None:
+        """The freeze is near."""
+        ...
+
+    async def before_freeze(self) -> None:
+        """The containers stand still from now on, unless the migration is undone."""
+        ...
+
+    async def completed(self, images: Images) -> Images:
+        """The images, with what else of the source the target's containers need."""
+        ...
+
+    async def before_commit(self) -> None:
+        """The workload runs on the target: returns when the frozen containers may be killed."""
+        ...
+
+    async def after_commit(self, killed: Sequence[FrozenContainer]) -> None:
+        """They were killed: see to what is left of them."""
+        ...
+
+
+class FrozenWorkload:
+    """The frozen original, its containers by their number."""
+
+    def __init__(self, containers: Sequence[FrozenContainer], owner: Owner) -> None:
+        self._frozen, self._owner = containers, owner
+        self._remote: RemotePages | None = None
+
+    def owed(self) -> RemotePages:
+        """Post-copy: the memory that the target has not got."""
+        if self._remote is None:
+            pids: dict[int, int] = {}
+            runs: dict[int, Runs] = {}
+            for one in self._frozen:
+                left = one.left()
+                pids |= left.pids
+                runs |= left.runs
+            self._remote = FrozenPages(pids, runs)
+        return self._remote
+
+    async def commit(self) -> None:
+        """Kill the frozen original, once its owner lets it go."""
+        await self._owner.before_commit()
+        for one in self._frozen:
+            await one.kill()
+        await self._owner.after_commit(self._frozen)
+
+    async def runs(self) -> bool:
+        """Whether every container is there and has not ended."""
+        return all([await one.runs() for one in self._frozen])
+
+    def executing(self) -> bool:
+        """Whether anything of the workload is not frozen."""
+        return any(one.executing() for one in self._frozen)
+
+    async def close(self) -> None:
+        """Let go of descriptors."""
+        if self._remote is not None:
+            self._remote.close()
+        for one in self._frozen:
+            await one.close()
+
+
+class SourceWorkload(FrozenWorkload):
+    """A running workload. `volumes` are its file systems beside the containers' upper layers, in the offer's order."""
+
+    def __init__(self, containers: Sequence[SourceContainer], owner: Owner, volumes: Sequence[SourceTree] = ()) -> None:
+        super().__init__(containers, owner)
+        self._containers = containers
+        self._trees = [*(one.tree for one in containers), *volumes]
+
+    # Memory.
+
+    async def look(self) -> Change:
+        """What was written or dropped since the last look; everything at the first."""
+        return union(await gathered(*(one.look for one in self._containers)))
+
+    async def last_look(self) -> Change:
+        """The last one: the workload is frozen, and the trackers leave it."""
+        return union(await gathered(*(one.last_look for one in self._containers)))
+
+    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
+        """Read what `change` lists, one container after another."""
+        return chain.from_iterable(one.memory.read(change, round) for one in self._containers)
+
+    def owe(self, change: Change) -> Iterator[Drop]:
+        """Post-copy: leave what `change` lists for later."""
+        return chain.from_iterable(one.memory.leave(change) for one in self._containers)
+
+    def memory_totals(self) -> tuple[SpaceSum, ...]:
+        """How many pages of each space the target must hold by now."""
+        return tuple(chain.from_iterable(one.memory.totals() for one in self._containers))
+
+    # Files.
+
+    async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
+        """One pass over the upper layers and the volumes."""
+        for number, tree in enumerate(self._trees):
+            async for record in tree.changes(last=last):
+                yield number, record
+
+    def tree_totals(self) -> tuple[TreeSum, ...]:
+        """What the last finished pass over each tree sent."""
+        return tuple(tree.total(number) for number, tree in enumerate(self._trees))
+
+    async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
+        """What the containers have printed since the last pass."""
+        for one in self._containers:
+            async for piece in one.logs(last=last):
+                yield piece
+
+    # The freeze.
+
+    async def stand_by(self) -> None:
+        """Begin what the dumps need while the containers still run."""
+        await gathered(*(one.stand_by for one in self._containers))
+        await self._owner.stand_by([one.cgroup for one in self._containers])
+
+    async def shut_the_door(self) -> None:
+        """What `exec` started in the containers ends, and nobody comes in any more."""
+        await gathered(*(one.shut_the_door for one in self._containers))
+
+    async def freeze(self) -> None:
+        """Stop every task of every container."""
+        await self._owner.before_freeze()
+        await gathered(*(one.freeze for one in self._containers))
+
+    async def dump(self) -> Images:
+        """CRIU dumps the containers side by side, and then holds them."""
+        dumps = await gathered(*(one.dump for one in self._containers))
+        return await self._owner.completed({name: data for images in dumps for name, data in images.items()})
+
+    def dumped(self) -> Dump:
+        """What all of the dumps were spared."""
+        return min((one.dumped for one in self._containers), key=list(Dump).index)
+
+    async def slow_down(self, quota: float) -> None:
+        """Leave each container this share of the processor time; none is slowed down where one of them cannot be."""
+        for one in self._containers:
+            await one.demand_quota()
+        for one in self._containers:
+            await one.slow_down(quota)
+
+    async def ended(self) -> str:
+        """Return, with how, once one of the containers has ended by itself."""
+        hows: list[str] = []
+
+        async def watch(number: int, one: SourceContainer) -> None:
+            how = await one.ended()
+            hows.append(f"container {number}: {how}" if len(self._containers) > 1 else how)
+            watches.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as watches:
+            for number, one in enumerate(self._containers):
+                watches.start_soon(watch, number, one)
+        return hows[0]
+
+    async def close(self) -> None:
+        """Let go of descriptors."""
+        await super().close()
+        for tree in self._trees:
+            await tree.close()
+
+
+def union(changes: Sequence[Change]) -> Change:
+    """What was found in each container, as one. No space is of two containers."""
+    written = {space: runs for one in changes for space, runs in one.written.items()}
+    return Change(written, {space: runs for one in changes for space, runs in one.dropped.items()})

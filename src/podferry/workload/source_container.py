@@ -1,0 +1,284 @@
+"""A running container on the source: its memory, its files, CRIU's dump that holds it.
+
+Everything it holds is in the ledger before it is held; `podferry.workload.frozen.handlers` takes the same things back, for a
+migration that fails and for one that a killed agent left.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from podferry.core.inventory import encode
+from podferry.core.preflight import GUARDING_CRIU, numbers
+from podferry.criu.checkpoint import CRIU_CONF, Hold, Process
+from podferry.criu.dump_gate import Gate
+from podferry.criu.skipped_pages import Population, complete, population, possible
+from podferry.criu.timers import put_right
+from podferry.criu.vfork import freeze_apart_from_vfork
+from podferry.engine.journal import Part
+from podferry.engine.ports import IMAGES, LOG, Change
+from podferry.errors import PodferryError
+from podferry.fs.private import private_directory
+from podferry.memory.tracking.tracker import Kind, create
+from podferry.model import Dump
+from podferry.node import inventory, network
+from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
+from podferry.node.containerd import Containerd
+from podferry.node.guests import guests, show_out
+from podferry.node.records import Container, Task
+from podferry.node.stdio import drained
+from podferry.node.upper import shared_files
+from podferry.wire.frames import MAX_PAYLOAD
+from podferry.workload.config import Config
+from podferry.workload.frozen import FrozenContainer, executes
+from podferry.workload.keeping import INVENTORY
+from podferry.workload.nodefacts import version
+from podferry.workload.numbers import container_of_space, directory_of
+from podferry.workload.source_memory import Left, SourceMemory
+from podferry.workload.source_tree import SourceTree
+from podferry.workload.threads import Looks, at_once, patiently, run, time_left
+
+FREEZES = 3
+"""How often somebody who came in at the last moment is sent out again."""
+RECENT_LOOKS = 8
+"""How far back it is asked what the job uses of the processors, before it is slowed down."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where what a container prints arrives, and the FIFOs that it still passes through beyond the container's own pipes."""
+
+    log: Path | None = None
+    fifos: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunningContainer:
+    """A container that runs: its record, its task, its upper directory, where its output goes, the flags of its dump, and CRIU's
+    settings for it. The small files `enclosed` go with CRIU's images, by these names. `guarded`: while it stands still nobody kills
+    it, and nobody's `exec` counts against it: the kubelet has it, and takes what does not answer for dead."""
+
+    record: Container
+    task: Task
+    upper: Path
+    output: Output = field(default_factory=Output)
+    flags: tuple[str, ...] = ()
+    enclosed: Mapping[str, Path] = field(default_factory=dict)
+    conf: Path = CRIU_CONF
+    guarded: bool = False
+
+
+class SourceContainer(FrozenContainer):
+    """The container `running`, tracked as `kind` says. It may be frozen, and thawed again, as often as the migration needs it."""
+
+    def __init__(
+        self, config: Config, containerd: Containerd, journal: Part, running: RunningContainer, kind: Kind
+    ) -> None:
+        super().__init__(journal, containerd, running.record)
+        self._running, self._task = running, running.task
+        self._runc_root = containerd.runc_root(running.record)
+        self.cgroup = Cgroup.of_container(self._runc_root, running.record.id)
+        self.memory = SourceMemory(journal.number, create(kind, self.cgroup.pids, pause=self._paused))
+        self.tree = SourceTree(running.upper, self.mapped_shared)
+        self._scratch = config.outgoing / journal.directory.name
+        self._door = config.run / "leaving" / running.record.id
+        self._log_sent = 0
+        self._quota: CpuQuota | None = None
+        self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
+        self._hold: Hold | None = None
+        self._network = network.DEFAULT
+        self._looks = Looks()
+        self.dumped = Dump.ORDINARY
+        """What `dump` was spared."""
+
+    # Memory.
+
+    async def look(self) -> Change:
+        """What was written or dropped since the last look; everything at the first."""
+        if self._quota is None:
+            self._cpu_used.append((time.monotonic(), self.cgroup.cpu_seconds()))
+        return self.memory.found(await at_once(self.memory.tracker.collect))  # with soft-dirty the job is paused for it
+
+    async def last_look(self) -> Change:
+        """The last one: the job is frozen, and the tracker leaves it."""
+        return self.memory.found(await self._looks.at_once(self.memory.tracker.final))
+
+    def left(self) -> Left:
+        """Post-copy: what was left for later."""
+        return self.memory.left
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        self.journal.acquire("freeze", cgroup=self.cgroup.to_dict())
+        self.cgroup.freeze()
+        try:
+            yield
+        finally:
+            self.cgroup.thaw()
+        self.journal.release("freeze")
+
+    # Files.
+
+    async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
+        """What the container has printed since the last pass. In the last one, the shim has taken in all of it first."""
+        path = self._running.output.log
+        if path is None:
+            return
+        if last:
+            await self._looks.at_once(partial(drained, self._task.pid, self._running.output.fifos))
+        with path.open("rb", buffering=0) as file:
+            file.seek(self._log_sent)
+            while data := file.read(MAX_PAYLOAD):
+                offset, self._log_sent = self._log_sent, self._log_sent + len(data)
+                yield directory_of(self.journal.number, LOG), offset, data
+
+    def mapped_shared(self, mount_point: str = "/") -> set[bytes]:
+        """Files below a mount of the container's whose content may change without a trace: a process has them mapped."""
+        return {path for pid in self.cgroup.pids() for path in shared_files(pid, os.fsencode(mount_point))}
+
+    # The freeze.
+
+    async def freeze(self) -> None:
+        """Stop every task. A job that was slowed down is not any more: CRIU works in its processes, and must not wait."""
+        self.journal.acquire("freeze", cgroup=self.cgroup.to_dict())
+        await at_once(self._freeze_without_guests, time_left(FREEZE_TIMEOUT))
+        if self._quota is not None:
+            self.cgroup.set_cpu_quota(self._quota)
+            self.journal.release("quota")
+
+    def _freeze_without_guests(self, timeout: float) -> None:
+        """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
+        for _ in range(FREEZES):
+            self._freeze_apart_from_vfork(timeout)
+            if not guests(self._task.pid, self.cgroup.pids()):
+                return
+            self.cgroup.thaw()
+            show_out(self._task.pid, self.cgroup.pids)
+        self._freeze_apart_from_vfork(timeout)
+
+    def _freeze_apart_from_vfork(self, timeout: float) -> None:
+        freeze_apart_from_vfork(partial(self.cgroup.freeze, timeout), self.cgroup.thaw, self.cgroup.pids)
+
+    async def shut_the_door(self) -> None:
+        """What `exec` started in the container ends, since CRIU could not dump it, and podferry-runc lets nobody in any more."""
+        first = Process.of(self._task.pid) if self._running.guarded else None
+        init = {"init": asdict(first)} if first is not None else {}
+        self.journal.acquire("door", path=str(self._door), **init)
+        await run(self._shut_the_door)
+
+    def _shut_the_door(self) -> None:
+        private_directory(self._door.parent, below=self._door.parents[1])
+        self._door.write_text("guarded\n" if self._running.guarded else "")
+        show_out(self._task.pid, self.cgroup.pids)
+
+    async def stand_by(self) -> None:
+        """Begin what the dump needs while the job still runs, where runc can be made to wait."""
+        await run(self._stand_by)
+
+    def _stand_by(self) -> None:
+        if network.is_own(self.record.spec_json()):
+            self._network = network.look(self._task.pid)
+        if Gate.usable():
+            self._start_dump(wait=True, thin=possible())
+
+    async def dump(self) -> Mapping[tuple[int, str], bytes]:
+        """CRIU writes everything but the private memory, and then holds the frozen job."""
+        stop = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            return await at_once(self._dump, stop, interrupt=partial(os.eventfd_write, stop, 1))
+        finally:
+            os.close(stop)
+
+    def _start_dump(self, *, wait: bool, thin: bool = False) -> Hold:
+        work = self._scratch / "work"
+        self.journal.acquire("outgoing", directory=str(self._scratch))
+        images = self._scratch / "images"
+        self.journal.acquire("hold", work=str(work), images=str(images), cgroup=self.cgroup.to_dict(), waits=wait)
+        hold = self._hold = Hold.start(
+            self.record.id,
+            self.cgroup,
+            runc_root=self._runc_root,
+            images=images,
+            work=work,
+            flags=self._running.flags,
+            conf=self._running.conf,
+            wait=wait,
+            thin=thin,
+        )
+        self.journal.acquire("hold", **hold.to_dict())
+        return hold
+
+    def _dump(self, stop: int) -> Mapping[tuple[int, str], bytes]:
+        had = inventory.take(self._task.pid, self.cgroup.pids(), inventory.cpuset(self.cgroup.freezer))
+        hold = self._hold or self._start_dump(wait=False)
+        if hold.waits and not hold.may_go_on():
+            hold.call_off()
+            hold = self._start_dump(wait=False)
+        found: dict[int, Population] = {}
+        if hold.waits:
+            self.journal.acquire("hold", **hold.to_dict() | {"waits": False})
+            self.dumped = Dump.PREPARED
+            spared = [pid for pid in self.memory.spaces if self.memory.skippable.get(pid)] if hold.thin else []
+            hold.go_on(spared)
+            found = {container_of_space(self.memory.spaces[pid])[1]: population(pid) for pid in spared}
+        hold.wait_ready(stop=stop)
+        self.journal.acquire("hold", **hold.to_dict())
+        directory = self._scratch / "images"
+        if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
+            self.dumped = Dump.THIN
+        put_right(directory)
+        images = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+        images[INVENTORY] = encode(had)
+        for name, path in self._running.enclosed.items():
+            with suppress(OSError):
+                images[name] = path.read_bytes()
+        if self._network != network.DEFAULT:
+            images[network.IMAGE] = self._network.encode()
+        return {(directory_of(self.journal.number, IMAGES), name): data for name, data in images.items()}
+
+    async def demand_quota(self) -> None:
+        """Raises `Refused` or `Failed` where `slow_down` cannot work."""
+        self.cgroup.cpu_quota()
+
+    async def slow_down(self, quota: float) -> None:
+        """Leave the job this share of the processor time that it used before it was slowed down."""
+        if self._quota is None:
+            self._quota = self.cgroup.cpu_quota()
+            self._cpu_used.append((time.monotonic(), self.cgroup.cpu_seconds()))
+            self.journal.acquire("quota", cgroup=self.cgroup.to_dict(), quota=self._quota.to_dict())
+        (since, before), (now, used) = self._cpu_used[0], self._cpu_used[-1]
+        self.cgroup.set_cpu_quota(self._quota.scaled(quota, (used - before) / max(now - since, 1e-3)))
+
+    async def ended(self) -> str:
+        """Return, with how it ended, once the container has ended by itself."""
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(self._task.pid)
+            try:
+                await anyio.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        try:
+            status = await patiently(self.containerd.wait_task, self.record.id, 5.0)
+        except PodferryError:
+            return "its exit status is not known"
+        return f"exit status {status}"
+
+    def executing(self) -> bool:
+        """Whether its cgroup is thawed and has processes."""
+        return executes(self.cgroup)
+
+    async def close(self) -> None:
+        """Let go of descriptors."""
+        await self._looks.ended()
+        if self._hold is not None:
+            self._hold.close()
+        self.memory.close()
