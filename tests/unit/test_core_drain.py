@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.core.drain import ATTEMPTS, DrainedPod, DrainPhase, Limits, PodState, plan
+from podferry.core.drain import ATTEMPTS, DrainedPod, DrainPhase, PodState, plan
 
 pytestmark = pytest.mark.unit
-ROOM = Limits(node=50, cluster=50)
+ROOM = 50
 
 
 def test_priority_goes_before_age_and_age_before_youth() -> None:
@@ -19,46 +19,43 @@ def test_priority_goes_before_age_and_age_before_youth() -> None:
         DrainedPod("urgent", started="2026-11-30T11:00:00Z", priority=5),
         DrainedPod("unknown"),
     ]
-    assert plan(pods, limits=ROOM, busy=0).move == ("urgent", "old", "young", "unknown")
+    assert plan(pods, parallel=ROOM).move == ("urgent", "old", "young", "unknown")
 
 
-@pytest.mark.parametrize(
-    ("node", "cluster", "busy", "begun"),
-    [(2, 5, 1, 1), (2, 5, 5, 0), (3, 5, 4, 1), (1, 5, 1, 0), (9, 5, 0, 5), (2, 5, 9, 0)],
-)
-def test_limits_are_kept(node: int, cluster: int, busy: int, begun: int) -> None:
-    moving = [DrainedPod("moving", moving=True)] if busy else []
+@pytest.mark.parametrize(("parallel", "moving", "begun"), [(2, 1, 1), (2, 2, 0), (1, 1, 0), (9, 0, 9), (3, 5, 0)])
+def test_no_more_is_asked_for_at_once(parallel: int, moving: int, begun: int) -> None:
+    under_way = [DrainedPod(f"m{number}", moving=True) for number in range(moving)]
     waiting = [DrainedPod(f"w{number}") for number in range(9)]
-    assert len(plan(moving + waiting, limits=Limits(node, cluster), busy=busy).move) == begun
+    assert len(plan(under_way + waiting, parallel=parallel).move) == begun
 
 
 def test_a_pod_that_cannot_move_stays_unless_it_is_to_be_evicted() -> None:
     pods = [DrainedPod("a", obstacle="hostPath"), DrainedPod("b", attempts=ATTEMPTS, failure="no node")]
-    left = plan(pods, limits=ROOM, busy=0)
+    left = plan(pods, parallel=ROOM)
     assert (left.move, left.evict, left.phase) == ((), (), DrainPhase.INCOMPLETE)
     assert {uid: state for uid, (state, _) in left.states.items()} == {"a": PodState.LEFT, "b": PodState.LEFT}
     assert "no node" in left.states["b"][1]
-    evicted = plan(pods, limits=ROOM, busy=0, evict_others=True)
+    evicted = plan(pods, parallel=ROOM, evict_others=True)
     assert (set(evicted.evict), evicted.phase) == ({"a", "b"}, DrainPhase.DRAINING)
 
 
 def test_a_failed_move_is_tried_again_a_bounded_number_of_times() -> None:
     for attempts in range(ATTEMPTS):
-        again = plan([DrainedPod("a", attempts=attempts, failure="no node")], limits=ROOM, busy=0)
+        again = plan([DrainedPod("a", attempts=attempts, failure="no node")], parallel=ROOM)
         assert again.move == ("a",)
-    assert plan([DrainedPod("a", attempts=ATTEMPTS, failure="x")], limits=ROOM, busy=0).move == ()
+    assert plan([DrainedPod("a", attempts=ATTEMPTS, failure="x")], parallel=ROOM).move == ()
 
 
 def test_what_settles_by_itself_is_waited_for() -> None:
-    what = plan([DrainedPod("a", settling="it is being deleted")], limits=ROOM, busy=0, evict_others=True)
+    what = plan([DrainedPod("a", settling="it is being deleted")], parallel=ROOM, evict_others=True)
     assert (what.move, what.evict, what.phase) == ((), (), DrainPhase.DRAINING)
 
 
 def test_a_stopped_drain_begins_nothing_and_is_stopped_once_nothing_moves() -> None:
     pods = [DrainedPod("a"), DrainedPod("b", obstacle="hostPath")]
-    what = plan(pods, limits=ROOM, busy=0, evict_others=True, stopped=True)
+    what = plan(pods, parallel=ROOM, evict_others=True, stopped=True)
     assert (what.move, what.evict, what.phase) == ((), (), DrainPhase.STOPPED)
-    assert plan([], limits=ROOM, busy=0, stopped=True).phase is DrainPhase.COMPLETED
+    assert plan([], parallel=ROOM, stopped=True).phase is DrainPhase.COMPLETED
 
 
 pods_of_any_kind = st.lists(
@@ -77,15 +74,14 @@ pods_of_any_kind = st.lists(
 )
 
 
-@given(pods_of_any_kind, st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.booleans(), st.booleans())
+@given(pods_of_any_kind, st.integers(1, 9), st.booleans(), st.booleans())
 def test_whatever_is_there_limits_hold_and_every_pod_has_a_state(
-    pods: list[DrainedPod], node: int, cluster: int, busy: int, evict: bool, stopped: bool
+    pods: list[DrainedPod], parallel: int, evict: bool, stopped: bool
 ) -> None:
-    what = plan(pods, limits=Limits(node, cluster), busy=busy, evict_others=evict, stopped=stopped)
+    what = plan(pods, parallel=parallel, evict_others=evict, stopped=stopped)
     moving = {one.uid for one in pods if one.moving}
     assert set(what.states) == {one.uid for one in pods}
-    assert not what.move or len(moving) + len(what.move) <= node
-    assert not what.move or busy + len(what.move) <= cluster
+    assert not what.move or len(moving) + len(what.move) <= parallel
     assert not set(what.move) & moving
     assert not set(what.move) & set(what.evict)
     assert (what.phase is DrainPhase.COMPLETED) == (not pods)

@@ -16,7 +16,7 @@ from podferry.cli.kubectl_moves import Where
 from podferry.cli.terminal import print_json, stderr, stdout, words
 from podferry.controller import drains, eligibility
 from podferry.controller.surroundings import Surveyor
-from podferry.core.drain import DrainedPod, DrainPhase, Limits, PodState, plan
+from podferry.core.drain import DrainedPod, DrainPhase, PodState, plan
 from podferry.errors import Refused, UsageError
 from podferry.kube.client import NODE_DRAINS, NODES, PODS, Api
 from podferry.kube.drain import NodeDrain, PodDrain
@@ -194,8 +194,7 @@ async def preview(where: Where, node: str, *, evict_others: bool) -> list[Json]:
         )
         for uid, pod in leaving.items()
     ]
-    many = Limits(node=len(judged), cluster=len(judged))
-    what = plan(judged, limits=many, busy=0, evict_others=evict_others)
+    what = plan(judged, parallel=len(judged), evict_others=evict_others)
     order = [*what.move, *(uid for uid in what.states if uid not in what.move)]
     return [
         {

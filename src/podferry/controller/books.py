@@ -55,6 +55,13 @@ class Books:
             migration = await self.say(migration, READABLE, True, "Understood")
         return migration
 
+    async def fresh(self, migration: Migration) -> Migration:
+        """The Migration as the API server has it, whatever is remembered of it. Raises `NotFound`."""
+        now = Migration.from_json(await self._api.get(MIGRATIONS, migration.name, migration.namespace))
+        if now.uid != migration.uid:
+            raise NotFound(f"the Migration {migration.name} is gone", why="another one has its name")
+        return now
+
     async def _leave_alone(self, body: Json, error: MigrationUnreadable) -> None:
         status = body.get("status") or {}
         others = [one for one in status.get("conditions") or [] if one.get("type") != READABLE]

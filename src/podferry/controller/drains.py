@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import anyio
 import structlog
 
 from podferry.controller import eligibility, pods
 from podferry.controller.surroundings import Surveyor
-from podferry.core.drain import DrainedPod, DrainPhase, Limits, Plan, PodState, plan
+from podferry.core.drain import DrainedPod, DrainPhase, Plan, PodState, plan
 from podferry.core.migration import MigrationPhase
 from podferry.errors import PodferryError
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fields, Json, Kind, Labels
@@ -56,12 +55,10 @@ class Snapshot:
 class Drains:
     """Takes NodeDrains from wherever they are to their end."""
 
-    def __init__(self, api: Api, limits: Limits) -> None:
-        self._api, self._limits = api, limits
+    def __init__(self, api: Api) -> None:
+        self._api = api
         self._events = Events(api, "podferry-controller")
         self._log = structlog.get_logger()
-        self._one_at_a_time = anyio.Lock()
-        """Two drains that count the Migrations under way at once would both take the last place."""
 
     async def step(self, name: str) -> float | None:
         """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
@@ -72,8 +69,7 @@ class Drains:
         if drain.ended:
             return None
         try:
-            async with self._one_at_a_time:
-                return await self._step(drain)
+            return await self._step(drain)
         except Conflict:
             return 0.0  # somebody was faster; look again
 
@@ -89,9 +85,8 @@ class Drains:
         migrations = [Migration.from_json(one) for one in (await self._api.list(MIGRATIONS))[0]]
         here = await self._pods(drain.name)
         found = await self._judge(drain, here, migrations)
-        busy = sum(not one.ended for one in migrations)
-        limits = Limits(node=drain.spec.parallel, cluster=self._limits.cluster)
-        what = plan(found, limits=limits, busy=busy, evict_others=drain.spec.evict_others, stopped=drain.spec.stop)
+        spec = drain.spec
+        what = plan(found, parallel=spec.parallel, evict_others=spec.evict_others, stopped=spec.stop)
         _tell(drain, here, migrations, what)
         for uid in what.move:
             await self._move(drain, here[uid])

@@ -16,9 +16,23 @@ from podferry import __version__
 from podferry.controller.drains import Drains
 from podferry.controller.reconcile import Reconciler, Settings
 from podferry.controller.signer import SIGNER, Signer, authority
-from podferry.core.drain import Limits
+from podferry.controller.turns import Turns
+from podferry.core.turns import Limits
 from podferry.errors import PodferryError, UsageError
-from podferry.kube.client import MIGRATIONS, NODE_DRAINS, PODS, SIGNING_REQUESTS, Api, Json
+from podferry.kube.cache import Cache, Store
+from podferry.kube.client import (
+    JOBS,
+    MIGRATIONS,
+    NAMESPACES,
+    NODE_DRAINS,
+    NODES,
+    PODS,
+    REPLICASETS,
+    RUNTIME_CLASSES,
+    SIGNING_REQUESTS,
+    Api,
+    Json,
+)
 from podferry.kube.lease import Leader
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.watch import Queues, follow
@@ -31,51 +45,89 @@ objects. It finds the cluster as kubectl does, or by the service account of the 
 
 LEASE = "podferry-controller"
 
+SIGNERS, DRAINERS = 2, 2
+
 Key = tuple[str, str]
 
 
 class Controller:
-    """Watches, and has the reconciler and the signer do what is next."""
+    """Watches, and has the reconciler and the signer do what is next. What the watches bring is remembered, so that a step asks the
+    API server for nothing that it has told already."""
 
     def __init__(self, api: Api, namespace: str, settings: Settings) -> None:
-        self._api, self._namespace = api, namespace
-        self._reconciler = Reconciler(api, settings)
-        self._drainer = Drains(api, Limits(cluster=settings.parallel))
+        self._api, self._namespace, self._workers = api, namespace, settings.workers
+        stores = (
+            Store(MIGRATIONS),
+            Store(NODE_DRAINS),
+            Store(NODES, prune=pruned_node),
+            Store(PODS, labels={UID_LABEL: None}),
+        )
+        self._cache = Cache(api, stores, briefly=(NAMESPACES, JOBS, REPLICASETS, RUNTIME_CLASSES))
+        migrations, drains = self._cache.store(MIGRATIONS), self._cache.store(NODE_DRAINS)
+        self._turns = Turns(migrations.all, drains.all, settings.limits)
+        self._reconciler = Reconciler(self._cache, settings, self._turns)
+        self._drainer = Drains(self._cache)
         self._of_uid: dict[str, Key] = {}
         self._drain_of_uid: dict[str, str] = {}
+        self._seen: dict[str, Json] = {}
 
     async def run(self) -> None:
         """Work until cancelled."""
         signer = Signer(self._api, self._namespace, await authority(self._api, self._namespace))
+        await self._cache.prime()
         async with anyio.create_task_group() as tasks:
-            migrations = Queues[Key](tasks, lambda key: self._reconciler.step(*key))
-            requests = Queues[str](tasks, signer.step)
-            drains = Queues[str](tasks, self._drainer.step)
+            migrations = Queues[Key](tasks, lambda key: self._reconciler.step(*key), self._workers)
+            requests = Queues[str](tasks, signer.step, SIGNERS)
+            drains = Queues[str](tasks, self._drainer.step, DRAINERS)
             tasks.start_soon(self._migrations, migrations, drains)
-            tasks.start_soon(self._drains, drains)
+            tasks.start_soon(self._drains, drains, migrations)
             tasks.start_soon(self._pods, migrations)
+            tasks.start_soon(self._nodes)
             tasks.start_soon(self._requests, requests)
 
     async def _migrations(self, queue: Queues[Key], drains: Queues[str]) -> None:
-        async for what, one in follow(self._api, MIGRATIONS):
+        async for what, one in self._cache.follow(MIGRATIONS):
             about = one["metadata"]
             if (drain := self._drain_of(one)) is not None and "completionTime" in (one.get("status") or {}):
                 drains.put(drain)
             key = about["namespace"], about["name"]
             if what == "DELETED":
                 self._of_uid.pop(about["uid"], None)
+                self._seen.pop(about["uid"], None)
+                self._turns.leave(about["uid"])
             else:
                 self._of_uid[about["uid"]] = key
+                self._turns.see(one)
+                if self._is_old_news(one):
+                    continue
+            queue.put(key)
+            self._wake(queue)
+
+    def _is_old_news(self, one: Json) -> bool:
+        """Whether nothing has changed but how far the engine is, which is told several times a second and decides nothing."""
+        about, status = one["metadata"], one.get("status") or {}
+        said = {
+            "metadata": {name: about.get(name) for name in ("deletionTimestamp", "finalizers")},
+            "spec": one.get("spec"),
+            "status": {name: value for name, value in status.items() if name != "progress"},
+        }
+        old = self._seen.get(about["uid"]) == said
+        self._seen[about["uid"]] = said
+        return old
+
+    def _wake(self, queue: Queues[Key]) -> None:
+        for key in self._turns.due():
             queue.put(key)
 
-    async def _drains(self, queue: Queues[str]) -> None:
-        async for what, one in follow(self._api, NODE_DRAINS):
+    async def _drains(self, queue: Queues[str], migrations: Queues[Key]) -> None:
+        async for what, one in self._cache.follow(NODE_DRAINS):
             about = one["metadata"]
             if what == "DELETED":
                 self._drain_of_uid.pop(about["uid"], None)
             else:
                 self._drain_of_uid[about["uid"]] = about["name"]
                 queue.put(about["name"])
+            self._wake(migrations)
 
     def _drain_of(self, migration: Json) -> str | None:
         """The NodeDrain that made the Migration. Whoever may write Migrations can write any owner's name into one, so the owner is
@@ -84,8 +136,12 @@ class Controller:
         owners = migration["metadata"].get("ownerReferences") or []
         return next((self._drain_of_uid[one["uid"]] for one in owners if one["uid"] in self._drain_of_uid), None)
 
+    async def _nodes(self) -> None:
+        async for _ in self._cache.follow(NODES):
+            pass
+
     async def _pods(self, queue: Queues[Key]) -> None:
-        async for _, pod in follow(self._api, PODS, labels={UID_LABEL: None}):
+        async for _, pod in self._cache.follow(PODS):
             uid = pod["metadata"]["labels"].get(UID_LABEL, "")
             if uid in self._of_uid:
                 queue.put(self._of_uid[uid])
@@ -94,6 +150,19 @@ class Controller:
         async for what, one in follow(self._api, SIGNING_REQUESTS, fields={"spec.signerName": SIGNER}):
             if what != "DELETED":
                 queue.put(one["metadata"]["name"])
+
+
+def pruned_node(node: Json) -> Json:
+    """What the controller asks about a node: the images that a thousand nodes list would fill its memory."""
+    about, status = node["metadata"], node.get("status") or {}
+    kept = ("name", "uid", "resourceVersion", "labels", "deletionTimestamp")
+    return {
+        "metadata": {name: about[name] for name in kept if name in about},
+        "spec": {
+            name: value for name, value in (node.get("spec") or {}).items() if name in ("taints", "unschedulable")
+        },
+        "status": {"conditions": [one for one in status.get("conditions") or [] if one["type"] == "Ready"]},
+    }
 
 
 def main() -> None:
@@ -119,10 +188,19 @@ def main() -> None:
         metavar="S",
         help="give a move up when no node was found for so long; default: %(default)s",
     )
+    for flag, number, what in (
+        ("--parallel", Limits.cluster, "in the cluster"),
+        ("--parallel-per-namespace", Limits.namespace, "in a namespace"),
+        ("--parallel-out", Limits.outbound, "out of a node; a NodeDrain's spec.parallel goes before it"),
+        ("--parallel-in", Limits.inbound, "into a node"),
+    ):
+        text = f"moves under way at once {what}; 0: no limit; default: %(default)s"
+        parser.add_argument(flag, type=_count, default=number, metavar="N", help=text)
     parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args()
     log_json_lines()
-    settings = Settings(image=arguments.image, scheduling=arguments.scheduling_patience)
+    limits = Limits(arguments.parallel, arguments.parallel_per_namespace, arguments.parallel_out, arguments.parallel_in)
+    settings = Settings(image=arguments.image, scheduling=arguments.scheduling_patience, limits=limits)
     try:
         if anyio.run(_work, arguments.kubeconfig, arguments.namespace, settings):
             sys.exit(1)
@@ -131,10 +209,17 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
+def _count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise ValueError(text)
+    return number
+
+
 async def _work(kubeconfig: Path | None, namespace: str, settings: Settings) -> bool:
     """Lead until told to stop (False) or the lease is lost (True)."""
     lost = True
-    async with Api.open(kubeconfig) as api, anyio.create_task_group() as tasks:
+    # The lease has a client of its own: what waits for a connection to work with must not keep it from being renewed.
+    async with Api.open(kubeconfig) as api, Api.open(kubeconfig) as leases, anyio.create_task_group() as tasks:
 
         async def until_told() -> None:
             nonlocal lost
@@ -146,6 +231,6 @@ async def _work(kubeconfig: Path | None, namespace: str, settings: Settings) -> 
 
         tasks.start_soon(until_told)
         identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
-        await Leader(api, namespace, LEASE, identity).lead(Controller(api, namespace, settings).run)
+        await Leader(leases, namespace, LEASE, identity).lead(Controller(api, namespace, settings).run)
         tasks.cancel_scope.cancel()
     return lost

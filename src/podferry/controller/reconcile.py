@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from podferry.controller import eligibility, pods, troubles
+from podferry.controller import pods, troubles
 from podferry.controller.books import Books, clock
-from podferry.controller.eligibility import PodUnfit
+from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
 from podferry.controller.surroundings import Surveyor
+from podferry.controller.turns import Turns
 from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
-from podferry.errors import Refused
+from podferry.core.turns import Limits
 from podferry.kube import status as store
 from podferry.kube.client import NODES, PODS, Api, Json
 from podferry.kube.errors import AlreadyExists, ApiFailed, Conflict, transient
 from podferry.kube.migration import (
-    ELIGIBLE,
     HANDED_OVER,
     POISED,
     RESUMED,
@@ -33,18 +33,18 @@ from podferry.kube.migration import (
     Ending,
     EnginePhases,
     Migration,
-    OwnerReference,
     PodReference,
-    timestamp,
 )
-from podferry.kube.moved import moved_containers
-from podferry.kube.paths import NameRefused, is_subdomain
+from podferry.kube.paths import NameRefused
 from podferry.model import Outcome
 
 E, P = MigrationEvent, MigrationPhase
 
 LOOK_AGAIN = 2.0
 REMADE_IN = 0.5
+CONFLICT = 0.1
+"""Seconds after which to look again where somebody was faster: the watch has to bring it."""
+DEFAULT_LIMITS = Limits()
 SPENT = frozenset({SourcePhase.COMMIT, SourcePhase.DRAIN, SourcePhase.COMPLETED})
 """The source's phases in which the target has all that it needs of it: before, in post-copy, its memory is still being fetched."""
 DEADLINE_SLACK = 30.0
@@ -54,8 +54,8 @@ DEADLINE_SLACK = 30.0
 class Settings:
     """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a target pod
     whose kubelet has warned, for a resumed pod to be called ready, for an owner to let the source go, for the source's
-    agent after the hand-over, for pods to be gone. `image` is what placeholders run, `parallel` the number of Migrations under way
-    in the cluster from which on a drain begins no more."""
+    agent after the hand-over, for pods to be gone. `image` is what placeholders run, `limits` how many moves may be under way at
+    once, `workers` how many Migrations are looked at at once."""
 
     image: str = "podferry"
     scheduling: float = 120.0
@@ -65,19 +65,21 @@ class Settings:
     release: float = 30.0
     farewell: float = 60.0
     removal: float = 30.0
-    parallel: int = 5
+    limits: Limits = DEFAULT_LIMITS
+    workers: int = 4
 
 
 class Reconciler:
     """Takes Migrations from wherever they are to their end."""
 
-    def __init__(self, api: Api, settings: Settings) -> None:
-        self._api, self._settings = api, settings
+    def __init__(self, api: Api, settings: Settings, turns: Turns) -> None:
+        self._api, self._settings, self._turns = api, settings, turns
         self._books = Books(api)
         self._survey = Surveyor(api)
+        self._entrance = Entrance(api, self._books, self._survey, turns)
         self._hand_over = HandOver(api, settings.readiness, settings.release)
         self._steps: dict[MigrationPhase, Callable[[Migration], Awaitable[float | None]]] = {
-            P.PENDING: self._pending,
+            P.PENDING: self._entrance.step,
             P.SCHEDULING: self._scheduling,
             P.RUNNING: self._running,
             P.HANDING_OVER: self._handing_over,
@@ -97,76 +99,20 @@ class Reconciler:
             except NameRefused as wrong:
                 return await self._misnamed(migration, wrong)
         except Conflict:
-            return 0.0  # somebody was faster; look again
+            return CONFLICT
 
     async def _misnamed(self, migration: Migration, wrong: NameRefused) -> float:
         """Something that the Migration depends on has a name that no object can have: no later try finds it."""
         end = troubles.ending(Outcome.FAILED, "NameInvalid", str(wrong), remedy=wrong.remedy, code=wrong.code)
         match migration.status.phase:
             case P.PENDING:
-                return await self._refuse(migration, "NameInvalid", [wrong])
+                return await self._entrance.refuse(migration, "NameInvalid", [wrong])
             case P.RUNNING:
                 return await self._abort(migration, end, await self._books.source(migration))
             case P.SCHEDULING:
                 return await self._undo(migration, end)
             case _:  # the job has moved already or everything goes back: what was begun is tried to the end
                 raise wrong
-
-    # Pending: may it move?
-
-    async def _pending(self, migration: Migration) -> float | None:
-        if not await self._books.hold_on(migration):
-            return 0.0
-        if cancelled := troubles.of_cancel(migration):
-            await self._books.fire(migration, E.WITHDRAWN, ending=cancelled)
-            return 0.0
-        source = await self._named_pod(migration)
-        if isinstance(source, PodUnfit):
-            return await self._refuse(migration, source.reason, [source])
-        around = await self._survey.around(source, migration)
-        if found := eligibility.obstacles(source, around):
-            return await self._refuse(migration, found[0].reason, list(found))
-        impatient = eligibility.impatient_probe(source, migration.spec)
-        if wrong := impatient or await self._survey.target_node(source, migration):
-            return await self._refuse(migration, wrong.reason, [wrong])
-        if not troubles.claims(source, migration):
-            claim = pods.claim(source, migration)
-            uid = source["metadata"]["uid"]
-            source = await self._api.patch(PODS, migration.spec.pod_name, claim, migration.namespace, uid=uid)
-        owner = eligibility.controller_of(source)
-
-        def taken_up(now: Migration) -> None:
-            now.status.source_node = source["spec"]["nodeName"]
-            now.status.source_pod = PodReference(name=source["metadata"]["name"], uid=source["metadata"]["uid"])
-            now.status.containers = moved_containers(source)
-            now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
-            now.status.start_time = timestamp()
-            now.status.say(ELIGIBLE, True, "NothingInTheWay")
-
-        await self._books.fire(migration, E.CLAIMED, taken_up, message="looking for a node")
-        asked = f", as {migration.spec.requested_by} asked for" if migration.spec.requested_by else ""
-        words = f"Migration {migration.name} looks for another node{asked}"
-        await self._books.tell_of_pod(source, "MigrationStarted", words)
-        return 0.0
-
-    async def _named_pod(self, migration: Migration) -> Json | PodUnfit:
-        """The pod that the Migration names; or what is wrong with the names in it."""
-        for name in filter(None, (migration.spec.pod_name, migration.spec.target_node)):
-            if not is_subdomain(name):  # written before the API server checked names
-                return eligibility.unfit("NameInvalid", f"{name[:100]!r} is not the name of an object")
-        found = await self._api.find(PODS, migration.spec.pod_name, migration.namespace)
-        missing = f"there is no pod {migration.spec.pod_name}"
-        return found or eligibility.unfit("PodNotFound", missing, remedy="kubectl get pods")
-
-    async def _refuse(self, migration: Migration, reason: str, why: list[Refused]) -> float:
-        words = "; ".join(str(one) for one in why)
-        remedy = "; ".join(one.remedy for one in why if one.remedy)
-        end = troubles.ending(Outcome.REFUSED, reason, words, remedy=remedy, code=why[0].code)
-        message = f"{words}. What to do: {remedy}" if remedy else words
-        await self._books.fire(
-            migration, E.REFUSAL, lambda now: now.status.say(ELIGIBLE, False, reason, message), ending=end
-        )
-        return 0.0
 
     # Scheduling: where to?
 
@@ -179,6 +125,9 @@ class Reconciler:
         if isinstance(placeholder, Ending):
             return await self._undo(migration, placeholder)
         if node := placeholder["spec"].get("nodeName"):
+            if busy := self._turns.enter(migration, node):  # the placeholder keeps the room there
+                await self._books.say(migration, SCHEDULED, False, busy.reason, busy.message)
+                return LOOK_AGAIN
 
             def placed(now: Migration) -> None:
                 now.status.target_node = node
@@ -260,7 +209,8 @@ class Reconciler:
                     return await self._abort(migration, troubles.of_taken_name(body, "the target pod"), source)
                 # An earlier try of ours that admission has added to, or somebody's pod that names us as its owner: nothing tells
                 # the two apart. It is the Migration's to remove, and not to adopt.
-                await self._remove(migration, [target])
+                if (await self._books.fresh(migration)).status.target_pod is None:
+                    await self._remove(migration, [target])
                 return REMADE_IN
         except ApiFailed as refused:
             if transient(refused) and "webhook" not in refused.why:

@@ -58,15 +58,6 @@ class DrainedPod:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How many moves may be under way: out of this node, and in the whole cluster. The defaults are KubeVirt's
-    (`parallelOutboundMigrationsPerNode`, `parallelMigrationsPerCluster`)."""
-
-    node: int = 2
-    cluster: int = 5
-
-
-@dataclass(frozen=True)
 class Plan:
     """What to do now: the uids of the pods to move and to evict, in this order; the state of each pod with the reason; and how
     far the drain is then."""
@@ -77,12 +68,11 @@ class Plan:
     phase: DrainPhase
 
 
-def plan(
-    pods: Iterable[DrainedPod], *, limits: Limits, busy: int, evict_others: bool = False, stopped: bool = False
-) -> Plan:
-    """What comes next. `busy` is the number of Migrations under way in the whole cluster, those of `pods` included.
+def plan(pods: Iterable[DrainedPod], *, parallel: int, evict_others: bool = False, stopped: bool = False) -> Plan:
+    """What comes next. `parallel` is how many moves of `pods` are asked for at once; when they begin, the queue of all Migrations
+    decides (`podferry.core.turns`).
 
-    >>> plan([DrainedPod("a"), DrainedPod("b", obstacle="hostPath")], limits=Limits(), busy=0).move
+    >>> plan([DrainedPod("a"), DrainedPod("b", obstacle="hostPath")], parallel=2).move
     ('a',)
     """
     ordered = sorted(pods, key=lambda one: (-one.priority, one.started or "9", one.uid))
@@ -104,7 +94,7 @@ def plan(
         else:
             states[pod.uid] = PodState.LEFT, why
     moving = sum(state is PodState.MOVING for state, _ in states.values())
-    room = 0 if stopped else max(0, min(limits.node - moving, limits.cluster - busy))
+    room = 0 if stopped else max(0, parallel - moving)
     return Plan(
         tuple(pod.uid for pod in ready[:room]),
         () if stopped else tuple(evict),

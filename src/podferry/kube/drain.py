@@ -48,7 +48,15 @@ class NodeDrainSpec(Part):
             "PodDisruptionBudgets hold, and their computed work is lost. Without it they stay."
         ),
     ] = False
-    parallel: Annotated[int, Field(description="Moves out of the node that may be under way at once.", ge=1, le=50)] = 2
+    parallel: Annotated[
+        int,
+        Field(
+            description="Moves out of the node that may be under way at once, in place of the controller's limit "
+            "out of a node. Its other limits hold.",
+            ge=1,
+            le=50,
+        ),
+    ] = 2
     mode: Annotated[
         Mode, Field(description="The mode of each move.", json_schema_extra=_rule(FIXED, "mode cannot be changed"))
     ] = Mode.LIVE

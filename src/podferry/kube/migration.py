@@ -32,6 +32,7 @@ FINALIZER = f"{GROUP}/migration"
 DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
+QUEUED = "Queued"
 ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
 POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
 COMPLETED, FAILED, CANCELLED = "Completed", "Failed", "Cancelled"
@@ -294,7 +295,8 @@ class MigrationStatus(Conditioned):
     conditions: Annotated[
         list[Condition],
         Field(
-            description="Eligible, Scheduled, TargetRequested, TargetCreated, Poised, Resumed, HandedOver; at the end "
+            description="Queued (while others have their turn), "
+            "Eligible, Scheduled, TargetRequested, TargetCreated, Poised, Resumed, HandedOver; at the end "
             "Completed, Failed and Cancelled, and Intact, which is False where the job has not all that it had. "
             "Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},

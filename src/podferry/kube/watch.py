@@ -6,6 +6,7 @@ are merged, repeated or missed, and a restart is no special case.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import aclosing
 from typing import Generic, TypeVar
@@ -74,11 +75,15 @@ async def follow(
 
 
 class Queues(Generic[K]):
-    """One worker for each key that has work: a key is never handled twice at once, and never forgotten."""
+    """One task for each key that has work: a key is never handled twice at once, and never forgotten."""
 
-    def __init__(self, tasks: TaskGroup, handle: Callable[[K], Awaitable[float | None]]) -> None:
-        """`handle` returns in how many seconds it wants to look again, or None to wait for the next change."""
+    def __init__(
+        self, tasks: TaskGroup, handle: Callable[[K], Awaitable[float | None]], workers: float = math.inf
+    ) -> None:
+        """`handle` returns in how many seconds it wants to look again, or None to wait for the next change. At most `workers` keys
+        are handled at once; the others wait in the order in which they came."""
         self._tasks, self._handle = tasks, handle
+        self._workers = anyio.CapacityLimiter(workers)
         self._waiting: dict[K, anyio.Event] = {}
         self._log = structlog.get_logger()
 
@@ -96,7 +101,8 @@ class Queues(Generic[K]):
         while True:
             self._waiting[key] = anyio.Event()
             try:
-                again = await self._handle(key)
+                async with self._workers:
+                    again = await self._handle(key)
                 delay = RETRY_FIRST
             except PodferryError as error:
                 self._log.warning("will be tried again", key=str(key), error=str(error), again_in_s=delay)

@@ -1,0 +1,116 @@
+"""A pending Migration: may its pod move, and is it its turn? Nothing is done to the pod before both are so."""
+
+from __future__ import annotations
+
+from podferry.controller import eligibility, pods, troubles
+from podferry.controller.books import Books
+from podferry.controller.eligibility import PodUnfit
+from podferry.controller.surroundings import Surveyor
+from podferry.controller.turns import Turns
+from podferry.core.migration import MigrationEvent, MigrationPhase
+from podferry.core.turns import Wait
+from podferry.errors import Refused
+from podferry.kube import status as store
+from podferry.kube.client import PODS, Api, Json
+from podferry.kube.errors import Forbidden
+from podferry.kube.migration import ELIGIBLE, QUEUED, Migration, OwnerReference, PodReference, timestamp
+from podferry.kube.moved import moved_containers
+from podferry.kube.paths import is_subdomain
+from podferry.model import Outcome
+
+E, P = MigrationEvent, MigrationPhase
+
+QUEUE_LOOK_AGAIN = 60.0
+
+
+class Entrance:
+    """Lets Migrations begin, or says why not."""
+
+    def __init__(self, api: Api, books: Books, survey: Surveyor, turns: Turns) -> None:
+        self._api, self._books, self._survey, self._turns = api, books, survey, turns
+
+    async def step(self, migration: Migration) -> float | None:
+        """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
+        if not await self._books.hold_on(migration):
+            return 0.0
+        if cancelled := troubles.of_cancel(migration):
+            self._turns.leave(migration.uid)
+            await self._books.fire(migration, E.WITHDRAWN, ending=cancelled)
+            return 0.0
+        source = await self._named_pod(migration)
+        if isinstance(source, PodUnfit):
+            return await self.refuse(migration, source.reason, [source])
+        if found := await self._obstacles(migration, source):
+            return await self.refuse(migration, found[0].reason, list(found))
+        if waits := self._turns.take(migration, source["spec"]["nodeName"]):
+            return await self._wait(migration, waits)
+        return await self._take_up(migration, source)
+
+    async def _obstacles(self, migration: Migration, source: Json) -> list[PodUnfit]:
+        """What stands in the way of moving this pod as the Migration asks."""
+        if found := eligibility.obstacles(source, await self._survey.around(source, migration)):
+            return found
+        impatient = eligibility.impatient_probe(source, migration.spec)
+        wrong = impatient or await self._survey.target_node(source, migration)
+        return [wrong] if wrong else []
+
+    async def _take_up(self, migration: Migration, source: Json) -> float:
+        """It is its turn: the pod is marked as on its way, and a node is looked for."""
+        if not troubles.claims(source, migration):
+            claim, uid = pods.claim(source, migration), source["metadata"]["uid"]
+            try:
+                source = await self._api.patch(PODS, migration.spec.pod_name, claim, migration.namespace, uid=uid)
+            except Forbidden as refused:
+                wrong = eligibility.unfit("ClaimRefused", "the pod may not be marked as on its way", why=refused.why)
+                return await self.refuse(migration, wrong.reason, [wrong])
+        owner = eligibility.controller_of(source)
+
+        def taken_up(now: Migration) -> None:
+            now.status.source_node = source["spec"]["nodeName"]
+            now.status.source_pod = PodReference(name=source["metadata"]["name"], uid=source["metadata"]["uid"])
+            now.status.containers = moved_containers(source)
+            now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
+            now.status.start_time = timestamp()
+            now.status.say(ELIGIBLE, True, "NothingInTheWay")
+            if now.status.condition(QUEUED) is not None:
+                now.status.say(QUEUED, False, "ItsTurn")
+
+        await self._books.fire(migration, E.CLAIMED, taken_up, message="looking for a node")
+        asked = f", as {migration.spec.requested_by} asked for" if migration.spec.requested_by else ""
+        words = f"Migration {migration.name} looks for another node{asked}"
+        await self._books.tell_of_pod(source, "MigrationStarted", words)
+        return 0.0
+
+    async def _wait(self, migration: Migration, waits: Wait) -> float:
+        """Others have their turn. It is woken when a place is free; what it waits for is said when that is another thing."""
+        said = migration.status.condition(QUEUED)
+        if said is None or said.reason != waits.reason:
+
+            def queued(now: Migration) -> bool:
+                now.status.say(QUEUED, True, waits.reason, waits.message)
+                now.status.message = f"waits for its turn: {waits.message}"
+                return now.status.phase is P.PENDING
+
+            await store.change(self._api, migration, queued)
+        return QUEUE_LOOK_AGAIN
+
+    async def _named_pod(self, migration: Migration) -> Json | PodUnfit:
+        """The pod that the Migration names; or what is wrong with the names in it."""
+        for name in filter(None, (migration.spec.pod_name, migration.spec.target_node)):
+            if not is_subdomain(name):  # written before the API server checked names
+                return eligibility.unfit("NameInvalid", f"{name[:100]!r} is not the name of an object")
+        found = await self._api.find(PODS, migration.spec.pod_name, migration.namespace)
+        missing = f"there is no pod {migration.spec.pod_name}"
+        return found or eligibility.unfit("PodNotFound", missing, remedy="kubectl get pods")
+
+    async def refuse(self, migration: Migration, reason: str, why: list[Refused]) -> float:
+        """It ends here: nothing was done yet."""
+        self._turns.leave(migration.uid)
+        words = "; ".join(str(one) for one in why)
+        remedy = "; ".join(one.remedy for one in why if one.remedy)
+        end = troubles.ending(Outcome.REFUSED, reason, words, remedy=remedy, code=why[0].code)
+        message = f"{words}. What to do: {remedy}" if remedy else words
+        await self._books.fire(
+            migration, E.REFUSAL, lambda now: now.status.say(ELIGIBLE, False, reason, message), ending=end
+        )
+        return 0.0

@@ -1,0 +1,89 @@
+"""Whose turn it is: which Migrations of those that wait may begin now, within the limits, and what the others wait for. Pure.
+
+The limits are on moves under way at once: in the cluster, in a namespace, out of a node and into one. Turns are fair between
+namespaces: the next place goes to the namespace that has the fewest moves under way, and within a namespace to the Migration
+that was asked for first. One that cannot begin (its node has its moves already) is passed over and keeps its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Moves that may be under way at once; 0 is no limit. Those of the cluster and out of a node are KubeVirt's defaults
+    (`parallelMigrationsPerCluster`, `parallelOutboundMigrationsPerNode`). As many go into a node, whose memory and disk they take.
+    A namespace may have all that the cluster has while nobody else asks."""
+
+    cluster: int = 5
+    namespace: int = 0
+    outbound: int = 2
+    inbound: int = 2
+
+
+@dataclass(frozen=True)
+class Move:
+    """A Migration that is under way or waits: from node `source` to `target` (empty where the scheduler has not chosen yet).
+    `created` is an RFC 3339 time."""
+
+    uid: str
+    namespace: str
+    source: str
+    target: str = ""
+    created: str = ""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a Migration waits for, as the reason of a condition and in words."""
+
+    reason: str
+    message: str
+
+
+Outbound = Callable[[str], int]
+"""The limit out of a node of this name."""
+
+
+def next_turns(
+    waiting: Iterable[Move], under_way: Iterable[Move], limits: Limits, outbound: Outbound | None = None
+) -> Iterator[Move]:
+    """Those of `waiting` that may begin now, in the order of their turns.
+
+    >>> [one.uid for one in next_turns([Move("a", "x", "n"), Move("b", "x", "n"), Move("c", "x", "n")], [], Limits())]
+    ['a', 'b']
+    """
+    left, taken = list(waiting), list(under_way)
+    while fitting := [one for one in left if wait(one, taken, limits, outbound) is None]:
+        chosen = min(fitting, key=lambda one: (_count(taken, one), one.created or "9", one.uid))
+        yield chosen
+        left.remove(chosen)
+        taken.append(chosen)
+
+
+def wait(move: Move, under_way: Collection[Move], limits: Limits, outbound: Outbound | None = None) -> Wait | None:
+    """What keeps `move` from beginning beside those that are under way; None where nothing does."""
+    out = limits.outbound if outbound is None else outbound(move.source)
+    counted = (
+        ("ClusterBusy", "the cluster", limits.cluster, len(under_way)),
+        ("NamespaceBusy", f"namespace {move.namespace}", limits.namespace, _count(under_way, move)),
+        ("SourceNodeBusy", f"node {move.source}", out, sum(one.source == move.source for one in under_way)),
+        ("TargetNodeBusy", f"node {move.target}", limits.inbound if move.target else 0, _into(under_way, move.target)),
+    )
+    directions = {"SourceNodeBusy": " out", "TargetNodeBusy": " in"}
+    for reason, where, limit, busy in counted:
+        if limit and busy >= limit:
+            return Wait(
+                reason, f"{where} has {busy} moves{directions.get(reason, '')} under way, and may have {limit} at once"
+            )
+    return None
+
+
+def _count(moves: Iterable[Move], like: Move) -> int:
+    return sum(one.namespace == like.namespace for one in moves)
+
+
+def _into(moves: Iterable[Move], node: str) -> int:
+    return sum(one.target == node for one in moves)
