@@ -17,7 +17,7 @@ from stock import USER, Stock, booted, built
 
 from podferry.lab.debian import NEXT_SUITE, SUITE
 
-# Slow until the whole tier has passed in the time that `make test` has for it: emulated on two busy cores, a lab takes minutes.
+# What make test has of a stock machine is in test_stock_lab.py.
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 CHECKOUT = Path(__file__).parents[2]
 AT = f"/home/{USER}/podferry"

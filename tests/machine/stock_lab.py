@@ -1,0 +1,181 @@
+"""Labs on a whole stock machine, for the tests beside this file: all of it is done through the machine's shell.
+
+What happens in a node is asked for by nsenter, without podferry: it is seen from outside, and emulated, each `podferry` takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stock import USER, Stock, caches
+
+from podferry.lab.debian import OF_NODES
+
+CHECKOUT = Path(__file__).parents[2]
+AT = f"/home/{USER}/podferry"
+STATE = "/var/lib/podferry"
+LAYERS = f"{STATE}/labs/default/machines/storage/brick/images/layers"
+PATIENCE = 900.0
+"""Seconds for whatever a busy machine does in some, emulated. No test measures time."""
+
+JOB = """
+import itertools, time
+data = bytearray(b"x") * (16 << 20)
+for n in itertools.count():
+    data[n * 4096 % len(data)] = n % 256
+    print(n, sum(data[at * 4096] for at in range(n + 1)) if n < 256 else "", flush=True)
+    time.sleep(0.2)
+"""
+# containerd's default for ctr, and so what a container has that is told nothing.
+CAPABILITIES = (
+    "AUDIT_WRITE CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE NET_RAW "
+    "SETFCAP SETGID SETPCAP SETUID SYS_CHROOT"
+)
+RESTRICTED = [
+    "--user=1000:1000",
+    "--read-only",
+    "--seccomp",
+    *(f"--cap-drop=CAP_{one}" for one in CAPABILITIES.split()),
+]
+"""What most pods are: runAsNonRoot, all capabilities dropped, the default seccomp profile, a root that nobody writes to."""
+PROFILE = "cri-containerd.apparmor.d"
+CONFINED = f"--apparmor-profile={PROFILE}"
+"""And on Debian and Ubuntu, what AppArmor holds it with. `load_profile` first."""
+RIGHTS = [
+    "Uid",
+    "Gid",
+    "Groups",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "NoNewPrivs",
+    "Seccomp",
+    "Seccomp_filters",
+    "profile",
+]
+
+
+@dataclass
+class StockLab:
+    """A lab with two nodes on a stock machine, and what its jobs have said so far."""
+
+    machine: Stock
+    nodes: dict[str, int] = field(default_factory=dict)
+
+    def podferry(self, *argv: str) -> str:
+        """What a command prints."""
+        return self.machine.run(f"podferry {shlex.join(argv)}", timeout=PATIENCE).stdout
+
+    def up(self) -> None:
+        """By a service of systemd's: what comes up outlives it."""
+        said = self.machine.run("systemd-run --quiet --wait --pipe podferry lab up", timeout=PATIENCE).stdout
+        self.nodes = {name: int(pid) for name, pid in re.findall(r"^(node-[ab]) .* up.* (\d+)$", said, re.MULTILINE)}
+        assert sorted(self.nodes) == ["node-a", "node-b"], said
+
+    def in_node(self, node: str, script: str) -> str:
+        """What a shell script prints that runs in a node, found by the node's first process."""
+        enter = f"nsenter --target {self.nodes[node]} --all env --ignore-environment PATH=$PATH"
+        return self.machine.run(f"{enter} sh -euc {shlex.quote(script)}", timeout=PATIENCE).stdout
+
+    def start(self, name: str, options: Sequence[str] = ()) -> None:
+        """A job on node-a: by `podferry lab run`, or by ctr with what that has no options for. Its image is on the share, then."""
+        if not options:
+            self.podferry("lab", "run", "--node=node-a", f"--name={name}", "--", "python3", "-uc", JOB)
+        else:
+            ctr = ["ctr", "run", "--detach", "--snapshotter=podferry", "--runc-binary=/usr/local/sbin/podferry-runc"]
+            ctr += ["--cpu-shares=0", f"--log-uri=file:///var/log/podferry/containers/{name}.log", *options]
+            image = self.in_node("node-a", "ctr images list -q").split()[0]
+            self.in_node("node-a", shlex.join([*ctr, image, name, "python3", "-uc", JOB]))
+        wait_until(f"the layer of {name} is on the share", lambda: self.machine.run(f"ls {LAYERS}").stdout)
+
+    def said(self, name: str) -> int:
+        """How many lines the job has printed; none is lost or said twice, and its memory is what it was."""
+        lines = self.podferry("lab", "logs", name).splitlines()
+        assert lines == expected(len(lines))
+        return len(lines)
+
+    def wait_for_more(self, name: str) -> int:
+        """Until the job has printed more than now; how many lines."""
+        before = self.said(name)
+        wait_until(f"{name} prints", lambda: self.said(name) > before)
+        return before
+
+    def move(self, name: str, to: str) -> dict[str, Any]:
+        """Move the job; the record of a completed migration."""
+        said = self.podferry("migrate", name, "--to", to, "--json")
+        record: dict[str, Any] = json.loads(said.splitlines()[-1])
+        assert record["outcome"] == "completed", record
+        return record
+
+    def rights(self, node: str, name: str) -> dict[str, str]:
+        """What the kernel says of the rights of the job's first process."""
+        pid = self.in_node(node, f"ctr task list | awk '$1 == \"{name}\" {{ print $2 }}'").strip()
+        script = f"cat /proc/{pid}/status; echo profile: $(cat /proc/{pid}/attr/current)"
+        said = self.in_node(node, script)
+        found = {key: value.strip() for key, _, value in (line.partition(":") for line in said.splitlines())}
+        return {key: found[key] for key in RIGHTS}
+
+    def goes_there_and_back(self, name: str) -> None:
+        """The job on node-a moves to node-b and back; nothing of it is lost, and it has the rights that it had."""
+        had = self.rights("node-a", name)
+        for node in ("node-b", "node-a"):
+            self.move(name, node)
+            assert self.rights(node, name) == had
+        self.wait_for_more(name)
+
+
+def expected(count: int) -> list[str]:
+    """What `JOB` prints first."""
+    return [f"{n} {sum(range(n + 1)) if n < 256 else ''}" for n in range(count)]
+
+
+def provide(machine: Stock) -> None:
+    """Put the checkout on a machine with a `podferry` that needs nothing downloaded: the packages of this machine's labs."""
+    machine.check_out(CHECKOUT, AT)
+    [site] = machine.run(f"ls -d {STATE}/cache/site*").stdout.split()
+    assert caches().exists()
+    program = f"""#!/bin/sh
+export PYTHONPATH={AT}/src:{site} PODFERRY_DEBIAN={OF_NODES}
+exec python3 -c 'import sys; from podferry.cli import main; sys.exit(main())' "$@"
+"""
+    machine.run(f"echo {shlex.quote(program)} > /usr/local/bin/podferry; chmod 755 /usr/local/bin/podferry")
+
+
+def load_profile(machine: Stock) -> None:
+    """Have AppArmor know containerd's default profile, as it does where a kubelet has started a pod."""
+    text = Path(__file__).with_name(PROFILE).read_text()
+    machine.run(f"printf %s {shlex.quote(text)} | apparmor_parser --skip-cache --replace")
+
+
+def wait_until(what: str, true: Callable[[], object]) -> None:
+    """Wait for long; a machine that is emulated and busy is no failure."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, f"not within {PATIENCE:g} s: {what}"
+        time.sleep(1.0)
+
+
+def traces(machine: Stock) -> dict[str, set[str]]:
+    """What a lab could leave behind on a machine."""
+    asked = {
+        "mounts": "findmnt -rno TARGET",
+        "interfaces": "ls /sys/class/net",
+        "cgroups": "cd /sys/fs/cgroup; ls -d podferry* 2> /dev/null || :",
+        "passed on": "cat /sys/fs/cgroup/cgroup.subtree_control",
+        "settings": "sysctl fs.pipe-max-size | tr -d ' '",
+        "labs": f"ls {STATE}/labs 2> /dev/null || :",
+        "processes": "ps -e -o comm= | grep -E '^(containerd|runsv|gluster|tini)' || :",
+    }
+    said = machine.run("\n".join(f"echo '# {what}'; ({how})" for what, how in asked.items())).stdout
+    parts = [part.partition("\n") for part in said.split("# ")[1:]]
+    return {what: set(lines.split()) for what, _, lines in parts}
