@@ -258,3 +258,46 @@ def test_a_ledger_is_taken_back_newest_first_through_every_error() -> None:
     assert order == [4, 3, 2]
     assert {one.kind for one in leftovers} == {"b", "unknown"}
     assert [entry.kind for entry in ledger.entries] == ["b", "unknown"]  # for another try
+
+
+FOR_PROGRAMS = (
+    "fpu",
+    "tsc",
+    "cx16",
+    "sse4_2",
+    "avx",
+    "avx2",
+    "avx512f",
+    "bmi2",
+    "aes",
+    "sha_ni",
+    "xsave",
+    "xsavec",
+    "fsgsbase",
+    "rdtscp",
+)
+SAME_PROCESSOR = [
+    ("constant_tsc nonstop_tsc tsc_known_freq arat", "a hypervisor that shows the clock"),
+    ("ibrs ibpb stibp ssbd md_clear flush_l1d arch_capabilities", "other microcode"),
+    ("vmx ept vpid tpr_shadow flexpriority", "nested virtualisation"),
+    ("hypervisor cpuid_fault xtopology rep_good nopl", "another kernel"),
+    ("hwp hwp_epp dtherm ida pln pts acpi est tm2", "what firmware does with power"),
+]
+
+
+@pytest.mark.parametrize(("flags", "why"), SAME_PROCESSOR)
+def test_what_no_program_uses_does_not_part_equal_processors(flags: str, why: str) -> None:
+    source = replace(NODE, cpu_flags=(*FOR_PROGRAMS, *flags.split()))
+    assert refusals(Question(JOB, source, replace(NODE, cpu_flags=FOR_PROGRAMS), Mode.LIVE)) == [], why
+
+
+@pytest.mark.parametrize("flag", FOR_PROGRAMS)
+def test_an_instruction_that_the_target_has_not_parts_them(flag: str) -> None:
+    source, target = replace(NODE, cpu_flags=FOR_PROGRAMS), tuple(one for one in FOR_PROGRAMS if one != flag)
+    (refused,) = refusals(Question(JOB, source, replace(NODE, cpu_flags=target), Mode.LIVE))
+    assert flag in refused.why
+
+
+def test_a_feature_that_is_not_known_here_counts() -> None:
+    source = replace(NODE, cpu_flags=(*FOR_PROGRAMS, "amx_quux"))
+    assert refusals(Question(JOB, source, replace(NODE, cpu_flags=FOR_PROGRAMS), Mode.LIVE))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from podferry.core.facts import ContainerFacts, NodeFacts
+from podferry.core.processor_flags import for_programs
 from podferry.errors import Refused
 from podferry.model import Mode
 
@@ -148,7 +149,7 @@ def _processors(question: Question) -> Iterator[Refused]:
             remedy="choose a target of the same architecture",
         )
         return
-    missing = sorted(set(source.cpu_flags) - set(target.cpu_flags))
+    missing = sorted(for_programs(source.cpu_flags) - for_programs(target.cpu_flags))
     if missing:
         yield NodesDiffer(
             "the target's processor lacks features that the job may be using",
