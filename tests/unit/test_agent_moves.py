@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import agent_rig
 import anyio
 import pytest
-from agent_rig import Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror, refuse
+from agent_rig import NAME, Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror, refuse
 
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Decision, Step
 from podferry.engine import sending, target
+from podferry.engine.journal import JOURNAL
 from podferry.errors import Refused
 from podferry.model import Mode
+from podferry.node.records import Container, Opaque
+from podferry.workload.offered import Offered
 
 pytestmark = pytest.mark.unit
 
@@ -202,3 +210,28 @@ def test_a_source_that_announces_files_for_ever_is_refused(tmp_path: Path, monke
     rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
     assert rig.records["a"]["outcome"] == "rolled-back"
     assert "more files and spaces" in rig.records["a"]["reason"]
+
+
+def test_no_environment_variable_stays_in_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold passwords, and a journal is kept for months. The target has them all the same: it makes the container of them."""
+    spec = {"process": {"env": ["PASSWORD=hunter2"], "args": ["train"]}}
+    record = Container(NAME, "image", "overlayfs", NAME, Opaque("spec", json.dumps(spec).encode()))
+    monkeypatch.setattr(agent_rig, "RECORD", record)
+    given: list[Offered] = []
+    arriving = Rig.arriving
+
+    def noted(rig: Rig, config: Any, containerd: None, journal: Any, offered: Offered, *more: Any) -> Any:
+        given.append(offered)
+        return arriving(rig, config, containerd, journal, offered, *more)
+
+    monkeypatch.setattr(Rig, "arriving", noted)
+    rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
+    for node in ("a", "b"):
+        kept = Offered.from_dict(rig.journal_of(node).facts["offered"], NAME)
+        assert kept.record.spec_json() == {"process": {"args": ["train"]}}
+        raw = (rig.configs[node].migrations / rig.id / JOURNAL).read_bytes()
+        encoded = [
+            base64.b64decode(word + b"==", validate=False) for word in re.findall(rb"(?:[A-Za-z0-9+/]{4}){4,}", raw)
+        ]
+        assert not any(b"hunter2" in one for one in (raw, *encoded))
+    assert given[0].record.spec_json() == spec

@@ -332,7 +332,7 @@ class Agent:
             view = await run(partial(self.inspection.container, name))
             choice = view.demand_movable(order.mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
-            journal.note(offered=view.offered.to_dict(), record=story.to_dict())
+            journal.note(offered=view.offered.for_journal(), record=story.to_dict())
             job = view.source(self.config, self.containerd, journal, choice.kind)
             return view.offer(id, order.mode), job
 
@@ -430,7 +430,9 @@ class Agent:
             return None
         journal = Journal(self.config.migrations / offer.migration)
         story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
-        journal.note(role="target", offered=offered.to_dict(), record=story.to_dict(), promise=promise.room.to_dict())
+        journal.note(
+            role="target", offered=offered.for_journal(), record=story.to_dict(), promise=promise.room.to_dict()
+        )
         if isinstance(offered, OfferedPod):
             target = Target(self.pods.arriving(journal, offered, promise), journal, story, self.pods.target_handlers())
         else:

@@ -35,9 +35,9 @@ from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
 from podferry.node.containerd import Containerd
 from podferry.node.guests import guests, show_out
 from podferry.node.records import Container, Task
+from podferry.node.rotated_log import RotatedLog
 from podferry.node.stdio import drained
 from podferry.node.upper import shared_files
-from podferry.wire.frames import MAX_PAYLOAD
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer, executes
 from podferry.workload.keeping import INVENTORY
@@ -91,6 +91,7 @@ class SourceContainer(FrozenContainer):
         self.tree = SourceTree(running.upper, self.mapped_shared)
         self._scratch = config.outgoing / journal.directory.name
         self._door = config.run / "leaving" / running.record.id
+        self._log: RotatedLog | None = None
         self._log_sent = 0
         self._quota: CpuQuota | None = None
         self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
@@ -130,16 +131,14 @@ class SourceContainer(FrozenContainer):
 
     async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
         """What the container has printed since the last pass. In the last one, the shim has taken in all of it first."""
-        path = self._running.output.log
-        if path is None:
+        if self._running.output.log is None:
             return
+        self._log = self._log or RotatedLog(self._running.output.log)
         if last:
             await self._looks.at_once(partial(drained, self._task.pid, self._running.output.fifos))
-        with path.open("rb", buffering=0) as file:
-            file.seek(self._log_sent)
-            while data := file.read(MAX_PAYLOAD):
-                offset, self._log_sent = self._log_sent, self._log_sent + len(data)
-                yield directory_of(self.journal.number, LOG), offset, data
+        for data in self._log.new():
+            offset, self._log_sent = self._log_sent, self._log_sent + len(data)
+            yield directory_of(self.journal.number, LOG), offset, data
 
     def mapped_shared(self, mount_point: str = "/") -> set[bytes]:
         """Files below a mount of the container's whose content may change without a trace: a process has them mapped."""
@@ -279,6 +278,8 @@ class SourceContainer(FrozenContainer):
     async def close(self) -> None:
         """Let go of descriptors."""
         await self._looks.ended()
+        if self._log is not None:
+            self._log.close()
         if self._hold is not None:
             self._hold.close()
         self.memory.close()

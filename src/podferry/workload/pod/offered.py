@@ -37,6 +37,10 @@ class OfferedPod:
     containers: Annotated[tuple[PodPart, ...], Limit(1, MOST_CONTAINERS)]
     volumes: Annotated[tuple[Volume, ...], Limit(0, 128)]
 
+    def for_journal(self) -> dict[str, Any]:
+        """As a journal keeps it: names alone."""
+        return self.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """As it travels; `from_dict` is its inverse."""
         data: dict[str, Any] = to_json(self)
