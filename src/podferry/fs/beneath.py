@@ -12,6 +12,9 @@ import ctypes
 import errno
 import os
 import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 OPENAT2 = 437  # the same number on every architecture that has it: include/uapi/asm-generic/unistd.h
@@ -67,6 +70,54 @@ def reached(fd: int) -> str:
     The calls that take a descriptor refuse one opened with O_PATH, and a link, FIFO or device is opened in no other way.
     """
     return f"/proc/self/fd/{fd}"
+
+
+class NotRegular(OSError):
+    """What has this name is no regular file: a directory, FIFO, socket or device."""
+
+
+class Beneath:
+    """A directory that is open, and what is beneath it by relative path."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        """As `open_beneath`; "" is the directory itself."""
+        return open_beneath(self.fd, os.fsencode(path), flags, mode)
+
+    def open_regular(self, path: str, flags: int = os.O_RDONLY) -> int:
+        """Open a regular file that is there. Raises `NotRegular` for anything else, which is not opened: that may have effects."""
+        handle = self.open(path, os.O_PATH)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise NotRegular(errno.EINVAL, "not a regular file", path)
+            return os.open(reached(handle), flags | os.O_CLOEXEC)
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def opened(self, path: str, flags: int) -> Iterator[int]:
+        """Open something for a while."""
+        fd = self.open(path, flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def place(self, path: str) -> Iterator[tuple[int, str]]:
+        """The directory that holds `path`, open for a while, and the name there, for calls that follow nothing."""
+        directory, _, name = path.rpartition("/")
+        if name in ("", ".", ".."):
+            raise ValueError(f"no name: {path!r}")
+        with self.opened(directory, DIRECTORY) as fd:
+            yield fd, name
+
+    def stat(self, path: str) -> os.stat_result:
+        """What has this name; of a link, the link itself."""
+        with self.opened(path, os.O_PATH) as fd:
+            return os.fstat(fd)
 
 
 def remove(place: int, name: bytes) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from podferry.errors import PodferryError
 from podferry.images import layout
+from podferry.images.faults import ShareTampered
 from podferry.images.ports import Clock, Share
 from podferry.images.references import all_nodes
 
@@ -89,7 +90,7 @@ class Collector:
             return self.clock.wall() - float(since)
         except FileNotFoundError:
             return -1.0
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, ShareTampered):
             self.share.remove(f"{layout.UNUSED}/{name}")  # torn by a crash: begin again
             return -1.0
 

@@ -11,9 +11,10 @@ import struct
 import uuid
 from pathlib import Path
 
+from podferry.fs.beneath import Beneath
 from podferry.fs.private import private_directory
 from podferry.images import layout
-from podferry.images.faults import LayerDamaged, faults
+from podferry.images.faults import LayerDamaged
 from podferry.images.layout import FormName, LayerRecord
 from podferry.images.ports import Payload
 from podferry.images.posix import PosixShare
@@ -62,17 +63,14 @@ class ErofsForm:
             )
 
     def glance(self, at: str, record: LayerRecord) -> None:
-        path = self.share.path(f"{at}/{IMAGE}")
+        def look(root: Beneath) -> tuple[os.stat_result, bytes]:
+            descriptor = root.open_regular(f"{at}/{IMAGE}")
+            try:
+                return os.fstat(descriptor), os.pread(descriptor, len(MAGIC), MAGIC_AT)
+            finally:
+                os.close(descriptor)
 
-        def look() -> tuple[os.stat_result, bytes]:
-            with faults(f"cannot look at {path}"):
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    return os.fstat(descriptor), os.pread(descriptor, len(MAGIC), MAGIC_AT)
-                finally:
-                    os.close(descriptor)
-
-        about, magic = self.share.call(f"look at {at}", look)
+        about, magic = self.share.at(f"look at {at}", look)
         if not stat.S_ISREG(about.st_mode) or about.st_size != record.bytes or magic != MAGIC:
             raise LayerDamaged(
                 f"layer {record.chain} is damaged",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from podferry.errors import Failed, PodferryError, Refused, TimedOut
+from podferry.fs.beneath import NotRegular
 
 
 class ShareRefused(Refused):
@@ -57,7 +58,12 @@ class LayerMissing(Failed):
     code = "PF255"
 
 
+class ShareTampered(LayerDamaged):
+    """Something that no podferry puts on a share: a link, device or FIFO in place of a file or directory."""
+
+
 FULL = {errno.ENOSPC, errno.EDQUOT}
+NOT_OURS = {errno.ELOOP, errno.EXDEV, errno.ENOTDIR}
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 PART_OF_THE_CONTRACT = (FileNotFoundError, FileExistsError)
 """Answers, not faults: the callers of a share ask for them."""
@@ -68,6 +74,10 @@ def fault(what: str, cause: OSError) -> PodferryError:
     if cause.errno in FULL:
         return ShareFull.because(
             what, cause, remedy="free space on the share; waiting layers are published by themselves"
+        )
+    if cause.errno in NOT_OURS or isinstance(cause, NotRegular):
+        return ShareTampered.because(
+            what, cause, remedy="find out who put a link, mount or special file there, and who may write to the share"
         )
     if cause.errno in READ_ONLY:
         return ShareReadOnly.because(

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from podferry.fs.beneath import DIRECTORY, Beneath
 from podferry.images import layout
 from podferry.images.faults import ShareRefused, ShareUnavailable, faults
 from podferry.images.guard import Guard
-from podferry.images.posix import PosixShare
+from podferry.images.posix import PosixShare, read_small, write_new
 
 RENAMES_BY_COPYING = ("fuse.s3fs", "fuse.gcsfuse", "fuse.goofys", "fuse.rclone", "fuse.mount-s3", "fuse.blobfuse2")
 """Object stores behind FUSE: a probe would not catch them every time, so they are known by name."""
@@ -71,8 +73,31 @@ def _have(share: PosixShare, folder: str) -> None:
 
 def _identify(root: Path) -> str | None:
     """The id of the share at `root`, None for an empty mounted directory; refuses anything else."""
-    if not root.is_dir():
-        raise ShareRefused(f"{root} is not a directory", remedy="mount the share there")
+    with _opened(root) as there:
+        return _identify_opened(root, there)
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[Beneath]:
+    try:
+        descriptor = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ShareRefused(f"{root} is not a directory", remedy="mount the share there") from error
+    try:
+        yield Beneath(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _marked(there: Beneath) -> str | None:
+    """The id of the share that this directory is marked as."""
+    try:
+        return layout.decode_marker(read_small(there, layout.MARKER))
+    except FileNotFoundError:
+        return None
+
+
+def _identify_opened(root: Path, there: Beneath) -> str | None:
     kind = _mounted_kind(root)
     if kind in RENAMES_BY_COPYING:
         raise ShareRefused(
@@ -80,12 +105,11 @@ def _identify(root: Path) -> str | None:
             why=f"{kind} renames by copying, so that half a layer could be seen",
             remedy="use a POSIX file system: NFS, GlusterFS, CephFS, JuiceFS ...",
         )
-    marker = root / layout.MARKER
-    if marker.exists():
-        return layout.decode_marker(marker.read_bytes())
-    foreign = _foreign(root)
+    if (marked := _marked(there)) is not None:
+        return marked
+    foreign = _foreign(there)
     if layout.MARKER in foreign:  # another node has just made it
-        return layout.decode_marker(marker.read_bytes())
+        return _marked(there)
     if foreign:
         raise ShareRefused(
             f"{root} belongs to somebody else",
@@ -101,14 +125,12 @@ def _identify(root: Path) -> str | None:
     return None
 
 
-def _foreign(root: Path) -> list[str]:
+def _foreign(there: Beneath) -> list[str]:
     """What lies in a directory besides what a file system or a node making a share puts there."""
     drafts = f".{layout.MARKER}."
-    return sorted(
-        entry.name
-        for entry in root.iterdir()
-        if entry.name not in OF_THE_FILE_SYSTEM and not entry.name.startswith(drafts)
-    )
+    with there.opened("", DIRECTORY) as directory, os.scandir(directory) as listing:
+        names = [entry.name for entry in listing]
+    return sorted(name for name in names if name not in OF_THE_FILE_SYSTEM and not name.startswith(drafts))
 
 
 def _mounted_kind(root: Path) -> str | None:
@@ -125,27 +147,33 @@ def _mounted_kind(root: Path) -> str | None:
 
 def initialise(root: Path) -> str:
     """Make a share of the empty directory `root`, mounted or not; its id. A second call finds the first's."""
-    with faults(f"cannot make a share of {root}"):
-        if (foreign := _foreign(root)) and layout.MARKER not in foreign:
+    with faults(f"cannot make a share of {root}"), _opened(root) as there:
+        if (foreign := _foreign(there)) and layout.MARKER not in foreign:
             raise ShareRefused(f"{root} is not empty", remedy="give podferry an empty directory of its own")
-        return _initialise(root)
+        return _initialise_opened(there)
 
 
 def _initialise(root: Path) -> str:
-    marker = root / layout.MARKER
-    draft = root / f".{layout.MARKER}.{layout.new_token()}"
-    with faults(f"cannot make a share of {root}"):
-        draft.write_bytes(layout.encode({"format": layout.FORMAT, "id": str(uuid.uuid4())}))
+    with faults(f"cannot make a share of {root}"), _opened(root) as there:
+        return _initialise_opened(there)
+
+
+def _initialise_opened(there: Beneath) -> str:
+    draft = f".{layout.MARKER}.{layout.new_token()}"
+    with there.opened("", DIRECTORY) as place:
         try:
-            os.link(draft, marker)  # of several nodes that start at once, one wins
-        except FileExistsError:
-            pass
-        except OSError:
-            if not marker.exists():
-                draft.rename(marker)
+            write_new(there, draft, layout.encode({"format": layout.FORMAT, "id": str(uuid.uuid4())}))
+            try:  # of several nodes that start at once, one wins
+                os.link(draft, layout.MARKER, src_dir_fd=place, dst_dir_fd=place, follow_symlinks=False)
+            except FileExistsError:
+                pass
+            except OSError:
+                if _marked(there) is None:
+                    os.rename(draft, layout.MARKER, src_dir_fd=place, dst_dir_fd=place)
         finally:
-            draft.unlink(missing_ok=True)
-        return layout.decode_marker(marker.read_bytes())
+            with suppress(FileNotFoundError):
+                os.unlink(draft, dir_fd=place)
+    return layout.decode_marker(read_small(there, layout.MARKER))
 
 
 def probe(share: PosixShare) -> None:

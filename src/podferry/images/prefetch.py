@@ -78,7 +78,7 @@ class Prefetcher:
         if not pieces:
             return
         path = _image(chain)
-        descriptor = self.share.call(f"open {path}", lambda: os.open(self.share.path(path), os.O_RDONLY | os.O_CLOEXEC))
+        descriptor = self.share.at(f"open {path}", lambda root: root.open_regular(path))
         try:
             for number in range(0, len(pieces), BATCH):
                 self._ask(path, descriptor, pieces[number : number + BATCH])
@@ -103,7 +103,7 @@ class Prefetcher:
 
     def _note(self, chain: str) -> None:
         path = _image(chain)
-        read = self.share.call(f"look at {path}", lambda: cached(self.share.path(path))).coalesce(GAP)
+        read = self.share.at(f"look at {path}", lambda root: _cached(root.open_regular(path))).coalesce(GAP)
         known = self.known(chain)
         both = known | read
         if known.size * (1 + NEWS) < both.size <= MOST:
@@ -120,17 +120,22 @@ class Prefetcher:
 
 def cached(path: Path) -> Runs:
     """Which bytes of a file are in the page cache (mincore(2); needs to own the file). Reads none of them."""
-    with path.open("rb", buffering=0) as file:
+    return _cached(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _cached(descriptor: int) -> Runs:
+    """Of an open file, which is closed."""
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if not size:
             return Runs()
         address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == _FAILED:
-        raise OSError(ctypes.get_errno(), "mmap", str(path))
+        raise OSError(ctypes.get_errno(), "mmap")
     try:
         pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
         if _libc.mincore(address, size, pages) != 0:
-            raise OSError(ctypes.get_errno(), "mincore", str(path))
+            raise OSError(ctypes.get_errno(), "mincore")
     finally:
         _libc.munmap(address, size)
     there = re.finditer(rb"\x01+", pages.raw)

@@ -8,7 +8,7 @@ On disk below the root:
 
     metadata.db         names, kinds, parents, labels
     snapshots/ID/fs     the files of a snapshot that are on this node; `work` beside it is overlayfs's
-    images/ID           where a layer's EROFS image is mounted
+    images/ID           where a layer's EROFS image, or its tree, is mounted from the share
     l/ID                a link to wherever the layer is now; short, since 128 of them go into one mount call
 """
 
@@ -25,14 +25,15 @@ from pathlib import Path
 import structlog
 
 from podferry.errors import PodferryError
+from podferry.fs.beneath import DIRECTORY, Beneath
 from podferry.fs.private import private_directory
 from podferry.images import layout
 from podferry.images.erofs import IMAGE
-from podferry.images.faults import LayerMissing, faults
+from podferry.images.faults import LayerMissing
 from podferry.images.layout import FormName
 from podferry.images.leases import Lease
 from podferry.images.metadata import Home, Kind, Metadata, Snapshot, SnapshotExists, SnapshotInUse
-from podferry.images.mounts import mount_image, mount_points, unmount
+from podferry.images.mounts import mount_directory, mount_image, mount_points, unmount
 from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
 from podferry.images.store import Layer, LayerStore
@@ -228,7 +229,8 @@ class Snapshotter:
 
     def _owner_of(self, top: Path, name: str) -> tuple[int, int]:
         layer = self.metadata.get(name)
-        on_share = layer.home is Home.SHARE and not self._mounted(layer)
+        at = self.root / "images" / str(layer.id)
+        on_share = layer.home is Home.SHARE and mount_points(at).get(at) != "erofs"  # whose root is in memory
         about = self._share.call(f"look at {top}", top.stat) if on_share else top.stat()
         return about.st_uid, about.st_gid
 
@@ -255,24 +257,27 @@ class Snapshotter:
         if self._mounted(layer):
             return self._link(layer, up / "images" / str(layer.id))
         published = self.store.need(layer.chain)
-        if published.record.form is FormName.DIR:
-            return self._link(layer, self._share.path(f"{published.at}/{FILES}"))
         with self._mounting:
             if not self._mounted(self.metadata.get(layer.name)):
-                self._mount(layer, self._share.path(f"{published.at}/{IMAGE}"))
+                self._mount(layer, published)
         return self._link(layer, up / "images" / str(layer.id))
 
-    def _mount(self, layer: Snapshot, image: Path) -> None:
+    def _mount(self, layer: Snapshot, published: Layer) -> None:
         at = self.root / "images" / str(layer.id)
+        tree = published.record.form is FormName.DIR
+        path = f"{published.at}/{FILES if tree else IMAGE}"
 
-        def mount() -> None:
-            with faults(f"cannot mount {image}"):
-                mount_image(image, at)
+        def mount(root: Beneath) -> None:
+            descriptor = root.open(path, DIRECTORY) if tree else root.open_regular(path)
+            try:
+                mount_directory(descriptor, at) if tree else mount_image(descriptor, at)
+            finally:
+                os.close(descriptor)
 
         private_directory(at, below=self.root)
         unmount(at)  # of a share that has gone; who still runs from it keeps it
         try:
-            self._share.call(f"mount {image}", mount)
+            self._share.at(f"mount {path}", mount)
         except FileNotFoundError as gone:
             raise LayerMissing(f"layer {layer.chain} is not on the share", why=str(gone)) from gone
         self.metadata.mounted(layer.id, self._share.device)

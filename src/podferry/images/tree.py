@@ -14,11 +14,13 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from podferry.images.faults import LayerDamaged, LayerUnfit
+from podferry.fs.beneath import DIRECTORY, Beneath, reached
+from podferry.images.faults import LayerDamaged, LayerUnfit, ShareTampered
 from podferry.images.layout import FormName, LayerRecord
 from podferry.images.ports import Payload
 from podferry.images.posix import PosixShare
@@ -28,6 +30,8 @@ Caller = Callable[[str, Callable[[], T]], T]
 
 FILES = "fs"
 MANIFEST = "manifest"
+DEEPEST = 256  # directories inside each other
+LARGEST_MANIFEST = 1 << 29  # bytes
 COPIERS = 8  # files in flight: a network file system answers late, but many at once
 KEPT = ("trusted.overlay.opaque", "trusted.overlay.redirect", "security.capability")
 HIDDEN = "dev/"
@@ -78,29 +82,44 @@ def _directly(what: str, function: Callable[[], T]) -> T:
     return function()
 
 
-def walk(root: Path, call: Caller[list[Found]] = _directly) -> Iterator[Found]:
-    """Everything below `root`, and `root` itself as `.`; parents first, in a fixed order."""
+def walk(root: Path, call: Caller[Any] = _directly) -> Iterator[Found]:
+    """Everything below the local directory `root`, and `root` itself as `.`; parents first, in a fixed order."""
+    descriptor = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield from walk_in(Beneath(descriptor), call)
+    finally:
+        os.close(descriptor)
+
+
+def walk_in(root: Beneath, call: Caller[Any] = _directly) -> Iterator[Found]:
+    """The same below a directory that is open."""
     first: dict[tuple[int, int], str] = {}
 
-    def look(path: Path) -> Found:
-        about = path.lstat()
-        relative = str(path.relative_to(root))
-        link = None
-        if about.st_nlink > 1 and not stat.S_ISDIR(about.st_mode):
-            known = first.setdefault((about.st_dev, about.st_ino), relative)
-            link = known if known != relative else None
-        target = str(path.readlink()) if stat.S_ISLNK(about.st_mode) else None
-        return Found(relative, about, target, _attributes(path), link)
+    def look(path: str) -> Found:
+        with root.opened("" if path == "." else path, os.O_PATH) as entry:
+            about = os.fstat(entry)
+            link = None
+            if about.st_nlink > 1 and not stat.S_ISDIR(about.st_mode):
+                known = first.setdefault((about.st_dev, about.st_ino), path)
+                link = known if known != path else None
+            target = os.readlink("", dir_fd=entry) if stat.S_ISLNK(about.st_mode) else None
+            return Found(path, about, target, _attributes(reached(entry)), link)
 
-    def below(directory: Path) -> Iterator[Found]:
-        names = lambda: [look(path) for path in sorted(directory.iterdir())]  # noqa: E731
-        for found in call(f"read {directory}", names):
+    def below(directory: str) -> Iterator[Found]:
+        def entries() -> list[Found]:
+            with root.opened(directory, DIRECTORY) as opened, os.scandir(opened) as listing:
+                names = sorted(entry.name for entry in listing)
+            return [look(f"{directory}/{name}" if directory else name) for name in names]
+
+        if directory.count("/") >= DEEPEST:
+            raise LayerUnfit("the layer cannot be used", why=f"directories are nested more than {DEEPEST} deep")
+        for found in call(f"read {directory}", entries):
             yield found
             if stat.S_ISDIR(found.about.st_mode):
-                yield from below(root / found.path)
+                yield from below(found.path)
 
-    yield from call(f"read {root}", lambda: [look(root)])
-    yield from below(root)
+    yield call("read its root", lambda: look("."))
+    yield from below("")
 
 
 def survey(root: Path) -> tuple[int, int]:
@@ -132,16 +151,16 @@ def is_whiteout(about: os.stat_result) -> bool:
     return stat.S_ISCHR(about.st_mode) and about.st_rdev == 0
 
 
-def _attributes(path: Path) -> dict[str, str]:
+def _attributes(path: str) -> dict[str, str]:
     """The extended attributes that belong to the layer, as hex."""
     try:
-        names = os.listxattr(path, follow_symlinks=False)
+        names = os.listxattr(path)
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.EPERM):
             return {}
         raise
     kept = [name for name in names if name in KEPT or name.startswith(KEPT_PREFIXES)]
-    return {name: os.getxattr(path, name, follow_symlinks=False).hex() for name in kept}
+    return {name: os.getxattr(path, name).hex() for name in kept}
 
 
 class TreeForm:
@@ -160,56 +179,63 @@ class TreeForm:
         entries = list(walk(source))
         for found in entries:
             check_fit(found)
-        target = self.share.path(f"{into}/{FILES}")
         digests: dict[str, str] = {}
         directories = [found for found in entries if stat.S_ISDIR(found.about.st_mode)]
         for found in directories:
-            self._do(found, lambda found=found: (target / found.path).mkdir(mode=0o700, exist_ok=True))  # type: ignore[misc]
+            self._do(found, into, _make_directory)
 
         def copy(found: Found) -> None:
             if stat.S_ISREG(found.about.st_mode):
                 digests[found.path] = self.share.copy_in(source / found.path, f"{into}/{FILES}/{found.path}")
             else:
-                self._do(found, lambda: _make_special(found, target / found.path))
-            self._do(found, lambda: _dress(found, target / found.path))
+                self._do(found, into, _make_special)
+            self._do(found, into, _dress)
 
         originals = [found for found in entries if found.link is None and found not in directories]
         with ThreadPoolExecutor(COPIERS, thread_name_prefix="publish") as pool:
             list(pool.map(copy, [found for found in originals if not stat.S_ISDIR(found.about.st_mode)]))
         for found in entries:
             if found.link is not None:
-                self._do(found, lambda found=found: _link(target / found.link, target / found.path))  # type: ignore[misc]
+                self._do(found, into, _link)
         for found in reversed(directories):  # after their entries, which would change the times
-            self._do(found, lambda found=found: _dress(found, target / found.path))  # type: ignore[misc]
+            self._do(found, into, _dress)
         manifest = b"".join(found.line(digests.get(found.path)) for found in entries)
         self.share.replace(f"{into}/{MANIFEST}", manifest)
         size = sum(found.about.st_blocks * 512 for found in entries if found.link is None)
         return Payload(hashlib.sha256(manifest).hexdigest(), size, len(entries))
 
     def check(self, at: str, record: LayerRecord) -> None:
-        wanted = self.share.call("read the manifest", lambda: self.share.path(f"{at}/{MANIFEST}").read_bytes())
+        wanted = self.share.at("read the manifest", lambda root: _whole(root, f"{at}/{MANIFEST}"))
         if hashlib.sha256(wanted).hexdigest() != record.digest:
             raise LayerDamaged(f"layer {record.chain} is damaged", why="its manifest is not the one published")
         lines = iter(wanted.splitlines(keepends=True))
-        root = self.share.path(f"{at}/{FILES}")
-        for found in walk(root, self.share.call):
-            digest = None
-            if stat.S_ISREG(found.about.st_mode) and found.link is None:
-                digest = self.share.digest(f"{at}/{FILES}/{found.path}")
-            if found.line(digest) != next(lines, b""):
-                raise LayerDamaged(f"layer {record.chain} is damaged", why=f"{found.path!r} is not what was published")
+        files = self.share.at(f"open {at}/{FILES}", lambda root: root.open(f"{at}/{FILES}", DIRECTORY))
+        try:
+            for found in walk_in(Beneath(files), self.share.call):
+                digest = None
+                if stat.S_ISREG(found.about.st_mode) and found.link is None:
+                    digest = self.share.digest(f"{at}/{FILES}/{found.path}")
+                if found.line(digest) != next(lines, b""):
+                    raise LayerDamaged(
+                        f"layer {record.chain} is damaged", why=f"{found.path!r} is not what was published"
+                    )
+        finally:
+            self.share.call(f"close {at}/{FILES}", lambda: os.close(files))
         if missing := next(lines, None):
             raise LayerDamaged(f"layer {record.chain} is damaged", why=f"missing: {json.loads(missing)[0]!r}")
 
     def glance(self, at: str, record: LayerRecord) -> None:
-        about = self.share.call(f"look at {at}", lambda: self.share.path(f"{at}/{FILES}").lstat())
+        about = self.share.at(f"look at {at}", lambda root: root.stat(f"{at}/{FILES}"))
         if not stat.S_ISDIR(about.st_mode):
             raise LayerDamaged(f"layer {record.chain} is damaged", why=f"{at}/{FILES} is not a directory")
 
-    def _do(self, found: Found, function: Callable[[], object]) -> None:
-        def attempt() -> None:
+    def _do(self, found: Found, into: str, act: Callable[[Found, Beneath, str], None]) -> None:
+        """Do something to the entry's counterpart on the share."""
+
+        def attempt(root: Beneath) -> None:
             try:
-                function()
+                files = f"{into}/{FILES}"
+                act(found, root, files if found.path == "." else f"{files}/{found.path}")
             except OSError as error:
                 if error.errno in (errno.ENOTSUP, errno.EPERM, errno.EINVAL):
                     raise LayerUnfit(
@@ -219,28 +245,49 @@ class TreeForm:
                     ) from error
                 raise
 
-        self.share.call(f"write {found.path}", attempt)
+        self.share.at(f"write {found.path}", attempt)
 
 
-def _make_special(found: Found, path: Path) -> None:
-    path.unlink(missing_ok=True)
-    if found.target is not None:
-        path.symlink_to(found.target)
-    else:
-        os.mknod(path, found.about.st_mode, found.about.st_rdev)
+def _whole(root: Beneath, path: str) -> bytes:
+    with os.fdopen(root.open_regular(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
+            raise LayerDamaged(f"{path} on the share is no manifest", why=f"more than {LARGEST_MANIFEST} bytes")
+        return file.read(LARGEST_MANIFEST)
 
 
-def _link(original: Path, path: Path) -> None:
-    path.unlink(missing_ok=True)
-    os.link(original, path, follow_symlinks=False)
+def _make_directory(found: Found, root: Beneath, path: str) -> None:
+    with root.place(path) as (place, name), suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=place)
 
 
-def _dress(found: Found, path: Path) -> None:
+def _make_special(found: Found, root: Beneath, path: str) -> None:
+    with root.place(path) as (place, name):
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=place)
+        if found.target is not None:
+            os.symlink(found.target, name, dir_fd=place)
+        else:
+            os.mknod(name, found.about.st_mode, found.about.st_rdev, dir_fd=place)
+
+
+def _link(found: Found, root: Beneath, path: str) -> None:
+    original = f"{path.removesuffix(found.path)}{found.link}"
+    with root.place(original) as (source, old), root.place(path) as (place, name):
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=place)
+        os.link(old, name, src_dir_fd=source, dst_dir_fd=place, follow_symlinks=False)
+
+
+def _dress(found: Found, root: Beneath, path: str) -> None:
     """Owner, attributes, mode and times; in this order, since a change of owner drops capabilities and set-id bits."""
     about = found.about
-    os.chown(path, about.st_uid, about.st_gid, follow_symlinks=False)
-    for name, value in found.attributes.items():
-        os.setxattr(path, name, bytes.fromhex(value), follow_symlinks=False)
-    if found.target is None:
-        path.chmod(stat.S_IMODE(about.st_mode))
-    os.utime(path, ns=(about.st_mtime_ns, about.st_mtime_ns), follow_symlinks=False)
+    with root.opened(path, os.O_PATH) as entry:
+        if stat.S_IFMT(os.fstat(entry).st_mode) != found.kind:
+            raise ShareTampered(f"{path} on the share is not what was made there")
+        where = reached(entry)
+        os.chown(where, about.st_uid, about.st_gid)
+        for name, value in found.attributes.items():
+            os.setxattr(where, name, bytes.fromhex(value))
+        if found.target is None:
+            Path(where).chmod(stat.S_IMODE(about.st_mode))
+        os.utime(where, ns=(about.st_mtime_ns, about.st_mtime_ns))
