@@ -35,6 +35,7 @@ class ErofsForm:
     """A layer as one EROFS image. `scratch` is a local directory in which images are built before they are copied."""
 
     name = FormName.EROFS
+    payload = IMAGE
 
     def __init__(self, share: PosixShare, scratch: Path) -> None:
         self.share = share

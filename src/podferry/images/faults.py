@@ -58,6 +58,12 @@ class LayerMissing(Failed):
     code = "PF255"
 
 
+class LayerExchanged(Failed):
+    """A layer on the share is whole, perhaps, but not the one that this node began to use."""
+
+    code = "PF256"
+
+
 class ShareTampered(LayerDamaged):
     """Something that no podferry puts on a share: a link, device or FIFO in place of a file or directory."""
 

@@ -155,7 +155,7 @@ class Metadata:
             self._db.close()
 
     def fact(self, name: str, default: Callable[[], str]) -> str:
-        """A value kept for ever, made by `default` the first time."""
+        """A value that is kept, made by `default` the first time."""
         with self._transaction() as db:
             db.execute("INSERT INTO facts VALUES (?, ?) ON CONFLICT DO NOTHING", (name, default()))
             return str(db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0])
@@ -165,6 +165,18 @@ class Metadata:
         with self._transaction() as db:
             row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
             return None if row is None else str(row[0])
+
+    def remember(self, name: str, value: str) -> None:
+        """A fact, whatever it was before."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
+            )
+
+    def forget(self, name: str) -> None:
+        """A fact that is none any more."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM facts WHERE name = ?", (name,))
 
     def get(self, name: str) -> Snapshot:
         """The snapshot `name`. Raises `SnapshotMissing`."""

@@ -79,6 +79,10 @@ class Form(Protocol):
     def name(self) -> FormName:
         """The form's name, part of the share's format."""
 
+    @property
+    def payload(self) -> str:
+        """The file, beside the record, whose digest is kept."""
+
     def write(self, source: Path, into: str) -> Payload:
         """Lay the files under the local directory `source` into the directory `into` of the share, durably."""
 
@@ -87,6 +91,16 @@ class Form(Protocol):
 
     def glance(self, at: str, record: LayerRecord) -> None:
         """The same from a few metadata calls, for every first use: is the payload there, of the right kind and size."""
+
+
+class KeptDigests(Protocol):
+    """What this node has kept of the layers that it uses."""
+
+    def keep(self, record: LayerRecord) -> None:
+        """The node begins to use this layer."""
+
+    def demand(self, record: LayerRecord) -> None:
+        """Raise `LayerExchanged` where this is not the layer that the node uses."""
 
 
 class Clock(Protocol):

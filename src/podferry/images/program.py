@@ -25,6 +25,7 @@ from podferry.images.erofs import ErofsForm
 from podferry.images.faults import ShareRefused
 from podferry.images.guard import Guard
 from podferry.images.housekeeping import Housekeeping
+from podferry.images.kept import Watch
 from podferry.images.layout import FormName
 from podferry.images.leases import Leases
 from podferry.images.metadata import Home, Metadata
@@ -90,6 +91,7 @@ def serve(
     snapshotter.starting = prefetcher.starting
     publisher.pulling = snapshotter.unpacking
     housekeeping = Housekeeping(opened, publisher, collector, prefetcher, metrics)
+    watch = Watch(opened, store, snapshotter.kept, lambda: _on_share(metadata), metrics.failed)
     snapshotter.cleanup()
     server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), maximum_concurrent_rpcs=4 * CALLS)
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshotter, metrics.called), server)  # type: ignore[no-untyped-call]
@@ -101,7 +103,7 @@ def serve(
         from prometheus_client import start_http_server
 
         start_http_server(metrics_port, "127.0.0.1", metrics.registry)
-    for part in (_in_the_background(publisher.run), housekeeping.run, prefetcher.run):
+    for part in (_in_the_background(publisher.run), housekeeping.run, prefetcher.run, _in_the_background(watch.run)):
         threading.Thread(target=part, name=part.__qualname__, daemon=True).start()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,6 +114,7 @@ def serve(
     publisher.stop()
     housekeeping.stop()
     prefetcher.stop()
+    watch.stop()
     server.stop(5.0).wait()
     metadata.close()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from podferry.errors import Failed, PodferryError
-from podferry.images.faults import LayerUnfit
+from podferry.images.faults import LayerExchanged, LayerUnfit
 from podferry.images.leases import Lease
 from podferry.images.metadata import Home, Metadata, Snapshot, this_boot
 from podferry.images.store import LayerStore
@@ -115,7 +115,7 @@ class Publisher:
             if layer.boot != this_boot():  # nothing says how much of it had reached the disk when the machine stopped
                 raise LayerUnfit("the machine was restarted before the layer was published")
             self.store.publish(layer.chain, self.root / "snapshots" / str(layer.id) / "fs")
-        except LayerUnfit as error:
+        except (LayerUnfit, LayerExchanged) as error:
             self.metadata.note(layer.id, f"{STAYS}{error}")
             self.failed(error)
             log.warning("layer stays on this node", chain=layer.chain, code=error.code, why=str(error))

@@ -14,7 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from podferry.errors import PodferryError, UsageError
-from podferry.images.faults import LayerMissing, ShareFull, ShareHung, ShareReadOnly, ShareUnavailable
+from podferry.images.faults import LayerExchanged, LayerMissing, ShareFull, ShareHung, ShareReadOnly, ShareUnavailable
 from podferry.images.metadata import (
     Snapshot,
     SnapshotExists,
@@ -41,6 +41,7 @@ STATUS = {
     SnapshotInvalid: grpc.StatusCode.INVALID_ARGUMENT,
     UsageError: grpc.StatusCode.INVALID_ARGUMENT,
     LayerMissing: grpc.StatusCode.FAILED_PRECONDITION,
+    LayerExchanged: grpc.StatusCode.FAILED_PRECONDITION,
     ShareUnavailable: grpc.StatusCode.UNAVAILABLE,
     ShareHung: grpc.StatusCode.UNAVAILABLE,
     ShareReadOnly: grpc.StatusCode.UNAVAILABLE,

@@ -30,6 +30,7 @@ from podferry.fs.private import private_directory
 from podferry.images import layout
 from podferry.images.erofs import IMAGE
 from podferry.images.faults import LayerMissing
+from podferry.images.kept import Kept
 from podferry.images.layout import FormName
 from podferry.images.leases import Lease
 from podferry.images.metadata import Home, Kind, Metadata, Snapshot, SnapshotExists, SnapshotInUse
@@ -73,6 +74,8 @@ class Snapshotter:
         self.wait = wait
         self.starting: Callable[[Sequence[str]], None] = lambda chains: None
         """Told of the layers on the share, by chain id, that a new container runs from."""
+        self.kept = Kept(metadata)
+        store.kept = self.kept
         self._mounting = threading.Lock()
         for folder in ("snapshots", "images", "l"):
             private_directory(root / folder, below=root)
@@ -137,6 +140,7 @@ class Snapshotter:
         gone = self.metadata.remove(name)
         if gone.chain is not None and not self._still_used(gone.chain):
             self.store.references.drop(gone.chain)
+            self.kept.forget(gone.chain)
         if (chain := gone.labels.get(REF)) is not None and gone.kind is Kind.ACTIVE:
             self.publisher.abandon(chain)
         self._delete(gone.id)
@@ -171,6 +175,7 @@ class Snapshotter:
             return False
         if layer is None:
             return False
+        self.store.keep(layer)
         self.metadata.refer(chain, parent, chain, labels)
         log.info("layer found on the share", chain=chain, bytes=layer.record.bytes, published_by=layer.record.node)
         return True
@@ -254,6 +259,7 @@ class Snapshotter:
         up = Path("..")
         if layer.home is Home.DISK or layer.chain is None:
             return self._link(layer, up / "snapshots" / str(layer.id) / "fs")
+        self.kept.demand_whole(layer.chain)
         if self._mounted(layer):
             return self._link(layer, up / "images" / str(layer.id))
         published = self.store.need(layer.chain)

@@ -17,7 +17,7 @@ from podferry.images import layout
 from podferry.images.faults import LayerDamaged, LayerMissing, ShareUnavailable
 from podferry.images.layout import FormName, LayerRecord
 from podferry.images.leases import Lease, Leases, Taken
-from podferry.images.ports import Clock, Form, Share
+from podferry.images.ports import Clock, Form, KeptDigests, Share
 from podferry.images.references import References
 
 
@@ -42,6 +42,7 @@ class LayerStore:
         forms: Mapping[FormName, Form],
         form: FormName,
         read_only: bool = False,
+        kept: KeptDigests | None = None,
     ) -> None:
         self.share = share
         self.clock = clock
@@ -50,6 +51,7 @@ class LayerStore:
         self.forms = forms
         self.form = form
         self.read_only = read_only
+        self.kept = kept
 
     def find(self, chain: str) -> Layer | None:
         """The published layer, referred to from now on; None when there is none.
@@ -74,7 +76,20 @@ class LayerStore:
                 why="it failed its check and was set aside, or somebody removed it",
                 remedy="remove the image from this node and pull it again: crictl rmi IMAGE; crictl pull IMAGE",
             )
+        self.keep(layer)
         return layer
+
+    def keep(self, layer: Layer) -> None:
+        """The node uses this layer from now on, and takes no other one for it."""
+        if self.kept is not None:
+            self.kept.keep(layer.record)
+
+    def look(self, chain: str) -> Layer | None:
+        """The published layer as it is now. Raises `LayerExchanged`, and `LayerDamaged` for what is no layer."""
+        try:
+            return self._open(chain)
+        except FileNotFoundError:
+            return None
 
     def claim(self, chain: str) -> Layer | Lease | Taken:
         """What to do for a layer: use it, make it (the lease is ours), or wait (and ask again)."""
@@ -120,6 +135,7 @@ class LayerStore:
             self._refer(chain)
             with suppress(FileExistsError, FileNotFoundError):  # another was first; or ours was, and the reply was lost
                 self.share.rename(stage, f"{layout.LAYERS}/{name}")
+                self.keep(Layer(record, f"{layout.LAYERS}/{name}"))  # as it was written, and not as it is read back
         except FileNotFoundError as gone:
             raise ShareUnavailable(f"cannot publish layer {chain}", why=f"{gone.filename or stage} is gone") from gone
         except BaseException:
@@ -173,6 +189,8 @@ class LayerStore:
     def _open(self, chain: str) -> Layer:
         at = f"{layout.LAYERS}/{layout.name_of(chain)}"
         record = layout.decode_layer(chain, self.share.read(f"{at}/{layout.RECORD}"))
+        if self.kept is not None:
+            self.kept.demand(record)
         try:
             self._form(record).glance(at, record)
         except FileNotFoundError as gone:

@@ -171,6 +171,7 @@ class TreeForm:
     """
 
     name = FormName.DIR
+    payload = MANIFEST
 
     def __init__(self, share: PosixShare) -> None:
         self.share = share
