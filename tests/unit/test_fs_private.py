@@ -61,12 +61,13 @@ def test_a_file_on_the_way_is_refused(tmp_path: Path) -> None:
         private_directory(tmp_path / "staging" / "id", below=tmp_path)
 
 
-def test_a_directory_into_which_others_write_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    with pytest.raises(Refused, match="others may write"):
-        private_directory(tmp_path / "staging", below=tmp_path)
+def test_a_directory_into_which_others_write_is_closed_to_them(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
     private_directory(tmp_path / "staging", below=tmp_path)
+    assert mode(tmp_path) == 0o1777  # /tmp: nobody removes what is ours
+    tmp_path.chmod(0o777)
+    private_directory(tmp_path / "staging", below=tmp_path)
+    assert mode(tmp_path) == 0o755
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: somebody else's directory")

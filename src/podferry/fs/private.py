@@ -21,8 +21,7 @@ _OTHERS_WRITE = 0o022
 def private_directory(path: Path, *, below: Path, new: bool = False) -> Path:
     """Make `path`, and what is missing on the way to it, so that only we get in; returns it.
 
-    `below` is a directory on the way, which somebody else may have made: it is refused where others could have put something
-    into it. What is between it and `path` is ours: it may be no link, and is closed to others where an older version left it open.
+    `below` is a directory on the way, which somebody else may have made: others stop writing to it, or it is refused. What is between it and `path` is ours: it may be no link, and is closed to others where an older version left it open.
     With `new` the last one must not be there yet. Raises `Refused`, and `Failed` for what this node cannot do.
     """
     try:
@@ -42,7 +41,9 @@ def _make(path: Path, below: Path, *, new: bool) -> Path:
         if found.st_uid not in (0, os.geteuid()):
             raise _refused(below, f"it belongs to user {found.st_uid}")
         if found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
-            raise _refused(below, f"others may write to it: its mode is {stat.S_IMODE(found.st_mode):04o}")
+            if found.st_uid != os.geteuid():
+                raise _refused(below, f"others may write to it: its mode is {stat.S_IMODE(found.st_mode):04o}")
+            os.fchmod(at, stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)  # what they have put there is looked at below
         place = below
         for number, name in enumerate(names, 1):
             place /= name
