@@ -21,8 +21,9 @@ _OTHERS_WRITE = 0o022
 def private_directory(path: Path, *, below: Path, new: bool = False) -> Path:
     """Make `path`, and what is missing on the way to it, so that only we get in; returns it.
 
-    `below` is a directory on the way, which somebody else may have made: others stop writing to it, or it is refused. What is between it and `path` is ours: it may be no link, and is closed to others where an older version left it open.
-    With `new` the last one must not be there yet. Raises `Refused`, and `Failed` for what this node cannot do.
+    `below` is a directory on the way, which somebody else may have made: others stop writing to it, or it is refused. What is
+    between it and `path` is ours: it may be no link, and is closed to others where an older version left it open. With `new` the
+    last one must not be there yet. Raises `Refused`, and `Failed` for what this node cannot do.
     """
     try:
         return _make(path, below, new=new)

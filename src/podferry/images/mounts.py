@@ -59,6 +59,17 @@ def mount_points(under: Path) -> dict[Path, str]:
     return points
 
 
+def mounted_read_only(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether the mount that holds `path` was made read-only. One whose file system takes no writes for now was not."""
+    best, options = Path("/"), ""
+    for line in mountinfo.read_text().splitlines():
+        words = line.split()
+        point = Path(words[4].encode().decode("unicode_escape"))
+        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, options = point, words[5]
+    return "ro" in options.split(",")
+
+
 def _mount(source: str, target: str, kind: str, flags: int) -> None:
     call: Callable[..., int] = _libc.mount
     if call(os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), None) != 0:

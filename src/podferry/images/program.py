@@ -30,6 +30,7 @@ from podferry.images.layout import FormName
 from podferry.images.leases import Leases
 from podferry.images.metadata import Home, Metadata
 from podferry.images.metrics import Metrics
+from podferry.images.mounts import mounted_read_only
 from podferry.images.opening import open_share
 from podferry.images.ports import SystemClock
 from podferry.images.posix import PosixShare
@@ -61,8 +62,10 @@ def serve(
     lease: Annotated[float, typer.Option(help="seconds after which a silent publisher counts as dead")] = 30.0,
     wait: Annotated[float, typer.Option(help="seconds to wait for another node's layer at most")] = 60.0,
     deadline: Annotated[float, typer.Option(help="seconds after which the share counts as hung")] = 15.0,
-    read_only: Annotated[bool, typer.Option(help="use the share's layers, add none")] = False,
-    collect: Annotated[bool, typer.Option(help="remove layers that no node uses")] = True,
+    read_only: Annotated[
+        bool, typer.Option(help="use the share's layers, add none; so does a node that has it mounted read-only")
+    ] = False,
+    collect: Annotated[bool, typer.Option(help="remove layers that no node has noted as used")] = False,
     grace: Annotated[float, typer.Option(help="seconds for which an unused layer is kept")] = DAY,
     metrics_port: Annotated[int, typer.Option(help="serve Prometheus metrics on this port of 127.0.0.1; 0: no")] = 0,
 ) -> None:
@@ -72,6 +75,7 @@ def serve(
     private_directory(root, below=root)
     metadata = Metadata(root / "metadata.db")
     clock = SystemClock()
+    read_only = read_only or mounted_read_only(Path(share).absolute())
     opened = _open(Path(share).absolute(), Guard(deadline), metadata, read_only=read_only)
     name = layout.check_node(node or os.environ.get("NODE_NAME", "") or socket.gethostname())
     instance = metadata.fact("instance", layout.new_token)
@@ -109,7 +113,16 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     server.start()
-    log.info("ready", socket=str(socket_path), share=str(opened.root), share_id=opened.id, node=name, form=form.value)
+    role = "reader" if read_only else "publisher"
+    log.info(
+        "ready",
+        socket=str(socket_path),
+        share=str(opened.root),
+        share_id=opened.id,
+        node=name,
+        role=role,
+        form=form.value,
+    )
     stop.wait()
     publisher.stop()
     housekeeping.stop()
