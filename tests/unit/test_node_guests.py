@@ -65,3 +65,21 @@ def test_guests_that_leave_by_themselves_are_let_go(job: Child) -> None:
 
     assert show_out(job.pid, there) == 0
     assert guest.wait() == 0
+
+
+def test_who_has_got_the_pid_of_a_guest_that_left_is_not_killed(job: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest ends, and a stranger, here a process of ours, has its pid before a descriptor of it is opened."""
+    family, stranger, looks = [job.pid, *children(job)], spawn(["sleep", "60"]), []
+    monkeypatch.setattr("podferry.node.guests.PATIENCE", 0.0)
+    try:
+
+        def there() -> list[int]:
+            looks.append(1)
+            return [*family, stranger.pid] if len(looks) < 3 else family
+
+        assert show_out(job.pid, there) == 0
+        assert len(looks) == 3
+        assert stranger.poll() is None
+    finally:
+        os.killpg(stranger.pid, signal.SIGKILL)
+        stranger.wait()

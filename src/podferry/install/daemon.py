@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Daemon:
         if unit and Path("/proc/1/comm").read_text().strip() == "systemd":
             run(outside.on_node(["systemctl", "restart", unit[1]]), timeout=RESTART_SECONDS)
         else:
-            os.kill(self.pid, signal.SIGTERM)
+            self._terminate()
         deadline = time.monotonic() + RESTART_SECONDS
         while True:
             pid = listener(SOCKET)
@@ -49,6 +50,15 @@ class Daemon:
                     "containerd does not come back", why=f"nobody listens at {SOCKET} after {RESTART_SECONDS:.0f} s"
                 )
             time.sleep(0.1)  # the birth of a socket is no event that others could wait for
+
+    def _terminate(self) -> None:
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                if listener(SOCKET) == self.pid:  # or else it has ended, and its pid may be another's
+                    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            finally:
+                os.close(pidfd)
 
 
 def find() -> Daemon:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import select
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from typing import Any, ClassVar
 
 from podferry.core.facts import CgroupKind
 from podferry.errors import Failed, PeerMisbehaved, Refused, TimedOut
+from podferry.node.members import killed
 
 FREEZE_TIMEOUT = 10.0  # seconds
 V1_FIRST_LOOK, V1_LAST_LOOK = 0.0002, 0.005  # seconds between looks at a v1 freezer, which has no event
@@ -274,27 +274,12 @@ class Cgroup:
             return
         if self.state() is not Frozen.FROZEN:
             self.freeze()
-        with contextlib.ExitStack() as stack:
-            ends = select.poll()
-            waiting = set()
-            for pid in self.pids():
-                with contextlib.suppress(ProcessLookupError):
-                    pidfd = os.pidfd_open(pid)
-                    stack.callback(os.close, pidfd)
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    ends.register(pidfd, select.POLLIN)
-                    waiting.add(pidfd)
+        with killed(self.pids) as ends:
             with contextlib.suppress(CgroupFailed):  # v2 kills the frozen: its directory may be gone already
                 self.thaw()
             once_sent()
-            deadline = time.monotonic() + timeout
-            while waiting:
-                ended = ends.poll(max(0.0, deadline - time.monotonic()) * 1000)
-                if not ended:
-                    raise TimedOut(f"killed processes do not end: {self.freezer}", why=f"{len(waiting)} are left")
-                for pidfd, _ in ended:
-                    ends.unregister(pidfd)
-                    waiting.discard(pidfd)
+            if left := ends.wait(timeout):
+                raise TimedOut(f"killed processes do not end: {self.freezer}", why=f"{left} are left")
 
     # CPU and memory.
 

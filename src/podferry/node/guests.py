@@ -6,13 +6,11 @@ waits on this node. So they leave before a container does.
 
 from __future__ import annotations
 
-import os
-import select
-import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
 from pathlib import Path
+
+from podferry.node.members import killed
 
 PATIENCE = 0.3
 """Seconds that they are given to end by themselves: a probe mostly does."""
@@ -31,21 +29,12 @@ def guests(first: int, pids: Iterable[int]) -> tuple[int, ...]:
 
 def show_out(first: int, pids: Callable[[], Iterable[int]]) -> int:
     """Wait until there are no guests, and kill those that stay; returns how many were killed."""
-    deadline, killed = time.monotonic() + PATIENCE, 0
-    while (there := guests(first, pids())) and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while guests(first, pids()) and time.monotonic() < deadline:
         time.sleep(LOOK_EVERY)
-    with ExitStack() as stack:
-        ends = select.poll()
-        for pid in there:
-            with suppress(ProcessLookupError):
-                pidfd = os.pidfd_open(pid)
-                stack.callback(os.close, pidfd)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                ends.register(pidfd, select.POLLIN)
-                killed += 1
-        if killed:
-            ends.poll(LAST * 1000)
-    return killed
+    with killed(lambda: guests(first, pids())) as ends:
+        ends.wait(LAST)
+        return ends.count
 
 
 def _parent(pid: int) -> int | None:

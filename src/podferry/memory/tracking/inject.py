@@ -23,6 +23,7 @@ import ctypes
 import errno
 import gc
 import os
+import select
 import signal
 import socket
 import struct
@@ -199,14 +200,14 @@ def inject(pid: int, seconds: float) -> tuple[int, int]:
     if MACHINE not in ARCHITECTURES:
         raise Failure(Outcome.FOREIGN_CODE, f"unknown processor {MACHINE}")
     try:
-        with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
-            where = find_syscall(pid, mem.fileno())
-            tid = choose_thread(pid)
-            pidfd = os.pidfd_open(pid)
-            try:
+        pidfd = os.pidfd_open(pid)
+        try:
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as mem:
+                where = find_syscall(pid, mem.fileno())
+                tid = choose_thread(pid)
                 return _inject(tid, pidfd, mem.fileno(), where, seconds=seconds)
-            finally:
-                os.close(pidfd)
+        finally:
+            os.close(pidfd)
     except (ProcessLookupError, FileNotFoundError):
         raise Failure(Outcome.GONE, "no such process") from None
     except PermissionError as error:
@@ -223,6 +224,10 @@ def _inject(tid: int, pidfd: int, mem: int, where: int, *, seconds: float) -> tu
     began = time.perf_counter_ns()
     ours = -1
     try:
+        if _ended(
+            pidfd
+        ):  # while it lives nobody else has its pid, and so the memory, the thread and the descriptors are its own
+            raise Failure(Outcome.GONE, "the process ended")
         before = thread.registers()
         ARCHITECTURE.check(before)
         if os.pread(mem, len(ARCHITECTURE.syscall_instruction), where) != ARCHITECTURE.syscall_instruction:
@@ -244,6 +249,12 @@ def _inject(tid: int, pidfd: int, mem: int, where: int, *, seconds: float) -> tu
         with contextlib.suppress(ProcessLookupError):  # killed meanwhile
             thread.release()
     return ours, time.perf_counter_ns() - began
+
+
+def _ended(pidfd: int) -> bool:
+    ends = select.poll()
+    ends.register(pidfd, select.POLLIN)
+    return bool(ends.poll(0))
 
 
 @contextlib.contextmanager
