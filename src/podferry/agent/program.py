@@ -18,6 +18,7 @@ from podferry.engine import metrics
 from podferry.errors import PodferryError, UsageError
 from podferry.node import apparmor, own_tmpfs
 from podferry.node.logs import log_json_lines
+from podferry.node.secrecy import no_core_dumps
 from podferry.workload.config import Config, load, of_kubernetes
 
 DESCRIPTION = """Move running containers off this node and onto it.
@@ -43,6 +44,7 @@ def main() -> None:
     try:
         if os.geteuid() != 0:
             raise UsageError("podferry-agent needs root", why="it reads other processes' memory and freezes cgroups")
+        no_core_dumps()
         _raise_file_limit()
         apparmor.show()
         config = of_kubernetes(os.environ) if arguments.kubernetes else load(arguments.config)

@@ -30,6 +30,7 @@ from podferry.lazypages.loop import Pump
 from podferry.lazypages.page_source import AgentSource, NoSource
 from podferry.lazypages.status import State, Status, StatusFile
 from podferry.memory.store.page_store import PageStore
+from podferry.node.secrecy import no_core_dumps
 
 _LAST_TO_KILL = "-999"
 _URGENT = -10  # nice: the job's threads wait for us
@@ -38,6 +39,7 @@ _URGENT = -10  # nice: the job's threads wait for us
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the feeder; returns its exit status."""
     options = _parse(arguments)
+    no_core_dumps()
     _harden()
     report = StatusFile(options.status, Status(pid=os.getpid()))
     keeper = fork_keeper(report)
