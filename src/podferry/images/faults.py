@@ -67,6 +67,8 @@ class LayerExchanged(Failed):
 class ShareTampered(LayerDamaged):
     """Something that no podferry puts on a share: a link, device or FIFO in place of a file or directory."""
 
+    code = "PF257"
+
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_OURS = {errno.ELOOP, errno.EXDEV, errno.ENOTDIR}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from podferry.errors import CommandFailed, TimedOut
+from podferry.fs.private import private_directory
 from podferry.node import outside
 from podferry.node.process import run
 
@@ -26,7 +27,7 @@ def ensure(directory: Path, size: str = SIZE) -> str:
     One that is a file system of its own already stays as it is, and so does one that holds anything of an earlier agent.
     """
     seen = outside.root() / str(directory).lstrip("/")
-    seen.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_directory(seen, below=seen)
     if seen.stat().st_dev != seen.parent.stat().st_dev:
         return ""
     if left := sorted(one.name for one in seen.iterdir() if one.name not in _SOCKETS and _holds_anything(one)):
