@@ -57,3 +57,16 @@ def test_an_agent_that_may_not_mount_works_on(tmp_path: Path, monkeypatch: pytes
     sys, facts = kernel(tmp_path, "Y", mounted=False)
     apparmor.show(sys, facts)
     assert facts.exists()
+
+
+def test_a_profile_that_the_target_has_not_loaded_is_named(tmp_path: Path) -> None:
+    profiles = tmp_path / "kernel/security/apparmor/profiles"
+    profiles.parent.mkdir(parents=True)
+    profiles.write_text("cri-containerd.apparmor.d (enforce)\nlsb_release (complain)\n")
+    for profile in ("cri-containerd.apparmor.d", "lsb_release", "unconfined", "", None):
+        assert apparmor.refusal({"process": {"apparmorProfile": profile}}, "train", "node-b", tmp_path) is None
+    for spec in ({}, {"process": None}):
+        assert apparmor.refusal(spec, "train", "node-b", tmp_path) is None
+    for where in (tmp_path, tmp_path / "a kernel without it"):
+        refused = apparmor.refusal({"process": {"apparmorProfile": "cri"}}, "train", "node-b", where)
+        assert "node-b has no AppArmor profile 'cri', which confines train" in str(refused)

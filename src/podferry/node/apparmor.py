@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import structlog
 
-from podferry.errors import PodferryError
+from podferry.errors import PodferryError, Refused
 from podferry.node.process import run
 
 log = structlog.get_logger()
@@ -30,3 +32,22 @@ def show(sys: Path = SYS, criu_facts: Path = CRIU_FACTS) -> None:
         criu_facts.unlink(missing_ok=True)
     except (PodferryError, OSError) as error:
         log.warning("containers with an AppArmor profile cannot move: securityfs cannot be mounted", why=str(error))
+
+
+def refusal(spec: Mapping[str, Any], name: str, node: str, sys: Path = SYS) -> Refused | None:
+    """What stands against making a container of this spec on this node: it gets the profile that it had, and here must be one."""
+    profile = (spec.get("process") or {}).get("apparmorProfile") or "unconfined"
+    if profile == "unconfined" or profile in _loaded(sys / "kernel/security/apparmor/profiles"):
+        return None
+    return Refused(
+        f"{node} has no AppArmor profile {str(profile)[:80]!r}, which confines {name}",
+        why="it is not among those that the kernel has loaded there",
+        remedy="load it there with apparmor_parser; a kubelet's node loads containerd's own with its first pod",
+    )
+
+
+def _loaded(profiles: Path) -> set[str]:
+    try:
+        return {line.rpartition(" (")[0] for line in profiles.read_text().splitlines()}
+    except OSError:  # a kernel without AppArmor
+        return set()

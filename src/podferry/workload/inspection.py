@@ -14,6 +14,7 @@ from podferry.errors import Refused, UsageError
 from podferry.memory.kernel.guards import has_guards
 from podferry.memory.tracking.tracker import Choice, Kind, choose, probe
 from podferry.model import Mode
+from podferry.node import apparmor
 from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.jobfacts import container_facts, may_read_limits
@@ -168,6 +169,8 @@ class Inspection:
                     remedy="remove it, or rename one",
                 )
             )
+        if (unconfined := apparmor.refusal(record.spec_json(), record.id, self._config.node)) is not None:
+            found.append(unconfined)
         if missing := self._containerd.find_layers(record.snapshotter, offered.layers):
             stays = f", which stays on the source's disk: {reason}" if (reason := offered.staying.get(missing)) else ""
             found.append(
