@@ -11,7 +11,7 @@ help:           ## this list
 
 setup: $(STAMP) ## install uv where it is missing, and podferry into .venv
 
-$(STAMP): pyproject.toml requirements.lock requirements-dev.lock scripts/setup
+$(STAMP): pyproject.toml requirements.lock requirements-dev.lock requirements-uv.lock scripts/setup
 	scripts/setup $(VENV)
 	@touch $@
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from podferry import __version__
 from podferry.install import criu
 from podferry.install.node import WRAPPER
 from podferry.install.settings import RUNTIME
-from podferry.lab import oci
+from podferry.lab import oci, spdx
 from podferry.lab.kubernetes import image
 
 pytestmark = pytest.mark.unit
@@ -128,6 +129,46 @@ def test_an_image_of_another_and_more_layers(tmp_path: Path) -> None:
         for digest in [named["digest"], manifest["config"]["digest"], *digests]:
             assert oci._blob(read(digest)).digest == digest.removeprefix("sha256:")
         assert [one["size"] for one in manifest["layers"]] == [len(read(digest)) for digest in digests]
+    assert oci.digest(made) == named["digest"]
+    assert oci.read(made, "opt/second") == b"second"
+    assert oci.read(made, "opt/base") == b"base"
+    with pytest.raises(FileNotFoundError):
+        oci.read(made, "opt/third")
+
+
+STATUS = """\
+Package: libc6
+Status: install ok installed
+Architecture: amd64
+Version: 2.41-12+deb13u5
+Description: more
+ Version: 7 of something else
+
+Package: gone
+Status: deinstall ok config-files
+Architecture: all
+Version: 1:1.0
+"""
+
+
+def test_an_image_lists_what_it_is_made_of(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "Zope_x-1.5.dist-info").mkdir(parents=True)
+    (site / "Zope_x-1.5.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: Zope_x\nVersion: 1.5\n")
+    packages = [*spdx.of_debian(STATUS), *spdx.of_python(site)]
+    assert [one.url for one in packages] == ["pkg:deb/debian/libc6@2.41-12%2Bdeb13u5?arch=amd64", "pkg:pypi/zope_x@1.5"]
+    made = spdx.document(image.NAME, "1.0", packages, created=datetime(2026, 1, 2, tzinfo=UTC))
+    assert made == spdx.document(image.NAME, "1.0", reversed(packages), created=datetime(2026, 1, 2, tzinfo=UTC))
+    spdx.write(tmp_path, made)
+    read = json.loads((tmp_path / spdx.PLACE).read_text())
+    assert (read["spdxVersion"], read["dataLicense"], read["creationInfo"]["created"]) == (
+        "SPDX-2.3",
+        "CC0-1.0",
+        "2026-01-02T00:00:00Z",
+    )
+    described = {one["relatedSpdxElement"] for one in read["relationships"]}
+    assert described == {one["SPDXID"] for one in read["packages"]}
+    assert len(described) == 2
 
 
 def test_our_criu_lies_apart_from_everything_of_the_nodes() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from podferry.errors import Refused
+from podferry.errors import CommandFailed, Refused
 from podferry.lab import debian, images
+from podferry.lab.apt import KEYRING
 from podferry.lab.debian import mirror
+from podferry.node.process import Completed
 
 pytestmark = pytest.mark.unit
 
@@ -121,3 +123,25 @@ def test_what_a_bare_debian_lacks_is_installed(tmp_path: Path, monkeypatch: pyte
     debian.require({"ip": "iproute2", "tc": "iproute2", "debootstrap": "debootstrap"}, said.append)
     assert said == ["installing debootstrap, iproute2 with apt-get"]
     assert called[-1][-2:] == ["debootstrap", "iproute2"]
+
+
+def test_nothing_is_taken_from_an_archive_that_debian_has_not_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """debootstrap goes on without a check where it finds no gpgv, or no keyring of its own choice."""
+    needed: dict[str, str] = {}
+    called: list[list[str]] = []
+
+    def told(argv: list[str], *_: object) -> Completed:
+        called.append(argv)
+        return Completed(argv, 0, "", "")
+
+    monkeypatch.setattr(debian, "told", told)
+    monkeypatch.setattr(debian, "require", lambda programs, progress: needed.update(programs))
+    monkeypatch.setattr(debian, "cached", lambda name, recipe, make: make(tmp_path / "base"))
+    monkeypatch.setattr(debian, "mirror", lambda: "http://mirror.example/debian")
+    with pytest.raises(CommandFailed):
+        debian.bootstrap(["python3"], tmp_path / "into", tmp_path / "debs", lambda step: None)
+    assert "--force-check-gpg" in called[0]
+    assert f"--keyring={KEYRING}" in called[0]
+    assert {"gpgv", str(KEYRING)} <= set(needed)

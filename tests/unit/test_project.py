@@ -26,13 +26,23 @@ def test_processes_have_one_door() -> None:
     assert users == [door]
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock", "requirements-uv.lock"])
 def test_the_locks_hold_hashes_and_no_addresses(lock: str) -> None:
     text = (ROOT / lock).read_text()
     assert "://" not in text
     packages = re.findall(r"^[a-z0-9][^\s=]*==", text, re.MULTILINE)
     assert packages
     assert text.count("--hash=sha256:") >= len(packages)
+
+
+def test_what_set_up_installs_is_pinned_by_hash() -> None:
+    """Every call of pip's or uv's install names a lock with hashes, or installs the checkout itself."""
+    for path in (ROOT / "scripts/setup", ROOT / "src/podferry/lab/site.py"):
+        lines = [line for line in path.read_text().splitlines() if re.search(r"pip.*\b(install|sync)\b", line)]
+        assert lines
+        for line in lines:
+            assert re.search(r"--require-hashes|--editable \.|\*pinned|\*options", line), f"{path.name}: {line}"
+    assert '["--constraints", str(lock), *DEVELOPMENT]' in (ROOT / "src/podferry/lab/site.py").read_text()
 
 
 def test_every_error_has_a_code_of_its_own_and_survives_the_wire() -> None:

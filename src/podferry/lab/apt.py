@@ -20,7 +20,7 @@ from podferry.lab.telling import ALONE, told
 from podferry.node.process import Completed, ending, run
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-"""What debootstrap checks Debian's signatures with; where it is, apt does so too."""
+"""What debootstrap and apt check Debian's signatures with; `debian.bootstrap` sees to it that it is there."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9-]+)?(=[A-Za-z0-9.+:~-]+)?")
 _MISSING = re.compile(
@@ -61,8 +61,7 @@ def install(packages: Sequence[str], root: Path, debs: Path, *, suite: str, mirr
     source = f"deb {mirror} {suite} main\n"
     with tempfile.TemporaryDirectory(dir=root.parent) as place, locked(debs.with_suffix(".lock")):
         sources, settings = Path(place, "sources.list"), Path(place, "apt.conf")
-        signed = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
-        sources.write_text(source.replace("deb ", f"deb {signed}", 1))
+        sources.write_text(source.replace("deb ", f"deb [signed-by={KEYRING}] ", 1))
         settings.write_text(_settings(root, sources))
         environment = {**for_debian(mirror), "APT_CONFIG": str(settings), "DEBIAN_FRONTEND": "noninteractive"}
         policy.write_text(_INVOKE)

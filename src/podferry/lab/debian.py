@@ -63,7 +63,10 @@ def bootstrap(packages: list[str], into: Path, debs: Path, progress: Progress, s
     packages for the next time. Raises `UsageError` for a package that does not exist, `Refused` and `CommandFailed`.
     """
     apt.check_names(packages)
-    require({"debootstrap": "debootstrap", str(apt.KEYRING): "debian-archive-keyring"}, progress)
+    require(
+        {"debootstrap": "debootstrap", "gpgv": "gpgv", str(apt.KEYRING): "debian-archive-keyring"},
+        progress,
+    )
     debs.mkdir(parents=True, exist_ok=True)
     address = mirror()
     recipe = {"suite": suite, "arch": architecture(), "edition": BASE_EDITION}
@@ -90,7 +93,19 @@ def _debootstrap(into: Path, debs: Path, progress: Progress, suite: str, address
         elif phase in ("Extracting", "Unpacking", "Configuring"):
             progress(f"[1/3] base system · {phase.lower()}")
 
-    argv = [*ALONE, "debootstrap", "--variant=minbase", f"--cache-dir={debs}", suite, str(into), address, _SCRIPT]
+    # Without --force-check-gpg debootstrap takes unsigned archives where it finds no gpgv or no keyring.
+    signed = ["--force-check-gpg", f"--keyring={apt.KEYRING}"]
+    argv = [
+        *ALONE,
+        "debootstrap",
+        "--variant=minbase",
+        *signed,
+        f"--cache-dir={debs}",
+        suite,
+        str(into),
+        address,
+        _SCRIPT,
+    ]
     with locked(debs.with_suffix(".lock")):
         done = told(argv, for_debian(address), tell)
     raise_for(done, log=into / "debootstrap" / "debootstrap.log", remedy=remedy(done.stdout))

@@ -57,8 +57,15 @@ JOB_UNUSED = [
     "usr/share/debconf",
     "usr/share/perl5",
     "var/lib/apt",
-    "var/lib/dpkg",
+    "var/lib/dpkg/*-old",
+    "var/lib/dpkg/alternatives",
+    "var/lib/dpkg/info",
+    "var/lib/dpkg/lock*",
+    "var/lib/dpkg/parts",
+    "var/lib/dpkg/triggers",
+    "var/lib/dpkg/updates",
 ]
+"""The database of packages, `var/lib/dpkg/status`, stays: scanners read it."""
 # Raised by hand when what is done to a root changes, but none of its packages.
 EDITION = 1
 

@@ -11,7 +11,7 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -173,6 +173,24 @@ def extend(
             _add_file(archive, _path(one), file, one["size"])
         for layer, blob in added:
             _add_file(archive, f"blobs/sha256/{blob.digest}", layer, blob.size)
+
+
+def digest(archive: Path) -> str:
+    """By which digest a registry and a cluster name the image of an archive."""
+    with tarfile.open(archive) as tar:
+        return str(_member(tar, "index.json")["manifests"][0]["digest"])
+
+
+def read(archive: Path, path: str) -> bytes:
+    """A file of the image in an archive, as its topmost layer that has one says. Raises `FileNotFoundError`."""
+    with tarfile.open(archive) as tar:
+        manifest = _member(tar, _path(_member(tar, "index.json")["manifests"][0]))
+        for one in reversed(manifest["layers"]):
+            with tarfile.open(fileobj=tar.extractfile(_path(one))) as layer, suppress(KeyError):
+                file = layer.extractfile(path)
+                assert file is not None
+                return file.read()
+    raise FileNotFoundError(path)
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -78,5 +78,6 @@ def _uv(progress: Progress) -> str:
         return found
     progress("installing uv")
     run([sys.executable, "-m", "venv", ours.parents[1]], remedy="install uv, or python3-venv")
-    run([ours.with_name("pip"), "install", "--quiet", "uv"], env=downloads())
+    pinned = ["--require-hashes", "--only-binary", ":all:", "--requirement", str(_lock("requirements-uv.lock"))]
+    run([ours.with_name("pip"), "install", "--quiet", *pinned], env=downloads())
     return str(ours)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from podferry.errors import Failed
 from podferry.install.criu import DIRECTORY
+from podferry.lab import apt
 from podferry.lab.cache import cached
-from podferry.lab.debian import NEXT_SUITE, SUITE, architecture, mirror
+from podferry.lab.debian import NEXT_SUITE, SUITE, architecture, mirror, require
 from podferry.lab.downloads import for_debian, remedy
 from podferry.lab.images import node_root
 from podferry.lab.progress import Progress
@@ -18,13 +19,16 @@ from podferry.node.process import raise_for, run
 
 PACKAGES = ["criu", "libcompel1", "libnet9", "libnl-3-200"]
 """CRIU, and the libraries that the lab's own Debian has only in older versions."""
-EDITION = 1
+PACKAGE_LIST = "packages"
+"""The file in the bundle that tells, as a database of dpkg's does, which packages it was taken from."""
+EDITION = 2
 
 # The loader is called criu, since a process is known by the name of the file that was executed.
 _START = f"""\
 #!/bin/sh
 exec {DIRECTORY}/loader/criu --library-path {DIRECTORY}/lib {DIRECTORY}/criu "$@"
 """
+_STANZA = "Package: ${Package}\\nStatus: install ok installed\\nArchitecture: ${Architecture}\\nVersion: ${Version}\\n"
 _LDD = 'mount --bind "$1" "$2/mnt"; exec chroot "$2" env LD_LIBRARY_PATH="/mnt$3" ldd /mnt/usr/sbin/criu'
 
 
@@ -37,18 +41,19 @@ def bundle(progress: Progress) -> Path:
         progress(f"CRIU: from Debian {NEXT_SUITE}")
         # Not in /tmp: programs are run from it to see which libraries they need, and /tmp may be mounted noexec.
         with tempfile.TemporaryDirectory(dir=into.parent) as work:
-            tree = _unpack(Path(work))
+            tree = _unpack(Path(work), progress)
             _assemble(tree, root, into)
 
     return cached("criu", recipe, build)
 
 
-def _unpack(work: Path) -> Path:
-    """The packages' files, without installing them. apt checks their signatures with this machine's keys."""
+def _unpack(work: Path, progress: Progress) -> Path:
+    """The packages' files, without installing them. apt checks their signatures with Debian's keys."""
     (work / "lists" / "partial").mkdir(parents=True)
     (work / "archives" / "partial").mkdir(parents=True)
     (work / "status").touch()
-    (work / "sources.list").write_text(f"deb {mirror()} {NEXT_SUITE} main\n")
+    require({str(apt.KEYRING): "debian-archive-keyring"}, progress)
+    (work / "sources.list").write_text(f"deb [signed-by={apt.KEYRING}] {mirror()} {NEXT_SUITE} main\n")
     options = {
         "Dir::State::Lists": work / "lists",
         "Dir::State::status": work / "status",
@@ -60,14 +65,17 @@ def _unpack(work: Path) -> Path:
         "APT::Sandbox::User": "root",
         "Acquire::Languages": "none",
     }
-    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
+    get = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
     environment = for_debian(mirror())
     for words in (["update"], ["download", *PACKAGES]):
-        done = run([*apt, *words], env=environment, check=False, cwd=work)
+        done = run([*get, *words], env=environment, check=False, cwd=work)
         raise_for(done, remedy=remedy(done.stderr))
     tree = work / "tree"
+    listed = []
     for deb in sorted(work.glob("*.deb")):
         run(["dpkg-deb", "--extract", deb, tree])
+        listed.append(run(["dpkg-deb", "--show", "--showformat", _STANZA, deb]).stdout)
+    (tree / PACKAGE_LIST).write_text("\n".join(listed))
     return tree
 
 
@@ -87,6 +95,7 @@ def _assemble(tree: Path, root: Path, into: Path) -> None:
         raise Failed(f"cannot tell the loader of CRIU on {architecture()}", evidence=said.splitlines())
     shutil.copy(root / loader[1].lstrip("/"), into / "loader" / "criu")
     shutil.copy(tree / "usr/sbin/criu", into / "criu")
+    shutil.copy(tree / PACKAGE_LIST, into / PACKAGE_LIST)
     (into / "bin" / "criu").write_text(_START)
     for program in ("bin/criu", "criu", "loader/criu"):
         (into / program).chmod(0o755)

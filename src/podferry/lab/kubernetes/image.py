@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from podferry import __version__
 from podferry.install.criu import DIRECTORY
-from podferry.lab import images, oci, site
+from podferry.lab import images, oci, site, spdx
 from podferry.lab.cache import cached, remove
 from podferry.lab.debian import SUITE
 from podferry.lab.kubernetes import criu
@@ -63,6 +65,7 @@ def archive(progress: Progress, tag: str = __version__) -> Path:
             below, above = trees / "packages", trees / "podferry"
             shutil.copytree(packages, below / "opt/podferry/site", symlinks=True)
             shutil.copytree(own_criu, above / DIRECTORY[1:])
+            spdx.write(above, _contents(base, packages, own_criu, tag))
             source = above / "opt/podferry/src"
             shutil.copytree(site.PACKAGE, source / "podferry", ignore=shutil.ignore_patterns("__pycache__"))
             run(["unshare", "--mount", "sh", "-ec", _COMPILE, "sh", source, root, "/opt/podferry/src"])
@@ -78,6 +81,17 @@ def archive(progress: Progress, tag: str = __version__) -> Path:
     return cached("podferry", recipe, build, suffix=".tar")
 
 
+def _contents(base: Path, packages: Path, own_criu: Path, tag: str) -> dict[str, Any]:
+    """What the image is made of. Its time is that of the base, so that what is made again is the same."""
+    made_of = [
+        *spdx.of_debian(oci.read(base, "var/lib/dpkg/status").decode()),
+        *spdx.of_debian((own_criu / criu.PACKAGE_LIST).read_text()),
+        *spdx.of_python(packages),
+        spdx.Package("generic", "podferry", __version__),
+    ]
+    return spdx.document(NAME, tag, made_of, created=datetime.fromtimestamp(base.stat().st_mtime, UTC))
+
+
 def _digest(package: Path) -> str:
     """What podferry's modules are, whenever and wherever they were checked out."""
     digest = hashlib.sha256()
@@ -90,6 +104,15 @@ def _digest(package: Path) -> str:
     return digest.hexdigest()
 
 
-if __name__ == "__main__":
+def main(into: str = "") -> None:
+    """Make the image, and say by which digest a cluster can hold to exactly this one."""
     made = archive(lambda step: print(step, file=sys.stderr))
-    print(shutil.copy(made, sys.argv[1]) if len(sys.argv) > 1 else made)
+    digest = oci.digest(made)
+    if into:
+        Path(into).with_suffix(".digest").write_text(f"{digest}\n")
+    print(shutil.copy(made, into) if into else made)
+    print(f"deploy it by its digest: kustomize edit set image {NAME}=REGISTRY/podferry@{digest}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
