@@ -120,6 +120,7 @@ NODE = NodeFacts(
     thin_dump=True,
     pipe_max_size=4 << 20,
     clock=1000.0,
+    selinux=False,
 )
 JOB = ContainerFacts(
     id="job",
@@ -155,6 +156,8 @@ def test_what_fits_may_move() -> None:
         ({}, {}, {"lazy_pages": False}, "PF110"),
         ({}, {"wp_async": False}, {}, "PF110"),
         ({}, {"pipe_max_size": 1 << 20}, {}, "PF110"),
+        ({}, {"selinux": True}, {}, "PF110"),
+        ({}, {}, {"selinux": True}, "PF110"),
         ({}, {}, {"machine": "aarch64"}, "PF111"),
         ({}, {}, {"page_size": 65536}, "PF111"),
         ({}, {}, {"cpu_flags": ("sse",)}, "PF111"),

@@ -70,6 +70,7 @@ NODE_HOST = NodeHost(
         soft_dirty=False,
         thin_dump=True,
         pipe_max_size=4 << 20,
+        selinux=False,
         clock=0.0,
     ),
     memory_total=16 * GIB,
@@ -134,10 +135,10 @@ BOTH: list[tuple[str, Callable[[Any], Any], dict[str, Verdict]]] = [
     ("no userfaultfd", kernel(lazy_pages=False), {"userfaultfd": BLOCKED}),
     ("Debian 12's tracking", kernel(tracker="soft-dirty"), {"tracking": LIMITED}),
     ("no tracking", kernel(tracker="none"), {"tracking": LIMITED}),
-    ("SELinux", kernel(selinux=True), {"SELinux": LIMITED}),
     ("Ubuntu's AppArmor", kernel(userns_restricted=True), {}),
 ]
 LAB: list[tuple[str, Callable[[LabHost], LabHost], dict[str, Verdict]]] = [
+    ("SELinux", kernel(selinux=True), {"SELinux": LIMITED}),
     *((f"{one} fails", having(trials={**dict.fromkeys(TRIALS, ""), one: "no"}), {one: BLOCKED}) for one in TRIALS),
     ("no cgroups", having(cgroups=Cgroups("", False, frozenset())), {"cgroups": BLOCKED}),
     ("cgroups read-only", having(cgroups=replace(LAB_HOST.cgroups, writable=False)), {"cgroups": BLOCKED}),
@@ -174,6 +175,7 @@ LAB: list[tuple[str, Callable[[LabHost], LabHost], dict[str, Verdict]]] = [
 ]
 NODE: list[tuple[str, Callable[[NodeHost], NodeHost], dict[str, Verdict]]] = [
     ("an old Python", having(python=(3, 9)), {"Python": BLOCKED}),
+    ("SELinux", kernel(selinux=True), {"SELinux": BLOCKED}),
     ("no CRIU", facts(criu=""), {"CRIU": BLOCKED}),
     ("Debian 12's CRIU", facts(criu="3.17.1"), {"CRIU": BLOCKED}),
     ("an old CRIU in a cluster", lambda one: facts(criu="3.17.1")(replace(one, kubelet=True)), {"CRIU": LIMITED}),

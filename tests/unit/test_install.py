@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -12,7 +18,7 @@ import tomli_w
 
 from podferry.criu import dump_gate, incoming
 from podferry.errors import Refused
-from podferry.install import criu, daemon, files, node, settings
+from podferry.install import criu, daemon, files, node, remains, settings
 from podferry.install.settings import CRI, Settings
 from podferry.node import outside
 
@@ -343,19 +349,126 @@ def test_the_configuration_is_the_one_containerd_was_started_with(words: list[st
     assert daemon._config(words) == config
 
 
-def test_who_listens(tmp_path: Path) -> None:
-    (tmp_path / "net").mkdir()
-    (tmp_path / "net" / "unix").write_text(
-        "Num       RefCount Protocol Flags    Type St Inode Path\n"
-        "0: 00000003 00000000 00000000 0001 03 11 /run/containerd/containerd.sock\n"
-        "0: 00000002 00000000 00010000 0001 01 12 /run/containerd/containerd.sock\n"
-        "0: 00000002 00000000 00010000 0001 01 13 /run/other.sock\n"
-    )
-    for pid, inode in (("100", 11), ("200", 12), ("300", 13)):
-        (tmp_path / pid / "fd").mkdir(parents=True)
-        (tmp_path / pid / "fd" / "3").symlink_to(f"socket:[{inode}]")
-    assert daemon.listener("/run/containerd/containerd.sock", tmp_path) == 200
-    assert daemon.listener("/run/nobody.sock", tmp_path) is None
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose path fits into the address of a socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="pf-") as directory:
+        yield Path(directory)
+
+
+def test_who_listens_is_what_the_kernel_says_of_the_nodes_own_socket(short: Path) -> None:
+    ours, stale = short / "containerd.sock", short / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as other:
+        listening.bind(str(ours))
+        assert daemon.listener(ours) is None, "nobody listens yet"
+        listening.listen()
+        other.bind(str(stale))
+        assert daemon.listener(ours) == os.getpid()
+        assert daemon.listener(stale) is None
+    assert daemon.listener(ours) is None
+    assert daemon.listener(short / "nobody.sock") is None
+
+
+IMPOSTOR = """
+import os, socket, sys
+os.chroot(sys.argv[1])
+listening = socket.socket(socket.AF_UNIX)
+listening.bind("/run/containerd/containerd.sock")
+listening.listen()
+print("listens", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may take another root directory")
+def test_a_socket_of_that_name_in_another_root_is_not_the_nodes(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that shares the node's network is listed in /proc/net/unix by the same path, and may have the lower pid."""
+    root, other = short / "node", short / "container"
+    for one in (root, other):
+        (one / "run/containerd").mkdir(parents=True)
+    monkeypatch.setattr(outside, "root", lambda: root)
+    impostor = Popen([sys.executable, "-c", IMPOSTOR, str(other)], stdin=PIPE, stdout=PIPE)
+    try:
+        assert impostor.stdout and impostor.stdout.readline() == b"listens\n"
+        assert "/run/containerd/containerd.sock" in Path("/proc/net/unix").read_text()
+        with pytest.raises(Refused, match="containerd does not run"):
+            daemon.find()
+    finally:
+        impostor.kill()
+        impostor.communicate()
+
+
+KEPT = {
+    "/var/lib/podferry/pki/node.key": "a key",
+    "/var/lib/podferry/migrations/1/record.json": "{}",
+    "/var/lib/podferry/staging/1.volumes/0/secret": "files",
+    "/var/lib/podferry/arrived/uid_job": "",
+    "/run/podferry/incoming/uid_job/images/pages-1.img": "memory",
+    "/run/podferry/restored/job": "",
+}
+
+
+def test_uninstalling_leaves_no_key_no_journal_and_no_staged_file(on: Node) -> None:
+    on.put("/var/lib/podferry/snapshotter/layers/1", "a layer of containerd's")
+    (on.root / "run").mkdir()
+    before = on.tree()
+    on.install()
+    for path, text in KEPT.items():
+        on.put(path, text, 0o600)
+    done = on.uninstall()
+    assert on.tree() == before
+    assert "/var/lib/podferry/pki" in done.changed
+    for path, text in KEPT.items():  # an agent that was started once more
+        on.put(path, text, 0o600)
+    on.uninstall()
+    assert on.tree() == before
+
+
+def test_what_is_kept_elsewhere_through_a_link_stays(on: Node) -> None:
+    on.put("/home/somebody/file", "hers")
+    on.put("/var/lib/podferry/snapshotter/layers/1", "a layer of containerd's")
+    (on.root / "var/lib/podferry/staging").symlink_to(on.root / "home/somebody")
+    before = on.tree()
+    on.uninstall()
+    assert {name for name in before if name not in on.tree()} == {"var/lib/podferry/staging"}
+
+
+def test_a_migration_that_has_not_ended_keeps_the_node_installed(on: Node) -> None:
+    on.install()
+    on.put("/var/lib/podferry/migrations/1/journal.jsonl", '{"format": 2}\n')
+    with pytest.raises(Refused, match="1 migrations have not ended"):
+        on.uninstall()
+    assert (on.root / node.WRAPPER[1:]).exists()
+    on.uninstall(force=True)
+    assert not (on.root / "var/lib/podferry/migrations").exists()
+
+
+def test_an_agent_that_runs_keeps_the_node_installed(on: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    on.install()
+    monkeypatch.setattr(remains, "listener", lambda path: 7 if path.name == "agent.sock" else None)
+    with pytest.raises(Refused, match="its agent still runs"):
+        on.uninstall()
+    assert (on.root / node.WRAPPER[1:]).exists()
+
+
+def test_uninstalling_waits_for_an_agent_that_is_about_to_end(on: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    on.install()
+    answers = iter([7, 7, None])
+    monkeypatch.setattr(remains, "listener", lambda path: next(answers))
+    monkeypatch.setattr(node, "LOOK_EVERY", 0.0)
+    on.uninstall(wait=True)
+    assert on.said.count("waiting: its agent still runs") == 1
+    assert not (on.root / node.WRAPPER[1:]).exists()
+
+
+def test_where_selinux_enforces_nothing_is_installed(on: Node) -> None:
+    on.put("/sys/fs/selinux/enforce", "1")
+    before = on.tree()
+    with pytest.raises(Refused, match="SELinux enforces"):
+        on.install()
+    assert on.tree() == before
+    on.put("/sys/fs/selinux/enforce", "0")
+    assert on.install().changed
 
 
 def test_imports_written_in_a_way_that_is_not_understood() -> None:

@@ -15,9 +15,11 @@ import pytest
 
 import podferry.node
 from podferry.criu.incoming import Incoming, WrapperGone, pod_key
+from podferry.criu.waiting import wake
 from podferry.errors import Bug, TimedOut, UsageError
 from podferry.lab.state import CACHE
 from podferry.node.process import spawn
+from podferry.workload.frozen import open_door
 
 pytestmark = pytest.mark.unit
 
@@ -306,6 +308,45 @@ def test_a_container_of_an_arriving_pod_waits_for_the_agent(bench: Bench) -> Non
         assert Path(f"{bench.call}.criu").read_text() == str(incoming.path / "criu.conf")
 
 
+def test_who_waits_does_not_look_again_and_again(bench: Bench) -> None:
+    """Its one call of sleep is its clock. What wakes it is the agent, and nothing of it is left afterwards."""
+    clock = bench.path / "bin/sleep"
+    clock.write_text(f'#!/bin/sh\necho "$1" >>{bench.path}/slept\nexec {shutil.which("sleep")} "$1"\n')
+    clock.chmod(0o755)
+
+    def slept() -> list[str]:
+        if bench.shell[-1] == "sh":  # busybox' own sleep is no program that could be another
+            return ["10", "59"]
+        return sorted((bench.path / "slept").read_text().split())
+
+    arrives = bench.start(*create_of(bench, migration="move-1"), PODFERRY_PATIENCE="59")
+    guarded = bench.run / "leaving/c0ffee"
+    guarded.parent.mkdir(parents=True)
+    guarded.touch()
+    enters = bench.start(*GLOBALS, "exec", "--process", "/tmp/p", "c0ffee")
+    with pytest.raises(subprocess.TimeoutExpired):
+        arrives.wait(1.0)
+    assert slept() == ["10", "59"]
+    open_door({"path": str(guarded)})
+    assert bench.ended(enters) == (0, "")
+    with Incoming.prepare(pod_key(UID, "train"), run=bench.run) as incoming:
+        incoming.wait_poised(20)
+        assert not list((bench.run / "waiting").iterdir())
+        incoming.restore()
+        assert bench.ended(arrives) == (0, "")
+    assert slept() == ["10", "59"]
+
+
+def test_the_agent_does_not_wait_for_those_that_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "waiting").mkdir()
+    for name in ("job.17", "job.x.17", "other.17"):
+        os.mkfifo(tmp_path / "waiting" / name)
+    (tmp_path / "waiting" / "job.18").symlink_to(tmp_path / "waiting" / "other.17")
+    wake(tmp_path, "job")
+    assert sorted(path.name for path in (tmp_path / "waiting").iterdir()) == ["job.18", "job.x.17", "other.17"]
+    wake(tmp_path / "nowhere", "job")
+
+
 def test_a_container_of_an_arriving_pod_never_starts_cold(bench: Bench) -> None:
     status, said = bench.end(*create_of(bench, migration="move-1"), PODFERRY_PATIENCE="0")
     assert status == 1 and "does not start anew" in said
@@ -337,7 +378,7 @@ def test_nobody_comes_in_while_a_container_leaves(bench: Bench) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.3)
     assert not bench.call.exists()
-    door.unlink()
+    open_door({"path": str(door)})
     assert bench.ended(child) == (0, "")
     assert bench.called()[-1] == "c0ffee"
 

@@ -35,7 +35,7 @@ def kernel() -> Kernel:
         tracker=chosen.kind.value if chosen else None,
         tracker_reason=chosen.reason if chosen else "",
         userns_restricted=host.setting("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1",
-        selinux=host.setting("/sys/fs/selinux/enforce") == "1",
+        selinux=host.selinux_enforces(outside.root()),
     )
 
 

@@ -33,7 +33,7 @@ def uninstall(
     wait: Annotated[bool, typer.Option("--wait", help="Until no container needs it any more.")] = False,
     json: Json = False,
 ) -> None:
-    """Take podferry off this node again: every file is as it was before `podferry install`.
+    """Take podferry off this node again: every file is as it was before `podferry install`, the agent's key and journals are gone.
 
     `kubectl apply -k deploy/uninstall` has every node do this. While containers run that podferry's runtime started, it
     is refused, or waits. A file that somebody else has changed since is left alone, and said so.

@@ -28,7 +28,7 @@ class NodeFacts:
     `cpu_flags` are the processor's features as /proc/cpuinfo names them; `run_free` is what fits into the directory that
     holds memory on its way; `clock` is the node's wall clock, in seconds since 1970; `lazy_pages` says whether restored
     tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and `soft_dirty` are what memory trackers need; `thin_dump`
-    says whether CRIU's dump can leave private memory where it is.
+    says whether CRIU's dump can leave private memory where it is; `selinux` whether SELinux enforces its policy.
     """
 
     kernel: str
@@ -52,6 +52,7 @@ class NodeFacts:
     thin_dump: bool
     pipe_max_size: int
     clock: float
+    selinux: bool
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON; `from_dict` is the inverse."""

@@ -96,8 +96,14 @@ def of_privileges(found: Privileges) -> Iterator[Finding]:
         )
 
 
-def of_kernel(found: Kernel) -> Iterator[Finding]:
-    """Can this kernel save, track, restore and feed processes?"""
+SELINUX_WHY = "CRIU would restore processes and files with labels that the policy of the target need not allow"
+SELINUX_REMEDY = (
+    "make it permissive (setenforce 0, and SELINUX=permissive in /etc/selinux/config), or leave this node out"
+)
+
+
+def of_kernel(found: Kernel, *, lab: bool = False) -> Iterator[Finding]:
+    """Can this kernel save, track, restore and feed processes? In a `lab`, nothing has labels of SELinux's."""
     name = f"Linux {found.release} on {found.machine}"
     if found.machine not in MACHINES:
         yield blocked("kernel", name, "podferry knows the registers of these only", f"use {' or '.join(MACHINES)}")
@@ -119,12 +125,10 @@ def of_kernel(found: Kernel) -> Iterator[Finding]:
     if found.userns_restricted:
         yield fine("user namespaces", "AppArmor keeps them from users without privileges; root has them")
     if found.selinux:
-        yield limited(
-            "SELinux",
-            "enforcing",
-            "podferry has not been tried with it",
-            "on trouble look for denials, in permissive mode",
-        )
+        if lab:
+            yield limited("SELinux", "enforcing", "no lab has been tried with it", "on trouble look for denials")
+        else:
+            yield blocked("SELinux", "enforcing", SELINUX_WHY, SELINUX_REMEDY)
 
 
 def _of_userfaultfd(found: Kernel) -> Iterator[Finding]:

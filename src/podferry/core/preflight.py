@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from podferry.core.facts import ContainerFacts, NodeFacts
+from podferry.core.host import SELINUX_REMEDY, SELINUX_WHY
 from podferry.core.processor_flags import for_programs
 from podferry.errors import Refused
 from podferry.model import Mode
@@ -136,6 +137,12 @@ def _kernels(question: Question) -> Iterator[Refused]:
             why=f"fs.pipe-max-size is {source.pipe_max_size}",
             remedy=f"sysctl -w fs.pipe-max-size={PIPE_BYTES}",
         )
+
+
+def _selinux(question: Question) -> Iterator[Refused]:
+    for where, node in _nodes(question):
+        if node.selinux:
+            yield NodeUnfit(f"SELinux enforces its policy on the {where}", why=SELINUX_WHY, remedy=SELINUX_REMEDY)
 
 
 def _processors(question: Question) -> Iterator[Refused]:
@@ -279,6 +286,7 @@ def _network(container: ContainerFacts, source: NodeFacts) -> Iterator[Refused]:
 CHECKS: tuple[Callable[[Question], Iterator[Refused]], ...] = (
     _programs,
     _kernels,
+    _selinux,
     _processors,
     _criu_generations,
     _clocks,

@@ -19,6 +19,7 @@ from typing import Self
 
 from podferry.criu.log import explained
 from podferry.criu.network_setup import NetworkSetup, settings
+from podferry.criu.waiting import wake
 from podferry.errors import EVIDENCE_LINES, Bug, Failed, PodferryError, TimedOut, UsageError
 from podferry.fs.private import private_directory
 from podferry.node import outside
@@ -105,6 +106,7 @@ class Incoming:
             self._network = NetworkSetup(draft)
         self._open(draft)
         draft.rename(self.path)
+        wake(run, key)
         return self
 
     @classmethod

@@ -49,8 +49,12 @@ class Journal:
         self.ledger = Ledger()
         self.facts: dict[str, Any] = {}
         self.phase = ""
-        for line in self._lines:
-            self._apply(line)
+        try:
+            for line in self._lines:
+                self._apply(line)
+        except (KeyError, TypeError, ValueError) as error:
+            self.close()
+            raise Failed.because(f"the journal {directory / JOURNAL} is damaged", error) from error
 
     def enter(self, phase: str, *, sync: bool = False) -> None:
         """Write down the phase that begins now. With `sync` it is on disk when this returns."""
@@ -175,6 +179,11 @@ def forget_old(root: Path, keep: int, *, age: float = KEEP_SECONDS) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def unfinished(root: Path) -> list[Path]:
+    """The directories of migrations that have not ended, or still hold something, or cannot be read."""
+    return [path for path in journals(root) if not _is_over(path)]
+
+
 def _is_over(directory: Path) -> bool:
     try:
         journal = Journal(directory)
@@ -213,7 +222,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     while start >= 0:
         try:
             line = json.loads(text[start:])
-        except ValueError:
+        except (ValueError, RecursionError):
             start = text.find(_BEGINS, start + 1)
         else:
             return line if isinstance(line, dict) else None

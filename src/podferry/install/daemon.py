@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
+import struct
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from podferry.errors import Refused, TimedOut
+from podferry.install.files import Root
 from podferry.node import outside
 from podferry.node.process import run
 
 SOCKET = "/run/containerd/containerd.sock"
 CONFIG = "/etc/containerd/config.toml"
 RESTART_SECONDS = 60.0
+CONNECT_SECONDS = 5.0
 _UNIT = re.compile(r"/([^/]+\.service)$", re.MULTILINE)
 
 
@@ -42,7 +46,7 @@ class Daemon:
             self._terminate()
         deadline = time.monotonic() + RESTART_SECONDS
         while True:
-            pid = listener(SOCKET)
+            pid = listener(_socket())
             if pid not in (None, self.pid):
                 return find()
             if time.monotonic() > deadline:
@@ -55,7 +59,7 @@ class Daemon:
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(self.pid)
             try:
-                if listener(SOCKET) == self.pid:  # or else it has ended, and its pid may be another's
+                if listener(_socket()) == self.pid:  # or else it has ended, and its pid may be another's
                     signal.pidfd_send_signal(pidfd, signal.SIGTERM)
             finally:
                 os.close(pidfd)
@@ -63,7 +67,7 @@ class Daemon:
 
 def find() -> Daemon:
     """The containerd that listens at `SOCKET`. Raises `Refused` where none does."""
-    pid = listener(SOCKET)
+    pid = listener(_socket())
     if pid is None:
         raise Refused("containerd does not run on this node", why=f"nobody listens at {SOCKET}")
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -75,6 +79,10 @@ def find() -> Daemon:
     return Daemon(pid, program, _config(words), int(version[1]))
 
 
+def _socket() -> Path:
+    return Root(outside.root()).path(SOCKET)
+
+
 def _config(words: list[str]) -> str:
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
@@ -83,16 +91,17 @@ def _config(words: list[str]) -> str:
     return CONFIG
 
 
-def listener(socket: str, proc: Path = Path("/proc")) -> int | None:
-    """The process that listens at a unix socket of this network namespace, None where none does."""
-    lines = (proc / "net" / "unix").read_text().splitlines()[1:]
-    # Flags 00010000 is __SO_ACCEPTCON: a socket that listens (Linux, net/unix/af_unix.c, unix_seq_show).
-    fields = [line.split() for line in lines]
-    inodes = {f"socket:[{one[6]}]" for one in fields if len(one) == 8 and one[3] == "00010000" and one[7] == socket}
-    for entry in sorted((one for one in proc.iterdir() if one.name.isdigit()), key=lambda one: int(one.name)):
+def listener(path: Path) -> int | None:
+    """The process that listens at a unix socket, None where none does: the kernel's word on the other end of a connection.
+
+    Any process that shares the node's network namespace may have bound the same name in a file system of its own: that is another
+    socket, though /proc/net/unix shows it by the same path.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as ours:
+        ours.settimeout(CONNECT_SECONDS)
         try:
-            if any(os.readlink(fd) in inodes for fd in (entry / "fd").iterdir()):  # noqa: PTH115
-                return int(entry.name)
+            ours.connect(str(path))
         except OSError:
-            continue  # it ended while we looked
-    return None
+            return None
+        pid, _, _ = struct.unpack("3i", ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid or None

@@ -9,13 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from podferry.core.host import SELINUX_REMEDY, SELINUX_WHY
 from podferry.criu import dump_gate, incoming, network_setup
 from podferry.errors import PodferryError, Refused
-from podferry.install import criu, daemon, settings
+from podferry.install import criu, daemon, remains, settings
 from podferry.install.daemon import Daemon
 from podferry.install.files import Ledger, Root
 from podferry.install.settings import Settings
-from podferry.node import outside, own_tmpfs
+from podferry.node import host, outside, own_tmpfs
 
 WRAPPER = "/opt/podferry/bin/podferry-runc"
 SOURCE = Path(outside.__file__).with_name("podferry-runc")
@@ -47,6 +48,8 @@ def install(
     containerd is started again only if its settings changed. Raises `PodferryError`; the settings are then as before.
     """
     root = Root(outside.root())
+    if host.selinux_enforces(root.top):
+        raise Refused("SELinux enforces its policy on this node", why=SELINUX_WHY, remedy=SELINUX_REMEDY)
     containerd = find()
     ledger = Ledger(root)
     changed = []
@@ -84,27 +87,31 @@ def uninstall(
     find: Callable[[], Daemon] = daemon.find,
     memory: Callable[[Tell], object] = own_tmpfs.remove_from_node,
 ) -> Installed:
-    """Restore the node as it was before `install`.
+    """Restore the node as it was before `install`; what its agent has kept goes too, its key and journals among it.
 
-    While containers need what would go, it waits for their end with `wait`, raises `Refused` without, or goes on with `force`.
+    While containers need what would go, the agent runs or a migration has not ended, it waits with `wait`, raises `Refused`
+    without, or goes on with `force`.
     """
     root = Root(outside.root())
     ledger = Ledger(root)
+    told = ""
+    while not force and (why := _users(root) or remains.in_use(root)):
+        if not wait:
+            raise Refused(
+                "podferry is in use on this node",
+                why=why,
+                remedy="drain the node and end its agent (in a cluster: kubectl delete -k deploy/), or give --wait or --force",
+            )
+        if why != told:
+            tell(f"waiting: {why}")
+        told = why
+        time.sleep(LOOK_EVERY)
     if not ledger.entries and not ledger.restart_due:
-        tell("nothing is installed here")
-        return Installed((), False)
-    users = _users(root)
-    while users and wait and not force:
-        tell(f"waiting for the end of {len(users)} containers that podferry's runtime started, among them {users[0]}")
-        told = users
-        while (users := _users(root)) == told:
-            time.sleep(LOOK_EVERY)
-    if users and not force:
-        raise Refused(
-            "podferry is in use on this node",
-            why=f"{len(users)} containers were started by its runtime, among them {users[0]}: they could not be stopped",
-            remedy="drain the node first, or give --wait or --force",
-        )
+        left = tuple(remains.remove(root, tell))
+        memory(tell)
+        if not left:
+            tell("nothing is installed here")
+        return Installed(left, False)
     containerd = find()
     before = containerd.dump()
     # Settings first: they must not name a program that is gone.
@@ -128,8 +135,9 @@ def uninstall(
         containerd.restart()
     ledger.restart_due = False
     ledger.save()
+    gone = remains.remove(root, tell)
     memory(tell)
-    return Installed(tuple(changed), restarted)
+    return Installed((*changed, *gone), restarted)
 
 
 def _configure(
@@ -191,13 +199,15 @@ def _imported(root: Root, main: Settings, ours: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _users(root: Root) -> list[str]:
-    """The containers, as NAMESPACE/ID, whose shim calls our runtime."""
+def _users(root: Root) -> str:
+    """Why the runtime is still needed: the containers, as NAMESPACE/ID, whose shim calls it; empty where there are none."""
     found = []
     for options in sorted(root.path(TASKS).glob("*/*/options.json")):
         if WRAPPER in options.read_text(errors="replace"):
             found.append(f"{options.parents[1].name}/{options.parent.name}")
-    return found
+    if not found:
+        return ""
+    return f"{len(found)} containers were started by its runtime, among them {found[0]}: they could not be stopped"
 
 
 def _remove_empty(root: Root, directories: list[str]) -> None:

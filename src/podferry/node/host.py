@@ -43,6 +43,11 @@ def _confinement(proc: Path) -> str:
     return "" if not label.endswith("(enforce)") else f"AppArmor profile {label}"
 
 
+def selinux_enforces(root: Path = Path("/")) -> bool:
+    """Whether SELinux enforces its policy on the node whose root directory is `root`."""
+    return setting(str(root / "sys/fs/selinux/enforce")) == "1"
+
+
 def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> Mount:
     """The mount that `path` is on, or would be on if it were there."""
     there = existing(path)

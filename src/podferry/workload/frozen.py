@@ -14,6 +14,7 @@ from typing import Any
 
 from podferry.core.undo import Handler
 from podferry.criu.checkpoint import Hold, Process
+from podferry.criu.waiting import wake
 from podferry.engine.journal import Part
 from podferry.engine.ports import OriginalGone
 from podferry.errors import Refused
@@ -93,6 +94,7 @@ def open_door(facts: Mapping[str, Any]) -> None:
     to get it: containerd, which was asked to stop the container, sends it once only, and kills when its patience is over."""
     door = Path(facts["path"])
     door.unlink(missing_ok=True)
+    wake(door.parent.parent, door.name)
     refused = door.with_name(f"{door.name}.signal")
     with suppress(FileNotFoundError):
         wanted = signal_of(refused.read_text().strip())

@@ -18,6 +18,7 @@ from podferry.memory.kernel import uffd
 from podferry.memory.tracking import tracker
 from podferry.node import outside
 from podferry.node.cgroup import cgroup_kind
+from podferry.node.host import selinux_enforces
 from podferry.node.process import PATH, run
 
 PROGRAM_TIMEOUT = 10.0  # seconds
@@ -53,6 +54,7 @@ def node_facts(root: Path, held: Path, *, containerd: str = "", runc: str = "run
         thin_dump=Gate.usable() and skipped_pages.possible(),
         pipe_max_size=int(Path("/proc/sys/fs/pipe-max-size").read_text()),
         clock=time.time(),
+        selinux=selinux_enforces(outside.root()),
     )
 
 
