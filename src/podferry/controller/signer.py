@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -55,6 +56,13 @@ async def authority(api: Api, namespace: str) -> Authority:
     elif bundle.get("data") != public:
         await api.replace(CONFIGMAPS, {**bundle, "data": public})
     return found
+
+
+_UNREADABLE = (
+    *(ValueError, TypeError, KeyError, UnsupportedAlgorithm),
+    *(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)
+"""What a request that somebody has made up by hand ends in."""
 
 
 class Signer:
@@ -124,7 +132,7 @@ class Signer:
             names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             asked, key = names.get_values_for_type(x509.DNSName), request.public_key()
             signed = request.is_signature_valid
-        except (ValueError, x509.ExtensionNotFound) as wrong:
+        except _UNREADABLE as wrong:
             raise Refused.because("the request cannot be read", wrong) from wrong
         if not signed or not isinstance(key, ec.EllipticCurvePublicKey):
             raise Refused(

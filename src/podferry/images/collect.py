@@ -14,7 +14,6 @@ measures with the collector's own monotonic clock.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -86,11 +85,10 @@ class Collector:
 
     def _age(self, name: str) -> float:
         try:
-            since = json.loads(self.share.read(f"{layout.UNUSED}/{name}"))["since"]
-            return self.clock.wall() - float(since)
+            return self.clock.wall() - layout.decode_unused(self.share.read(f"{layout.UNUSED}/{name}"))
         except FileNotFoundError:
             return -1.0
-        except (ValueError, KeyError, TypeError, ShareTampered):
+        except (ValueError, ShareTampered):
             self.share.remove(f"{layout.UNUSED}/{name}")  # torn by a crash: begin again
             return -1.0
 

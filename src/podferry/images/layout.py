@@ -18,6 +18,7 @@ read is checked before use.
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from dataclasses import asdict, dataclass, field
@@ -120,7 +121,10 @@ def encode(record: LayerRecord | LeaseRecord | NodeRecord | dict[str, Any]) -> b
 
 def _fields(data: bytes, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
     """The fields that are asked for, each of its kind; anything else is a ValueError."""
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except RecursionError as error:  # whoever may write to the share may nest as deep as he likes
+        raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("not an object")
     for name, kind in kinds.items():
@@ -175,6 +179,14 @@ def decode_read(data: bytes) -> list[tuple[int, int]]:
         if not (isinstance(run, list) and [type(one) for one in run] == [int, int] and 0 <= run[0] < run[1] < 1 << 63):
             raise ValueError(f"not a run: {run!r}")
     return [(start, end) for start, end in runs]
+
+
+def decode_unused(data: bytes) -> float:
+    """Since when a layer has had no users, by a node's clock. ValueError for anything else."""
+    since = float(_fields(data, since=(int, float))["since"])
+    if not math.isfinite(since):
+        raise ValueError(f"no time: {since}")
+    return since
 
 
 def decode_marker(data: bytes) -> str:

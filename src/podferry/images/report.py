@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +123,8 @@ def _line(share: PosixShare, name: str, record: LayerRecord, users: list[str]) -
     since: float | None = None
     if not users:
         try:
-            since = float(json.loads(share.read(f"{layout.UNUSED}/{name}"))["since"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            since = layout.decode_unused(share.read(f"{layout.UNUSED}/{name}"))
+        except (FileNotFoundError, ValueError):
             since = None
     return LayerLine(
         record.chain, record.form.value, record.bytes, record.inodes, record.node, record.created, users, since
