@@ -69,6 +69,30 @@ async def test_what_was_lost_is_put_right_before_the_script_ends(incoming: Incom
     assert kept.since > 0
 
 
+async def test_a_memory_policy_is_set_by_the_thread_itself(incoming: Incoming, job: int) -> None:
+    before = taken(job)
+    (name,) = before
+    assert before[name]["memory-policy"] == "default"
+    before[name]["memory-policy"] = "bind:0"
+    (incoming.images / INVENTORY).write_bytes(encode(before))
+    kept = Kept()
+    async with keeping(incoming, kept):
+        assert await ended(script(incoming, job)) == 0
+    assert taken(job)[name]["memory-policy"] == "bind:0"
+    assert (kept.put_right, kept.differences) == (1, [])
+
+
+async def test_a_memory_policy_that_cannot_be_set_is_a_difference(incoming: Incoming, job: int) -> None:
+    before = taken(job)
+    (name,) = before
+    before[name]["memory-policy"] = "bind:1000"
+    (incoming.images / INVENTORY).write_bytes(encode(before))
+    kept = Kept()
+    async with keeping(incoming, kept):
+        assert await ended(script(incoming, job)) == 0
+    assert [str(one) for one in kept.differences] == [f"memory-policy of {name}: was bind:1000, is default"]
+
+
 async def test_an_inventory_that_is_none_keeps_no_job_from_running(incoming: Incoming, job: int) -> None:
     (incoming.images / INVENTORY).write_bytes(b"[]")
     async with keeping(incoming, Kept()):

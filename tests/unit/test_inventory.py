@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from podferry.core.inventory import EXPECTED, Difference, decode, differences, encode, may_be_given
 from podferry.errors import PeerMisbehaved
-from podferry.node import inventory
+from podferry.node import descriptors, inventory
 
 pytestmark = pytest.mark.unit
 CPUS = frozenset(os.sched_getaffinity(0))
@@ -112,3 +114,55 @@ def test_a_job_that_may_run_anywhere_may_run_anywhere_on_more_processors(process
 def test_lists_of_processors() -> None:
     assert inventory._numbers_of("0-2,5\n") == {0, 1, 2, 5}
     assert inventory._numbers_of("\n") == frozenset()
+
+
+SOCKETS = """
+import fcntl, socket, sys
+tcp, udp, near = socket.create_server(('127.0.0.1', 0)), socket.socket(type=socket.SOCK_DGRAM), socket.socketpair()[0]
+r, w = __import__('os').pipe()
+if sys.argv[1:]:
+    tcp.setsockopt(6, 1, 1); tcp.setsockopt(6, 18, 12345); tcp.setsockopt(0, 1, 16); tcp.setsockopt(1, 36, 7)
+    udp.setsockopt(0, 8, 1); udp.setsockopt(1, 29, 1)
+    fcntl.fcntl(w, 1031, 1 << 18)
+print(tcp.fileno(), udp.fileno(), w, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(*argv: str) -> Iterator[tuple[int, list[str]]]:
+    with subprocess.Popen(
+        [sys.executable, "-Ic", SOCKETS, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        yield child.pid, child.stdout.readline().split()
+        child.kill()
+
+
+def test_options_of_sockets_and_sizes_of_pipes_are_put_right() -> None:
+    with holder("chosen") as (pid, (tcp, udp, pipe)), holder() as (other, _):
+        chosen, plain = descriptors.take(pid), descriptors.take(other)
+        assert chosen[f"descriptor {tcp} options"] == "1:2=1 0:1=16 6:1=1 6:18=12345", "SO_MARK is nobody's to give"
+        assert plain[f"descriptor {tcp} options"] == "1:2=1"
+        assert chosen[f"descriptor {udp} options"] == "1:29=1 0:8=1"
+        assert (chosen[f"descriptor {pipe} pipe"], plain[f"descriptor {pipe} pipe"]) == (str(1 << 18), str(1 << 16))
+        (name,) = inventory.take(other, [other], CPUS)
+        assert inventory.put_right({name: chosen}, other, [other], CPUS) == 4  # the pipe by either end
+        assert descriptors.take(other) == chosen
+
+
+@pytest.mark.parametrize("options", ["1:36=7", "99:1=1", "1:20=1"])
+def test_an_option_that_is_not_on_the_list_is_not_set(options: str) -> None:
+    with holder() as (pid, (tcp, *_)):
+        assert not descriptors.give(pid, f"descriptor {tcp} options", options, "")
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("options", "1:1"), ("options", "x"), ("pipe", "many")])
+def test_what_is_no_value_of_a_descriptor_is_refused(attribute: str, value: str) -> None:
+    with holder() as (pid, (tcp, *_)), pytest.raises(ValueError, match="invalid literal"):
+        descriptors.give(pid, f"descriptor {tcp} {attribute}", value, "")
+
+
+def test_a_pipe_does_not_become_larger_than_anybodys() -> None:
+    with holder() as (pid, (_, _, pipe)):
+        assert not descriptors.give(pid, f"descriptor {pipe} pipe", str(1 << 21), str(1 << 16))

@@ -17,22 +17,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from podferry.core import mempolicy
 from podferry.core.inventory import Attributes, Inventory, may_be_given
+from podferry.node import descriptors
 
 ANYWHERE = "anywhere"
+THEIRS = ("memory-policy", "personality")
+"""Attributes that only a thread itself can set."""
 _NUMBERS = {  # ioprio_set, ioprio_get, sched_setattr, sched_getattr
     "x86_64": (251, 252, 314, 315),
     "aarch64": (30, 31, 274, 275),
 }
 _IOPRIO_WHO_PROCESS = 1
 _ATTR = struct.Struct("=IIQiIQQQII")  # struct sched_attr, linux/sched/types.h, its version of 56 bytes
-_LARGE_FILE = (
-    0o100000  # says how a descriptor was opened; of what is opened again for a restored job, another program did it
-)
 _WITHOUT_RUNTIME = (os.SCHED_OTHER, os.SCHED_BATCH)
 _OF_A_THREAD = frozenset(
     {"Umask", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Speculation_Store_Bypass", "SpeculationIndirectBranch"}
-    | {"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "SigBlk", "SigIgn", "SigCgt", "THP_enabled", "VmLck"}
+    | {"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd"}
+    | {"THP_enabled", "VmLck", "VmData", "VmStk", "x86_Thread_features", "x86_Thread_features_locked"}
 )
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,6 +63,16 @@ def cpuset(freezer: Path) -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
+def left_to_them(before: Inventory, init: int, pids: Iterable[int]) -> dict[int, dict[str, str]]:
+    """What threads of these processes had and have not, by tid, and they alone can set, when they run."""
+    found: dict[int, dict[str, str]] = {}
+    for _, tid, name, has in _threads(init, pids, frozenset()):
+        had = before.get(name, {})
+        if lost := {one: had[one] for one in THEIRS if had.get(one) and had[one] != has.get(one, had[one])}:
+            found[tid] = lost
+    return found
+
+
 def descendants(init: int) -> list[int]:
     """A container's processes by who started whom: all of a pid namespace's, wherever in nested groups they are."""
     found = [init]
@@ -74,8 +86,13 @@ def descendants(init: int) -> list[int]:
 def put_right(before: Inventory, init: int, pids: Iterable[int], cpuset: frozenset[int]) -> int:
     """Give the threads of these processes what they had, as far as it can be given from outside and may be; how often it was."""
     done = 0
-    for _, tid, name, has in _threads(init, pids, cpuset):
+    for pid, tid, name, has in _threads(init, pids, cpuset):
         had = before.get(name, {})
+        for attribute in filter(descriptors.may_be_set, had):
+            value = has.get(attribute, "")
+            with suppress(OSError, ValueError):
+                if value != had[attribute]:
+                    done += descriptors.give(pid, attribute, had[attribute], value)
         for attribute, give in _GIVE.items():
             value = had.get(attribute, "")
             with suppress(OSError, ValueError):
@@ -107,8 +124,15 @@ def _thread(pid: int, tid: int, depth: int, cpuset: frozenset[int]) -> tuple[str
     name = "/".join(status[field].split()[depth - 1] for field in ("NStgid", "NSpid"))
     attributes = {key: value for key, value in status.items() if key in _OF_A_THREAD}
     attributes["comm"] = status["Name"]
+    for field in ("NSpgid", "NSsid"):
+        attributes[field] = status[field].split()[depth - 1]
     allowed = os.sched_getaffinity(tid)
     attributes["affinity"] = ANYWHERE if allowed >= cpuset else _listed(allowed)
+    with suppress(OSError):
+        attributes["personality"] = descriptors.beginning(f"/proc/{pid}/task/{tid}/personality").decode().strip()
+        # A small read makes the kernel look at one mapping's pages alone.
+        line = descriptors.beginning(f"/proc/{pid}/task/{tid}/numa_maps", 80)
+        attributes["memory-policy"] = mempolicy.told(line.decode(errors="replace"))
     for attribute, read in (("io-priority", _io_priority), ("scheduler", _scheduler), ("timer-slack", _timer_slack)):
         with suppress(OSError, KeyError):
             attributes[attribute] = read(tid)
@@ -117,7 +141,7 @@ def _thread(pid: int, tid: int, depth: int, cpuset: frozenset[int]) -> tuple[str
 
 def _process(pid: int) -> dict[str, str]:
     found = {}
-    for name in ("personality", "oom_score_adj", "coredump_filter"):
+    for name in ("oom_score_adj", "coredump_filter"):
         with suppress(OSError):
             found[name] = Path(f"/proc/{pid}/{name}").read_text().strip()
     with suppress(OSError):
@@ -127,28 +151,13 @@ def _process(pid: int) -> dict[str, str]:
         with suppress(OSError):
             found[name] = str(Path(f"/proc/{pid}/{name}").readlink())
     with suppress(OSError):
-        for number in _listing(f"/proc/{pid}/fd"):
-            with suppress(OSError):
-                found[f"descriptor {number}"] = _descriptor(pid, number)
-    with suppress(OSError), Path(f"/proc/{pid}/numa_maps").open("rb", buffering=0) as maps:
-        # A small read makes the kernel look at few mappings. The first, of the program, has the policy of the process.
-        if words := maps.read(512).split(b"\n", 1)[0].split():
-            found["memory-policy"] = words[1].decode(errors="replace")
+        found |= descriptors.take(pid)
     return found
 
 
-def _descriptor(pid: int, number: int) -> str:
-    """What it is, without the number that each node gives it, and its flags."""
-    link = str(Path(f"/proc/{pid}/fd/{number}").readlink())
-    what = link.partition("[")[0] if link.startswith(("socket:[", "pipe:[")) else link
-    with Path(f"/proc/{pid}/fdinfo/{number}").open() as info:
-        flags = next((int(line.split()[1], 8) for line in info if line.startswith("flags:")), 0)
-    return f"{what} {flags & ~_LARGE_FILE:#o}"
-
-
 def _status(path: str) -> dict[str, str]:
-    with Path(path).open(errors="replace") as status:
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in status)}
+    text = descriptors.beginning(path).decode(errors="replace")
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def _io_priority(tid: int) -> str:
@@ -165,7 +174,7 @@ def _scheduler(tid: int) -> str:
 
 
 def _timer_slack(tid: int) -> str:
-    return Path(f"/proc/{tid}/timerslack_ns").read_text().strip()
+    return descriptors.beginning(f"/proc/{tid}/timerslack_ns").decode().strip()
 
 
 def _give_affinity(tid: int, value: str) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import anyio
 import structlog
 
 from podferry.core.inventory import Difference, decode, differences
+from podferry.core.mempolicy import arguments
 from podferry.criu.incoming import Incoming
-from podferry.node import inventory
+from podferry.errors import PodferryError
+from podferry.memory.tracking import made_calls
+from podferry.node import inventory, outside
 from podferry.node.cgroup import Cgroup
+from podferry.node.process import run
 from podferry.workload.threads import at_once
 
 INVENTORY = "podferry-inventory.json"
 """The source's inventory, among CRIU's images, which knows nothing of it."""
+CALLS_TIMEOUT = 30.0
 
 
 @dataclass
@@ -47,15 +53,20 @@ async def keeping(incoming: Incoming | None, kept: Kept) -> AsyncIterator[None]:
 
 async def _keep(incoming: Incoming, kept: Kept) -> None:
     await anyio.wait_readable(incoming.stopped())
-    try:
-        await at_once(_inspect, incoming, kept)
-    finally:
-        incoming.let_run()
-        kept.since = time.monotonic()
+    lost: dict[int, dict[str, str]] = {}
+    with anyio.CancelScope(shield=True):
+        try:
+            lost = await at_once(_inspect, incoming, kept)
+        finally:
+            incoming.let_run()
+            kept.since = time.monotonic()
+        if lost:
+            await at_once(_have_them_set, lost, kept)
 
 
-def _inspect(incoming: Incoming, kept: Kept) -> None:
-    """A job that lacks something is better off than one that ends: whatever fails here is said, and the job runs."""
+def _inspect(incoming: Incoming, kept: Kept) -> dict[int, dict[str, str]]:
+    """Returns what threads have still to set themselves. A job that lacks something is better off than one that ends:
+    whatever fails here is said, and the job runs."""
     log = structlog.get_logger()
     began = time.monotonic()
     try:
@@ -64,13 +75,38 @@ def _inspect(incoming: Incoming, kept: Kept) -> None:
         pids, cpuset = inventory.descendants(init), inventory.cpuset(Cgroup.of(init).freezer)
         kept.put_right = inventory.put_right(before, init, pids, cpuset)
         kept.differences = differences(before, inventory.take(init, pids, cpuset))
+        lost = inventory.left_to_them(before, init, pids)
     except Exception as error:  # noqa: BLE001
         log.error("what the job has here was not compared", key=incoming.key, error=str(error))
-        return
+        return {}
     log.info(
         "what the job has was compared",
         key=incoming.key,
         ms=round((time.monotonic() - began) * 1e3, 1),
         put_right=kept.put_right,
-        differences=len(kept.differences),
+        differences=list(map(str, kept.differences[:8])),
     )
+    return lost
+
+
+def _have_them_set(lost: Mapping[int, Mapping[str, str]], kept: Kept) -> None:
+    """Threads set what only they can, so that they can only when they run. What could not be set is still a difference."""
+    calls = []
+    for tid, attributes in lost.items():
+        with suppress(ValueError):
+            if policy := attributes.get("memory-policy"):
+                calls.append("{}:set_mempolicy:{:x}:{:x}".format(tid, *arguments(policy)))
+            if personality := attributes.get("personality"):
+                calls.append(f"{tid}:personality:{int(personality, 16):x}")
+    argv = [sys.executable, "-S", "-I", made_calls.__file__, *calls]
+    try:
+        done = run(outside.surviving(argv), check=False, timeout=CALLS_TIMEOUT)
+    except (OSError, PodferryError) as error:
+        structlog.get_logger().error("threads have not set what they had", error=str(error))
+        return
+    told = done.stdout.splitlines()
+    if failed := [line for line in told if " " in line] or done.stderr.splitlines()[-1:]:
+        structlog.get_logger().error("threads have not set what they had", failed=failed[:8])
+    elif len(told) == len(calls) == sum(map(len, lost.values())):
+        kept.put_right += len(calls)
+        kept.differences = [one for one in kept.differences if one.attribute not in inventory.THEIRS]

@@ -40,8 +40,11 @@ class Architecture:
     """The instruction pointer."""
     interrupted: int | None
     """The word that names the system call a thread was stopped in; None where a regset of its own does."""
+    stack: int
     userfaultfd: int
     close: int
+    set_mempolicy: int
+    personality: int
     pidfd_getfd: int = 438
 
     def with_syscall(self, regset: bytes, where: int, number: int, *arguments: int) -> bytes:
@@ -63,6 +66,10 @@ class Architecture:
     def instruction_pointer(self, regset: bytes) -> int:
         """Where the thread goes on."""
         return self._words(regset)[self.counter]
+
+    def stack_pointer(self, regset: bytes) -> int:
+        """The top of its stack, which grows downwards."""
+        return self._words(regset)[self.stack]
 
     def at(self, regset: bytes, where: int) -> bytes:
         """`regset` with another instruction pointer."""
@@ -99,8 +106,11 @@ X86_64 = Architecture(
     result=10,
     counter=16,  # rip
     interrupted=15,  # orig_rax
+    stack=19,  # rsp
     userfaultfd=323,
     close=3,
+    set_mempolicy=238,
+    personality=135,
 )
 
 ARM64 = Architecture(
@@ -113,8 +123,11 @@ ARM64 = Architecture(
     result=0,
     counter=32,  # pc, behind x0 to x30 and sp
     interrupted=None,
+    stack=31,
     userfaultfd=282,
     close=57,
+    set_mempolicy=237,
+    personality=92,
 )
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (X86_64, ARM64)}

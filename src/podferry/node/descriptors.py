@@ -1,0 +1,178 @@
+"""What a process that stands still has open, for its inventory (`node/inventory.py`): taken by copies of its descriptors.
+
+A copy (pidfd_getfd(2)) is of the same open file, socket or pipe, so that what the kernel tells of it here is what it tells the
+process, and an option that is set here is set there. CRIU saves few of a socket's options; seen with 4.1.1 and 4.2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+
+_PIDFD_GETFD = 438  # on every architecture
+_LARGE_FILE = 0o100000
+"""Says how a descriptor was opened; of what is opened again for a restored job, another program did it."""
+_GET_PIPE_SIZE, _SET_PIPE_SIZE, _GET_SIGNAL, _GET_SEALS = 1032, 1031, 11, 1034
+PLAIN_PIPE = 1 << 20
+"""Bytes that a pipe of anybody may have, by the kernel's own setting."""
+MOST = 4096
+"""Descriptors of a process that are looked at."""
+_SOCKET, _IP, _TCP, _UDP, _IPV6 = 1, 0, 6, 17, 41
+
+# Whole numbers that whoever owns the socket may set, by the kernel headers (asm-generic/socket.h, linux/tcp.h, in.h, in6.h, udp.h).
+# Not those that need a capability, such as SO_MARK, SO_PRIORITY, IP_TRANSPARENT: nobody is given them for a peer's word. Of time
+# stamps the older ones alone: the kernel shows each as both.
+OPTIONS: Mapping[int, tuple[int, ...]] = {
+    _SOCKET: (2, 6, 9, 10, 15, 16, 18, 29, 34, 35, 40, 41, 42, 43, 45, 60, 75),
+    _TCP: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 23, 25, 27, 30, 34, 36),
+    _UDP: (1, 101, 102, 103, 104),
+    _IP: (1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 20, 21, 24, 25, 33, 34, 49),
+    _IPV6: (16, 18, 19, 23, 25, 29, 33, 49, 51, 53, 56, 58, 60, 62, 66, 67, 70, 72, 73, 74, 77, 78),
+}
+_LEVELS = {socket.AF_INET: (_SOCKET, _IP), socket.AF_INET6: (_SOCKET, _IPV6, _IP), socket.AF_UNIX: (_SOCKET,)}
+_PROTOCOLS = {socket.IPPROTO_TCP: (_TCP,), socket.IPPROTO_UDP: (_UDP,)}
+Options = dict[tuple[int, int], int]
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def take(pid: int) -> dict[str, str]:
+    """Attributes of what process `pid` has open. What is closed or ends meanwhile is left out. Raises `OSError`."""
+    found: dict[str, str] = {}
+    with _pidfd(pid) as pidfd:
+        for number in sorted(map(int, os.listdir(f"/proc/{pid}/fd")))[:MOST]:  # noqa: PTH208 - quick
+            with suppress(OSError, ValueError, IndexError):
+                found |= dict(_descriptor(pid, pidfd, number))
+    return found
+
+
+def beginning(path: str, size: int = 8192) -> bytes:
+    """The beginning of a file of /proc. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, size)
+    finally:
+        os.close(fd)
+
+
+def give(pid: int, attribute: str, had: str, has: str) -> bool:
+    """Set what `take` told of a descriptor to what it was; whether anything was set. Raises `OSError`, `ValueError`."""
+    number, _, what = attribute.removeprefix("descriptor ").partition(" ")
+    with _pidfd(pid) as pidfd, _copy(pidfd, int(number)) as fd:
+        if what == "pipe" and int(had) <= PLAIN_PIPE:
+            return fcntl.fcntl(fd, _SET_PIPE_SIZE, int(had)) >= int(had)
+        if what == "options":
+            return _give_options(fd, _parsed(had), _parsed(has))
+    return False
+
+
+def may_be_set(attribute: str) -> bool:
+    """Whether it is an attribute that `give` knows."""
+    return attribute.startswith("descriptor ") and attribute.endswith((" pipe", " options"))
+
+
+def _descriptor(pid: int, pidfd: int, number: int) -> Iterator[tuple[str, str]]:
+    """What it is, without the number that each node gives it, and its flags; and what a copy tells."""
+    # The job stands still, and may have thousands: os instead of Path takes half the time.
+    link = os.readlink(f"/proc/{pid}/fd/{number}")  # noqa: PTH115
+    kind = link.partition(":[")[0] if link.startswith(("socket:[", "pipe:[")) else ""
+    flags = int(beginning(f"/proc/{pid}/fdinfo/{number}", 128).partition(b"flags:")[2].split(maxsplit=1)[0], 8)
+    yield f"descriptor {number}", f"{kind or link} {flags & ~_LARGE_FILE:#o}"
+    if link.startswith("anon_inode:") or flags & os.O_PATH:
+        return
+    with _copy(pidfd, number) as fd:
+        if kind == "socket":
+            if chosen := _chosen(fd):
+                yield (
+                    f"descriptor {number} options",
+                    " ".join(f"{level}:{name}={chosen[level, name]}" for level, name in chosen),
+                )
+            return
+        for what, command, nothing in (
+            ("pipe", _GET_PIPE_SIZE, -1),
+            ("lease", fcntl.F_GETLEASE, fcntl.F_UNLCK),
+            ("signal", _GET_SIGNAL, 0),
+            ("seals", _GET_SEALS, 1),
+        ):
+            with suppress(OSError):
+                if (value := fcntl.fcntl(fd, command)) != nothing:
+                    yield f"descriptor {number} {what}", str(value)
+
+
+def _chosen(fd: int) -> Options:
+    """The options of a socket that are not as a new one has them. None of a TCP connection's: it is not the same one any more."""
+    with socket.socket(fileno=os.dup(fd)) as one:
+        if one.proto == socket.IPPROTO_TCP and _is_connected(one):
+            return {}
+        plain = _defaults(one.family, one.type, one.proto)
+        return {option: value for option, value in _options(one).items() if value != plain.get(option, value)}
+
+
+def _is_connected(one: socket.socket) -> bool:
+    with suppress(OSError):
+        one.getpeername()
+        return True
+    return False
+
+
+@cache
+def _defaults(family: int, kind: int, protocol: int) -> Options:
+    try:
+        with socket.socket(family, kind, protocol) as new:
+            return _options(new)
+    except OSError:
+        return {}
+
+
+def _options(one: socket.socket) -> Options:
+    found = {}
+    for level in (*_LEVELS.get(one.family, ()), *_PROTOCOLS.get(one.proto, ())):
+        for name in OPTIONS[level]:
+            with suppress(OSError):
+                found[level, name] = one.getsockopt(level, name)
+    return found
+
+
+def _give_options(fd: int, had: Options, has: Options) -> bool:
+    done = False
+    with socket.socket(fileno=os.dup(fd)) as one:
+        for (level, name), value in had.items():
+            if value != has.get((level, name)) and name in OPTIONS.get(level, ()):
+                with suppress(OSError):
+                    one.setsockopt(level, name, value)
+                    done = True
+    return done
+
+
+def _parsed(text: str) -> Options:
+    """The inverse of what `take` writes. Raises `ValueError`."""
+    found = {}
+    for word in text.split():
+        option, _, value = word.partition("=")
+        level, _, name = option.partition(":")
+        found[int(level), int(name)] = int(value)
+    return found
+
+
+@contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+@contextmanager
+def _copy(pidfd: int, number: int) -> Iterator[int]:
+    fd = int(_libc.syscall(ctypes.c_long(_PIDFD_GETFD), pidfd, number, 0))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
