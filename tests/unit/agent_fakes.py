@@ -280,6 +280,9 @@ class FakeSource(FakeFrozen):
         if data := self.node.log[offset:]:
             yield directory_of(self.node.number, LOG), offset, data
 
+    async def names_settled(self) -> None:
+        """No file of it has lost its name."""
+
     async def stand_by(self) -> None:
         self.journal.acquire("outgoing", node=self.node.number)
         self.node.scratch = True

@@ -180,6 +180,9 @@ class FakeHold:
     def call_off(self) -> None:
         self._said.append("called off")
 
+    def tell(self, more: str) -> None:
+        assert not more, "it watches nothing"
+
     def go_on(self, spared: list[int]) -> None:
         self.waits = False
         self._said.append(f"goes on, spared {len(spared)}")

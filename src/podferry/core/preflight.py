@@ -24,6 +24,9 @@ LIMITS = "limits of other users"
 """As `ContainerFacts.unsaved` names the resource limits of processes that are not root's, where nobody may read them."""
 TRACED, USER_NAMESPACE = "traced process", "nested user namespace"
 """As `ContainerFacts.unsaved` names processes that CRIU cannot dump."""
+PACKET_PIPE, MESSAGE_QUEUE = "pipe in packet mode", "POSIX message queue"
+WATCHED, SEMAPHORE, CONTROLLING = "watched file", "semaphore", "controlling terminal"
+"""As `ContainerFacts.unsaved` names what is open, and CRIU cannot save."""
 SOCKETS = "internet sockets"
 """As `ContainerFacts.unsaved` names TCP, UDP and raw sockets, where the kernel does not let CRIU save them before 4.2."""
 MPTCP = "MPTCP socket"
@@ -243,6 +246,11 @@ def _bound(question: Question) -> Iterator[Refused]:
         "userfaultfd": "a userfaultfd of its own",
         TRACED: "a process that another one of it traces (a debugger, strace)",
         USER_NAMESPACE: "a process in a user namespace of its own (a sandbox, a rootless container)",
+        PACKET_PIPE: "a pipe in packet mode (pipe2 with O_DIRECT); have the job use a socketpair(SOCK_SEQPACKET)",
+        MESSAGE_QUEUE: "a POSIX message queue (mq_open, /dev/mqueue); have the job close it and mq_unlink it, or use another kind",
+        CONTROLLING: "a shell on a pty of the container's own that has it open as /dev/tty, as dash does; use bash, which does not",
+        SEMAPHORE: "an eventfd that is a semaphore (EFD_SEMAPHORE), which CRIU would make an ordinary one; use sem_open or semget",
+        WATCHED: "a file that it watches with inotify and CRIU cannot find by its name; have it watch the directory instead",
         GUARDS: "guard pages (MADV_GUARD_INSTALL), which CRIU saves from 4.2 on",
     }
     old = min(numbers(node.criu) for node in (question.source, question.target) if node is not None) < GUARDING_CRIU

@@ -139,6 +139,7 @@ class Hold:
         work: Path,
         flags: Sequence[str] = ("--file-locks",),
         conf: Path = CRIU_CONF,
+        more: str = "",
         runc: str | Path = "runc",
         wait: bool = False,
         thin: bool = False,
@@ -147,7 +148,8 @@ class Hold:
 
         With `wait` only what can be done while it runs is begun; `go_on` does the rest. With `thin` as well the dump can leave
         private memory where it is; its images must then be completed (`podferry.criu.skipped_pages`). `images` and `work` are
-        made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings.
+        made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings, `more` are
+        others.
         """
         unknown = set(flags) - FLAGS
         if unknown:
@@ -155,9 +157,9 @@ class Hold:
         for directory in (images, work):
             private_directory(directory, below=directory.parent)
         hold = Hold(id, cgroup, work, images)
-        settings = Path(shutil.copy(conf, work))  # CRIU may not see the files of this program (`outside`)
-        with settings.open("a") as more:
-            more.write(f"\ntimeout {seize_timeout(cgroup)}\n")
+        # CRIU may not see the files of this program (`outside`)
+        settings = Path(shutil.copy(conf, work / CRIU_CONF.name))
+        hold.tell(f"timeout {seize_timeout(cgroup)}\n{more}")
         environment = {"CRIU_CONFIG_FILE": str(settings)}
         if wait:
             hold.waits, hold._gate = True, Gate(work / "gate")
@@ -181,6 +183,12 @@ class Hold:
         hold._status = status
         hold.runc = Process.of(hold._child.pid)
         return hold
+
+    def tell(self, more: str) -> None:
+        """Add to CRIU's settings, before a dump that waits begins."""
+        if more:
+            with (self.work / CRIU_CONF.name).open("a") as file:
+                file.write(f"\n{more}")
 
     def go_on(self, spared: Collection[int] = ()) -> None:
         """Let a dump that waits begin, of a container that is frozen. Journal that it does before: afterwards `to_dict` says so.

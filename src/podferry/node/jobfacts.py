@@ -21,6 +21,7 @@ from podferry.node import network
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
 from podferry.node.sockets import unsaved_sockets
+from podferry.node.unsaved_files import unsaved_files
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts", "time")
 # What CRIU 4 saves of files without a name (its files.c); everything else of that kind it refuses.
@@ -51,6 +52,7 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
                 *_unsaved(open_files),
                 *unsaved_processes(task.pid, pids),
                 *unsaved_sockets(pids),
+                *unsaved_files(task.pid, pids),
                 *_interfaces(task.pid, spec),
             ]
         ),

@@ -126,7 +126,9 @@ class SourceWorkload(FrozenWorkload):
     # Files.
 
     async def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
-        """One pass over the upper layers and the volumes."""
+        """One pass over the upper layers and the volumes. The last comes after whatever CRIU puts there."""
+        if last:
+            await gathered(*(one.names_settled for one in self._containers))
         for number, tree in enumerate(self._trees):
             async for record in tree.changes(last=last):
                 yield number, record

@@ -30,13 +30,14 @@ from podferry.errors import PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import Kind, create
 from podferry.model import Dump
-from podferry.node import inventory, network
+from podferry.node import inventory, network, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
 from podferry.node.containerd import Containerd
 from podferry.node.guests import guests, show_out
 from podferry.node.records import Container, Task
 from podferry.node.rotated_log import RotatedLog
 from podferry.node.stdio import drained
+from podferry.node.unsaved_files import names_gone
 from podferry.node.upper import shared_files
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer, executes
@@ -47,6 +48,8 @@ from podferry.workload.source_memory import Left, SourceMemory
 from podferry.workload.source_tree import SourceTree
 from podferry.workload.threads import Looks, at_once, patiently, run, time_left
 
+FROZEN_PATIENCE = 0.5
+"""Seconds for which a file that the job has begun to watch at the last moment is searched while the job stands still."""
 FREEZES = 3
 """How often somebody who came in at the last moment is sent out again."""
 RECENT_LOOKS = 8
@@ -98,6 +101,8 @@ class SourceContainer(FrozenContainer):
         self._hold: Hold | None = None
         self._network = network.DEFAULT
         self._looks = Looks()
+        self._told: set[watched.Watched] = set()
+        self._linked = anyio.Event()
         self.dumped = Dump.ORDINARY
         """What `dump` was spared."""
 
@@ -193,9 +198,24 @@ class SourceContainer(FrozenContainer):
         """CRIU writes everything but the private memory, and then holds the frozen job."""
         stop = os.eventfd(0, os.EFD_CLOEXEC)
         try:
-            return await at_once(self._dump, stop, interrupt=partial(os.eventfd_write, stop, 1))
+            images = await at_once(self._dump, stop, interrupt=partial(os.eventfd_write, stop, 1))
+            self._linked.set()
+            return images
         finally:
             os.close(stop)
+
+    async def names_settled(self) -> None:
+        """Return when CRIU gives no file another name any more: one that is open, and whose name is gone, gets one in the dump."""
+        if await self._looks.at_once(lambda: names_gone(self.cgroup.pids())):
+            await self._linked.wait()
+
+    def _where_to_look(self, patience: float = watched.PATIENCE) -> str:
+        """CRIU's settings for what the job watches, as far as CRIU was not told of it yet."""
+        with suppress(OSError):
+            wanted = watched.of_the_root(self._task.pid, watched.watched(self.cgroup.pids())) - self._told
+            self._told |= wanted
+            return watched.settings(watched.paths(self._task.pid, wanted, patience))
+        return ""
 
     def _start_dump(self, *, wait: bool, thin: bool = False) -> Hold:
         work = self._scratch / "work"
@@ -210,6 +230,7 @@ class SourceContainer(FrozenContainer):
             work=work,
             flags=self._running.flags,
             conf=self._running.conf,
+            more=self._where_to_look(),
             wait=wait,
             thin=thin,
         )
@@ -227,6 +248,7 @@ class SourceContainer(FrozenContainer):
             self.journal.acquire("hold", **hold.to_dict() | {"waits": False})
             self.dumped = Dump.PREPARED
             spared = [pid for pid in self.memory.spaces if self.memory.skippable.get(pid)] if hold.thin else []
+            hold.tell(self._where_to_look(FROZEN_PATIENCE))
             hold.go_on(spared)
             found = {container_of_space(self.memory.spaces[pid])[1]: population(pid) for pid in spared}
         hold.wait_ready(stop=stop)
