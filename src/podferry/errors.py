@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+UNEXPLAINED = "CRIU gives a reason that podferry has no remedy for: "
+"""How the reason of an error begins where CRIU's message is not on our list of them."""
 EVIDENCE_LINES = 20
 
 

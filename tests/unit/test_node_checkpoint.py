@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from podferry.criu.causes import CAUSES, Cause
 from podferry.criu.checkpoint import CheckpointFailed, Hold, Process
 from podferry.criu.log import error_lines, explained
-from podferry.errors import EVIDENCE_LINES, PeerMisbehaved, TimedOut
+from podferry.errors import EVIDENCE_LINES, UNEXPLAINED, PeerMisbehaved, TimedOut
 from podferry.node.cgroup import Cgroup
 from podferry.node.process import spawn
 
@@ -110,12 +111,26 @@ def test_known_causes_are_named(tmp_path: Path, line: str, why: str) -> None:
     assert "Version" not in "".join(error.evidence)
 
 
+@pytest.mark.parametrize("cause", CAUSES, ids=[one.like[:40] for one in CAUSES])
+def test_each_message_of_the_list_has_its_own_reason_and_remedy(cause: Cause, tmp_path: Path) -> None:
+    log = tmp_path / "dump.log"
+    log.write_text(
+        f"(00.010000) Error (criu/some.c:7): {cause.like}\n(00.02) Error (criu/cr-dump.c:2): Dumping FAILED.\n"
+    )
+    found = cause.pattern.search(cause.like)
+    assert found
+    groups = ["", *(group or "" for group in found.groups())]
+    error = explained(CheckpointFailed, "cannot dump job", log)
+    assert (error.why, error.remedy) == (cause.why.format(*groups), cause.remedy.format(*groups))
+
+
 def test_an_unknown_cause_is_quoted(tmp_path: Path) -> None:
     log = tmp_path / "dump.log"
     log.write_text("".join(f"(00.00000{n}) Error (criu/new.c:{n}): something new {n}\n" for n in range(40)))
     error = explained(TimedOut, "no dump", log)
     assert isinstance(error, TimedOut)
     assert len(error_lines(log)) == EVIDENCE_LINES
+    assert error.why.startswith(UNEXPLAINED)
     assert "something new" in error.why
     assert str(tmp_path) not in error.remedy, "the log is gone when somebody reads this"
 

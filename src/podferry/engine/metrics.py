@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from podferry.engine.story import Story
+from podferry.errors import UNEXPLAINED
 from podferry.wire.transport import parse_address
 
 REGISTRY = CollectorRegistry()
@@ -28,6 +29,13 @@ _differences = Counter(
     registry=REGISTRY,
 )
 
+_unexplained = Counter(
+    "podferry_unexplained_criu_errors_total",
+    "Migrations that ended by a message of CRIU's that podferry has no remedy for",
+    ["role"],
+    registry=REGISTRY,
+)
+
 for _rule in ("I1", "I2", "I5"):
     _violations.labels(_rule)
 
@@ -40,6 +48,8 @@ def violated(rule: str) -> None:
 def ended(role: str, story: Story) -> None:
     """One half of a migration has ended; `role` is `source` or `target`."""
     _migrations.labels(role, str(story.mode), str(story.outcome)).inc()
+    if story.error is not None and story.error.why.startswith(UNEXPLAINED):
+        _unexplained.labels(role).inc()
     if role == "target":
         _differences.labels(str(story.mode)).inc(len(story.extra.get("differences", ())))
     if story.downtime_ms is not None:
