@@ -1,4 +1,4 @@
-"""The situations of `jobs/situations.py`, and what becomes of each when it is to move. docs/what-moves.md is made of this list."""
+"""The situations of `jobs/`, and what becomes of each when it is to move. docs/what-moves.md is made of this list."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Situation:
-    """`name` is the function in `jobs/situations.py`, `what` what a reader of the docs would call it.
+    """`name` is the function in the file or files `job` of `jobs/`, `what` what a reader of the docs would call it.
 
     It moves, unless `refused` names a part of what `check` says against it; `remedy` is then what to do, for the docs. With
     `sockets` it needs a CRIU that saves TCP and UDP sockets on the kernel it runs on, and is refused where there is none.
+    `differs` is part of what the agents say that it has not kept.
     """
 
     name: str
@@ -18,6 +19,8 @@ class Situation:
     refused: str = ""
     remedy: str = ""
     sockets: bool = False
+    job: str = "situations"
+    differs: str = ""
 
 
 TIMERS = (
@@ -52,4 +55,89 @@ NETWORK = (
     ),
 )
 
-SITUATIONS = (*TIMERS, *MEMORY, *PROCESSES, *NETWORK)
+_KEPT = {
+    "affinity": "a CPU affinity (`taskset`, `numactl`, OMP_PROC_BIND)",
+    "affinity_of_each_thread": "a CPU affinity for each thread",
+    "io_priority": "an I/O priority (`ionice`)",
+    "timer_slack": "a timer slack (PR_SET_TIMERSLACK)",
+    "batch_with_a_nice_value": "SCHED_BATCH and a nice value",
+    "reset_on_fork": "SCHED_RESET_ON_FORK",
+    "not_dumpable": "PR_SET_DUMPABLE",
+    "no_new_privileges": "PR_SET_NO_NEW_PRIVS",
+    "keeps_capabilities": "PR_SET_KEEPCAPS",
+    "no_huge_pages": "PR_SET_THP_DISABLE",
+    "parent_death_signal": "PR_SET_PDEATHSIG",
+    "child_subreaper": "PR_SET_CHILD_SUBREAPER",
+    "no_speculation": "PR_SET_SPECULATION_CTRL",
+    "personality": "a personality",
+    "resource_limits": "resource limits",
+    "core_dump_filter": "a core dump filter",
+    "killed_first_without_memory": "an oom_score_adj",
+    "locked_memory": "locked memory (mlock)",
+    "ambient_capabilities": "ambient capabilities",
+    "memory_policy": "a memory policy (`numactl`)",
+    "memory_policy_of_a_thread": "a memory policy of a thread",
+    "advice_about_memory": "advice about memory (madvise)",
+    "mask_and_signals": "a umask, blocked, ignored and pending signals",
+    "name_of_each_thread": "a name for each thread",
+    "secure_bits": "secure bits",
+}
+_KEPT_OPEN = {
+    "locks_of_files": "locks of files, shared and exclusive, of each kind",
+    "lease_of_a_file": "leases of files",
+    "owner_and_signal_of_a_descriptor": "F_SETOWN and F_SETSIG",
+    "size_and_mode_of_a_pipe": "sizes and modes of pipes",
+    "attributes_of_a_file": "user attributes of files",
+    "seals_of_memory": "seals of a memfd",
+    "options_of_a_listening_socket": "options of listening TCP sockets",
+    "options_of_a_datagram_socket": "options of UDP sockets",
+    "options_of_a_unix_socket": "options of unix sockets",
+    "watches_its_own_root": "inotify on the container's own root",
+    "name_gone_and_another_left": "an open hard link whose first name is gone",
+    "file_of_the_image_unlinked": "a mapped file of the image that was unlinked",
+    "bash_on_a_terminal_of_its_own": "an interactive bash on a pty of its own",
+    "counts_of_events": "an eventfd, an epoll of edges and of one shot",
+}
+KEPT = (
+    *(Situation(name, what, job="counting kept") for name, what in _KEPT.items()),
+    *(
+        Situation(name, what, job="counting kept_open", sockets="listening" in name or "datagram" in name)
+        for name, what in _KEPT_OPEN.items()
+    ),
+    Situation(
+        "dash_on_a_terminal_of_its_own",
+        "an interactive dash on a pty of its own",
+        refused="/dev/tty",
+        remedy="bash",
+        job="counting kept_open",
+    ),
+    Situation(
+        "eventfd_as_a_semaphore",
+        "an eventfd of EFD_SEMAPHORE",
+        refused="EFD_SEMAPHORE",
+        remedy="a POSIX or SysV semaphore; an eventfd that is none",
+        job="counting kept_open",
+    ),
+    Situation(
+        "pipe_in_packet_mode",
+        "a pipe in packet mode (O_DIRECT)",
+        refused="packet mode",
+        remedy="a socketpair of SOCK_SEQPACKET",
+        job="counting kept_open",
+    ),
+    *(
+        Situation(
+            name,
+            what,
+            refused="POSIX message queue",
+            remedy="close and unlink it; a SysV queue moves",
+            job="counting kept_open",
+        )
+        for name, what in (
+            ("message_queue", "an open POSIX message queue"),
+            ("message_queue_closed", "a POSIX message queue"),
+        )
+    ),
+)
+
+SITUATIONS = (*TIMERS, *MEMORY, *PROCESSES, *NETWORK, *KEPT)

@@ -85,8 +85,8 @@ class Cluster:
         return AgentClient(self.root(node) / "run/podferry/agent.sock")
 
     def start(self, name: str, script: str, *argv: str, node: str = A) -> None:
-        """Start a job of `jobs/` and wait until it has begun to count."""
-        text = (JOBS / f"{script}.py").read_text()
+        """Start a job of `jobs/`, of one file or of several after each other, and wait until it has begun to count."""
+        text = "\n".join((JOBS / f"{one}.py").read_text() for one in script.split())
         containers.start(self.lab, node, name, ["python3", "-u", "-c", text, *argv])
         until(lambda: self.counted(node, name) > 0, f"{name} counts on {node}")
 
@@ -220,7 +220,13 @@ class Cluster:
     def goes_on(self, node: str, name: str, more: int = 3) -> None:
         """Wait until a job on `node` has counted on."""
         before = self.counted(node, name)
-        until(lambda: self.counted(node, name) >= before + more, f"{name} counts on {node}")
+
+        def counts() -> bool:
+            last = self.lines(node, name)[-1:]
+            assert not last or not last[0].startswith("BAD"), last[0]
+            return self.counted(node, name) >= before + more
+
+        until(counts, f"{name} counts on {node}")
 
     def traces(self, node: str) -> set[str]:
         """Everything on a node that a job, a migration or a failed one may leave there."""

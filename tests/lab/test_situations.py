@@ -41,23 +41,25 @@ def name(cluster: Cluster, situation: Situation) -> Iterator[str]:
 )
 def test_situation(cluster: Cluster, name: str, situation: Situation) -> None:
     print(f"PODFERRY_SEED={SEED} chooses this again")
-    cluster.start(name, "situations", situation.name)
+    cluster.start(name, situation.job, situation.name)
     cluster.goes_on(A, name)
     if situation.refused:
         refused(cluster, name, situation.refused)
     elif situation.sockets and not saves_sockets(cluster):
         refused(cluster, name, "CRIU cannot save TCP and UDP sockets")
     else:
-        there_and_back(cluster, name)
+        there_and_back(cluster, name, situation.differs)
 
 
-def there_and_back(cluster: Cluster, name: str) -> None:
-    """One move in each mode."""
+def there_and_back(cluster: Cluster, name: str, differs: str = "") -> None:
+    """One move in each mode. What the agents say that the job has not as it had it, is what `differs` says."""
     here = A
     with Witness(cluster, name) as witness:
         for mode in MODES:
             record = cluster.migrate(name, source=here, mode=mode)
-            assert record["outcome"] == "completed", (record["reason"], record["error"], cluster.lines(here, name)[-2:])
+            evidence = (record["error"] or {}).get("evidence", [])
+            assert record["outcome"] == "completed", (record["reason"], evidence[:4], cluster.lines(here, name)[-2:])
+            assert all(differs and differs in one for one in record["differences"]), record["differences"]
             here = other(here)
             cluster.goes_on(here, name)
         witness.testify(name)
