@@ -47,6 +47,13 @@ NETWORK = (
         "network_namespace_as_it_was", "interfaces, flags, addresses, routes and settings of the network namespace"
     ),
     Situation("loopback_listener", "a listening socket on 127.0.0.1 that is talked to now and then", sockets=True),
+    Situation("tcp_loopback_pair", "two processes with a TCP connection over 127.0.0.1", sockets=True),
+    Situation("tcp_loopback_pair_with_much_to_say", "the same, a megabyte at a time", sockets=True),
+    Situation("tcp_loopback_pair_of_ipv6", "the same over ::1", sockets=True),
+    Situation("tcp_loopback_pair_of_both_versions", "the same, a client of IPv4 at a server of IPv6", sockets=True),
+    Situation("tcp_loopback_stream_that_waits_for_its_reader", "a TCP connection whose queues are full", sockets=True),
+    Situation("tcp_half_closed", "a TCP connection that one end has closed for writing", sockets=True),
+    Situation("udp_loopback_pair", "two processes that exchange datagrams over 127.0.0.1", sockets=True),
     Situation(
         "mptcp_listener",
         "a listening socket for multipath TCP (Go since 1.24)",

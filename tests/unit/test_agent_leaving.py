@@ -162,6 +162,13 @@ def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Pat
     assert set(change.written) == set(change.dropped) == {here}
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at the network of the processes that the tests name."""
+    monkeypatch.setattr("podferry.workload.source_container.has_connections", lambda pid: False)
+    monkeypatch.setattr("podferry.workload.source_container.Peers.take", lambda self, pid, pids: None)
+
+
 class FakeHold:
     """A dump whose `criu` never came to the gate where `broken`."""
 
@@ -173,6 +180,9 @@ class FakeHold:
 
     def to_dict(self) -> dict[str, Any]:
         return {"waits": self.waits}
+
+    def note_connections(self) -> None:
+        pass
 
     def may_go_on(self) -> bool:
         return not self._broken

@@ -169,7 +169,6 @@ def test_what_fits_may_move() -> None:
         ({"host_namespaces": ("network",)}, {}, {}, "PF113"),
         ({"devices": ("/dev/nvidia0",)}, {}, {}, "PF113"),
         ({"binds": (Bind("/data", "/data"),)}, {}, {}, "PF113"),
-        ({"connections": ("a -> b",)}, {}, {}, "PF113"),
         ({"unsaved": ("io_uring",)}, {}, {}, "PF113"),
         ({"unsaved": ("internet sockets",)}, {}, {}, "PF110"),
         ({"unsaved": ("MPTCP socket",)}, {}, {}, "PF113"),
@@ -203,8 +202,15 @@ def test_internet_sockets_move_where_criu_saves_them() -> None:
     assert refusals(Question(job, new, new, Mode.LIVE)) == []
 
 
+def test_connections_to_others_are_told_and_do_not_stand_in_the_way() -> None:
+    question = Question(replace(JOB, connections=("10.0.0.5:1 -> 10.0.0.9:80",)), NODE, NODE, Mode.LIVE)
+    assert refusals(question) == []
+    assert "10.0.0.5:1 -> 10.0.0.9:80" in " ".join(warnings(question))
+    assert not any("connections" in one for one in warnings(Question(JOB, NODE, NODE, Mode.LIVE)))
+
+
 def test_every_reason_is_said_at_once() -> None:
-    job = replace(JOB, devices=("/dev/x",), connections=("a -> b",), anonymous=1 << 40)
+    job = replace(JOB, devices=("/dev/x",), unsaved=("MPTCP socket",), anonymous=1 << 40)
     assert [one.code for one in refusals(Question(job, NODE, NODE, Mode.LIVE))] == ["PF112", "PF113", "PF113"]
 
 

@@ -15,6 +15,7 @@ from podferry.criu.incoming import Incoming
 from podferry.errors import Failed, PeerMisbehaved, Refused
 from podferry.lab.state import CACHE
 from podferry.node import network
+from podferry.node.netlock import Namespace
 from podferry.node.network import DEFAULT, Network
 from podferry.node.process import spawn
 
@@ -63,6 +64,32 @@ def test_criu_goes_on_when_the_agent_has_arranged_the_namespace(
     assert made == [(wanted, 7)]
 
 
+def test_where_connections_come_along_loopback_is_held_until_all_sockets_are_there(
+    tmp_path: Path, shell: list[str], made: list[tuple[Network, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(Namespace, "lock", lambda self: did.append(f"lock {self.path}"))
+    monkeypatch.setattr(Namespace, "unlock", lambda self: did.append(f"unlock {self.path}"))
+    me = os.getpid()
+    with Incoming.prepare("job", network=True, run=tmp_path) as incoming:
+        (incoming.images / "tcp-stream-a.img").touch()
+        assert incoming._network is not None
+        incoming._network.serve(incoming.images)
+        assert script(shell, incoming.images, pid=me).wait(10) == 0
+        assert did == [f"lock /proc/{me}/ns/net"]
+        assert script(shell, incoming.images, "post-restore", pid=me).wait(10) == 0
+    assert did == [f"lock /proc/{me}/ns/net", f"unlock /proc/{me}/ns/net"]
+    assert len(made) == 1
+
+
+def test_without_connections_nobody_is_asked_after_the_restore(
+    tmp_path: Path, shell: list[str], made: list[tuple[Network, int]]
+) -> None:
+    with Incoming.prepare("job", network=True, run=tmp_path) as incoming:
+        assert script(shell, incoming.images, "post-restore").wait(10) == 0
+    assert made == []
+
+
 def test_without_a_description_loopback_is_brought_up(tmp_path: Path, made: list[tuple[Network, int]]) -> None:
     with Incoming.prepare("job", network=True, run=tmp_path) as incoming:
         assert incoming._network is not None
@@ -72,7 +99,7 @@ def test_without_a_description_loopback_is_brought_up(tmp_path: Path, made: list
     assert DEFAULT.up
 
 
-@pytest.mark.parametrize("action", ["pre-restore", "setup-namespaces", "post-restore", "pre-resume", "post-resume"])
+@pytest.mark.parametrize("action", ["pre-restore", "setup-namespaces", "pre-resume", "post-resume"])
 def test_other_steps_of_a_restore_are_no_business_of_the_script(tmp_path: Path, shell: list[str], action: str) -> None:
     assert script(shell, tmp_path, action).wait(10) == 0  # there is nobody to ask
 

@@ -82,8 +82,8 @@ class ContainerFacts:
 
     `host_namespaces` are those it shares with the node's first process. `devices` are device files that it has open or
     may open, beyond those that every container has. `unsaved` names kernel objects that it has open and CRIU cannot
-    save: `io_uring`, `userfaultfd`, `perf_event`, .... `connections` are its established TCP connections, those within
-    the container too. `stdio` says what descriptors 0, 1 and 2 of its first process are: `pipe`, `null`, `terminal`,
+    save: `io_uring`, `userfaultfd`, `perf_event`, .... `connections` are its TCP connections to others than
+    itself. `stdio` says what descriptors 0, 1 and 2 of its first process are: `pipe`, `null`, `terminal`,
     `socket`, `closed` or `file PATH`. `memory` is all that its cgroup uses, `anonymous` what a migration sends as pages,
     `shared` and `tmpfs` what CRIU writes into its images while the container stands still.
     """

@@ -94,6 +94,8 @@ def warnings(question: Question) -> list[str]:
         )
     if container.anonymous > MUCH_IN_PIPES and not question.source.thin_dump:
         found.append(f"CRIU hands {container.anonymous >> 20} MiB of memory to pipes while the job stands still")
+    if container.connections:
+        found.append(f"TCP connections to others are closed by the move: {', '.join(container.connections[:4])}")
     if target is not None and question.source.kernel != target.kernel:
         found.append(f"the kernels differ: {question.source.kernel} and {target.kernel}")
     return found
@@ -234,12 +236,6 @@ def _bound(question: Question) -> Iterator[Refused]:
             "the container has directories of its node mounted",
             why=", ".join(binds[:8]),
             remedy="use a volume that both nodes have",
-        )
-    if container.connections:
-        yield ContainerBound(
-            "the container has open TCP connections",
-            why=", ".join(container.connections[:4]),
-            remedy="have the job close them first; connections cannot move yet",
         )
     unsaved = {
         "io_uring": "an open io_uring",

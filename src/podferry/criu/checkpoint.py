@@ -38,6 +38,7 @@ from podferry.node import outside
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.netns import in_network_of, in_new_network
 from podferry.node.process import PATH, Child, ending, last_lines, spawn
+from podferry.node.sockets import end_repair, reusing
 
 PORT = 7117
 READY_TIMEOUT = 120.0  # seconds
@@ -49,7 +50,6 @@ FIRST_LOOK, LAST_LOOK = 0.001, 0.05  # seconds
 # As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
 NO_COMMAND = b"\xff" * 32
 CRIU_CONF = Path(__file__).with_name("criu.conf")
-POD_CONF = Path(__file__).with_name("criu-pod.conf")
 _OF_THE_CLEANING = re.compile("container paused|container still running")
 """What runc says of what it does after a dump failed; why it failed, it said before."""
 FLAGS = frozenset({"--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
@@ -124,6 +124,7 @@ class Hold:
         self.runc: Process | None = None
         self.criu: Process | None = None
         self.waits = False
+        self.reusing: tuple[int, ...] = ()
         self._child: Child | None = None
         self._status: int | None = None
         self._gate: Gate | None = None
@@ -157,6 +158,8 @@ class Hold:
         for directory in (images, work):
             private_directory(directory, below=directory.parent)
         hold = Hold(id, cgroup, work, images)
+        if not wait:
+            hold.note_connections()
         # CRIU may not see the files of this program (`outside`)
         settings = Path(shutil.copy(conf, work / CRIU_CONF.name))
         hold.tell(f"timeout {seize_timeout(cgroup)}\n{more}")
@@ -286,11 +289,17 @@ class Hold:
         if self.waits:
             self.call_off()
         elif self._settled(READY_TIMEOUT if self.images is None else BREAK_OFF_TIMEOUT):
+            end_repair(self.cgroup.pids(), self.reusing)
             self.cgroup.thaw()
             with contextlib.suppress(OSError, Failed):
                 self._fail_criu()
         self._end()
+        end_repair(self.cgroup.pids(), self.reusing)
         self.cgroup.thaw()
+
+    def note_connections(self) -> None:
+        """Remember, of a container that is frozen and not dumped yet, what must be put right of its connections in a `rollback`."""
+        self.reusing = reusing(self.cgroup.pids())
 
     def to_dict(self) -> dict[str, Any]:
         """The hold as the journal keeps it: enough for another agent process to commit it or roll it back."""
@@ -302,6 +311,7 @@ class Hold:
             "runc": [self.runc.pid, self.runc.started] if self.runc else None,
             "criu": [self.criu.pid, self.criu.started] if self.criu else None,
             "waits": self.waits,
+            "reusing": list(self.reusing),
         }
 
     @staticmethod
@@ -319,6 +329,7 @@ class Hold:
             )
             hold.runc, hold.criu = (_process(data.get(who)) for who in ("runc", "criu"))
             hold.waits = data.get("waits") is True
+            hold.reusing = tuple(map(int, data.get("reusing", ())))
         except (KeyError, TypeError, ValueError) as error:
             raise PeerMisbehaved.because("not a hold", error) from error
         return hold

@@ -204,6 +204,16 @@ def parse_entries(path: Path, magic: int, kind: type[Entry]) -> list[Entry]:
     return [_parse(kind(), message) for message in _messages(path, magic)]
 
 
+def entries_of(data: bytes, name: str, magic: int, kind: type[Entry]) -> list[Entry]:
+    """The entries of an image, `name`, that is in memory."""
+    return [_parse(kind(), message) for message in messages_of(data, name, magic)]
+
+
+def encode_entries(magic: int, entries: Iterable[Message]) -> bytes:
+    """An image of these entries."""
+    return _image(magic, entries)
+
+
 def write_entries(path: Path, magic: int, entries: Iterable[Message]) -> None:
     """Write an image anew."""
     path.write_bytes(_image(magic, entries))

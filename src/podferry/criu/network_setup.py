@@ -18,11 +18,12 @@ from pathlib import Path
 
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.node import network, outside
+from podferry.node.netlock import Namespace
 
 SCRIPT = Path(__file__).with_name("gated") / "network"
 ON_NODE = Path("/opt/podferry/gated/network")
 """Where the installer puts it for agents in pods."""
-ASKED, ANSWERED = "network.asked", "network.answered"
+ASKED, ANSWERED, LOCKED = "network.asked", "network.answered", "network.locked"
 
 
 def settings() -> str:
@@ -42,8 +43,9 @@ class NetworkSetup:
     """What `gated/network` talks to, in the directory that is prepared for one container. Threads may wait in it."""
 
     def __init__(self, directory: Path) -> None:
-        for name in (ASKED, ANSWERED):  # a dead agent's are of no use
+        for name in (ASKED, ANSWERED, LOCKED):  # a dead agent's are of no use
             (directory / name).unlink(missing_ok=True)
+        for name in (ASKED, ANSWERED):
             os.mkfifo(directory / name, 0o600)
         self._asked, self._answered = (
             os.open(directory / name, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) for name in (ASKED, ANSWERED)
@@ -59,7 +61,7 @@ class NetworkSetup:
         return (directory / ASKED).exists()
 
     def serve(self, images: Path) -> None:
-        """Answer the question that will come, by what the images in `images` tell. Returns at once."""
+        """Answer the questions that will come, by what the images in `images` tell. Returns at once."""
         self._thread = threading.Thread(target=self._serve, args=(images,), name="network", daemon=True)
         self._thread.start()
 
@@ -72,24 +74,45 @@ class NetworkSetup:
             os.close(fd)
 
     def _serve(self, images: Path) -> None:
+        locked: Namespace | None = None
+        while (pid := self._asked_for()) is not None:
+            try:
+                if locked is None:
+                    locked = _arrange(pid, images)
+                else:
+                    locked.unlock()
+            except PodferryError as error:
+                self.error = error
+            except Exception as error:  # noqa: BLE001 - whatever it was, CRIU waits for an answer
+                self.error = Failed.because("cannot arrange the container's network namespace", error)
+            with suppress(OSError):
+                os.write(self._answered, b"failed\n" if self.error else b"done\n")
+
+    def _asked_for(self) -> str | None:
+        """Wait for a question; None where there will be none."""
         poll = select.poll()
         poll.register(self._asked, select.POLLIN)
         poll.register(self._ended, select.POLLIN)
         if self._ended in dict(poll.poll()):
-            return
-        try:
-            _arrange(os.read(self._asked, 4096).decode(errors="replace").strip(), images)
-        except PodferryError as error:
-            self.error = error
-        except Exception as error:  # noqa: BLE001 - whatever it was, CRIU waits for an answer
-            self.error = Failed.because("cannot arrange the container's network namespace", error)
-        with suppress(OSError):
-            os.write(self._answered, b"failed\n" if self.error else b"done\n")
+            return None
+        return os.read(self._asked, 4096).decode(errors="replace").strip()
 
 
-def _arrange(pid: str, images: Path) -> None:
+def _arrange(pid: str, images: Path) -> Namespace | None:
+    """Arrange the namespace of a process; where connections come with the images, it is locked then."""
     if not pid.isdecimal():
         raise Failed("CRIU does not say which process it has made", why=f"it says {pid!r}"[:80])
     described = images / network.IMAGE
     told = described.read_bytes() if described.exists() else b""
     network.make(network.Network.decode(told) if told else network.DEFAULT, int(pid))
+    if not has_streams(images):
+        return None
+    namespace = Namespace.of({}, int(pid))
+    (images.parent / LOCKED).touch()
+    namespace.lock()
+    return namespace
+
+
+def has_streams(images: Path) -> bool:
+    """Whether connections come with these images. CRIU sends again what waited to be sent, before the other end need be there."""
+    return any(images.glob("tcp-stream-*.img"))

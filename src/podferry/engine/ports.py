@@ -194,6 +194,10 @@ class LeavingJob(HeldJob, Protocol):
         """CRIU writes everything but the private memory and then holds the frozen job. Returns its images by directory and name."""
         ...
 
+    def closed_connections(self) -> tuple[str, ...]:
+        """TCP connections to others than the job itself, `LOCAL -> REMOTE`, which `dump` has closed in the images."""
+        ...
+
     def dumped(self) -> Dump:
         """What `dump` was spared."""
         ...

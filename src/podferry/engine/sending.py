@@ -52,6 +52,8 @@ class Sender:
         """Have CRIU dump the frozen job, and send its images."""
         with self._story.span("dump", detail="CRIU, all but private memory"):
             images = await job.dump()
+        if closed := job.closed_connections():
+            self._story.extra["closed_connections"] = closed
         self._story.extra["dump"] = str(job.dumped())
         with self._story.span("send images", detail=f"{sum(map(len, images.values())) >> 10} KiB"):
             for (directory, name), data in images.items():

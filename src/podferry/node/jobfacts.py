@@ -6,10 +6,7 @@ import contextlib
 import os
 import re
 import resource
-import socket
 import stat
-import struct
-import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from podferry.errors import Failed
 from podferry.node import network
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
-from podferry.node.sockets import unsaved_sockets
+from podferry.node.sockets import to_others, unsaved_sockets
 from podferry.node.unsaved_files import unsaved_files
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts", "time")
@@ -29,7 +26,6 @@ SAVED = frozenset({"eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "t
 # null, zero, full, random, urandom; tty, console, ptmx; pseudo-terminals.
 PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)})
 PTS_MAJORS = range(136, 144)
-TCP_ESTABLISHED, TCP_LISTEN = "01", "0A"
 LISTED = 32  # of each kind, at most: facts travel
 
 
@@ -38,7 +34,6 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
     spec = record.spec_json()
     pids = cgroup.pids()
     open_files = list(_open_files(pids))
-    inodes = {match[1] for link, _ in open_files if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
     sizes = [_status(pid) for pid in pids]
     return ContainerFacts(
         id=record.id,
@@ -57,7 +52,7 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
             ]
         ),
         binds=tuple(binds(spec)),
-        connections=_few(_connections(task.pid, inodes)),
+        connections=to_others(task.pid, pids),
         stdio=tuple(_stdio(task.pid, number) for number in (0, 1, 2)),
         memory=cgroup.memory_usage(),
         anonymous=sum(size.get("RssAnon", 0) + size.get("VmSwap", 0) for size in sizes),
@@ -159,24 +154,6 @@ def binds(spec: dict[str, Any]) -> Iterator[Bind]:
     for mount in spec.get("mounts") or []:
         if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or []):
             yield Bind(str(mount.get("source")), str(mount.get("destination")))
-
-
-def _connections(pid: int, inodes: set[str]) -> Iterator[str]:
-    """Established TCP connections whose sockets are among `inodes`, as `LOCAL -> REMOTE`."""
-    for family, name in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
-                words = line.split()
-                if words[3] == TCP_ESTABLISHED and words[9] in inodes:
-                    yield f"{_address(family, words[1])} -> {_address(family, words[2])}"
-
-
-def _address(family: socket.AddressFamily, text: str) -> str:
-    """An address of /proc/net/tcp: words of 32 bits as the processor orders them, and the port, in hexadecimal."""
-    host, port = text.split(":")
-    words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
-    packed = struct.pack(f"{'<' if sys.byteorder == 'little' else '>'}{len(words)}I", *words)
-    return f"{socket.inet_ntop(family, packed)}:{int(port, 16)}"
 
 
 def _stdio(pid: int, number: int) -> str:

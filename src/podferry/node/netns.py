@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from podferry.errors import Failed
+from podferry.node import outside
 
 CLONE_NEWNET = 0x40000000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
@@ -38,17 +39,28 @@ def in_new_network(function: Callable[[], Result]) -> Result:
 def in_network_of(pid: int, function: Callable[[], Result]) -> Result:
     """Call `function` in the network namespace of process `pid`. Raises `Failed` when it has ended."""
 
+    return in_network_at(Path(f"/proc/{pid}/ns/net"), function, f"process {pid}")
+
+
+def in_network_at(path: Path, function: Callable[[], Result], whose: str = "") -> Result:
+    """Call `function` in the network namespace that `path` names. Raises `Failed` where it does not."""
+
     def enter() -> None:
         try:
-            namespace = os.open(Path(f"/proc/{pid}/ns/net"), os.O_RDONLY | os.O_CLOEXEC)
+            namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise Failed.because(f"cannot enter the network of process {pid}", error) from error
+            raise Failed.because(f"cannot enter the network of {whose or path}", error) from error
         try:
-            _check(_libc.setns(namespace, CLONE_NEWNET), f"enter the network of process {pid}")
+            _check(_libc.setns(namespace, CLONE_NEWNET), f"enter the network of {whose or path}")
         finally:
             os.close(namespace)
 
     return _in_thread(enter, function)
+
+
+def on_node(path: str) -> Path:
+    """The network namespace that a spec names by this path, as this process reaches it."""
+    return Path(path) if path.startswith("/proc/") else outside.root() / path.lstrip("/")
 
 
 def _in_thread(enter: Callable[[], None], function: Callable[[], Result]) -> Result:

@@ -26,7 +26,7 @@ from typing import Any
 
 from podferry.errors import PeerMisbehaved
 from podferry.node import netlink
-from podferry.node.netns import in_network_of, in_new_network
+from podferry.node.netns import in_network_at, in_network_of, in_new_network, on_node
 
 IMAGE = "network.json"
 """Its name among CRIU's images."""
@@ -35,6 +35,8 @@ LARGEST = 1 << 20
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFMTU, SIOCSIFMTU, IFF_UP = 0x8913, 0x8914, 0x8921, 0x8922, 1
 _LOCAL = frozenset({"127.0.0.1/8", "::1/128"})
 """What loopback has once it is up."""
+_SECRETIVE = {"ipv4/conf/all/arp_ignore": "1", "ipv4/conf/all/arp_announce": "2"}
+"""So that other interfaces neither answer for addresses of loopback nor use them to ask for others."""
 _NAME = re.compile(r"(core|ipv4|ipv6|mptcp|netfilter|sctp|unix|vsock)(/[A-Za-z0-9_-]{1,64}){1,6}")
 _VALUE = re.compile(r"[\x20-\x7e\t]{0,1024}")
 _PASSING = re.compile(
@@ -99,6 +101,25 @@ def interfaces(pid: int) -> tuple[str, ...]:
 def make(network: Network, pid: int) -> None:
     """Make the network namespace of process `pid` like this one. Raises `Failed` and `OSError`."""
     in_network_of(pid, lambda: _make(network))
+
+
+def lend(path: str, images: Path) -> None:
+    """Give loopback, in the network namespace that `path` names, the addresses that sockets in these images are bound to and no
+    interface there has. Nobody else learns that it has them. Raises `Failed` and `OSError`."""
+    described = images / IMAGE
+    if path and described.exists():
+        wanted = [ipaddress.ip_interface(one) for one in Network.decode(described.read_bytes()).addresses]
+        in_network_at(on_node(path), lambda: _lend(wanted))
+
+
+def _lend(wanted: list[netlink.Interface]) -> None:
+    there = {one.ip for of_interface in netlink.addresses().values() for one in of_interface}
+    if lacking := [one for one in wanted if one.ip not in there]:
+        for name, value in _SECRETIVE.items():
+            with suppress(OSError):
+                (SETTINGS / name).write_text(value)
+        for one in lacking:
+            netlink.add_address(one)
 
 
 def _here() -> Network:

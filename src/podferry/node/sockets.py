@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
-from collections.abc import Iterable
+import struct
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from podferry.core.preflight import SOCKETS
 
 INTERNET = frozenset({"TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6", "PING", "PINGv6"})
 OTHERS = frozenset({"UNIX", "UNIX-STREAM", "NETLINK", "PACKET"})
 """What CRIU saves (`can_dump_ipproto` in its criu/sk-inet.c, and criu/sockets.c), as the kernel names it (`struct proto`)."""
+
+
+LISTED = 32  # at most: facts travel
+_NO_CONNECTION = frozenset({"06", "07", "0A"})  # TIME_WAIT, CLOSE, LISTEN
+_MAPPED = "0000000000000000FFFF0000" if sys.byteorder == "little" else "00000000000000000000FFFF"
+_TCP_REPAIR, _REPAIR_OFF_SILENTLY = 19, -1  # linux/tcp.h
+_PIDFD_GETFD = 438  # on every architecture
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def protocols(pids: Iterable[int]) -> set[str]:
@@ -30,10 +42,158 @@ def protocols(pids: Iterable[int]) -> set[str]:
 def unsaved_sockets(pids: Iterable[int]) -> Iterable[str]:
     """Of the sockets that these processes have open what CRIU may not be able to save, as `ContainerFacts.unsaved` names it."""
     there = protocols(pids)
-    for protocol in sorted(there - INTERNET - OTHERS):
+    for protocol in sorted({one.removesuffix("v6") for one in there - INTERNET - OTHERS}):
         yield f"{protocol} socket"
     if there & INTERNET and not credentials_may_be_asked():
         yield SOCKETS
+
+
+class Connection(NamedTuple):
+    """A TCP connection as the kernel lists it: both ends, in its own notation, and its socket. 0: nobody has it open."""
+
+    local: str
+    remote: str
+    family: socket.AddressFamily
+    inode: int
+
+    def __str__(self) -> str:
+        return f"{_address(self.family, self.local)} -> {_address(self.family, self.remote)}"
+
+
+def connections(pid: int) -> Iterator[Connection]:
+    """The TCP connections in the network namespace of a process that are not over yet."""
+    for family, name in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] not in _NO_CONNECTION:
+                    yield Connection(words[1], words[2], family, int(words[9]))
+
+
+def has_connections(pid: int) -> bool:
+    """Whether there is any TCP connection in the network namespace of a process."""
+    return next(connections(pid), None) is not None
+
+
+def to_others(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
+    """Connections of the processes `pids`, in the network namespace of `pid`, whose other end is not theirs: `LOCAL -> REMOTE`."""
+    return tuple(sorted({str(one) for one, _, _ in _to_others(pid, pids)}))[:LISTED]
+
+
+def _to_others(pid: int, pids: Iterable[int]) -> Iterator[tuple[Connection, int, int]]:
+    """The same, with a process that has each open, and by which descriptor."""
+    if there := list(connections(pid)):
+        holders = {inode: (owner, at) for owner in pids for inode, at in _open_in(owner).items()}
+        own = [one for one in there if one.inode in holders]
+        inside = {(_plain(one.local), _plain(one.remote)) for one in own}
+        for one in own:
+            if (_plain(one.remote), _plain(one.local)) not in inside:
+                yield one, *holders[one.inode]
+
+
+class Peers:
+    """Who is at the other end of a container's connections to the outside: told by a reset when the container has left.
+
+    CRIU leaves connections that it has dumped in repair mode, in which their end is silent: a second descriptor of each is taken.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+
+    def take(self, pid: int, pids: Iterable[int]) -> None:
+        """Take those of the processes `pids`, which are in the network namespace of `pid` and stand still.
+
+        Whoever shares the namespace and is not among them, another container of the pod, is gone when `reset` is called, too.
+        """
+        for _, owner, descriptor in _to_others(pid, pids):
+            with suppress(OSError):
+                self._sockets.append(_second(owner, descriptor))
+
+    def reset(self) -> None:
+        """Reset them: their owners are gone."""
+        for one in self._sockets:
+            with suppress(OSError):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+                one.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_SILENTLY)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of them; their owners, where they live, still have them."""
+        for one in self._sockets:
+            one.close()
+        self._sockets.clear()
+
+
+def _open_in(pid: int) -> dict[int, int]:
+    """The sockets that a process has open: inode to descriptor."""
+    found = {}
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                kind, _, rest = str(link.readlink()).partition(":[")
+                if kind == "socket":
+                    found[int(rest.rstrip("]"))] = int(link.name)
+    return found
+
+
+def reusing(pids: Iterable[int]) -> tuple[int, ...]:
+    """Which connections of these processes have SO_REUSEADDR: the repair mode takes it from them."""
+    found = []
+    for inode, one in _connected(pids):
+        with one, suppress(OSError):
+            if one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR):
+                found.append(inode)
+    return tuple(found)
+
+
+def end_repair(pids: Iterable[int], reusing: Collection[int]) -> None:
+    """Have connections of these processes go on that CRIU has left in repair mode; those `reusing` have SO_REUSEADDR again.
+
+    CRIU does so itself where a dump fails, but not where it fails after its images were whole, as every dump here that is undone
+    (`cr_dump_finish` in its criu/cr-dump.c). In repair mode a socket answers its owner with EPERM.
+    """
+    for inode, one in _connected(pids):
+        with one, suppress(OSError):
+            if one.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR):
+                one.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 0)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, inode in reusing)
+
+
+def _connected(pids: Iterable[int]) -> Iterator[tuple[int, socket.socket]]:
+    """The connections of these processes, which share a network namespace: inode, and a descriptor of our own."""
+    pids = tuple(pids)
+    wanted = {one.inode for one in connections(pids[0])} - {0} if pids else set()
+    for owner in pids if wanted else ():
+        for inode, descriptor in _open_in(owner).items():
+            if inode in wanted:
+                wanted.discard(inode)
+                with suppress(OSError):
+                    yield inode, _second(owner, descriptor)
+
+
+def _second(owner: int, descriptor: int) -> socket.socket:
+    """A descriptor of our own for what a process has open."""
+    pidfd = os.pidfd_open(owner)
+    try:
+        ours = int(_libc.syscall(ctypes.c_long(_PIDFD_GETFD), pidfd, descriptor, 0))
+    finally:
+        os.close(pidfd)
+    if ours < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return socket.socket(fileno=ours)
+
+
+def _plain(end: str) -> str:
+    """An end without the notation of IPv4 within IPv6."""
+    return end.removeprefix(_MAPPED)
+
+
+def _address(family: socket.AddressFamily, text: str) -> str:
+    """An address of /proc/net/tcp: words of 32 bits as the processor orders them, and the port, in hexadecimal."""
+    host, port = text.split(":")
+    words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
+    packed = struct.pack(f"={len(words)}I", *words)
+    return f"{socket.inet_ntop(family, packed)}:{int(port, 16)}"
 
 
 @cache

@@ -88,12 +88,40 @@ class TimerfdEntry(_message.Message):
     insec: int
     def __init__(self, clockid: _Optional[int] = ..., ticks: _Optional[int] = ..., settime_flags: _Optional[int] = ..., vsec: _Optional[int] = ..., vnsec: _Optional[int] = ..., isec: _Optional[int] = ..., insec: _Optional[int] = ...) -> None: ...
 
+class InetSkEntry(_message.Message):
+    __slots__ = ("ino", "family", "type", "proto", "state", "src_port", "dst_port", "src_addr", "dst_addr", "v6only", "shutdown")
+    INO_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    PROTO_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SRC_PORT_FIELD_NUMBER: _ClassVar[int]
+    DST_PORT_FIELD_NUMBER: _ClassVar[int]
+    SRC_ADDR_FIELD_NUMBER: _ClassVar[int]
+    DST_ADDR_FIELD_NUMBER: _ClassVar[int]
+    V6ONLY_FIELD_NUMBER: _ClassVar[int]
+    SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
+    ino: int
+    family: int
+    type: int
+    proto: int
+    state: int
+    src_port: int
+    dst_port: int
+    src_addr: _containers.RepeatedScalarFieldContainer[int]
+    dst_addr: _containers.RepeatedScalarFieldContainer[int]
+    v6only: bool
+    shutdown: int
+    def __init__(self, ino: _Optional[int] = ..., family: _Optional[int] = ..., type: _Optional[int] = ..., proto: _Optional[int] = ..., state: _Optional[int] = ..., src_port: _Optional[int] = ..., dst_port: _Optional[int] = ..., src_addr: _Optional[_Iterable[int]] = ..., dst_addr: _Optional[_Iterable[int]] = ..., v6only: _Optional[bool] = ..., shutdown: _Optional[int] = ...) -> None: ...
+
 class FileEntry(_message.Message):
-    __slots__ = ("type", "id", "tfd")
+    __slots__ = ("type", "id", "isk", "tfd")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
+    ISK_FIELD_NUMBER: _ClassVar[int]
     TFD_FIELD_NUMBER: _ClassVar[int]
     type: int
     id: int
+    isk: InetSkEntry
     tfd: TimerfdEntry
-    def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., tfd: _Optional[_Union[TimerfdEntry, _Mapping]] = ...) -> None: ...
+    def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., isk: _Optional[_Union[InetSkEntry, _Mapping]] = ..., tfd: _Optional[_Union[TimerfdEntry, _Mapping]] = ...) -> None: ...

@@ -22,7 +22,7 @@ import xxhash
 
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
-from podferry.criu.checkpoint import Process
+from podferry.criu.checkpoint import CRIU_CONF, Process
 from podferry.criu.images import missing
 from podferry.criu.incoming import Incoming
 from podferry.criu.restored_group import group_to_tell
@@ -133,6 +133,7 @@ class Arriving:
         self._incoming = Incoming.prepare(
             record.id,
             flags=("--lazy-pages", *self._offer.flags),
+            criu_conf=CRIU_CONF.read_text(),
             network=is_own(record.spec_json()),
             run=self._config.run,
         )

@@ -21,6 +21,7 @@ from podferry.errors import Refused
 from podferry.memory.tracking.tracker import Kind, create
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.containerd import Containerd
+from podferry.node.netlock import Namespace
 from podferry.node.records import Container
 from podferry.workload.helpers import reap, runs
 from podferry.workload.numbers import space_of
@@ -79,13 +80,15 @@ def executes(cgroup: Cgroup) -> bool:
 
 def kill_frozen(journal: Part) -> None:
     """Kill a frozen container, and open its door. May be called again after a failure."""
+    if (facts := journal.held("network-lock")) is not None:
+        Namespace(**facts).unlock()  # before the kill: it may be found by a process
     if (facts := journal.held("hold")) is not None:
         hold = Hold.from_dict(dict(facts))
         hold.commit()
         reap(hold.runc)
     if (facts := journal.held("door")) is not None:
         open_door(facts)
-    for kind in ("hold", "freeze", "quota", "door"):
+    for kind in ("hold", "freeze", "quota", "door", "network-lock"):
         journal.release(kind)
 
 
@@ -150,4 +153,5 @@ def handlers() -> dict[str, Handler]:
         "hold": threaded(roll_back),
         "freeze": threaded(thaw),
         "quota": threaded(give_back),
+        "network-lock": threaded(lambda facts: Namespace(**facts).unlock()),
     }

@@ -29,7 +29,7 @@ from podferry.workload.source import SourceWorkload
 from podferry.workload.source_container import Output, RunningContainer, SourceContainer
 
 RUNTIME = "podferry-runc"
-DUMP_FLAGS = ("--file-locks",)
+DUMP_FLAGS = ("--file-locks", "--tcp-established")
 
 
 def with_unsaved(facts: ContainerFacts) -> ContainerFacts:

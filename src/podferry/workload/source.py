@@ -11,6 +11,7 @@ from typing import Protocol
 
 import anyio
 
+from podferry.criu.connections import settle
 from podferry.engine.ports import Change, RemotePages
 from podferry.memory.ranges import Runs
 from podferry.model import Dump
@@ -100,6 +101,7 @@ class SourceWorkload(FrozenWorkload):
         super().__init__(containers, owner)
         self._containers = containers
         self._trees = [*(one.tree for one in containers), *volumes]
+        self._closed: tuple[str, ...] = ()
 
     # Memory.
 
@@ -162,7 +164,13 @@ class SourceWorkload(FrozenWorkload):
     async def dump(self) -> Images:
         """CRIU dumps the containers side by side, and then holds them."""
         dumps = await gathered(*(one.dump for one in self._containers))
-        return await self._owner.completed({name: data for images in dumps for name, data in images.items()})
+        settled = settle({name: data for images in dumps for name, data in images.items()})
+        self._closed = settled.closed
+        return await self._owner.completed(settled.images)
+
+    def closed_connections(self) -> tuple[str, ...]:
+        """Those to others than the workload itself, which `dump` has closed in the images."""
+        return self._closed
 
     def dumped(self) -> Dump:
         """What all of the dumps were spared."""

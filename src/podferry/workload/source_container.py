@@ -34,8 +34,10 @@ from podferry.node import inventory, network, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
 from podferry.node.containerd import Containerd
 from podferry.node.guests import guests, show_out
+from podferry.node.netlock import Namespace
 from podferry.node.records import Container, Task
 from podferry.node.rotated_log import RotatedLog
+from podferry.node.sockets import Peers, has_connections
 from podferry.node.stdio import drained
 from podferry.node.unsaved_files import names_gone
 from podferry.node.upper import shared_files
@@ -100,6 +102,7 @@ class SourceContainer(FrozenContainer):
         self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
         self._hold: Hold | None = None
         self._network = network.DEFAULT
+        self._peers = Peers()
         self._looks = Looks()
         self._told: set[watched.Watched] = set()
         self._linked = anyio.Event()
@@ -239,12 +242,14 @@ class SourceContainer(FrozenContainer):
 
     def _dump(self, stop: int) -> Mapping[tuple[int, str], bytes]:
         had = inventory.take(self._task.pid, self.cgroup.pids(), inventory.cpuset(self.cgroup.freezer))
+        locked = self._hold_loopback()
         hold = self._hold or self._start_dump(wait=False)
         if hold.waits and not hold.may_go_on():
             hold.call_off()
             hold = self._start_dump(wait=False)
         found: dict[int, Population] = {}
         if hold.waits:
+            hold.note_connections()
             self.journal.acquire("hold", **hold.to_dict() | {"waits": False})
             self.dumped = Dump.PREPARED
             spared = [pid for pid in self.memory.spaces if self.memory.skippable.get(pid)] if hold.thin else []
@@ -253,6 +258,9 @@ class SourceContainer(FrozenContainer):
             found = {container_of_space(self.memory.spaces[pid])[1]: population(pid) for pid in spared}
         hold.wait_ready(stop=stop)
         self.journal.acquire("hold", **hold.to_dict())
+        if locked is not None:
+            self.journal.acquire("network-lock", **asdict(locked))  # the latest entry: unlocked before the job goes on
+        self._peers.take(self._task.pid, self.cgroup.pids())
         directory = self._scratch / "images"
         if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
             self.dumped = Dump.THIN
@@ -265,6 +273,20 @@ class SourceContainer(FrozenContainer):
         if self._network != network.DEFAULT:
             images[network.IMAGE] = self._network.encode()
         return {(directory_of(self.journal.number, IMAGES), name): data for name, data in images.items()}
+
+    def _hold_loopback(self) -> Namespace | None:
+        """Nothing passes between the job's own sockets until it is known where it runs; nothing need be done where it has none."""
+        if not has_connections(self._task.pid):
+            return None
+        namespace = Namespace.of(self.record.spec_json(), self._task.pid)
+        self.journal.acquire("network-lock", **asdict(namespace))
+        namespace.lock()
+        return namespace
+
+    async def kill(self) -> None:
+        """Kill the frozen container; not one instruction of it runs. Whoever is connected to it is told."""
+        await super().kill()
+        self._peers.reset()
 
     async def demand_quota(self) -> None:
         """Raises `Refused` or `Failed` where `slow_down` cannot work."""
@@ -300,6 +322,7 @@ class SourceContainer(FrozenContainer):
     async def close(self) -> None:
         """Let go of descriptors."""
         await self._looks.ended()
+        self._peers.close()
         if self._log is not None:
             self._log.close()
         if self._hold is not None:

@@ -257,6 +257,145 @@ def loopback_listener():
         count(talk, gap=0.5)
 
 
+def all_of(connection, size):
+    got = b""
+    while len(got) < size:
+        try:
+            piece = connection.recv(size - len(got))
+        except OSError as error:
+            bad("the connection failed:", error)
+        if not piece:
+            bad("the connection was closed")
+        got += piece
+    return got
+
+
+def pair(server, address, size=8):
+    """Two processes that talk over one connection all the time, and count what they say."""
+    if os.fork() == 0:
+        with socket.create_connection(address) as client:
+            while True:
+                client.sendall(all_of(client, size))
+    connection, _ = server.accept()
+
+    def talk(number):
+        said = number.to_bytes(8, "big") * (size // 8)
+        connection.sendall(said)
+        if (heard := all_of(connection, size)) != said:
+            bad("said", number, "and heard", heard[:8])
+
+    count(talk)
+
+
+@situation
+def tcp_loopback_pair():
+    with socket.create_server(("127.0.0.1", 7010)) as server:
+        pair(server, ("127.0.0.1", 7010))
+
+
+@situation
+def tcp_loopback_pair_with_much_to_say():
+    with socket.create_server(("127.0.0.1", 7011)) as server:
+        pair(server, ("127.0.0.1", 7011), size=1 << 20)
+
+
+@situation
+def tcp_loopback_pair_of_ipv6():
+    with socket.create_server(("::1", 7012), family=socket.AF_INET6) as server:
+        pair(server, ("::1", 7012))
+
+
+@situation
+def tcp_loopback_pair_of_both_versions():
+    with socket.create_server(("::", 7013), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        pair(server, ("127.0.0.1", 7013))
+
+
+@situation
+def tcp_loopback_stream_that_waits_for_its_reader():
+    """The queues of both ends are full at any moment."""
+    words = 1 << 14
+    with socket.create_server(("127.0.0.1", 7014)) as server:
+        if os.fork() == 0:
+            with socket.create_connection(("127.0.0.1", 7014)) as client:
+                number = 0
+                while True:
+                    client.sendall(b"".join(word.to_bytes(8, "big") for word in range(number, number + words)))
+                    number += words
+        connection, _ = server.accept()
+
+        def read(number):
+            got = all_of(connection, 8 * 64)
+            for at in range(64):
+                if int.from_bytes(got[8 * at : 8 * at + 8], "big") != 64 * number + at:
+                    bad("the stream is broken at", 64 * number + at)
+
+        count(read)
+
+
+@situation
+def tcp_half_closed():
+    """One end has said all that it had to say, and listens on."""
+    with socket.create_server(("127.0.0.1", 7015)) as server:
+        if os.fork() == 0:
+            with socket.create_connection(("127.0.0.1", 7015)) as client:
+                while client.recv(1):  # its end, once
+                    pass
+                number = 0
+                while True:
+                    client.sendall(number.to_bytes(8, "big"))
+                    number += 1
+                    time.sleep(0.02)
+        connection, _ = server.accept()
+        connection.shutdown(socket.SHUT_WR)
+
+        def listen(number):
+            if (heard := int.from_bytes(all_of(connection, 8), "big")) != number:
+                bad("heard", heard, "instead of", number)
+
+        count(listen)
+
+
+@situation
+def udp_loopback_pair():
+    """Datagrams may be lost; then both go on with the next."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 7016))
+        if os.fork() == 0:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.connect(("127.0.0.1", 7016))
+                other.settimeout(0.2)
+                other.send(b"first")
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        other.send(other.recv(64))
+        _, peer = one.recvfrom(64)
+        one.settimeout(0.2)
+
+        def talk(number):
+            for _ in range(20):
+                one.sendto(number.to_bytes(8, "big"), peer)
+                with contextlib.suppress(TimeoutError):
+                    if int.from_bytes(one.recv(64), "big") == number:
+                        return
+            bad("nobody answers")
+
+        count(talk)
+
+
+@situation
+def tcp_client_that_is_none_of_ours():
+    """Somebody else is connected, and says nothing. What was counted before that is all, until the connection ends."""
+    with socket.create_server(("127.0.0.1", 7017)) as server:
+        for number in range(5):
+            print(number, time.monotonic_ns(), flush=True)
+        connection, _ = server.accept()
+        print("connected", flush=True)
+        if heard := connection.recv(1):
+            bad("heard", heard)
+        count(nothing)
+
+
 @situation
 def mptcp_listener():
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as server:  # IPPROTO_MPTCP

@@ -9,6 +9,7 @@ killed before the source hears that the pod will never run here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from podferry.errors import Failed, PeerMisbehaved, PodferryError
 from podferry.node import cri
 from podferry.node.containerd import Containerd
 from podferry.node.cri import Kind, Volume
+from podferry.node.netlock import Namespace
 from podferry.node.records import Container
 from podferry.node.staging import Staged, discard_all
 from podferry.node.upper import Receiver
@@ -180,6 +182,7 @@ class ArrivingPod:
     async def release(self) -> float:
         """Have one container after another restored. All run when this returns; returns since when the last does."""
         since: list[float] = []
+        locked = await at_once(self._hold_loopback)
         for part in self._parts:
             try:
                 since.append(await part.release())
@@ -188,9 +191,21 @@ class ArrivingPod:
                     what = "a container has run here to its end, and another cannot be restored"
                     raise JobDied.because(what, error) from error
                 raise
+        if locked is not None:
+            await at_once(locked.unlock)
+            self._journal.release("network-lock")
         for part in self._parts:
             await at_once(part.mark_arrived)
         return max(since)
+
+    def _hold_loopback(self) -> Namespace | None:
+        """Nothing passes over loopback until the last container is restored, whose sockets would be missed."""
+        if not any(part.has_connections() for part in self._parts):
+            return None
+        namespace = self._parts[0].network()
+        self._journal.acquire("network-lock", **asdict(namespace))
+        namespace.lock()
+        return namespace
 
     async def resumed(self) -> float:
         """Since when all run, for an agent that was restarted. Raises where one is gone."""
@@ -244,4 +259,12 @@ def handlers(containerd: Containerd, cluster: Cluster) -> dict[str, Handler]:
         for directory in facts["directories"]:
             await run(discard_all, Path(directory))
 
-    return {"target-pod": give_back, "staged-volumes": unstage, **arriving_part.handlers(containerd)}
+    async def unlock(facts: Mapping[str, Any]) -> None:
+        await run(Namespace(**facts).unlock)
+
+    return {
+        "network-lock": unlock,
+        "target-pod": give_back,
+        "staged-volumes": unstage,
+        **arriving_part.handlers(containerd),
+    }

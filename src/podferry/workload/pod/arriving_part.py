@@ -16,18 +16,20 @@ import anyio
 
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
-from podferry.criu.checkpoint import POD_CONF, Process
+from podferry.criu.checkpoint import CRIU_CONF, Process
 from podferry.criu.incoming import Incoming, pod_key
+from podferry.criu.network_setup import has_streams
 from podferry.criu.restored_group import group_to_tell
 from podferry.criu.rights import demand_no_more
 from podferry.engine.journal import Part
 from podferry.errors import Bug, Failed
 from podferry.fs.private import private_directory
 from podferry.memory.store.page_store import PageStore
-from podferry.node import payloads
+from podferry.node import network, payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import LOG_ROOT, log_of, termination_message
+from podferry.node.netlock import Namespace, joined
 from podferry.node.records import Container, Status, upper_dir
 from podferry.node.staging import Staged, discard
 from podferry.node.upper import refresh_root
@@ -77,7 +79,11 @@ class ArrivingPart(Arriving):
         self.key = pod_key(uid, self.name)
         self._journal.acquire("incoming", key=self.key)
         self._incoming = Incoming.prepare(
-            self.key, flags=("--lazy-pages", *self._flags), criu_conf=POD_CONF.read_text(), run=self._config.run
+            self.key,
+            flags=("--lazy-pages", *self._flags),
+            # an earlier podferry closed connections in the dump, and they are in its images all the same
+            criu_conf=CRIU_CONF.read_text() + ("" if "--tcp-established" in self._flags else "tcp-close\n"),
+            run=self._config.run,
         )
 
     async def _start_task(self) -> None:
@@ -109,6 +115,16 @@ class ArrivingPart(Arriving):
         self._staged.move_to(upper)
         self._upper = self._staged.receiver
         return record
+
+    def has_connections(self) -> bool:
+        """Whether connections come with its images."""
+        return has_streams(self._need_incoming().images)
+
+    def network(self) -> Namespace:
+        """The pod's network namespace. The container must be made."""
+        if self._container is None:
+            raise Bug("the container is not made yet")
+        return Namespace.of(self._container.spec_json(), 0)
 
     def _judge_images(self) -> None:
         """Before GO where the kubelet has made the container by then, the first of a pod; the others before they are restored."""
@@ -148,6 +164,7 @@ class ArrivingPart(Arriving):
         if not self._judged:
             await at_once(self._judge_images)
         await at_once(self._write_files, record)
+        await at_once(network.lend, joined(record.spec_json()), self._incoming.images)
         wrapper = Process.of(self._incoming.wrapper)
         self._journal.acquire("kubelet-task", id=record.id)
         self._journal.note(released=True, wrapper=[wrapper.pid, wrapper.started] if wrapper else None)

@@ -10,7 +10,6 @@ from typing import Any
 
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import ContainerBound, Question, refusals, unthrottled, warnings
-from podferry.criu.checkpoint import POD_CONF
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
 from podferry.memory.tracking.tracker import Choice, Kind, choose, probe
@@ -21,6 +20,7 @@ from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import PodContainer, Volume
 from podferry.node.jobfacts import container_facts, deleted_but_open, disk_usage
 from podferry.node.records import Task, upper_dir
+from podferry.node.sockets import to_others
 from podferry.wire.messages import Offer
 from podferry.workload.config import Config
 from podferry.workload.inspection import DUMP_FLAGS, why_not, with_unsaved
@@ -83,9 +83,6 @@ class PodView:
         found = warnings(Question(self.facts, self.node, None, mode))
         if mode is Mode.LIVE and (whys := [one.why_unthrottled for one in self.members if one.why_unthrottled]):
             found.append(unthrottled(whys[0]))
-        connections = [one for member in self.members for one in member.facts.connections]
-        if connections:
-            found.append(f"open TCP connections are closed by the move: {', '.join(connections[:4])}")
         return found
 
     def demand_movable(self, mode: Mode) -> Choice:
@@ -136,7 +133,6 @@ class PodView:
             Output(member.container.log, fifos(member.task)),
             flags=DUMP_FLAGS,
             enclosed={LAST_WORDS: last_words} if last_words else {},
-            conf=POD_CONF,
             guarded=True,
         )
 
@@ -165,7 +161,7 @@ class PodInspection:
             pod,
             members,
             volumes,
-            merged(str(pod), [member.facts for member in members], size),
+            merged(str(pod), [member.facts for member in members], size, connections(members)),
             self.node_facts(),
             self._choice,
             tuple(self._refused(pod, members)),
@@ -226,8 +222,14 @@ def fifos(task: Task) -> tuple[Path, ...]:
     return tuple(Path(one) for one in (task.stdout, task.stderr) if one.startswith("/"))
 
 
-def merged(name: str, facts: Sequence[ContainerFacts], volumes: int) -> ContainerFacts:
-    """Containers as one, for what is asked of a job as a whole. What is mounted is judged apart, and connections may be open.
+def connections(members: Sequence[Member]) -> tuple[str, ...]:
+    """The connections of a pod's containers to others than themselves."""
+    pids = [pid for member in members for pid in member.facts.pids]
+    return to_others(members[0].task.pid, pids) if members else ()
+
+
+def merged(name: str, facts: Sequence[ContainerFacts], volumes: int, open: tuple[str, ...] = ()) -> ContainerFacts:
+    """Containers as one, for what is asked of a job as a whole. What is mounted is judged apart; `open` are their connections.
 
     `volumes` are the bytes in the file systems that move with the pod.
     """
@@ -244,7 +246,7 @@ def merged(name: str, facts: Sequence[ContainerFacts], volumes: int) -> Containe
         devices=all_of("devices"),
         unsaved=all_of("unsaved"),
         binds=(),
-        connections=(),
+        connections=open,
         stdio=facts[0].stdio,
         memory=sum(one.memory or 0 for one in facts),
         anonymous=sum(one.anonymous for one in facts),
