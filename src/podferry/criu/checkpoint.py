@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from podferry.criu import link_remaps
 from podferry.criu.dump_gate import Gate
 from podferry.criu.log import explained
 from podferry.criu.memory_skipping import ThinDump
@@ -290,6 +291,9 @@ class Hold:
             self.call_off()
         elif self._settled(READY_TIMEOUT if self.images is None else BREAK_OFF_TIMEOUT):
             end_repair(self.cgroup.pids(), self.reusing)
+            if self.images is not None:
+                with contextlib.suppress(CgroupFailed):
+                    link_remaps.remove(self.images, self.cgroup.pids())
             self.cgroup.thaw()
             with contextlib.suppress(OSError, Failed):
                 self._fail_criu()
