@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,6 +150,15 @@ def test_options_of_sockets_and_sizes_of_pipes_are_put_right() -> None:
         (name,) = inventory.take(other, [other], CPUS)
         assert inventory.put_right({name: chosen}, other, [other], CPUS) == 4  # the pipe by either end
         assert descriptors.take(other) == chosen
+
+
+def test_of_tcp_sockets_those_that_listen_are_compared() -> None:
+    """On the target a connection to the outside is closed, and its socket is no connection's any more."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        assert descriptors._chosen(one.fileno()) == {}
+        assert descriptors._chosen(server.fileno()) == {(1, 2): 1, (6, 1): 1}
 
 
 @pytest.mark.parametrize("options", ["1:36=7", "99:1=1", "1:20=1"])

@@ -23,6 +23,7 @@ PLAIN_PIPE = 1 << 20
 MOST = 4096
 """Descriptors of a process that are looked at."""
 _SOCKET, _IP, _TCP, _UDP, _IPV6 = 1, 0, 6, 17, 41
+_ACCEPTS_CONNECTIONS = 30  # SO_ACCEPTCONN
 
 # Whole numbers that whoever owns the socket may set, by the kernel headers (asm-generic/socket.h, linux/tcp.h, in.h, in6.h, udp.h).
 # Not those that need a capability, such as SO_MARK, SO_PRIORITY, IP_TRANSPARENT: nobody is given them for a peer's word. Of time
@@ -104,19 +105,13 @@ def _descriptor(pid: int, pidfd: int, number: int) -> Iterator[tuple[str, str]]:
 
 
 def _chosen(fd: int) -> Options:
-    """The options of a socket that are not as a new one has them. None of a TCP connection's: it is not the same one any more."""
+    """The options of a socket that are not as a new one has them. Of TCP sockets those that listen: a connection may be another
+    one by now, or closed, and CRIU saves what matters of it."""
     with socket.socket(fileno=os.dup(fd)) as one:
-        if one.proto == socket.IPPROTO_TCP and _is_connected(one):
+        if one.proto == socket.IPPROTO_TCP and not one.getsockopt(_SOCKET, _ACCEPTS_CONNECTIONS):
             return {}
         plain = _defaults(one.family, one.type, one.proto)
         return {option: value for option, value in _options(one).items() if value != plain.get(option, value)}
-
-
-def _is_connected(one: socket.socket) -> bool:
-    with suppress(OSError):
-        one.getpeername()
-        return True
-    return False
 
 
 @cache
