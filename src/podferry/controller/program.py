@@ -14,9 +14,11 @@ import anyio
 
 from podferry import __version__
 from podferry.controller.drains import Drains
+from podferry.controller.evictions import Evictions
 from podferry.controller.reconcile import Reconciler, Settings
 from podferry.controller.signer import SIGNER, Signer, authority
 from podferry.controller.turns import Turns
+from podferry.controller.webhook import answer_evictions
 from podferry.core.turns import Limits
 from podferry.errors import PodferryError, UsageError
 from podferry.kube.cache import Cache, Store
@@ -43,7 +45,7 @@ DESCRIPTION = """Decide about Migration objects: which pods may move, where to, 
 It may run twice (one leads, by a Lease) and may be killed at any moment: all that it knows is in the cluster's
 objects. It finds the cluster as kubectl does, or by the service account of the pod that it runs in."""
 
-LEASE = "podferry-controller"
+LEASE = ACCOUNT = "podferry-controller"
 
 SIGNERS, DRAINERS = 2, 2
 
@@ -230,6 +232,8 @@ async def _work(kubeconfig: Path | None, namespace: str, settings: Settings) -> 
                     return
 
         tasks.start_soon(until_told)
+        account = f"system:serviceaccount:{namespace}:{ACCOUNT}"
+        tasks.start_soon(answer_evictions, api, namespace, Evictions(api, account).review)
         identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
         await Leader(leases, namespace, LEASE, identity).lead(Controller(api, namespace, settings).run)
         tasks.cancel_scope.cancel()

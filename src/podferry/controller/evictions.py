@@ -1,0 +1,154 @@
+"""Evictions become moves: what a request to evict a pod is answered, and the Migration that it begins.
+
+`kubectl drain`, autoscalers and node upgrades ask the eviction API and try again while it answers 429 (Too Many Requests). So a pod
+that can move is not evicted: the answer is 429 with how far its move is. A pod that cannot move is evicted as ever; so is one whose
+move failed, or has not ended by its deadline: no eviction is blocked for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from podferry.controller import eligibility, pods, troubles
+from podferry.controller.surroundings import Surveyor
+from podferry.core.migration import MigrationPhase
+from podferry.kube.client import MIGRATIONS, PODS, Api
+from podferry.kube.errors import AlreadyExists, ApiFailed
+from podferry.kube.migration import (
+    CAUSE_LABEL,
+    DEADLINE_ANNOTATION,
+    NAME_ANNOTATION,
+    ROLE_LABEL,
+    UID_LABEL,
+    Migration,
+    MigrationUnreadable,
+    seconds,
+)
+
+Json = dict[str, Any]
+
+EVICTION = "eviction"
+DEADLINE = "1h"
+KEPT = 600
+"""Seconds that an ended Migration of an eviction stays. So long its failure lets evictions through; then a move is tried again."""
+LONGEST_NAME = 200
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether the eviction may go on, and in words why. A refusal is always one for now."""
+
+    allowed: bool
+    why: str = ""
+
+
+class Evictions:
+    """Answers for the API server, and begins moves."""
+
+    def __init__(self, api: Api, account: str) -> None:
+        """`account` is the controller's own name: what a NodeDrain evicts is not moved."""
+        self._api, self._account, self._survey = api, account, Surveyor(api)
+        self._log = structlog.get_logger()
+
+    async def review(self, request: Json) -> Json:
+        """The response of an admission.k8s.io/v1 review of `pods/eviction`."""
+        answer = await self._answer(request)
+        response: Json = {"uid": request["uid"], "allowed": answer.allowed}
+        if not answer.allowed:
+            response["status"] = {"code": 429, "reason": "TooManyRequests", "message": answer.why}
+        elif answer.why:
+            response["warnings"] = [f"podferry: {answer.why}"[:250]]
+        return response
+
+    async def _answer(self, request: Json) -> Answer:
+        namespace, name, user = request["namespace"], request["name"], str(request["userInfo"]["username"])
+        if user == self._account:
+            return Answer(True)
+        pod = await self._api.find(PODS, name, namespace)
+        if pod is None or not pod["spec"].get("runtimeClassName") or not _runs(pod):
+            return Answer(True)
+        moves = await self._moves(pod)
+        now = datetime.datetime.now(datetime.UTC)
+        if busy := next((one for one in moves if not one.ended), None):
+            return _of_move(busy, pod, now)
+        if failed := next((one for one in moves if one.metadata.get("labels", {}).get(CAUSE_LABEL) == EVICTION), None):
+            why = failed.status.ending.message if failed.status.ending else str(failed.status.phase)
+            return Answer(True, f"{name} is evicted, since its move failed: {why}")
+        if found := eligibility.obstacles(pod, await self._survey.around(pod)):
+            return Answer(True, f"{name} is evicted, since it cannot move: {'; '.join(map(str, found))}")
+        return await self._begin(pod, user, dry=bool(request.get("dryRun")))
+
+    async def _moves(self, pod: Json) -> list[Migration]:
+        """The Migrations that have to do with this very pod: of which it is the source, or the target that arrives."""
+        about = pod["metadata"]
+        found, _ = await self._api.list(MIGRATIONS, about["namespace"], fields={"spec.podName": about["name"]})
+        labels, annotations = about.get("labels") or {}, about.get("annotations") or {}
+        if labels.get(ROLE_LABEL) == pods.TARGET and (name := annotations.get(NAME_ANNOTATION)):
+            arriving = await self._api.find(MIGRATIONS, name, about["namespace"])
+            found += [arriving] if arriving is not None else []
+        moves = []
+        for body in found:
+            with contextlib.suppress(MigrationUnreadable):
+                moves.append(Migration.from_json(body))
+        return [one for one in moves if _is_about(one, about["uid"], str(labels.get(UID_LABEL)))]
+
+    async def _begin(self, pod: Json, user: str, *, dry: bool) -> Answer:
+        about = pod["metadata"]
+        name = f"evict-{about['name'][:LONGEST_NAME]}-{about['uid'][:8]}"
+        body = {
+            "metadata": {"name": name, "labels": {CAUSE_LABEL: EVICTION}},
+            "spec": {
+                "podName": about["name"],
+                "timeout": _deadline(pod),
+                "requestedBy": user,
+                "ttlSecondsAfterFinished": KEPT,
+            },
+        }
+        if not dry:
+            try:
+                await self._api.create(MIGRATIONS, body, about["namespace"])
+            except AlreadyExists:  # two asked at once
+                self._log.debug("a move of it has begun already", pod=about["name"], migration=name)
+            except ApiFailed as refused:
+                return Answer(True, f"{about['name']} is evicted, since no move could be begun: {refused.why}")
+            self._log.info("an eviction becomes a move", pod=about["name"], migration=name, requested_by=user)
+        return Answer(False, f"{about['name']} moves to another node instead of being evicted: Migration {name} begins")
+
+
+def _runs(pod: Json) -> bool:
+    ended = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+    return not ended and "deletionTimestamp" not in pod["metadata"]
+
+
+def _is_about(migration: Migration, uid: str, claimed: str) -> bool:
+    """A Migration that has not taken its pod up yet is about the pod of its name."""
+    source, target = migration.status.source_pod, migration.status.target_pod
+    if source is None:
+        return not migration.ended or migration.metadata.get("labels", {}).get(CAUSE_LABEL) == EVICTION
+    return source.uid == uid or (target is not None and target.uid == uid and claimed == migration.uid)
+
+
+def _of_move(migration: Migration, pod: Json, now: datetime.datetime) -> Answer:
+    status, about = migration.status, pod["metadata"]
+    limit = _deadline(pod)
+    late = troubles.age(str(migration.metadata["creationTimestamp"]), now) > seconds(limit)
+    # Once the job runs on the target, its source pod must not go before its owner has the new one.
+    if late and status.phase in (MigrationPhase.PENDING, MigrationPhase.SCHEDULING, MigrationPhase.RUNNING):
+        return Answer(True, f"{about['name']} is evicted, since its move has not ended within {limit}")
+    far = status.progress.summary if status.progress is not None and status.progress.summary else str(status.phase)
+    return Answer(False, f"{about['name']} moves to another node: Migration {migration.name}, {far}")
+
+
+def _deadline(pod: Json) -> str:
+    """How long a move may hold the pod's eviction up: the pod's own wish, where it is a duration."""
+    wish = str((pod["metadata"].get("annotations") or {}).get(DEADLINE_ANNOTATION, DEADLINE))
+    try:
+        seconds(wish)
+    except ValueError:
+        return DEADLINE
+    return wish
