@@ -8,6 +8,7 @@ import anyio
 import httpx2
 import pytest
 
+from podferry.controller.metrics import Metrics
 from podferry.controller.program import Controller
 from podferry.core.turns import Limits
 from podferry.kube.cache import Cache, Store
@@ -224,3 +225,37 @@ async def test_a_memory_never_says_that_something_is_gone(world: World) -> None:
     await cache.patch(PODS, "train", off, world.namespace, uid=uid)
     assert cache.store(PODS).get(world.namespace, "train") is None
     assert await cache.find(PODS, "train", world.namespace) is not None
+
+
+async def test_the_controllers_metrics_tell_what_waits_and_how_moves_ended(world: World) -> None:
+    await asked(world, 2)
+    metrics = Metrics()
+    settings = replace(QUICK, limits=Limits(cluster=1))
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, labels)
+
+    async with anyio.create_task_group() as own:
+        own.start_soon(Controller(world.api, world.namespace, settings, metrics).run)
+
+        async def one_waits() -> bool:
+            return (value("podferry_migrations_waiting"), value("podferry_migrations_under_way")) == (1, 1)
+
+        await world.until(one_waits)
+        (first,) = begun(await migrations(world))
+        await world.agents_move(first)
+
+        async def next_one() -> bool:
+            return len(begun(await migrations(world)) - {first}) == 1
+
+        await world.until(next_one)
+        (second,) = begun(await migrations(world)) - {first}
+        await world.patch(MIGRATIONS, second, {"spec": {"cancel": True}}, world.namespace)
+        await world.ended(second)
+        own.cancel_scope.cancel()
+    assert value("podferry_controller_leading") == 1
+    assert value("podferry_migrations_ended_total", phase="Completed", reason="Moved") == 1
+    assert value("podferry_migrations_ended_total", phase="Cancelled", reason="CancelRequested") == 1
+    assert value("podferry_migration_downtime_seconds_count") == 1
+    assert value("podferry_migration_downtime_seconds_sum") == 0.042
+    assert value("podferry_migration_duration_seconds_count") == 1

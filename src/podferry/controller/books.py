@@ -35,8 +35,9 @@ from podferry.model import Outcome
 class Books:
     """Reads and writes; decides nothing. Every write is a compare-and-swap or names the uid that it means."""
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, api: Api, ended: Callable[[Migration], object] = lambda _: None) -> None:
+        """`ended` hears of each Migration that ends by a write of these books."""
+        self._api, self._ended = api, ended
         self._events = Events(api, "podferry-controller")
         self._log = structlog.get_logger()
 
@@ -143,6 +144,8 @@ class Books:
                 because=str(event),
                 requested_by=migration.spec.requested_by or "",
             )
+            if after in MIGRATION_ENDS:
+                self._ended(migration)
             if ending is not None and after in MIGRATION_ENDS:
                 await self._announce(migration, ending)
         return migration

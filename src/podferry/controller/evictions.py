@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from podferry.controller import eligibility, pods, troubles
+from podferry.controller.metrics import Metrics
 from podferry.controller.surroundings import Surveyor
 from podferry.core.migration import MigrationPhase
 from podferry.kube.client import MIGRATIONS, PODS, Api
@@ -50,14 +51,16 @@ class Answer:
 class Evictions:
     """Answers for the API server, and begins moves."""
 
-    def __init__(self, api: Api, account: str) -> None:
+    def __init__(self, api: Api, account: str, metrics: Metrics | None = None) -> None:
         """`account` is the controller's own name: what a NodeDrain evicts is not moved."""
+        self._metrics = metrics or Metrics()
         self._api, self._account, self._survey = api, account, Surveyor(api)
         self._log = structlog.get_logger()
 
     async def review(self, request: Json) -> Json:
         """The response of an admission.k8s.io/v1 review of `pods/eviction`."""
         answer = await self._answer(request)
+        self._metrics.evicted(allowed=answer.allowed)
         response: Json = {"uid": request["uid"], "allowed": answer.allowed}
         if not answer.allowed:
             response["status"] = {"code": 429, "reason": "TooManyRequests", "message": answer.why}

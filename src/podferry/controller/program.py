@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import anyio
+from prometheus_client import start_http_server
 
 from podferry import __version__
 from podferry.controller.drains import Drains
 from podferry.controller.evictions import Evictions
+from podferry.controller.metrics import Metrics
 from podferry.controller.reconcile import Reconciler, Settings
 from podferry.controller.signer import SIGNER, Signer, authority
 from podferry.controller.turns import Turns
@@ -56,7 +58,7 @@ class Controller:
     """Watches, and has the reconciler and the signer do what is next. What the watches bring is remembered, so that a step asks the
     API server for nothing that it has told already."""
 
-    def __init__(self, api: Api, namespace: str, settings: Settings) -> None:
+    def __init__(self, api: Api, namespace: str, settings: Settings, metrics: Metrics | None = None) -> None:
         self._api, self._namespace, self._workers = api, namespace, settings.workers
         stores = (
             Store(MIGRATIONS),
@@ -67,7 +69,9 @@ class Controller:
         self._cache = Cache(api, stores, briefly=(NAMESPACES, JOBS, REPLICASETS, RUNTIME_CLASSES))
         migrations, drains = self._cache.store(MIGRATIONS), self._cache.store(NODE_DRAINS)
         self._turns = Turns(migrations.all, drains.all, settings.limits)
-        self._reconciler = Reconciler(self._cache, settings, self._turns)
+        self._metrics = metrics or Metrics()
+        self._metrics.watch(self._turns)
+        self._reconciler = Reconciler(self._cache, settings, self._turns, self._metrics.ended)
         self._drainer = Drains(self._cache)
         self._of_uid: dict[str, Key] = {}
         self._drain_of_uid: dict[str, str] = {}
@@ -77,6 +81,7 @@ class Controller:
         """Work until cancelled."""
         signer = Signer(self._api, self._namespace, await authority(self._api, self._namespace))
         await self._cache.prime()
+        self._metrics.leading.set(1)
         async with anyio.create_task_group() as tasks:
             migrations = Queues[Key](tasks, lambda key: self._reconciler.step(*key), self._workers)
             requests = Queues[str](tasks, signer.step, SIGNERS)
@@ -198,13 +203,23 @@ def main() -> None:
     ):
         text = f"moves under way at once {what}; 0: no limit; default: %(default)s"
         parser.add_argument(flag, type=_count, default=number, metavar="N", help=text)
+    parser.add_argument(
+        "--metrics-port",
+        type=_count,
+        default=0,
+        metavar="PORT",
+        help="serve Prometheus metrics at this port; 0: no; default: %(default)s",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args()
     log_json_lines()
     limits = Limits(arguments.parallel, arguments.parallel_per_namespace, arguments.parallel_out, arguments.parallel_in)
     settings = Settings(image=arguments.image, scheduling=arguments.scheduling_patience, limits=limits)
     try:
-        if anyio.run(_work, arguments.kubeconfig, arguments.namespace, settings):
+        metrics = Metrics()
+        if arguments.metrics_port:
+            start_http_server(arguments.metrics_port, registry=metrics.registry)
+        if anyio.run(_work, arguments.kubeconfig, arguments.namespace, settings, metrics):
             sys.exit(1)
     except PodferryError as error:
         print(error.report(), file=sys.stderr)
@@ -217,7 +232,7 @@ def _count(text: str) -> int:
     return number
 
 
-async def _work(kubeconfig: Path | None, namespace: str, settings: Settings) -> bool:
+async def _work(kubeconfig: Path | None, namespace: str, settings: Settings, metrics: Metrics) -> bool:
     """Lead until told to stop (False) or the lease is lost (True)."""
     lost = True
     # The lease has a client of its own: what waits for a connection to work with must not keep it from being renewed.
@@ -233,8 +248,8 @@ async def _work(kubeconfig: Path | None, namespace: str, settings: Settings) -> 
 
         tasks.start_soon(until_told)
         account = f"system:serviceaccount:{namespace}:{ACCOUNT}"
-        tasks.start_soon(answer_evictions, api, namespace, Evictions(api, account).review)
+        tasks.start_soon(answer_evictions, api, namespace, Evictions(api, account, metrics).review)
         identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
-        await Leader(leases, namespace, LEASE, identity).lead(Controller(api, namespace, settings).run)
+        await Leader(leases, namespace, LEASE, identity).lead(Controller(api, namespace, settings, metrics).run)
         tasks.cancel_scope.cancel()
     return lost

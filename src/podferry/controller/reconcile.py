@@ -72,9 +72,12 @@ class Settings:
 class Reconciler:
     """Takes Migrations from wherever they are to their end."""
 
-    def __init__(self, api: Api, settings: Settings, turns: Turns) -> None:
+    def __init__(
+        self, api: Api, settings: Settings, turns: Turns, ended: Callable[[Migration], object] = lambda _: None
+    ) -> None:
+        """`ended` hears of each Migration that ends by this reconciler."""
         self._api, self._settings, self._turns = api, settings, turns
-        self._books = Books(api)
+        self._books = Books(api, ended)
         self._survey = Surveyor(api)
         self._entrance = Entrance(api, self._books, self._survey, turns)
         self._hand_over = HandOver(api, settings.readiness, settings.release)

@@ -84,6 +84,11 @@ class Turns:
         """How many wait."""
         return len(self._waiting)
 
+    @property
+    def under_way(self) -> int:
+        """How many have begun and not ended."""
+        return len(self._under_way())
+
     def _next(self) -> Iterator[Move]:
         waiting = [move for move, _ in self._waiting.values()]
         return next_turns(waiting, self._under_way(), self._limits, self._outbound)
