@@ -8,7 +8,9 @@ from functools import partial
 import anyio
 import pytest
 
+from podferry.cli.kubectl_preview import look, measured
 from podferry.core.drain import ATTEMPTS, PodState
+from podferry.core.estimate import Measured
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Json
 from podferry.kube.drain import PRIORITY_ANNOTATION, NodeDrain
 from podferry.kube.migration import Migration
@@ -201,3 +203,50 @@ async def test_a_node_that_is_not_there_ends_the_drain(world: World) -> None:
     await world.until(over)
     found: Json = await world.api.get(NODE_DRAINS, name)
     assert found["status"]["conditions"][0]["reason"] == "NodeNotFound"
+
+
+async def test_a_dry_run_says_where_to_and_how_long_by_what_was_seen_before(drained: World) -> None:
+    """A pod of 800 MiB, where a move of 100 MiB took ten seconds."""
+    world = drained
+    here, there = world.nodes
+    room = {"requests": {"cpu": "100m", "memory": "800Mi"}}
+    main = {"name": "main", "image": "train", "resources": room}
+    await world.pod("train", containers=[main])
+    await world.pod("small")
+    await world.pod("tied", volumes=[{"name": "h", "hostPath": {"path": "/srv"}}])
+    before = {
+        one["pod"]: one for one in await look(world.api, here, evict_others=True) if one["namespace"] == world.namespace
+    }
+    assert {name: one["action"] for name, one in before.items()} == {"train": "move", "small": "move", "tied": "evict"}
+    assert [before[name]["estimate"] for name in ("small", "tied")] == [None, None]
+    assert there in before["train"]["nodes"]
+    assert here not in before["train"]["nodes"]
+    await world.migrate("gone", "earlier")
+    done = {
+        "phase": "Completed",
+        "progress": {"bytes": 100 << 20},
+        "downtime": "300ms",
+        "startTime": "2026-11-30T10:00:00Z",
+        "completionTime": "2026-11-30T10:00:10Z",
+    }
+    await world.patch(MIGRATIONS, "earlier", {"status": done}, world.namespace, part="status")
+    earlier = measured((await world.api.list(MIGRATIONS, world.namespace))[0])
+    assert earlier == [Measured(100 << 20, 10.0, 0.3)]
+    after = {
+        one["pod"]: one
+        for one in await look(world.api, here, evict_others=False)
+        if one["namespace"] == world.namespace
+    }
+    assert after["train"]["estimate"] is not None
+    if world.fake is not None:  # on the real one other tests' moves count as well
+        assert after["train"]["estimate"] == {"seconds": 80.0, "downtime_seconds": 0.3, "moves": 1}
+    assert after["small"]["estimate"] is None, "it does not say how much memory it needs"
+    await world.patch(NODES, there, {"spec": {"unschedulable": True}})
+    now = {
+        one["pod"]: one
+        for one in await look(world.api, here, evict_others=False)
+        if one["namespace"] == world.namespace
+    }
+    assert there not in now["train"]["nodes"]
+    assert await world.api.find(NODE_DRAINS, here) is None
+    world.also.remove((NODE_DRAINS, here))

@@ -15,6 +15,7 @@ import typer
 from podferry import __version__
 from podferry.cli import kubectl_drain as draining
 from podferry.cli import kubectl_moves as moves
+from podferry.cli import kubectl_preview as previewing
 from podferry.cli import kubectl_tables as tables
 from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.kubectl_moves import Where
@@ -207,7 +208,8 @@ def drain(
     *,
     node: Annotated[str, typer.Argument(metavar="NODE", help="The node to empty.", autocompletion=_offering(NODES))],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would become of each pod, and why. Nothing is touched.")
+        bool,
+        typer.Option("--dry-run", help="Say what would become of each pod, where to, how soon. Nothing is touched."),
     ] = False,
     evict_others: Annotated[
         bool,
@@ -252,8 +254,8 @@ def drain(
     """
     where = Where(None, context, kubeconfig)
     if dry_run:
-        rows = _do(partial(draining.preview, where, node, evict_others=evict_others))
-        print_json({"node": node, "pods": rows}) if json else draining.print_preview(node, rows)
+        rows = _do(partial(previewing.preview, where, node, evict_others=evict_others))
+        print_json({"node": node, "pods": rows}) if json else previewing.print_preview(node, rows)
         return
     if stop:
         stopped = _do(partial(draining.stop, where, node))

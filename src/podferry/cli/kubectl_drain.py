@@ -14,11 +14,9 @@ from rich.table import Table
 
 from podferry.cli.kubectl_moves import Where
 from podferry.cli.terminal import print_json, stderr, stdout, words
-from podferry.controller import drains, eligibility
-from podferry.controller.surroundings import Surveyor
-from podferry.core.drain import DrainedPod, DrainPhase, PodState, plan
+from podferry.core.drain import DrainPhase, PodState
 from podferry.errors import Refused, UsageError
-from podferry.kube.client import NODE_DRAINS, NODES, PODS, Api
+from podferry.kube.client import NODE_DRAINS, NODES, Api
 from podferry.kube.drain import NodeDrain, PodDrain
 from podferry.kube.errors import Conflict, NotFound
 from podferry.kube.watch import follow
@@ -174,51 +172,3 @@ def print_end(drain: NodeDrain) -> None:
                 "yellow",
             )
         )
-
-
-async def preview(where: Where, node: str, *, evict_others: bool) -> list[Json]:
-    """What a drain would do with each pod of the node, in the order of their moves. Nothing is touched."""
-    async with where.open() as (api, _):
-        if await api.find(NODES, node) is None:
-            raise UsageError(f"there is no node {node}", remedy="kubectl get nodes")
-        found, _ = await api.list(PODS, fields={"spec.nodeName": node})
-        leaving = {one["metadata"]["uid"]: one for one in found if drains.has_to_leave(one)}
-        survey = Surveyor(drains.Snapshot(api))
-        obstacles = {uid: eligibility.obstacles(pod, await survey.around(pod)) for uid, pod in leaving.items()}
-    judged = [
-        DrainedPod(
-            uid,
-            started=str((pod.get("status") or {}).get("startTime") or ""),
-            priority=drains.priority(pod),
-            obstacle="; ".join(str(one) for one in obstacles[uid]),
-        )
-        for uid, pod in leaving.items()
-    ]
-    what = plan(judged, parallel=len(judged), evict_others=evict_others)
-    order = [*what.move, *(uid for uid in what.states if uid not in what.move)]
-    return [
-        {
-            "namespace": leaving[uid]["metadata"]["namespace"],
-            "pod": leaving[uid]["metadata"]["name"],
-            "action": "move" if uid in what.move else "evict" if uid in what.evict else "leave",
-            "refusals": [{**one.to_dict(), "reason": one.reason} for one in obstacles[uid]],
-        }
-        for uid in order
-    ]
-
-
-def print_preview(node: str, rows: list[Json]) -> None:
-    """For people."""
-    shown = Table("NAMESPACE", "POD", "ACTION", "WHY", box=None, pad_edge=False, header_style="bold")
-    styles = {"move": "green", "evict": "yellow", "leave": "bold yellow"}
-    for one in rows:
-        why = "; ".join(
-            f"{refusal['what']}{': ' + refusal['why'] if refusal['why'] else ''}" for refusal in one["refusals"]
-        )
-        shown.add_row(
-            words(one["namespace"]), words(one["pod"]), words(one["action"], styles[one["action"]]), words(why)
-        )
-    if rows:
-        stdout().print(shown)
-    else:
-        stderr().print(words(f"{node} has no pods that a drain would move"))

@@ -1,0 +1,158 @@
+"""What `kubectl podferry drain --dry-run` says of each pod: what would become of it, where it could go, and how long that takes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from typing import Any
+
+from rich.table import Table
+
+from podferry.cli.kubectl_moves import Where
+from podferry.cli.terminal import stderr, stdout, words
+from podferry.controller import drains, eligibility, placement, troubles
+from podferry.controller.surroundings import Surveyor
+from podferry.core.drain import DrainedPod, plan
+from podferry.core.estimate import Estimate, Measured, estimate, together
+from podferry.core.migration import MigrationPhase
+from podferry.errors import UsageError
+from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
+from podferry.kube.errors import Forbidden
+from podferry.kube.migration import Migration, MigrationUnreadable, duration, quantity, seconds
+
+Json = dict[str, Any]
+
+PARALLEL = 2
+
+
+async def preview(where: Where, node: str, *, evict_others: bool) -> list[Json]:
+    """What a drain would do with each pod of the node, in the order of their moves. Nothing is touched."""
+    async with where.open() as (api, _):
+        return await look(api, node, evict_others=evict_others)
+
+
+async def look(api: Api, node: str, *, evict_others: bool) -> list[Json]:
+    """As `preview`."""
+    if await api.find(NODES, node) is None:
+        raise UsageError(f"there is no node {node}", remedy="kubectl get nodes")
+    found, _ = await api.list(PODS, fields={"spec.nodeName": node})
+    leaving = {one["metadata"]["uid"]: one for one in found if drains.has_to_leave(one)}
+    survey = Surveyor(drains.Snapshot(api))
+    obstacles = {uid: eligibility.obstacles(pod, await survey.around(pod)) for uid, pod in leaving.items()}
+    earlier = measured((await api.list(MIGRATIONS))[0])
+    others = await _other_nodes(api, node)
+    judged = [
+        DrainedPod(
+            uid,
+            started=str((pod.get("status") or {}).get("startTime") or ""),
+            priority=drains.priority(pod),
+            obstacle="; ".join(str(one) for one in obstacles[uid]),
+        )
+        for uid, pod in leaving.items()
+    ]
+    what = plan(judged, parallel=len(judged), evict_others=evict_others)
+    order = [*what.move, *(uid for uid in what.states if uid not in what.move)]
+    rows = []
+    for uid in order:
+        pod, moves = leaving[uid], uid in what.move
+        expected = estimate(memory_of(pod), earlier) if moves else None
+        allowed = (
+            None if others is None or not moves else [name for name, of in others.items() if placement.allows(pod, of)]
+        )
+        rows.append(
+            {
+                "namespace": pod["metadata"]["namespace"],
+                "pod": pod["metadata"]["name"],
+                "action": "move" if moves else "evict" if uid in what.evict else "leave",
+                "nodes": allowed,
+                "estimate": _shown(expected),
+                "refusals": [{**one.to_dict(), "reason": one.reason} for one in obstacles[uid]],
+            }
+        )
+    return rows
+
+
+def _shown(expected: Estimate | None) -> Json | None:
+    if expected is None:
+        return None
+    return {"seconds": expected.seconds, "downtime_seconds": expected.downtime, "moves": expected.moves}
+
+
+async def _other_nodes(api: Api, node: str) -> dict[str, dict[str, str]] | None:
+    """The labels of the nodes that take pods; None where they may not be read."""
+    try:
+        nodes, _ = await api.list(NODES)
+    except Forbidden:
+        return None
+    fit = [one for one in nodes if troubles.ready(one) and not (one.get("spec") or {}).get("unschedulable")]
+    return {
+        one["metadata"]["name"]: one["metadata"].get("labels") or {} for one in fit if one["metadata"]["name"] != node
+    }
+
+
+def measured(migrations: list[Json]) -> list[Measured]:
+    """The moves that completed, as far as their status tells."""
+    found = []
+    for body in migrations:
+        with contextlib.suppress(MigrationUnreadable, ValueError):
+            status = Migration.from_json(body).status
+            if (
+                status.phase is MigrationPhase.COMPLETED
+                and status.progress
+                and status.start_time
+                and status.completion_time
+            ):
+                end = datetime.datetime.fromisoformat(status.completion_time)
+                took = troubles.age(status.start_time, end)
+                found.append(Measured(status.progress.bytes, took, seconds(status.downtime or "0s")))
+    return found
+
+
+def memory_of(pod: Json) -> int | None:
+    """What its containers ask for, or may have; None where one says neither."""
+    total = 0
+    for one in eligibility.containers(pod):
+        resources = one.get("resources") or {}
+        asked = (resources.get("requests") or {}).get("memory") or (resources.get("limits") or {}).get("memory")
+        if asked is None or not re.fullmatch(r"[0-9.]+(k|M|G|T|Ki|Mi|Gi|Ti)?", str(asked)):
+            return None
+        total += int(quantity(str(asked)))
+    return total
+
+
+def print_preview(node: str, rows: list[Json]) -> None:
+    """For people."""
+    shown = Table(
+        "NAMESPACE", "POD", "ACTION", "TO", "TIME", "STOP", "WHY", box=None, pad_edge=False, header_style="bold"
+    )
+    styles = {"move": "green", "evict": "yellow", "leave": "bold yellow"}
+    for one in rows:
+        why = "; ".join(
+            f"{refusal['what']}{': ' + refusal['why'] if refusal['why'] else ''}" for refusal in one["refusals"]
+        )
+        expected = one["estimate"]
+        shown.add_row(
+            words(one["namespace"]),
+            words(one["pod"]),
+            words(one["action"], styles[one["action"]]),
+            words("" if one["nodes"] is None else _to(one["nodes"])),
+            words(f"~{duration(expected['seconds'])}" if expected else "?" * (one["action"] == "move")),
+            words(f"~{duration(expected['downtime_seconds'])}" if expected else "?" * (one["action"] == "move")),
+            words(why),
+        )
+    if not rows:
+        stderr().print(words(f"{node} has no pods that a drain would move"))
+        return
+    known = [one["estimate"]["seconds"] for one in rows if one["estimate"]]
+    if known:
+        moves = next(one["estimate"]["moves"] for one in rows if one["estimate"])
+        all_of_it = duration(together(known, PARALLEL))
+        shown.caption = (
+            f"two at a time: ~{all_of_it}; by memory requests and the {moves} moves that this cluster remembers"
+        )
+    stdout().print(shown)
+
+
+def _to(nodes: list[str]) -> str:
+    return nodes[0] if len(nodes) == 1 else f"one of {len(nodes)} nodes" if nodes else "no node is allowed"
