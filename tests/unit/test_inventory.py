@@ -152,6 +152,18 @@ def test_options_of_sockets_and_sizes_of_pipes_are_put_right() -> None:
         assert descriptors.take(other) == chosen
 
 
+def test_locks_of_files_are_told_by_kind_mode_and_range(tmp_path: Path) -> None:
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX, 10, 5)"
+    script = f"{lock}; print('.', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-Ic", script, str(tmp_path / "locked")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        told = descriptors.take(child.pid)
+        assert [value for name, value in told.items() if name.endswith("locks")] == ["POSIX ADVISORY WRITE 5 14"]
+        child.kill()
+
+
 def test_of_tcp_sockets_those_that_listen_are_compared() -> None:
     """On the target a connection to the outside is closed, and its socket is no connection's any more."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:

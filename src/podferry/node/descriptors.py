@@ -17,7 +17,7 @@ from functools import cache
 _PIDFD_GETFD = 438  # on every architecture
 _LARGE_FILE = 0o100000
 """Says how a descriptor was opened; of what is opened again for a restored job, another program did it."""
-_GET_PIPE_SIZE, _SET_PIPE_SIZE, _GET_SIGNAL, _GET_SEALS = 1032, 1031, 11, 1034
+_GET_PIPE_SIZE, _SET_PIPE_SIZE, _GET_SEALS = 1032, 1031, 1034
 PLAIN_PIPE = 1 << 20
 """Bytes that a pipe of anybody may have, by the kernel's own setting."""
 MOST = 4096
@@ -81,27 +81,33 @@ def _descriptor(pid: int, pidfd: int, number: int) -> Iterator[tuple[str, str]]:
     # The job stands still, and may have thousands: os instead of Path takes half the time.
     link = os.readlink(f"/proc/{pid}/fd/{number}")  # noqa: PTH115
     kind = link.partition(":[")[0] if link.startswith(("socket:[", "pipe:[")) else ""
-    flags = int(beginning(f"/proc/{pid}/fdinfo/{number}", 128).partition(b"flags:")[2].split(maxsplit=1)[0], 8)
+    told = beginning(f"/proc/{pid}/fdinfo/{number}", 2048)
+    flags = int(told.partition(b"flags:")[2].split(maxsplit=1)[0], 8)
     yield f"descriptor {number}", f"{kind or link} {flags & ~_LARGE_FILE:#o}"
-    if link.startswith("anon_inode:") or flags & os.O_PATH:
-        return
-    with _copy(pidfd, number) as fd:
-        if kind == "socket":
+    if locks := sorted(
+        " ".join(_lock(line)) for line in told.decode(errors="replace").splitlines() if line.startswith("lock:")
+    ):
+        yield f"descriptor {number} locks", ", ".join(locks)
+    # Not of files: to close a copy of one is to have a network file system write back what is dirty, and to wait for its server.
+    if kind == "socket":
+        with _copy(pidfd, number) as fd:
             if chosen := _chosen(fd):
                 yield (
                     f"descriptor {number} options",
                     " ".join(f"{level}:{name}={chosen[level, name]}" for level, name in chosen),
                 )
-            return
-        for what, command, nothing in (
-            ("pipe", _GET_PIPE_SIZE, -1),
-            ("lease", fcntl.F_GETLEASE, fcntl.F_UNLCK),
-            ("signal", _GET_SIGNAL, 0),
-            ("seals", _GET_SEALS, 1),
-        ):
-            with suppress(OSError):
-                if (value := fcntl.fcntl(fd, command)) != nothing:
-                    yield f"descriptor {number} {what}", str(value)
+    elif kind == "pipe":
+        with _copy(pidfd, number) as fd:
+            yield f"descriptor {number} pipe", str(fcntl.fcntl(fd, _GET_PIPE_SIZE))
+    elif link.startswith("/memfd:"):
+        with _copy(pidfd, number) as fd:
+            yield f"descriptor {number} seals", str(fcntl.fcntl(fd, _GET_SEALS))
+
+
+def _lock(line: str) -> list[str]:
+    """Kind, mode and range of a lock or lease, without what a node numbers (`lock: 1: POSIX ADVISORY WRITE 7 fe:00:9 0 EOF`)."""
+    words = line.split()
+    return [*words[2:5], *words[-2:]]
 
 
 def _chosen(fd: int) -> Options:
