@@ -87,6 +87,9 @@ class FakePart(FakeArriving):
 
     name = "part"
 
+    def has_connections(self) -> bool:
+        return False
+
     def expect(self, uid: str) -> None:
         self.uid = uid
 

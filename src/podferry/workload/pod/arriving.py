@@ -182,7 +182,7 @@ class ArrivingPod:
     async def release(self) -> float:
         """Have one container after another restored. All run when this returns; returns since when the last does."""
         since: list[float] = []
-        locked = await at_once(self._hold_loopback)
+        await at_once(self._hold_loopback)
         for part in self._parts:
             try:
                 since.append(await part.release())
@@ -191,25 +191,29 @@ class ArrivingPod:
                     what = "a container has run here to its end, and another cannot be restored"
                     raise JobDied.because(what, error) from error
                 raise
-        if locked is not None:
-            await at_once(locked.unlock)
-            self._journal.release("network-lock")
+        await at_once(self._let_loopback_go)
         for part in self._parts:
             await at_once(part.mark_arrived)
         return max(since)
 
-    def _hold_loopback(self) -> Namespace | None:
+    def _hold_loopback(self) -> None:
         """Nothing passes over loopback until the last container is restored, whose sockets would be missed."""
-        if not any(part.has_connections() for part in self._parts):
-            return None
-        namespace = self._parts[0].network()
-        self._journal.acquire("network-lock", **asdict(namespace))
-        namespace.lock()
-        return namespace
+        if self._journal.held("network-lock") is not None or not any(part.has_connections() for part in self._parts):
+            return
+        if (namespace := self._parts[0].network()) is not None:
+            self._journal.acquire("network-lock", **asdict(namespace))
+            namespace.lock()
+
+    def _let_loopback_go(self) -> None:
+        if (facts := self._journal.held("network-lock")) is not None:
+            Namespace(**facts).unlock()
+            self._journal.release("network-lock")
 
     async def resumed(self) -> float:
         """Since when all run, for an agent that was restarted. Raises where one is gone."""
-        return max([await part.resumed() for part in self._parts])
+        since = max([await part.resumed() for part in self._parts])
+        await at_once(self._let_loopback_go)
+        return since
 
     async def is_here(self) -> bool:
         """Whether the pod runs here, or has."""

@@ -118,13 +118,11 @@ class ArrivingPart(Arriving):
 
     def has_connections(self) -> bool:
         """Whether connections come with its images."""
-        return has_streams(self._need_incoming().images)
+        return has_streams(self._config.incoming / self.key / "images")
 
-    def network(self) -> Namespace:
-        """The pod's network namespace. The container must be made."""
-        if self._container is None:
-            raise Bug("the container is not made yet")
-        return Namespace.of(self._container.spec_json(), 0)
+    def network(self) -> Namespace | None:
+        """The pod's network namespace; None where this agent has not seen the container made: another one had it restored."""
+        return Namespace.of(self._container.spec_json(), 0) if self._container is not None else None
 
     def _judge_images(self) -> None:
         """Before GO where the kubelet has made the container by then, the first of a pod; the others before they are restored."""
