@@ -237,3 +237,30 @@ def test_an_agent_in_a_pod_renames_among_the_nodes_mounts(
         node.kill()
         node.wait()
         subprocess.run(["umount", place], check=False)
+
+
+@needs_root
+def test_what_the_node_does_not_see_is_staged_and_copied_all_the_same(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tmpfs was mounted there on the node after the agent's pod began: the agent goes on below it."""
+    source, place = setuid_tree(tmp_path), state / "containers"
+    place.mkdir()
+    hide = 'mount -t tmpfs over "$1" && exec sleep 60'
+    node = subprocess.Popen(
+        ["unshare", "--mount", "--propagation=private", "sh", "-c", hide, "sh", str(state / "staging")]
+    )
+    try:
+        while f" {state}/staging " not in Path(f"/proc/{node.pid}/mountinfo").read_text():
+            pass
+        monkeypatch.setenv(outside.IN_POD, "1")
+        monkeypatch.setattr(outside, "FIRST", node.pid)
+        staged = Staged(state / "staging" / "id", below=state)
+        fill(staged.receiver, source)
+        staged.move_to(place)
+        staged.close()
+        assert picture(place) == picture(source)
+        assert not staged.directory.exists()
+    finally:
+        node.kill()
+        node.wait()

@@ -42,7 +42,8 @@ class Staged:
         self.tree = private_directory(directory / _TREE, below=directory, new=True)
         if os.geteuid() == 0:  # or else what arrives has no rights that its owner has not
             try:
-                among_node_mounts(lambda: _close_to_programs(self.tree))
+                identity = _identity(self.tree)
+                among_node_mounts(lambda: _close_to_programs(self.tree, identity))
             except OSError as error:
                 raise Failed.because(
                     f"cannot mount {self.tree} nosuid,nodev,noexec", error, remedy="run the agent with CAP_SYS_ADMIN"
@@ -53,7 +54,8 @@ class Staged:
         """Make the tree at `place` what arrived; what it held goes. From now on the receiver fills it there."""
         self.receiver.close()
         try:
-            renamed = among_node_mounts(lambda: _rename_entries(self.tree, place))
+            identity = _identity(self.tree)
+            renamed = among_node_mounts(lambda: _rename_entries(self.tree, identity, place))
         except OSError as error:
             raise Failed.because(f"cannot move {self.tree} to {place}", error) from error
         if not renamed:
@@ -78,7 +80,22 @@ def discard(directory: Path) -> None:
             os.close(above)
 
 
-def _close_to_programs(tree: Path) -> None:
+def _identity(tree: Path) -> tuple[int, int]:
+    found = tree.stat()
+    return found.st_dev, found.st_ino
+
+
+def _seen_on_node(tree: Path, identity: tuple[int, int]) -> bool:
+    """Whether it is there among the node's mounts, too. What was mounted over /run/podferry since our pod began hides it."""
+    try:
+        return _identity(tree) == identity
+    except FileNotFoundError:
+        return False
+
+
+def _close_to_programs(tree: Path, identity: tuple[int, int]) -> None:
+    if not _seen_on_node(tree, identity):
+        return  # nobody but us reaches it
     name = os.fsencode(tree)
     _check(_libc.mount(name, name, None, ctypes.c_ulong(MS_BIND), None), tree)
     try:
@@ -101,9 +118,9 @@ def _check(result: int, tree: Path) -> None:
         raise OSError(code, os.strerror(code), str(tree))
 
 
-def _rename_entries(tree: Path, place: Path) -> bool:
+def _rename_entries(tree: Path, identity: tuple[int, int], place: Path) -> bool:
     """False where that cannot be done and `place` has to be filled by copying; then all is still in `tree`."""
-    if SELINUX.exists():  # a renamed file keeps the label of where it was made
+    if not _seen_on_node(tree, identity) or SELINUX.exists():  # a renamed file keeps the label of where it was made
         return False
     if os.geteuid() == 0:
         _detach(tree)  # nothing is renamed across a mount, be it of the same file system
