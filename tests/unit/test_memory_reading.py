@@ -20,7 +20,7 @@ from podferry.errors import UsageError
 from podferry.memory.kernel import pagemap
 from podferry.memory.kernel.maps import private_anonymous, read_areas
 from podferry.memory.kernel.pagemap import PAGE, Category, Entries, Regions, decode_entries, open_pagemap, read_entries
-from podferry.memory.kernel.reader import Data, Reader, Zero, tell_zeroes
+from podferry.memory.kernel.reader import Data, Gone, Reader, Zero, tell_zeroes
 from podferry.memory.kernel.zero_frames import ZeroFrames
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking import none
@@ -198,3 +198,23 @@ def test_entries_are_read_of_areas_and_not_of_the_terabytes_between(
         [space] = tracker.final().spaces.values()
     assert space.areas
     assert asked <= 2 * sum(area.size for area in private_anonymous(read_areas(os.getpid())))
+
+
+def test_nothing_is_read_of_a_process_that_has_got_the_pid_of_one_that_ended() -> None:
+    """A child ends, and another process, here this one, answers at its pid: at the same address it holds something else."""
+    shared = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    shared.write(b"secret of another" * 100)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(shared))
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        reader = Reader(child)
+        assert [type(piece) for piece in reader.read(Runs([(address, address + PAGE)]))] == [Data]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    reader._pid = os.getpid()
+    assert [type(piece) for piece in reader.read(Runs([(address, address + PAGE)]))] == [Gone]
+    reader.close()

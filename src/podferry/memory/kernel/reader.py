@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import select
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -65,7 +66,14 @@ class Reader:
         self._view = memoryview(self._buffer)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self._piece = piece
-        self._mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        self._pidfd = os.pidfd_open(pid)
+        try:
+            self._mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(self._pidfd)
+            raise
+        self._end = select.poll()
+        self._end.register(self._pidfd, select.POLLIN)
 
     def __enter__(self) -> Reader:
         return self
@@ -77,7 +85,8 @@ class Reader:
         """Give up the descriptor. Data handed out before stays readable."""
         if self._mem >= 0:
             os.close(self._mem)
-            self._mem = -1
+            os.close(self._pidfd)
+            self._mem = self._pidfd = -1
 
     def read(self, runs: Runs) -> Iterator[Piece]:
         """Every page of `runs` exactly once, in ascending order, as data, zero or gone."""
@@ -115,12 +124,15 @@ class Reader:
         return batch
 
     def _gather(self, batch: list[tuple[int, int]]) -> int:
-        """Read a batch into the buffer, one piece behind the other; the bytes that came before something refused."""
+        """Read a batch into the buffer, one piece behind the other; the bytes that came before something refused.
+
+        None count where the process has ended by then: another one may have its pid, and what was read may be that one's.
+        """
         total = sum(end - start for start, end in batch)
         remote = array("Q", [word for start, end in batch for word in (start, end - start)])
         local = array("Q", [self._address, total])
         arrived = _libc().process_vm_readv(self._pid, local.buffer_info()[0], 1, remote.buffer_info()[0], len(batch), 0)
-        return max(0, int(arrived))
+        return 0 if self._end.poll(0) else max(0, int(arrived))
 
     def _read_around_holes(self, start: int, end: int, mapped: Runs) -> Iterator[Piece]:
         """Read at most a buffer's worth through `/proc/PID/mem`, passing over what it refuses."""
