@@ -150,3 +150,22 @@ def test_images_md_lists_the_snapshotters_metrics_and_options() -> None:
     options = {max(one.opts, key=len) for one in command.params if one.param_type_name == "option"}
     listed = set(re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE))
     assert {one.replace("--no-", "--") for one in listed} == options - {"--help"}
+
+
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    """A promise whose test was renamed or removed is a promise that nothing shows."""
+    text = (ROOT / "docs/security.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 50
+    for file, name in named:
+        path = ROOT / file
+        assert path.exists(), file
+        assert re.search(rf"^(async )?def {name}\(", path.read_text(), re.MULTILINE), f"{file}::{name}"
+
+
+def test_every_attack_has_a_test_and_a_result() -> None:
+    rows = re.findall(r"^\| (?!Attack|Who|\*\*)(.+) \|$", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for row in rows:
+        attack, tests, result = row.split(" | ")
+        assert attack and result and "::test_" in tests, row
