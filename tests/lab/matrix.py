@@ -55,6 +55,12 @@ NETWORK = (
     Situation("tcp_half_closed", "a TCP connection that one end has closed for writing", sockets=True),
     Situation("udp_loopback_pair", "two processes that exchange datagrams over 127.0.0.1", sockets=True),
     Situation(
+        "udp_corked",
+        "a UDP socket that holds a datagram back (UDP_CORK)",
+        refused="corked",
+        remedy="wait until it is sent, or send without UDP_CORK",
+    ),
+    Situation(
         "mptcp_listener",
         "a listening socket for multipath TCP (Go since 1.24)",
         refused="multipath TCP",

@@ -171,6 +171,7 @@ def test_what_fits_may_move() -> None:
         ({"binds": (Bind("/data", "/data"),)}, {}, {}, "PF113"),
         ({"unsaved": ("io_uring",)}, {}, {}, "PF113"),
         ({"unsaved": ("internet sockets",)}, {}, {}, "PF110"),
+        ({"unsaved": ("corked UDP socket",)}, {}, {}, "PF113"),
         ({"unsaved": ("MPTCP socket",)}, {}, {}, "PF113"),
         ({"unsaved": ("SCTP socket",)}, {}, {}, "PF113"),
         ({"unsaved": ("network interface eth0",)}, {}, {}, "PF113"),

@@ -61,6 +61,13 @@ def test_sockets_that_criu_saves_on_this_kernel_are_not_told(monkeypatch: pytest
     assert list(unsaved_sockets([ME])) == ["MPTCP socket", "SCTP socket"]
 
 
+def test_a_corked_datagram_socket_is_told() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        assert sockets.CORKED not in set(unsaved_sockets([ME]))
+        one.setsockopt(socket.IPPROTO_UDP, 1, 1)
+        assert sockets.CORKED in set(unsaved_sockets([ME]))
+
+
 def test_a_connection_to_another_is_told_with_both_ends(other: tuple[subprocess.Popen[str], socket.socket]) -> None:
     process, ours = other
     said = f"127.0.0.1:{ours.getsockname()[1]} -> 127.0.0.1:{ours.getpeername()[1]}"

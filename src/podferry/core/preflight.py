@@ -29,6 +29,8 @@ WATCHED, SEMAPHORE, CONTROLLING = "watched file", "semaphore", "controlling term
 """As `ContainerFacts.unsaved` names what is open, and CRIU cannot save."""
 SOCKETS = "internet sockets"
 """As `ContainerFacts.unsaved` names TCP, UDP and raw sockets, where the kernel does not let CRIU save them before 4.2."""
+CORKED = "corked UDP socket"
+"""As `ContainerFacts.unsaved` names datagram sockets with a datagram that is not sent yet."""
 MPTCP = "MPTCP socket"
 """As `ContainerFacts.unsaved` names them, which no CRIU saves."""
 INTERFACE = "network interface"
@@ -257,7 +259,7 @@ def _bound(question: Question) -> Iterator[Refused]:
             remedy="run the agent with all capabilities; where the node itself has not this one, run the job as root",
         )
     yield from _network(container, question.source)
-    judged = {LIMITS, SOCKETS, MPTCP} | (set() if old else {GUARDS})
+    judged = {LIMITS, SOCKETS, CORKED, MPTCP} | (set() if old else {GUARDS})
     if lost := [one for one in container.unsaved if one not in judged and not one.startswith(INTERFACE)]:
         yield ContainerBound(
             "the container has something that CRIU cannot save",
@@ -272,6 +274,12 @@ def _network(container: ContainerFacts, source: NodeFacts) -> Iterator[Refused]:
             "the source's CRIU cannot save TCP and UDP sockets on its kernel",
             why=f"CRIU {source.criu} asks them for SO_PASSCRED, which they have no more since Linux 6.16 (here {source.kernel})",
             remedy="install CRIU 4.2 or later there",
+        )
+    if CORKED in container.unsaved:
+        yield ContainerBound(
+            "the container has a UDP socket that is corked, which CRIU cannot save",
+            why="it holds back a datagram until the job uncorks it (UDP_CORK)",
+            remedy="try again when it has been sent, or have the job send without UDP_CORK",
         )
     if MPTCP in container.unsaved:
         yield ContainerBound(

@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from podferry.core.preflight import SOCKETS
+from podferry.core.preflight import CORKED, SOCKETS
 
 INTERNET = frozenset({"TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6", "PING", "PINGv6"})
+DATAGRAMS = frozenset({"UDP", "UDPv6", "UDP-Lite", "UDPLITEv6"})
 OTHERS = frozenset({"UNIX", "UNIX-STREAM", "NETLINK", "PACKET"})
 """What CRIU saves (`can_dump_ipproto` in its criu/sk-inet.c, and criu/sockets.c), as the kernel names it (`struct proto`)."""
 
@@ -24,6 +25,7 @@ LISTED = 32  # at most: facts travel
 _NO_CONNECTION = frozenset({"06", "07", "0A"})  # TIME_WAIT, CLOSE, LISTEN
 _MAPPED = "0000000000000000FFFF0000" if sys.byteorder == "little" else "00000000000000000000FFFF"
 _TCP_REPAIR, _REPAIR_OFF_SILENTLY = 19, -1  # linux/tcp.h
+_UDP_CORK = 1  # linux/udp.h
 _PIDFD_GETFD = 438  # on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -41,11 +43,25 @@ def protocols(pids: Iterable[int]) -> set[str]:
 
 def unsaved_sockets(pids: Iterable[int]) -> Iterable[str]:
     """Of the sockets that these processes have open what CRIU may not be able to save, as `ContainerFacts.unsaved` names it."""
+    pids = tuple(pids)
     there = protocols(pids)
+    if there & DATAGRAMS and any(map(_has_corked, pids)):
+        yield CORKED
     for protocol in sorted({one.removesuffix("v6") for one in there - INTERNET - OTHERS}):
         yield f"{protocol} socket"
     if there & INTERNET and not credentials_may_be_asked():
         yield SOCKETS
+
+
+def _has_corked(pid: int) -> bool:
+    """Whether a process has a datagram socket with a datagram under way (UDP_CORK)."""
+    for descriptor in _open_in(pid).values():
+        with suppress(OSError):
+            if os.getxattr(f"/proc/{pid}/fd/{descriptor}", "system.sockprotoname").rstrip(b"\0").decode() in DATAGRAMS:
+                with _second(pid, descriptor) as one:
+                    if one.getsockopt(socket.IPPROTO_UDP, _UDP_CORK):
+                        return True
+    return False
 
 
 class Connection(NamedTuple):

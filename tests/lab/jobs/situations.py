@@ -397,6 +397,15 @@ def tcp_client_that_is_none_of_ours():
 
 
 @situation
+def udp_corked():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.connect(("127.0.0.1", 7018))
+        one.setsockopt(socket.IPPROTO_UDP, 1, 1)  # UDP_CORK
+        one.send(b"not yet")
+        count(nothing)
+
+
+@situation
 def mptcp_listener():
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as server:  # IPPROTO_MPTCP
         server.bind(("127.0.0.1", 7004))
