@@ -53,6 +53,7 @@ NETWORK = (
     Situation("tcp_loopback_pair_of_both_versions", "the same, a client of IPv4 at a server of IPv6", sockets=True),
     Situation("tcp_loopback_stream_that_waits_for_its_reader", "a TCP connection whose queues are full", sockets=True),
     Situation("tcp_half_closed", "a TCP connection that one end has closed for writing", sockets=True),
+    Situation("tcp_short_connections", "TCP connections over 127.0.0.1, one after another", sockets=True),
     Situation("udp_loopback_pair", "two processes that exchange datagrams over 127.0.0.1", sockets=True),
     Situation(
         "udp_corked",

@@ -166,6 +166,7 @@ def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Pat
 def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at the network of the processes that the tests name."""
     monkeypatch.setattr("podferry.workload.source_container.has_connections", lambda pid: False)
+    monkeypatch.setattr("podferry.workload.source_container.unaccepted", lambda pid, pids: ())
     monkeypatch.setattr("podferry.workload.source_container.Peers.take", lambda self, pid, pids: None)
 
 

@@ -87,6 +87,17 @@ def test_both_ends_in_one_process_are_no_connection_to_others() -> None:
                 assert not any(f":{port}" in one for one in to_others(ME, [ME])), client
 
 
+def test_what_waits_to_be_accepted_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            assert any(one.endswith(f"-> 127.0.0.1:{port}") for one in sockets.unaccepted(ME, [ME]))
+            assert sockets.unaccepted(ME, []) == ()
+            accepted, _ = server.accept()
+            with accepted:
+                assert not any(f":{port}" in one for one in sockets.unaccepted(ME, [ME]))
+
+
 def test_the_other_end_is_reset_when_its_owner_is_gone(other: tuple[subprocess.Popen[str], socket.socket]) -> None:
     process, ours = other
     peers = Peers()

@@ -22,6 +22,7 @@ OTHERS = frozenset({"UNIX", "UNIX-STREAM", "NETLINK", "PACKET"})
 
 
 LISTED = 32  # at most: facts travel
+_ESTABLISHED = "01"
 _NO_CONNECTION = frozenset({"06", "07", "0A"})  # TIME_WAIT, CLOSE, LISTEN
 _MAPPED = "0000000000000000FFFF0000" if sys.byteorder == "little" else "00000000000000000000FFFF"
 _TCP_REPAIR, _REPAIR_OFF_SILENTLY = 19, -1  # linux/tcp.h
@@ -71,6 +72,7 @@ class Connection(NamedTuple):
     remote: str
     family: socket.AddressFamily
     inode: int
+    state: str = ""
 
     def __str__(self) -> str:
         return f"{_address(self.family, self.local)} -> {_address(self.family, self.remote)}"
@@ -83,7 +85,7 @@ def connections(pid: int) -> Iterator[Connection]:
             for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
                 words = line.split()
                 if words[3] not in _NO_CONNECTION:
-                    yield Connection(words[1], words[2], family, int(words[9]))
+                    yield Connection(words[1], words[2], family, int(words[9]), words[3])
 
 
 def has_connections(pid: int) -> bool:
@@ -105,6 +107,18 @@ def _to_others(pid: int, pids: Iterable[int]) -> Iterator[tuple[Connection, int,
         for one in own:
             if (_plain(one.remote), _plain(one.local)) not in inside:
                 yield one, *holders[one.inode]
+
+
+def unaccepted(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
+    """Connections of the processes `pids`, in the network namespace of `pid`, that another end there has not accepted yet."""
+    there = list(connections(pid))
+    waiting = {(_plain(one.local), _plain(one.remote)) for one in there if not one.inode and one.state == _ESTABLISHED}
+    if not waiting:
+        return ()
+    inodes = {inode for owner in pids for inode in _open_in(owner)}
+    return tuple(
+        str(one) for one in there if one.inode in inodes and (_plain(one.remote), _plain(one.local)) in waiting
+    )
 
 
 class Peers:

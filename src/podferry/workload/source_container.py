@@ -26,7 +26,7 @@ from podferry.criu.timers import put_right
 from podferry.criu.vfork import freeze_apart_from_vfork
 from podferry.engine.journal import Part
 from podferry.engine.ports import IMAGES, LOG, Change
-from podferry.errors import PodferryError
+from podferry.errors import Failed, PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import Kind, create
 from podferry.model import Dump
@@ -37,7 +37,7 @@ from podferry.node.guests import guests, show_out
 from podferry.node.netlock import Namespace
 from podferry.node.records import Container, Task
 from podferry.node.rotated_log import RotatedLog
-from podferry.node.sockets import Peers, has_connections
+from podferry.node.sockets import Peers, has_connections, unaccepted
 from podferry.node.stdio import drained
 from podferry.node.unsaved_files import names_gone
 from podferry.node.upper import shared_files
@@ -54,6 +54,10 @@ FROZEN_PATIENCE = 0.5
 """Seconds for which a file that the job has begun to watch at the last moment is searched while the job stands still."""
 FREEZES = 3
 """How often somebody who came in at the last moment is sent out again."""
+ACCEPTS = 20
+"""How often the job is let go since a connection within it waits to be accepted."""
+ACCEPT_PAUSE = 0.01
+"""Seconds."""
 RECENT_LOOKS = 8
 """How far back it is asked what the job uses of the processors, before it is slowed down."""
 
@@ -164,13 +168,27 @@ class SourceContainer(FrozenContainer):
 
     def _freeze_without_guests(self, timeout: float) -> None:
         """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
+        self._freeze_when_all_is_accepted(timeout)
         for _ in range(FREEZES):
-            self._freeze_apart_from_vfork(timeout)
             if not guests(self._task.pid, self.cgroup.pids()):
                 return
             self.cgroup.thaw()
             show_out(self._task.pid, self.cgroup.pids)
-        self._freeze_apart_from_vfork(timeout)
+            self._freeze_when_all_is_accepted(timeout)
+
+    def _freeze_when_all_is_accepted(self, timeout: float) -> None:
+        """CRIU leaves out a connection that waits to be accepted: where its client is the job itself, that would find it closed."""
+        for _ in range(ACCEPTS):
+            self._freeze_apart_from_vfork(timeout)
+            if not (waiting := unaccepted(self._task.pid, self.cgroup.pids())):
+                return
+            self.cgroup.thaw()
+            time.sleep(ACCEPT_PAUSE)
+        raise Failed(
+            "the job cannot be dumped: whenever it is frozen, a connection of its own waits to be accepted",
+            why=f"{', '.join(waiting[:4])}, {ACCEPTS} times",
+            remedy="migrate when the job accepts its connections, or have it close those that it does not accept",
+        )
 
     def _freeze_apart_from_vfork(self, timeout: float) -> None:
         freeze_apart_from_vfork(partial(self.cgroup.freeze, timeout), self.cgroup.thaw, self.cgroup.pids)

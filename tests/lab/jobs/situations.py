@@ -397,6 +397,28 @@ def tcp_client_that_is_none_of_ours():
 
 
 @situation
+def tcp_short_connections():
+    """One after another, so that at any moment one may wait to be accepted."""
+    with socket.create_server(("127.0.0.1", 7019)) as server:
+
+        def serve():
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(all_of(connection, 8))
+
+        threading.Thread(target=serve, daemon=True).start()
+
+        def ask(number):
+            with socket.create_connection(("127.0.0.1", 7019)) as client:
+                client.sendall(number.to_bytes(8, "big"))
+                if int.from_bytes(all_of(client, 8), "big") != number:
+                    bad("another number came back than", number)
+
+        count(ask, gap=0)
+
+
+@situation
 def udp_corked():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         one.connect(("127.0.0.1", 7018))
