@@ -18,6 +18,7 @@ from typing import Any
 from stock import USER, Stock, caches
 
 from podferry.lab.debian import OF_NODES
+from podferry.lab.images import JOB_IMAGE
 
 CHECKOUT = Path(__file__).parents[2]
 AT = f"/home/{USER}/podferry"
@@ -34,6 +35,7 @@ for n in itertools.count():
     print(n, sum(data[at * 4096] for at in range(n + 1)) if n < 256 else "", flush=True)
     time.sleep(0.2)
 """
+PYTHON = ["python3", "-uc", JOB]
 # containerd's default for ctr, and so what a container has that is told nothing.
 CAPABILITIES = (
     "AUDIT_WRITE CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE NET_RAW "
@@ -65,6 +67,11 @@ RIGHTS = [
 ]
 
 
+def sums(count: int) -> list[str]:
+    """What `JOB` prints first: its memory is what it was."""
+    return [f"{n} {sum(range(n + 1)) if n < 256 else ''}" for n in range(count)]
+
+
 @dataclass
 class StockLab:
     """A lab with two nodes on a stock machine, and what its jobs have said so far."""
@@ -87,28 +94,32 @@ class StockLab:
         enter = f"nsenter --target {self.nodes[node]} --all env --ignore-environment PATH=$PATH"
         return self.machine.run(f"{enter} sh -euc {shlex.quote(script)}", timeout=PATIENCE).stdout
 
-    def start(self, name: str, options: Sequence[str] = ()) -> None:
+    def start(
+        self, name: str, options: Sequence[str] = (), *, image: str = JOB_IMAGE, argv: Sequence[str] = PYTHON
+    ) -> None:
         """A job on node-a: by `podferry lab run`, or by ctr with what that has no options for. Its image is on the share, then."""
         if not options:
-            self.podferry("lab", "run", "--node=node-a", f"--name={name}", "--", "python3", "-uc", JOB)
+            self.podferry("lab", "run", "--node=node-a", f"--name={name}", "--", *argv)
         else:
             ctr = ["ctr", "run", "--detach", "--snapshotter=podferry", "--runc-binary=/usr/local/sbin/podferry-runc"]
             ctr += ["--cpu-shares=0", f"--log-uri=file:///var/log/podferry/containers/{name}.log", *options]
-            image = self.in_node("node-a", "ctr images list -q").split()[0]
-            self.in_node("node-a", shlex.join([*ctr, image, name, "python3", "-uc", JOB]))
-        wait_until(f"the layer of {name} is on the share", lambda: self.machine.run(f"ls {LAYERS}").stdout)
+            self.in_node("node-a", shlex.join([*ctr, image, name, *argv]))
+        self.wait_for_layers(1)
 
-    def said(self, name: str) -> int:
-        """How many lines the job has printed; none is lost or said twice, and its memory is what it was."""
+    def wait_for_layers(self, count: int) -> None:
+        """Until so many layers of images are on the share."""
+        wait_until("layers are on the share", lambda: len(self.machine.run(f"ls {LAYERS}").stdout.split()) >= count)
+
+    def said(self, name: str, expected: Callable[[int], list[str]]) -> int:
+        """How many lines the job has printed: what it should, none lost and none said twice."""
         lines = self.podferry("lab", "logs", name).splitlines()
         assert lines == expected(len(lines))
         return len(lines)
 
-    def wait_for_more(self, name: str) -> int:
-        """Until the job has printed more than now; how many lines."""
-        before = self.said(name)
-        wait_until(f"{name} prints", lambda: self.said(name) > before)
-        return before
+    def wait_for_more(self, name: str, expected: Callable[[int], list[str]]) -> None:
+        """Until the job has printed more than now."""
+        before = self.said(name, expected)
+        wait_until(f"{name} prints", lambda: self.said(name, expected) > before)
 
     def move(self, name: str, to: str) -> dict[str, Any]:
         """Move the job; the record of a completed migration."""
@@ -125,18 +136,13 @@ class StockLab:
         found = {key: value.strip() for key, _, value in (line.partition(":") for line in said.splitlines())}
         return {key: found[key] for key in RIGHTS}
 
-    def goes_there_and_back(self, name: str) -> None:
+    def goes_there_and_back(self, name: str, expected: Callable[[int], list[str]] = sums) -> None:
         """The job on node-a moves to node-b and back; nothing of it is lost, and it has the rights that it had."""
         had = self.rights("node-a", name)
         for node in ("node-b", "node-a"):
             self.move(name, node)
             assert self.rights(node, name) == had
-        self.wait_for_more(name)
-
-
-def expected(count: int) -> list[str]:
-    """What `JOB` prints first."""
-    return [f"{n} {sum(range(n + 1)) if n < 256 else ''}" for n in range(count)]
+        self.wait_for_more(name, expected)
 
 
 def provide(machine: Stock) -> None:
