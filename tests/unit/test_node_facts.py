@@ -104,10 +104,11 @@ def test_open_files() -> None:
     reader, writer = os.pipe()
     random, event = os.open("/dev/urandom", os.O_RDONLY), os.eventfd(0)
     try:
-        found = list(jobfacts._open_files([os.getpid(), 2**22 + 1]))
-        assert "anon_inode:[eventfd]" in {link for link, _ in found}
-        assert not set(jobfacts._unsaved(found)) & {"eventfd", "eventpoll"}
-        assert "/dev/urandom" not in set(jobfacts._open_devices(found))
+        pids = [os.getpid(), 2**22 + 1]
+        assert "anon_inode:[eventfd]" in {link for link, _ in jobfacts._open_files(pids)}
+        found = jobfacts._Open.by(pids)
+        assert not found.unsaved & {"eventfd", "eventpoll"}
+        assert "/dev/urandom" not in found.devices
     finally:
         for fd in (reader, writer, random, event):
             os.close(fd)

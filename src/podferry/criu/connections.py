@@ -17,11 +17,14 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
+from podferry.core.limits import PARSED_IMAGE
 from podferry.criu.images import FILES_MAGIC, encode_entries, entries_of
 from podferry.node.netlink import Address
 from podferry.node.network import DEFAULT, IMAGE, Network
+from podferry.node.newfile import small_file
 from podferry.protos.pagemap_pb2 import FileEntry, InetSkEntry
 
 FILES = "files.img"
@@ -47,13 +50,14 @@ class End(NamedTuple):
 class Settled:
     """The images as they travel, and what was closed in them, as `LOCAL -> REMOTE`."""
 
-    images: Mapping[Key, bytes]
+    images: Mapping[Key, bytes | Path]
     closed: tuple[str, ...]
 
 
-def settle(images: Mapping[Key, bytes]) -> Settled:
+def settle(images: Mapping[Key, bytes | Path]) -> Settled:
     """Settle the connections of a workload, all of whose images these are. Raises `PeerMisbehaved` for what is no image."""
-    files = {key: entries_of(data, FILES, FILES_MAGIC, FileEntry) for key, data in images.items() if key[1] == FILES}
+    read = {key: content(data) for key, data in images.items() if key[1] == FILES}
+    files = {key: entries_of(data, FILES, FILES_MAGIC, FileEntry) for key, data in read.items()}
     sockets = [entry.isk for entries in files.values() for entry in entries if entry.HasField("isk")]
     if not any(one.src_port for one in sockets):
         return Settled(images, ())
@@ -72,6 +76,11 @@ def settle(images: Mapping[Key, bytes]) -> Settled:
         settled[directory, name] = encode_entries(FILES_MAGIC, entries)
         _need(settled, directory, needed)
     return Settled(settled, tuple(closed))
+
+
+def content(image: bytes | Path) -> bytes:
+    """What is in an image that is read as a whole. Raises `TooMuch` for one that is too large for that."""
+    return image if isinstance(image, bytes) else small_file(image, PARSED_IMAGE)
 
 
 class _Workload:
@@ -107,12 +116,12 @@ class _Workload:
         return end.address.is_loopback or end.address in self._own
 
 
-def _need(images: dict[Key, bytes], directory: int, addresses: list[Address]) -> None:
+def _need(images: dict[Key, bytes | Path], directory: int, addresses: list[Address]) -> None:
     """Have the target give loopback these addresses."""
     if not addresses:
         return
     described = images.get((directory, IMAGE))
-    network = Network.decode(described) if described else DEFAULT
+    network = Network.decode(content(described)) if described else DEFAULT
     there = {ipaddress.ip_interface(one).ip for one in network.addresses}
     more = {str(ipaddress.ip_interface(one)) for one in addresses if one not in there}
     images[directory, IMAGE] = replace(network, addresses=(*network.addresses, *sorted(more))).encode()

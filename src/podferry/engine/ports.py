@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from podferry.errors import Failed, PodferryError
@@ -52,6 +53,10 @@ class Change:
     def bytes(self) -> int:
         """How much there is to send."""
         return sum(runs.size for runs in self.written.values())
+
+
+Images = Mapping[tuple[int, str], bytes | Path]
+"""Images and what goes with them, by directory and name: files, which may be larger than memory, and small contents."""
 
 
 class OriginalGone(Failed):
@@ -190,7 +195,7 @@ class LeavingJob(HeldJob, Protocol):
         """Stop every task of the container; they stay stopped until `thaw`."""
         ...
 
-    async def dump(self) -> Mapping[tuple[int, str], bytes]:
+    async def dump(self) -> Images:
         """CRIU writes everything but the private memory and then holds the frozen job. Returns its images by directory and name."""
         ...
 

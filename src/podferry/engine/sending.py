@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
 
 import xxhash
 
+from podferry.core.limits import of_image
 from podferry.engine.pages import PageSender
 from podferry.engine.ports import LOG, Change, LeavingJob
 from podferry.engine.story import Story
+from podferry.errors import Failed
 from podferry.wire.channel import Channel
 from podferry.wire.frames import MAX_PAYLOAD, Drop, File, Pages, Tree
 from podferry.wire.messages import MOST_SUMS, FileSum, SpaceSum, StateEnd, StatePart
@@ -55,13 +59,28 @@ class Sender:
         if closed := job.closed_connections():
             self._story.extra["closed_connections"] = closed
         self._story.extra["dump"] = str(job.dumped())
-        with self._story.span("send images", detail=f"{sum(map(len, images.values())) >> 10} KiB"):
-            for (directory, name), data in images.items():
-                self._files.append(FileSum(directory, name, len(data), xxhash.xxh3_128_hexdigest(data)))
-                for offset in range(0, max(len(data), 1), MAX_PAYLOAD):
-                    piece = data[offset : offset + MAX_PAYLOAD]
-                    last = offset + MAX_PAYLOAD >= len(data)
-                    await self.channel.send(File(directory, name, offset, piece, last=last))
+        total = sum(map(_size, images.values()))
+        with self._story.span("send images", detail=f"{total >> 10} KiB"):
+            for (directory, name), content in images.items():
+                await self._image(directory, name, content)
+
+    async def _image(self, directory: int, name: str, content: bytes | Path) -> None:
+        """Send one image piece by piece: of a job with much shared memory it may be larger than this node's memory is."""
+        size, digest, offset = _size(content), xxhash.xxh3_128(), 0
+        of_image(name).demand(size, f"the job, in its image {name}")
+        with content.open("rb", buffering=0) if isinstance(content, Path) else BytesIO(content) as file:
+            while True:
+                piece = file.read(MAX_PAYLOAD)
+                digest.update(piece)
+                end = offset + len(piece)
+                if not piece and end < size:
+                    raise Failed(f"the image {name} is cut short", why=f"{end} of {size} bytes are there")
+                await self.channel.send(File(directory, name, offset, piece, last=end >= size))
+                self._story.sent(self.channel.traffic.sent)
+                offset = end
+                if offset >= size:
+                    break
+        self._files.append(FileSum(directory, name, offset, digest.hexdigest()))
 
     async def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...]) -> None:
         """Say what the target must have when everything has arrived."""
@@ -72,3 +91,7 @@ class Sender:
             part = slice(at, at + MOST_SUMS)
             await self.channel.send(StatePart(id, tuple(files[part]), spaces[part]))
         await self.channel.send(StateEnd(id, tuple(files[last:]), spaces[last:], job.tree_totals()))
+
+
+def _size(content: bytes | Path) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content)

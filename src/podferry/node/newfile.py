@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
 
+from podferry.core.limits import Limit
 from podferry.errors import Refused
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -56,3 +58,15 @@ def _names(root: Path, path: Path) -> tuple[str, ...]:
 
 def _taken(path: Path) -> Refused:
     return Refused(f"there is something at {path} already", remedy="remove or rename it; nothing is overwritten")
+
+
+def small_file(path: Path, limit: Limit) -> bytes:
+    """The content of a file that a container may have made anything of: sparse and huge, a FIFO, a link. Raises `TooMuch` for what
+    is larger than `limit`, and OSError for what is no plain file or cannot be read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        limit.demand(found.st_size)
+        return file.read(limit.most)

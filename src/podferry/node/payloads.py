@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from podferry.core.limits import OPEN_PAYLOADS
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.node.cri import KUBELET, pod_directory
 from podferry.node.upper import Policy, Receiver, Source
 
 OPEN_FILES = "files.img"
 """CRIU's image that names every file that a process has open, mapped, or as its directory."""
-MOST = 64 << 20
+MOST = OPEN_PAYLOADS.most
 """Bytes of content in one payload; the API server takes objects of up to 1 MiB, and a projected volume may join some."""
 
 _PLUGINS = ("configmap", "secret", "projected", "downward-api")
@@ -33,8 +34,10 @@ _CHUNK = struct.Struct("<I")
 
 def open_in(images: Iterable[bytes], uid: str, kubelet: Path = KUBELET) -> list[Path]:
     """The payloads of a pod in which anything is open, by CRIU's images OPEN_FILES of its containers."""
-    seen = list(images)
-    return [one for one in _payloads(uid, kubelet) if any(one.name.encode() in image for image in seen)]
+    there, found = list(_payloads(uid, kubelet)), set[Path]()
+    for image in images:  # one at a time: each may be large
+        found.update(one for one in there if one.name.encode() in image)
+    return [one for one in there if one in found]
 
 
 def _payloads(uid: str, kubelet: Path) -> Iterator[Path]:
@@ -51,12 +54,14 @@ def _place(payload: Path) -> str:
 
 def pack(payloads: Iterable[Path]) -> bytes:
     """These payloads as they travel. Raises `Failed` where one cannot be read."""
-    parts = []
+    parts, total = [], 0
     for one in payloads:
         name = _place(one).encode()
         parts += [_NAME.pack(len(name)), name]
         with Source(one, Policy(max_bytes=MOST)) as source:
             for chunk in source.send(source.plan(frozen=True)):
+                total += len(chunk)
+                OPEN_PAYLOADS.demand(total, "the pod")
                 parts += [_CHUNK.pack(len(chunk)), chunk]
         parts.append(_CHUNK.pack(0))
     return b"".join(parts)

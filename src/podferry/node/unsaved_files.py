@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from podferry.core.preflight import CONTROLLING, MESSAGE_QUEUE, PACKET_PIPE, SEMAPHORE, WATCHED
@@ -45,7 +46,7 @@ def unsaved_files(init: int, pids: Iterable[int]) -> Iterator[str]:
 
 def names_gone(pids: Iterable[int]) -> bool:
     """Whether a file is open or mapped whose name is gone and that has another: CRIU gives it one more, beside where it was."""
-    return any(_is_link_without_name(link) for pid in pids for link in (*_descriptors(pid), *_mappings(pid)))
+    return any(_is_link_without_name(link) for pid in pids for link in chain(_descriptors(pid), _mappings(pid)))
 
 
 def _is_link_without_name(link: Path) -> bool:
@@ -54,10 +55,10 @@ def _is_link_without_name(link: Path) -> bool:
     return False
 
 
-def _descriptors(pid: int) -> list[Path]:
-    with suppress(OSError):
-        return list(Path(f"/proc/{pid}/fd").iterdir())
-    return []
+def _descriptors(pid: int) -> Iterator[Path]:
+    """One at a time: a process may have a million."""
+    with suppress(OSError), os.scandir(f"/proc/{pid}/fd") as listing:
+        yield from (Path(one.path) for one in listing)
 
 
 def _mappings(pid: int) -> Iterator[Path]:

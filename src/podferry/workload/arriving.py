@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import xxhash
 
 from podferry.core.allowed_rights import rights_of
 from podferry.core.undo import Handler
@@ -41,9 +40,9 @@ from podferry.node.newfile import check_new, create_new
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import upper_dir
 from podferry.node.upper import Receiver, refresh_root
-from podferry.wire.frames import MAX_PAYLOAD
 from podferry.wire.messages import StateEnd
 from podferry.workload.account import Promise
+from podferry.workload.arriving_image import ArrivingImage
 from podferry.workload.config import Config
 from podferry.workload.feeder_channel import FeederChannel
 from podferry.workload.helpers import (
@@ -65,7 +64,6 @@ from podferry.workload.threads import at_once, patiently, run
 POISE_TIMEOUT = 60.0
 STATE_TIMEOUT = 7200.0
 RESTORE_TIMEOUT = 60.0
-LARGEST_IMAGE = 1 << 34
 LOOK_EVERY = 0.02
 LOOK_AT_JOB_EVERY = 0.5
 FEEDER_SOCKET, FEEDER_STATUS = "feeder.sock", "feeder.json"
@@ -95,7 +93,7 @@ class Arriving:
         self._upper: Receiver | None = None
         self._log = -1
         self._log_end = 0
-        self._images: dict[str, int] = {}
+        self._images: dict[str, ArrivingImage] = {}
         self._images_whole: dict[str, tuple[int, str]] = {}
         self._feeder: Process | None = None
         self._starter: Process | None = None
@@ -241,18 +239,14 @@ class Arriving:
         """A piece of one of CRIU's images. The name was checked when its frame was."""
         if directory != IMAGES:
             raise PeerMisbehaved(f"a file for directory {directory}, which a container has not")
-        if offset + len(data) > LARGEST_IMAGE:
-            raise PeerMisbehaved(f"the image {name} is larger than any")
         if name in self._images_whole:
             raise PeerMisbehaved(f"the image {name} goes on after its end")
         if name not in self._images:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._images[name] = os.open(self._need_incoming().images / name, flags, 0o600)
+            self._images[name] = ArrivingImage(self._need_incoming().images / name)
         self._grows(len(data))
-        os.pwrite(self._images[name], data, offset)
+        self._images[name].take(offset, data)
         if last:  # there may be one for each mapping, and descriptors are few
-            self._images_whole[name] = _sum(self._images[name])
-            os.close(self._images.pop(name))
+            self._images_whole[name] = self._images.pop(name).whole()
 
     async def verify(self, end: StateEnd) -> None:
         """Everything is here and whole, or an error says what is not."""
@@ -444,9 +438,10 @@ class Arriving:
             self._store.close()
         if self._upper is not None:
             self._upper.close()
-        for fd in (*self._images.values(), self._log):
-            if fd >= 0:
-                os.close(fd)
+        for image in self._images.values():
+            image.close()
+        if self._log >= 0:
+            os.close(self._log)
         self._incoming = self._store = self._upper = None
         self._images.clear()
         self._log = -1
@@ -503,15 +498,6 @@ class Arriving:
         if self._store is None:
             raise Bug("pages came before the container was prepared")
         return self._store
-
-
-def _sum(fd: int) -> tuple[int, str]:
-    """Size and digest of a file as it is here."""
-    digest, size = xxhash.xxh3_128(), 0
-    while piece := os.pread(fd, MAX_PAYLOAD, size):
-        digest.update(piece)
-        size += len(piece)
-    return size, digest.hexdigest()
 
 
 def _reason(status: Json) -> str:

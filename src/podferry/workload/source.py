@@ -5,14 +5,14 @@ A container alone is a workload of one. Whose the containers are, podferry's use
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import chain
 from typing import Protocol
 
 import anyio
 
 from podferry.criu.connections import settle
-from podferry.engine.ports import Change, RemotePages
+from podferry.engine.ports import Change, Images, RemotePages
 from podferry.memory.ranges import Runs
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup
@@ -23,9 +23,6 @@ from podferry.workload.helpers import gathered
 from podferry.workload.remote_pages import FrozenPages
 from podferry.workload.source_container import SourceContainer
 from podferry.workload.source_tree import SourceTree
-
-Images = Mapping[tuple[int, str], bytes]
-"""CRIU's images, by directory and name."""
 
 
 class Owner(Protocol):

@@ -18,6 +18,7 @@ from pathlib import Path
 import anyio
 
 from podferry.core.inventory import encode
+from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.criu.checkpoint import CRIU_CONF, Hold, Process
 from podferry.criu.dump_gate import Gate
@@ -25,7 +26,7 @@ from podferry.criu.skipped_pages import Population, complete, population, possib
 from podferry.criu.timers import put_right
 from podferry.criu.vfork import freeze_apart_from_vfork
 from podferry.engine.journal import Part
-from podferry.engine.ports import IMAGES, LOG, Change
+from podferry.engine.ports import IMAGES, LOG, Change, Images
 from podferry.errors import Failed, PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import Kind, create
@@ -35,6 +36,7 @@ from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
 from podferry.node.containerd import Containerd
 from podferry.node.guests import guests, show_out
 from podferry.node.netlock import Namespace
+from podferry.node.newfile import small_file
 from podferry.node.records import Container, Task
 from podferry.node.rotated_log import RotatedLog
 from podferry.node.sockets import Peers, has_connections, unaccepted
@@ -215,7 +217,7 @@ class SourceContainer(FrozenContainer):
         if Gate.usable():
             self._start_dump(wait=True, thin=possible())
 
-    async def dump(self) -> Mapping[tuple[int, str], bytes]:
+    async def dump(self) -> Images:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
         stop = os.eventfd(0, os.EFD_CLOEXEC)
         try:
@@ -258,7 +260,7 @@ class SourceContainer(FrozenContainer):
         self.journal.acquire("hold", **hold.to_dict())
         return hold
 
-    def _dump(self, stop: int) -> Mapping[tuple[int, str], bytes]:
+    def _dump(self, stop: int) -> Images:
         had = inventory.take(self._task.pid, self.cgroup.pids(), inventory.cpuset(self.cgroup.freezer))
         locked = self._hold_loopback()
         hold = self._hold or self._start_dump(wait=False)
@@ -283,11 +285,11 @@ class SourceContainer(FrozenContainer):
         if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
             self.dumped = Dump.THIN
         put_right(directory)
-        images = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+        images: dict[str, bytes | Path] = {path.name: path for path in sorted(directory.iterdir())}
         images[INVENTORY] = encode(had)
         for name, path in self._running.enclosed.items():
             with suppress(OSError):
-                images[name] = path.read_bytes()
+                images[name] = small_file(path, TERMINATION_MESSAGE)
         if self._network != network.DEFAULT:
             images[network.IMAGE] = self._network.encode()
         return {(directory_of(self.journal.number, IMAGES), name): data for name, data in images.items()}

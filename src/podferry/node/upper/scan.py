@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Collection
 
+from podferry.core.limits import FILES
 from podferry.errors import Failed, Refused
 from podferry.fs.beneath import open_beneath
 from podferry.node.upper.entries import MAX_DEPTH, MAX_PATH, MAX_XATTRS, Entry, Manifest, carried
@@ -102,6 +103,8 @@ class _Scan:
                         self._excuse(gone)
                         continue
                     entries[path] = old
+                    if len(entries) > FILES.most:
+                        FILES.demand(len(entries), "the tree of files")
                     if old.kind == stat.S_IFDIR:
                         self.todo.append(path)
         finally:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from podferry.engine.ports import Images
 from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import Containerd, NotFound
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import remove_task
-from podferry.workload.source import Images
 from podferry.workload.threads import at_once
 
 

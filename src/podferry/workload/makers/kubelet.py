@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 
 from podferry.core.undo import Handler
 from podferry.criu.checkpoint import Process
+from podferry.criu.connections import content
 from podferry.criu.images import without_deleted_sources
 from podferry.engine.journal import Journal
-from podferry.engine.ports import IMAGES
+from podferry.engine.ports import IMAGES, Images
 from podferry.errors import Failed
 from podferry.fs.private import private_directory
 from podferry.node import outside
@@ -28,7 +29,6 @@ from podferry.workload.helpers import helper_environment, kill_helper, python
 from podferry.workload.numbers import directory_of
 from podferry.workload.pod.offered import PAYLOADS
 from podferry.workload.pod.probes import Probe
-from podferry.workload.source import Images
 from podferry.workload.threads import Looks, run
 
 STAND_IN = "stand-in"
@@ -49,7 +49,7 @@ class KubeletOwner:
         hand_over: HandOver,
         *,
         departed: Path,
-        payloads: Callable[[Sequence[bytes]], bytes] = lambda images: b"",
+        payloads: Callable[[Iterable[bytes]], bytes] = lambda images: b"",
         probes: Sequence[Probe] = (),
     ) -> None:
         self._journal, self._hand_over = journal, hand_over
@@ -78,9 +78,10 @@ class KubeletOwner:
     async def completed(self, images: Images) -> Images:
         """Without mounts whose source was deleted here, and with what is open of the pod's own volumes."""
         whole = {
-            name: without_deleted_sources(data) if _MOUNTS.fullmatch(name[1]) else data for name, data in images.items()
+            name: without_deleted_sources(content(data)) if _MOUNTS.fullmatch(name[1]) else data
+            for name, data in images.items()
         }
-        open_files = [data for (_, name), data in whole.items() if name == OPEN_FILES]
+        open_files = (content(data) for (_, name), data in images.items() if name == OPEN_FILES)
         if payloads := await self._looks.at_once(partial(self._payloads, open_files)):
             whole[directory_of(0, IMAGES), PAYLOADS] = payloads
         return whole

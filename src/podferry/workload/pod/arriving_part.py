@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 
 from podferry.core.allowed_rights import rights_of
+from podferry.core.limits import PARSED_IMAGE, TERMINATION_MESSAGE
 from podferry.core.undo import Handler
 from podferry.criu.checkpoint import CRIU_CONF, Process
 from podferry.criu.incoming import Incoming, pod_key
@@ -30,6 +31,7 @@ from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.containerd import Containerd, NotFound
 from podferry.node.cri import LOG_ROOT, log_of, termination_message
 from podferry.node.netlock import Namespace, joined
+from podferry.node.newfile import small_file
 from podferry.node.records import Container, Status, upper_dir
 from podferry.node.staging import Staged, discard
 from podferry.node.upper import refresh_root
@@ -44,8 +46,6 @@ from podferry.workload.threads import at_once, patiently
 
 START_TIMEOUT = 10.0
 LOOK_EVERY = 0.005
-MOST_WORDS = 1 << 20
-"""Bytes of a termination message; the kubelet reads no more than 4096."""
 
 
 class ArrivingPart(Arriving):
@@ -198,14 +198,14 @@ class ArrivingPart(Arriving):
         if words.exists():
             place = termination_message(record.spec_json(), self._journal.facts["uid"], self.name, self._config.kubelet)
             if place is not None:
-                place.write_bytes(words.read_bytes()[:MOST_WORDS])
+                place.write_bytes(small_file(words, TERMINATION_MESSAGE))
             words.unlink()
 
     def _write_payloads(self) -> None:
         """What the pod has open of the source's volumes is put beside what the kubelet has written here."""
         packed = self._need_incoming().images / PAYLOADS
         if packed.exists():
-            payloads.unpack(packed.read_bytes(), self._journal.facts["uid"], self._config.kubelet)
+            payloads.unpack(small_file(packed, PARSED_IMAGE), self._journal.facts["uid"], self._config.kubelet)
             packed.unlink()
 
     async def resumed(self) -> float:

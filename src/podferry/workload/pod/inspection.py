@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from podferry.core.facts import ContainerFacts, NodeFacts
+from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import ContainerBound, Question, refusals, unthrottled, warnings
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
@@ -114,7 +116,7 @@ class PodView:
                 for file in one.mapped_shared(at)
             }
 
-        def payloads_open_in(images: Sequence[bytes]) -> bytes:
+        def payloads_open_in(images: Iterable[bytes]) -> bytes:
             return payloads.pack(payloads.open_in(images, self.pod.uid, config.kubelet))
 
         owner = KubeletOwner(
@@ -209,6 +211,12 @@ class PodInspection:
                     why=", ".join(parts),
                     remedy="mount the whole volume: a subPath of an emptyDir cannot move yet",
                 )
+            words = cri.termination_message(member.spec, pod.uid, name, kubelet)
+            with suppress(OSError):
+                if words is not None and (
+                    much := TERMINATION_MESSAGE.beyond(words.lstat().st_size, f"the container {name}")
+                ):
+                    yield much
             if stale := deleted_but_open(member.facts.pids, cri.mounted_parts(member.spec, pod.uid, kubelet)):
                 yield ContainerBound(
                     f"the container {name} has a file of a ConfigMap or Secret open that has changed since",
