@@ -68,6 +68,28 @@ def test_any_bytes_are_read_or_refused(target: Target, tmp_path: Path, data: byt
     run(target, data, tmp_path)
 
 
+PEM = b"-----%s CERTIFICATE REQUEST-----\n"
+OF_VERSION_8 = (
+    b"MIHwMIGXAgEIMBExDzANBgNVBAMMBm5vZGUtYTBZMBMGByqGSM49AgEGCCqGSM49\n"
+    b"AwEHA0IABI5TO2+gv3tGJbswZnwB+2B++fi4qA/vWzAGKHAxh7Kjc+sdveAzGDZt\n"
+    b"Bp+DpvWQAFPHNjPLBBshxV4ahsH0ALSgJDAiBgkqhkiG9w0BCQ4xFTATMBEGA1Ud\n"
+    b"EQQKMAiCBm5vZGUtYTAKBggqhkjOPQQDAgNIADBFAiBmDkI+tei4sfdowH/lRSmI\n"
+    b"d6tKI6YBdcNRaMNuBI+W0AIhANQyIH8u5YuwRMBwHyumPd/lpxBXXxlaZWzgPQrV\n"
+    b"u7up\n"
+)
+FOUND = {
+    "a request of a version that there is not": ("certificate request", PEM % b"BEGIN" + OF_VERSION_8 + PEM % b"END"),
+    "a record nested without end": ("records on the share", b"[" * 100_000),
+    "an acquisition of nothing": ("journal", b'{"format": 2}\n{"acquire": "scratch"}\n'),
+}
+
+
+@pytest.mark.parametrize("found", FOUND)
+def test_what_was_found_before_is_refused(found: str, tmp_path: Path) -> None:
+    name, data = FOUND[found]
+    run(next(one for one in TARGETS if one.name == name), data, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_million_inputs(tmp_path: Path, bounded: None) -> None:
     parts, done = sum(one.share for one in TARGETS), 0

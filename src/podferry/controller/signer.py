@@ -60,7 +60,7 @@ async def authority(api: Api, namespace: str) -> Authority:
 
 _UNREADABLE = (
     *(ValueError, TypeError, KeyError, UnsupportedAlgorithm),
-    *(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+    *(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, x509.InvalidVersion),
 )
 """What a request that somebody has made up by hand ends in."""
 
