@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
@@ -26,7 +28,7 @@ from podferry.kube.migration import CAUSE_LABEL, DEADLINE_ANNOTATION, Migration
 from podferry.wire.pki import Authority
 
 from .real import BINARIES
-from .rights import DEPLOY
+from .rights import DEPLOY, SYSTEM, apply, as_account
 from .test_drain import agents
 from .world import World
 
@@ -262,3 +264,38 @@ async def test_kubectl_drain_moves_pods(world: World, control_plane: Path) -> No
     moved = [Migration.from_json(one) for one in (await world.api.list(MIGRATIONS, world.namespace))[0]]
     assert {one.status.phase for one in moved} == {"Completed"}
     assert (await world.api.get(NODES, node))["spec"]["unschedulable"] is True
+
+
+async def test_the_controller_serves_by_its_own_rights_and_under_its_services_name(
+    world: World, control_plane: Path
+) -> None:
+    await apply(world.api)
+    await world.api.create(CONFIGURATIONS, {**configuration(), "webhooks": _elsewhere()})
+    world.also.append((CONFIGURATIONS, webhook.NAME))
+    await world.pod()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    async with (
+        as_account(world, control_plane, "podferry-controller", None) as api,
+        anyio.create_task_group() as tasks,
+    ):
+        review = Evictions(api, "nobody").review
+        tasks.start_soon(partial(webhook.answer_evictions, api, SYSTEM, review, port=port))
+
+        async def published() -> bool:
+            (one,) = (await world.api.get(CONFIGURATIONS, webhook.NAME))["webhooks"]
+            return "caBundle" in one["clientConfig"]
+
+        await world.until(published)
+        (one,) = (await world.api.get(CONFIGURATIONS, webhook.NAME))["webhooks"]
+        client = one["clientConfig"]
+        trusted = ssl.create_default_context(cadata=base64.b64decode(client["caBundle"]).decode())
+        name = f"{client['service']['name']}.{client['service']['namespace']}.svc"
+        request = {"uid": "u", "namespace": world.namespace, "name": "train", "userInfo": {"username": "somebody"}}
+        async with httpx2.AsyncClient(verify=trusted) as http:
+            url = f"https://127.0.0.1:{port}{client['service']['path']}"
+            answer = await http.post(url, json={"request": request}, extensions={"sni_hostname": name})
+        assert answer.json()["response"]["status"]["code"] == 429
+        assert (await the_move(world)).spec.requested_by == "somebody"
+        tasks.cancel_scope.cancel()
