@@ -1,7 +1,7 @@
 """A container on two nodes without any kernel behind it: what a migration does to it, in dictionaries.
 
 `SourceNode` and `TargetNode` are what outlives a killed agent: containerd, CRIU, the cgroup, the page feeder. `FakeSource`,
-`FakeFrozen` and `FakeArriving` are a container on them. The job writes whenever anything happens
+`FakeFrozen` and `FakeTarget` are a container on them. The job writes whenever anything happens
 while it executes, so that whatever the engine forgets to send is seen at the end.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 import anyio
 import xxhash
 
-from podferry.engine.journal import Journal
 from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
 from podferry.errors import Bug, Failed, PodferryError
 from podferry.lazypages.page_source import Frame, Word
@@ -386,6 +385,7 @@ class TargetNode:
         self.number = number
         self.container = self.scratch = self.task = self.feeder = False
         self.running = self.released = self.postcopy = self.died = False
+        self.crashed = self.marked = False
         self.store: Memory = {}
         self.files: dict[str, bytes] = {}
         self.log = b""
@@ -490,11 +490,51 @@ class FakeChannel:
         pass
 
 
-class FakeArriving:
-    """`ArrivingJob` on a `TargetNode`."""
+class FakeContainerMaker:
+    """`podferry.workload.target_container.ContainerMaker` on a `TargetNode`."""
 
-    def __init__(self, node: TargetNode, journal: Journal) -> None:
+    name, flags, made_already = "part", (), None
+
+    def __init__(self, node: TargetNode) -> None:
+        self.node = node
+
+    async def is_here(self) -> bool:
+        return self.node.running
+
+    async def has_ended(self) -> bool:
+        return not self.node.running
+
+    def mark_arrived(self) -> None:
+        pass
+
+
+class FakeMaker:
+    """`podferry.workload.target.Maker` of a container alone."""
+
+    kept_from_the_resume = False
+
+    async def begin(self, containers: Any) -> None:
+        pass
+
+    def places(self, first: Any) -> dict[Any, Any]:
+        return {}
+
+    async def before_release(self, containers: Any) -> None:
+        pass
+
+    async def after_release(self) -> None:
+        pass
+
+    def entrust(self) -> None:
+        pass
+
+
+class FakeTarget:
+    """`podferry.workload.target_container.TargetContainer` on a `TargetNode`."""
+
+    def __init__(self, node: TargetNode, journal: Any) -> None:
         self.node, self.journal = node, journal
+        self.maker = FakeContainerMaker(node)
         self._closed = self._watched = False
 
     async def prepare(self) -> None:
@@ -503,13 +543,19 @@ class FakeArriving:
         self.journal.acquire("scratch", node=self.node.number)
         self.node.scratch = True
 
-    async def poise(self, *, postcopy: bool) -> None:
+    def expect_restore(self, **how: Any) -> None:
+        pass
+
+    async def start_feeder(self, *, postcopy: bool) -> None:
         self.journal.acquire("feeder", node=self.node.number)
         self.node.feeder = True
-        self.journal.acquire("task", node=self.node.number)
         self.node.postcopy = postcopy
-        await anyio.sleep(0.05)
-        self.node.task = True
+
+    async def make(self, timeout: float) -> None:
+        if not self.node.task:
+            self.journal.acquire("task", node=self.node.number)
+            await anyio.sleep(0.05)
+            self.node.task = True
 
     async def lost(self) -> PodferryError:
         if self._watched:
@@ -521,45 +567,48 @@ class FakeArriving:
             self._watched = False
         return Failed("nobody waits for the state any more")
 
-    def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
+    def pages(self, round: int, pid: int, address: int, data: memoryview) -> None:
         if self._closed:
             raise Bug("pages came after the store was closed")
         for offset in range(0, len(data), PAGE):
-            self.node.store.setdefault(space, {})[address + offset] = bytes(data[offset : offset + PAGE])
+            self.node.store.setdefault(pid, {})[address + offset] = bytes(data[offset : offset + PAGE])
 
-    def drop(self, space: int, start: int, end: int) -> None:
+    def drop(self, pid: int, start: int, end: int) -> None:
         for at in range(start, end, PAGE):
-            self.node.store.get(space, {}).pop(at, None)
+            self.node.store.get(pid, {}).pop(at, None)
 
-    def tree(self, number: int, record: memoryview) -> None:
+    def tree(self, record: memoryview) -> None:
         name, data = json.loads(bytes(record))
         self.node.files[name] = bytes.fromhex(data)
 
-    def log(self, directory: int, offset: int, data: memoryview) -> None:
+    def log(self, offset: int, data: memoryview) -> None:
         if offset != len(self.node.log):
             raise Failed("the log came out of order")
         self.node.log += bytes(data)
 
-    def image(self, directory: int, name: str, offset: int, data: memoryview, *, last: bool) -> None:
+    def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         self.node.images[name] = self.node.images.get(name, b"")[:offset] + bytes(data)
 
     async def verify(self, end: StateEnd) -> None:
-        node = self.node
-        sums = {one.name: (one.size, one.digest) for one in end.files if one.directory == IMAGES}
+        node, number = self.node, self.node.number
+        images, log = directory_of(number, IMAGES), directory_of(number, LOG)
+        sums = {one.name: (one.size, one.digest) for one in end.files if one.directory == images}
         came = {name: (len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in node.images.items()}
-        if sums != came or end.trees != (tree_sum(node.files),):
+        if sums != came or replace(tree_sum(node.files), tree=number) not in end.trees:
             raise Failed("images or files did not arrive whole")
-        if [one.size for one in end.files if one.directory == LOG] != [len(node.log)]:
+        if [one.size for one in end.files if one.directory == log] != [len(node.log)]:
             raise Failed("the log did not arrive whole")
-        counted = {one.space: one.pages for one in end.spaces}
-        if not node.postcopy and counted != {space: len(pages) for space, pages in node.store.items()} | {
-            space: 0 for space, pages in counted.items() if not pages
+        numbered = [(container_of_space(one.space), one.pages) for one in end.spaces]
+        counted = {pid: pages for (part, pid), pages in numbered if part == number}
+        if not node.postcopy and counted != {pid: len(pages) for pid, pages in node.store.items()} | {
+            pid: 0 for pid, pages in counted.items() if not pages
         }:
             raise Failed("memory did not arrive whole")
 
     async def release(self) -> float:
         node = self.node
         if not node.released:
+            await self.make(0)
             node.released = True
             node.memory = {space: dict(pages) for space, pages in node.store.items()}
             if node.postcopy:
@@ -580,9 +629,6 @@ class FakeArriving:
     def differences(self) -> tuple[str, ...]:
         return ("comm of 1/1: was a, is b",)
 
-    def relay(self) -> FakeChannel:
-        return FakeChannel([self.node])
-
     def feeder_socket(self) -> TargetNode:
         return self.node
 
@@ -598,17 +644,16 @@ class FakeArriving:
             raise Failed("the job is gone")
         return 0.0
 
-    async def is_here(self) -> bool:
-        return self.node.running
-
     async def filled(self) -> dict[str, Any]:
         while self.node.absent:
             await self.node.news.wait()
-        if self.node.postcopy and not await self.is_here():
+        if self.node.postcopy and not (self.node.marked or await self.maker.is_here()):
             raise Failed("the job is gone, and had not all its memory yet")
+        return {"pages": 1}
+
+    def entrust(self) -> None:
         for kind in ("task", "container"):
             self.journal.release(kind)
-        return {"pages": 1}
 
 
 def tree_sum(files: Mapping[str, bytes]) -> TreeSum:

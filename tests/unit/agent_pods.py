@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import pytest
-from agent_fakes import FakeArriving, FakeChannel, Memory, SourceNode, TargetNode
-from agent_rig import RECORD, Guarded, Rig, guarded
+from agent_fakes import FakeContainerMaker, Memory, SourceNode, TargetNode
+from agent_rig import Guarded, Rig, guarded
 
 from podferry.core.phases import SourcePhase, TargetPhase
-from podferry.engine.ports import ArrivingJob
-from podferry.model import Mode
-from podferry.node.records import Container
 from podferry.workload.makers import kubelet
-from podferry.workload.makers.kubelet import KubeletOwner
+from podferry.workload.makers.kubelet import KubeletMaker, KubeletOwner
 from podferry.workload.numbers import space_of
-from podferry.workload.pod import arriving as arriving_pod
-from podferry.workload.pod.arriving import ArrivingPod
 from podferry.workload.pod.offered import OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 
@@ -82,36 +76,15 @@ class SourcePod(Several):
         return bool(self.nodes[-1].end_by_itself())
 
 
-class FakePart(FakeArriving):
-    """`podferry.workload.pod.arriving_part.ArrivingPart` on a `TargetNode`."""
+class FakeKubeletContainer(FakeContainerMaker):
+    """`podferry.workload.makers.kubelet.KubeletContainer` on a `TargetNode`."""
 
-    name = "part"
-
-    def has_connections(self) -> bool:
-        return False
-
-    def expect(self, uid: str) -> None:
-        self.uid = uid
-
-    async def made(self, timeout: float) -> Container:
-        await anyio.sleep(0.05)
-        return RECORD
+    def mark_arrived(self) -> None:
+        self.node.marked = True
 
     async def crash(self) -> None:
         self.node.task = self.node.running = self.node.container = False
         self.node.crashed = True
-
-    async def filled(self) -> dict[str, Any]:
-        while self.node.absent:
-            await self.node.news.wait()
-        return {"pages": 1}
-
-    def entrust(self) -> None:
-        for kind in ("task", "container"):
-            self.journal.release(kind)
-
-    def mark_arrived(self) -> None:
-        self.node.marked = True
 
 
 class Named(Guarded):
@@ -119,14 +92,15 @@ class Named(Guarded):
 
     def __init__(self, job: Any, ports: tuple[type, ...], rig: Rig, side: str, prefix: str) -> None:
         super().__init__(job, ports, rig, side)
+        self._names -= {"entrust"}  # it only writes to the journal, whose lines are points
         self._prefix = prefix
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._job, name)
-        if name == "dumped":
-            return method
-        if name in ("memory", "tree") and not callable(method):
+        if name in ("memory", "tree", "maker") and not callable(method):
             return Named(method, (type(method),), self._rig, self._side, f"{self._prefix} {name}")
+        if not callable(method):
+            return method
         return guarded(self._rig, self._side, f"{self._prefix} {name}", method) if name in self._names else method
 
 
@@ -141,8 +115,6 @@ class PodRig(Rig):
         super().__post_init__()
         self.source = SourcePod([SourceNode(number) for number in range(SIZE)])  # type: ignore[assignment]
         self.target = Several([TargetNode(number) for number in range(SIZE)])  # type: ignore[assignment]
-        for node in self.target.nodes:  # type: ignore[attr-defined]
-            node.crashed = node.marked = False
 
     # `podferry.workload.pod.ports.Cluster`.
 
@@ -168,30 +140,27 @@ class PodRig(Rig):
         return there
 
     def containers(self, fake: Any, side: str, journal: Any) -> list[Any]:
-        first, *others = super().containers(fake, side, journal)
-        port = fake if side == "source" else ArrivingJob
-        return [first, *(Named(one, (port,), self, side, str(number)) for number, one in enumerate(others, 1))]
+        first, *others = found = super().containers(fake, side, journal)
+        if side == "target":
+            for one in found:
+                one.maker = FakeKubeletContainer(one.node)
+        return [first, *(Named(one, (fake,), self, side, str(number)) for number, one in enumerate(others, 1))]
 
     def owner(self, journal: Any) -> Any:
         return KubeletOwner(journal, lambda: self.hand_over("m"), departed=self.departed)
 
-    def arriving(self, config: Any, containerd: None, journal: Any, offered: Any, *_: Any) -> Guarded:
-        journal = journal._journal
-        parts = self.containers(FakePart, "target", journal)
-        return Guarded(ArrivingPod(config, journal, OFFERED, parts, self), (ArrivingJob,), self, "target")
+    def maker(self, config: Any, journal: Any) -> Any:
+        return KubeletMaker(config, journal, self)  # type: ignore[arg-type]
 
     def handlers(self, side: str) -> dict[str, Any]:
-        of_pods = kubelet.source_handlers() if side == "source" else arriving_pod.handlers(None, self)  # type: ignore[arg-type]
-        return {**super().handlers(side), **of_pods}
+        there: Any = self
+        if side == "source":
+            return {**kubelet.source_handlers(), **super().handlers(side)}
+        return {**kubelet.target_handlers(self.configs["b"], there, there), **super().handlers(side)}
 
     @property
     def departed(self) -> Path:
         return self.configs["a"].departed / POD.uid
-
-    def move(self, mode: Mode, monkeypatch: pytest.MonkeyPatch) -> Rig:
-        with monkeypatch.context() as patch:
-            patch.setattr(arriving_pod, "FeederChannel", FakeChannel)
-            return super().move(mode, monkeypatch)
 
     def check(self) -> None:
         """All containers or none, and the marks and the owner told accordingly."""

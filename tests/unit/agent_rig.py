@@ -28,11 +28,13 @@ import anyio
 import pytest
 import structlog
 from agent_fakes import (
-    FakeArriving,
+    FakeChannel,
     FakeFrozen,
+    FakeMaker,
     FakeOwner,
     FakePages,
     FakeSource,
+    FakeTarget,
     Memory,
     SourceNode,
     TargetNode,
@@ -56,11 +58,13 @@ from podferry.wire.frames import Data
 from podferry.wire.messages import Message, Offer
 from podferry.wire.session import Role
 from podferry.workload import source as workload_source
+from podferry.workload import target as workload_target
 from podferry.workload import threads
 from podferry.workload.account import Account, Room
 from podferry.workload.config import Config
 from podferry.workload.offered import Offered
 from podferry.workload.source import FrozenWorkload, SourceWorkload
+from podferry.workload.target import TargetWorkload
 
 NAME = "job"
 BOUND = 300.0
@@ -555,8 +559,14 @@ class Rig:
         workload = FrozenWorkload(self.containers(FakeFrozen, "source", journal), self.owner(journal))
         return Guarded(workload, (HeldJob,), self, "source")
 
-    def arriving(self, config: Config, containerd: None, journal: Part, offered: Offered, *_: Any) -> Guarded:
-        return Guarded(FakeArriving(self.target, journal), (ArrivingJob,), self, "target")
+    def maker(self, config: Config, journal: Journal) -> Any:
+        """Who makes them on the target."""
+        return FakeMaker()
+
+    def target_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
+        containers = self.containers(FakeTarget, "target", journal)
+        workload = TargetWorkload(config, journal, containers, self.maker(config, journal))
+        return Guarded(workload, (ArrivingJob,), self, "target")
 
     def handlers(self, side: str) -> dict[str, Any]:
         there = self.source.handlers() if side == "source" else self.target.handlers()
@@ -575,9 +585,10 @@ class Rig:
             patch.setattr(service, "FrozenContainer", lambda journal, *_: journal)
             patch.setattr(service, "FrozenWorkload", self.frozen)
             patch.setattr(workload_source, "FrozenPages", FakePages)
-            patch.setattr(service, "Arriving", self.arriving)
+            patch.setattr(workload_target, "FeederChannel", FakeChannel)
             patch.setattr(service, "frozen", SimpleNamespace(handlers=lambda *_: self.handlers("source")))
-            patch.setattr(service, "arriving", SimpleNamespace(handlers=lambda *_: self.handlers("target")))
+            made = SimpleNamespace(target=self.target_of, target_handlers=lambda *_: self.handlers("target"))
+            patch.setattr(service, "containerd", made)
             patch.setattr(threads, "to_thread", SimpleNamespace(run_sync=direct))
             patch.setattr(attempt.gate, "hold", self.hold)
             anyio.run(self._run, replace(self.order, mode=mode), backend_options={"loop_factory": LeapingLoop})

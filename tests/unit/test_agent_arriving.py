@@ -11,13 +11,15 @@ import anyio
 import pytest
 
 from podferry.criu.checkpoint import Process
-from podferry.engine.journal import Journal
+from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
 from podferry.node.containerd import NotFound
 from podferry.node.records import Container, Opaque, Status, Task
-from podferry.workload.arriving import FEEDER_STATUS, LOOK_AT_JOB_EVERY, Arriving
 from podferry.workload.config import Config
+from podferry.workload.feeder_process import FEEDER_STATUS
+from podferry.workload.makers.containerd import ContainerdContainer
 from podferry.workload.offered import Offered
+from podferry.workload.target_container import LOOK_AT_JOB_EVERY, TargetContainer
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
@@ -40,14 +42,19 @@ class Containerd:
         return Task(id, 1, self.status)
 
 
-def arriving(tmp_path: Path, status: Status | None, *, postcopy: bool) -> tuple[Arriving, Journal]:
+def held(journal: Part) -> list[str]:
+    return [entry.kind for entry in journal._journal.ledger.entries]
+
+
+def arriving(tmp_path: Path, status: Status | None, *, postcopy: bool) -> tuple[TargetContainer, Part]:
     """A container whose page feeder is done, since it put every page in place, or since nobody is left to lack any."""
-    journal = Journal(tmp_path / "m1")
+    journal = Part(Journal(tmp_path / "m1"), 0)
     journal.note(postcopy=postcopy)
     for kind in ("container", "snapshot", "task", "log", "restored", "feeder"):
         journal.acquire(kind, pid=1, started=-1)
     config = Config("b", "b:1", tmp_path, {}, run=tmp_path, state=tmp_path)
-    job = Arriving(config, Containerd(status), journal, Offered(JOB, ()))  # type: ignore[arg-type]
+    maker = ContainerdContainer(config, Containerd(status), Offered(JOB, ()))  # type: ignore[arg-type]
+    job = TargetContainer(config, Containerd(status), journal, maker)  # type: ignore[arg-type]
     job.scratch.mkdir(parents=True)
     (job.scratch / FEEDER_STATUS).write_text(json.dumps({"state": "done", "faults": 3}))
     return job, journal
@@ -57,7 +64,8 @@ def arriving(tmp_path: Path, status: Status | None, *, postcopy: bool) -> tuple[
 async def test_a_job_that_has_all_its_memory_or_ended_by_itself_is_containerds(status: Status, tmp_path: Path) -> None:
     job, journal = arriving(tmp_path, status, postcopy=True)
     assert await job.filled() == {"faults": 3}
-    assert [entry.kind for entry in journal.ledger.entries] == ["feeder"]
+    job.entrust()
+    assert held(journal) == ["feeder.0"]
 
 
 async def test_a_job_that_is_gone_before_it_has_all_its_memory_has_died(tmp_path: Path) -> None:
@@ -65,7 +73,7 @@ async def test_a_job_that_is_gone_before_it_has_all_its_memory_has_died(tmp_path
     job, journal = arriving(tmp_path, None, postcopy=True)
     with pytest.raises(Failed, match="had not all its memory"):
         await job.filled()
-    assert len(journal.ledger.entries) == 6
+    assert len(held(journal)) == 6
     assert "filled" not in journal.facts
 
 
@@ -81,22 +89,24 @@ async def test_a_job_that_ends_while_nobody_sends_its_pages_is_not_waited_for(
     journal.acquire("feeder", pid=this.pid, started=this.started)
     with pytest.raises(TimeoutError), anyio.fail_after(2 * LOOK_AT_JOB_EVERY):
         await job.filled()
-    job._containerd.status = status  # type: ignore[attr-defined]
+    job.maker._containerd.status = status  # type: ignore[attr-defined]
     if status is None:
         with pytest.raises(Failed, match="had not all its memory"):
             await job.filled()
     else:
         assert await job.filled() == {}
-        assert [entry.kind for entry in journal.ledger.entries] == ["feeder"]
+        job.entrust()
+        assert held(journal) == ["feeder.0"]
 
 
 async def test_where_all_memory_came_before_the_resume_a_job_that_is_gone_died_as_any_job_does(tmp_path: Path) -> None:
     job, journal = arriving(tmp_path, None, postcopy=False)
     assert await job.filled() == {"faults": 3}
-    assert [entry.kind for entry in journal.ledger.entries] == ["feeder"]
+    job.entrust()
+    assert held(journal) == ["feeder.0"]
 
 
-def restored(tmp_path: Path, log: str, started: dict[str, object]) -> Arriving:
+def restored(tmp_path: Path, log: str, started: dict[str, object]) -> TargetContainer:
     """A container that was released, whose restore is over: CRIU has left `log`, containerd's answer was `started`."""
     job, journal = arriving(tmp_path, Status.STOPPED, postcopy=False)
     journal.note(released=True)
@@ -125,5 +135,5 @@ async def test_a_job_whose_agent_and_starter_died_as_it_resumed_has_run(tmp_path
 
 
 async def test_a_job_that_criu_did_not_let_go_of_has_not_run(tmp_path: Path) -> None:
-    with pytest.raises(Failed, match="the restore failed"):
+    with pytest.raises(Failed, match="the restore of job failed"):
         await restored(tmp_path, BEGUN, REFUSED_TO_START).release()

@@ -11,7 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -28,12 +28,13 @@ from podferry.errors import PeerMisbehaved
 from podferry.node.records import Container, Opaque
 from podferry.protos import rights_pb2 as pb
 from podferry.wire.messages import StateEnd
-from podferry.workload import arriving
-from podferry.workload.arriving import Arriving
+from podferry.workload import target_container
 from podferry.workload.config import Config
+from podferry.workload.makers.containerd import ContainerdContainer
+from podferry.workload.makers.kubelet import KubeletContainer
 from podferry.workload.offered import Offered
-from podferry.workload.pod.arriving_part import ArrivingPart
 from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, PodPart
+from podferry.workload.target_container import TargetContainer
 
 pytestmark = pytest.mark.unit
 
@@ -499,19 +500,21 @@ def test_arbitrary_bytes_are_a_message_or_refused(kind: type[Message], data: byt
 
 
 def test_the_target_asks_before_it_says_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real `Arriving`: images that arrived whole, and say more than the spec of the container that was made here."""
+    """The real `TargetContainer`: images that arrived whole, and say more than the spec of the container that was made here."""
     record = Container("job", "image", "overlayfs", "job", Opaque("spec", json.dumps(SPEC).encode()))
     config = Config("b", "b:1", tmp_path, {}, run=tmp_path / "run", state=tmp_path)
-    job = Arriving(config, None, Journal(tmp_path / "m1"), Offered(record, ()))  # type: ignore[arg-type]
+    maker = ContainerdContainer(config, None, Offered(record, ()))  # type: ignore[arg-type]
+    maker._starter = cast(Any, "it waits")
+    job = TargetContainer(config, None, Part(Journal(tmp_path / "m1"), 0), maker)  # type: ignore[arg-type]
     job._incoming = Incoming.prepare("job", run=config.run)
     job.scratch.mkdir(parents=True)
-    job._store = arriving.PageStore.create(job.scratch / "store")
+    job._store = target_container.PageStore.create(job.scratch / "store")
     journal_end = StateEnd("m1", (), (), ())
     images = job._incoming.images
     for path in REAL.iterdir():
         if path.name != "spec.json":
             shutil.copy(path, images)
-    monkeypatch.setattr(arriving, "missing", lambda *_: {})
+    monkeypatch.setattr(target_container, "missing", lambda *_: {})
     alter(images / FIRST, pb.Core, creds(cap_eff=bits("SYS_ADMIN")))
     with pytest.raises(PeerMisbehaved, match="effective capabilities"):
         job._verify(journal_end)
@@ -520,10 +523,12 @@ def test_the_target_asks_before_it_says_ready(tmp_path: Path, monkeypatch: pytes
 def test_a_later_container_of_a_pod_is_asked_before_it_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kubelet makes it after GO: its spec is known no sooner. The real `ArrivingPart`."""
+    """The kubelet makes it after GO: its spec is known no sooner. The real `TargetContainer`."""
     record = Container("c1", "image", "overlayfs", "c1", Opaque("spec", json.dumps(SPEC).encode()))
     config = Config("b", "b:1", tmp_path, {}, run=tmp_path / "run", state=tmp_path)
-    part = ArrivingPart(config, None, Part(Journal(tmp_path / "m1"), 1), PodPart("side", "c1", ()))  # type: ignore[arg-type]
+    journal = Part(Journal(tmp_path / "m1"), 1)
+    maker = KubeletContainer(config, None, journal, PodPart("side", "c1", ()))  # type: ignore[arg-type]
+    part = TargetContainer(config, None, journal, maker)  # type: ignore[arg-type]
     part._incoming = incoming = Incoming.prepare("side", run=config.run)
     shutil.rmtree(incoming.images)
     alter(copied(incoming.images) / FIRST, pb.Core, creds(cap_eff=bits("SYS_ADMIN")))
@@ -531,11 +536,11 @@ def test_a_later_container_of_a_pod_is_asked_before_it_is_restored(
         (incoming.images / name).write_bytes(b"")
     restored: list[str] = []
 
-    async def made(timeout: float) -> Container:
-        part._container = record
+    async def make(container: TargetContainer, timeout: float) -> Container:
+        maker.made_already = record
         return record
 
-    monkeypatch.setattr(part, "made", made)
+    monkeypatch.setattr(maker, "make", make)
     monkeypatch.setattr(incoming, "restore", lambda: restored.append("yes"))
     with pytest.raises(PeerMisbehaved, match="effective capabilities"):
         anyio.run(part.release)

@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -21,9 +20,9 @@ from podferry.node import outside, staging
 from podferry.node.cri import Kind, Volume
 from podferry.node.staging import Staged, discard
 from podferry.node.upper import Receiver, Source
+from podferry.workload import target
 from podferry.workload.config import Config
-from podferry.workload.pod import arriving
-from podferry.workload.pod.arriving import ArrivingPod
+from podferry.workload.target import TargetWorkload
 
 pytestmark = pytest.mark.unit
 ROOT = os.geteuid() == 0
@@ -74,8 +73,8 @@ def test_no_local_user_gets_at_a_program_in_a_staged_volume(
 ) -> None:
     config = Config("node", "127.0.0.1:1", tmp_path, state=state, run=state / "run")
     journal = Journal(tmp_path / "journal" / "id")
-    offered = SimpleNamespace(volumes=(Volume("data", Kind.DISK), Volume("cache", Kind.MEMORY)))
-    pod = ArrivingPod(config, journal, cast(Any, offered), [], cast(Any, None))
+    volumes = (Volume("data", Kind.DISK), Volume("cache", Kind.MEMORY))
+    pod = TargetWorkload(config, journal, [], cast(Any, None), volumes)
     old = os.umask(0)
     try:
         pod._stage_volumes()
@@ -95,7 +94,7 @@ def test_no_local_user_gets_at_a_program_in_a_staged_volume(
         with pytest.raises(PermissionError):  # noexec: whoever holds a descriptor does not run it, either
             subprocess.run([place / "program"], check=False)
     for directory in (journal.held("staged-volumes") or {})["directories"]:
-        arriving.discard_all(Path(directory))
+        target.discard_all(Path(directory))
         assert not Path(directory).exists()
     assert staged_mounts(state) == []
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 
 from podferry.core.undo import Ledger
 from podferry.engine.journal import JOURNAL, Journal, Part
-from podferry.engine.ports import Change, is_log
-from podferry.errors import PeerMisbehaved, UsageError
+from podferry.engine.ports import IMAGES, LOG, Change, is_log
+from podferry.errors import Failed, PeerMisbehaved, UsageError
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import Runs
 from podferry.node import cri
@@ -30,12 +31,13 @@ from podferry.workload.numbers import (
     container_of_space,
     demand_known,
     directory_of,
-    end_of,
     space_of,
 )
 from podferry.workload.pod.offered import OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 from podferry.workload.source import union
+from podferry.workload.target import TargetWorkload
+from podferry.workload.target_container import demand_whole
 
 pytestmark = pytest.mark.unit
 
@@ -56,7 +58,7 @@ def test_spaces_are_told_apart_and_fit_the_wire(part: int, pid: int) -> None:
 
 @given(PARTS, st.sampled_from([0, 1]))
 def test_directories_are_told_apart(part: int, directory: int) -> None:
-    assert container_of_directory(directory_of(part, directory)) == (part, directory)
+    assert container_of_directory(directory_of(part, directory)) == part
     assert is_log(directory_of(part, directory)) == bool(directory)
     assert directory_of(part, directory) < 256
 
@@ -74,21 +76,84 @@ def test_what_was_found_in_each_container_is_looked_up_in_one(changes: list[Chan
         assert one.dropped.items() <= all_of_it.dropped.items()
 
 
-def test_each_container_has_its_share_of_the_end() -> None:
-    end = StateEnd(
-        "m",
-        (FileSum(0, "a", 1, "x"), FileSum(1, "log", 7, ""), FileSum(2, "a", 2, "y"), FileSum(3, "log", 8, "")),
-        (SpaceSum(space_of(0, 1), 3), SpaceSum(space_of(1, 1), 4)),
-        (TreeSum(0, 1, 1, "p"), TreeSum(1, 2, 2, "q"), TreeSum(2, 3, 3, "volume")),
-    )
-    second = StateEnd(
-        "m", (FileSum(0, "a", 2, "y"), FileSum(1, "log", 8, "")), (SpaceSum(1, 4),), (TreeSum(0, 2, 2, "q"),)
-    )
-    assert end_of(1, end) == second
-    demand_known(end, 2, 3)
-    for containers, trees in ((1, 3), (2, 2)):
+END = StateEnd(
+    "m",
+    (FileSum(0, "a", 1, "x"), FileSum(1, "log", 7, ""), FileSum(2, "a", 2, "y"), FileSum(3, "log", 8, "")),
+    (SpaceSum(space_of(0, 1), 3), SpaceSum(space_of(1, 1), 4)),
+    (TreeSum(0, 1, 1, "p"), TreeSum(1, 2, 2, "q"), TreeSum(2, 3, 3, "volume")),
+)
+
+
+@pytest.mark.parametrize(("containers", "trees"), [(1, 3), (2, 2)])
+def test_the_end_speaks_of_no_container_or_tree_that_there_is_not(containers: int, trees: int) -> None:
+    demand_known(END, 2, 3)
+    with pytest.raises(PeerMisbehaved):
+        demand_known(END, containers, trees)
+
+
+class Tree:
+    """What a receiver says that came."""
+
+    def __init__(self, *came: Any) -> None:
+        self.came = SimpleNamespace(**dict(zip(("entries", "bytes", "digest"), came, strict=True)))
+
+    def finish(self) -> Any:
+        return self.came
+
+
+@pytest.mark.parametrize(
+    ("receiver", "number"),
+    [(Tree(1, 1, "p"), 1), (Tree(1, 2, "q"), 1), (Tree(2, 2, "p"), 1), (Tree(2, 2, "q"), 4), (None, 1)],
+)
+def test_a_tree_that_is_not_what_the_end_says_did_not_arrive_whole(receiver: Any, number: int) -> None:
+    """Nor is one whole of which the end says nothing."""
+    demand_whole(Tree(2, 2, "q"), 1, END, "the upper layer")  # type: ignore[arg-type]
+    with pytest.raises(Failed, match="did not arrive whole"):
+        demand_whole(receiver, number, END, "the upper layer")
+
+
+class Received:
+    """A container that takes what it is given."""
+
+    def __init__(self) -> None:
+        self.took: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **_: self.took.append((name, *args))
+
+
+def test_what_arrives_goes_to_the_container_of_its_number(tmp_path: Path) -> None:
+    containers, data = [Received(), Received()], memoryview(b"x")
+    workload = TargetWorkload(None, Journal(tmp_path / "m"), containers, None)  # type: ignore[arg-type]
+    workload.pages(1, space_of(1, 7), 4096, data)
+    workload.drop(space_of(0, 7), 0, 4096)
+    workload.tree(1, data)
+    workload.log(directory_of(1, LOG), 3, data)
+    workload.image(directory_of(1, IMAGES), "a", 0, data, last=True)
+    assert containers[0].took == [("drop", 7, 0, 4096)]
+    assert containers[1].took == [
+        ("pages", 1, 7, 4096, data), ("tree", data), ("log", 3, data), ("image", "a", 0, data)
+    ]  # fmt: skip
+    for strange in (
+        lambda: workload.pages(1, space_of(2, 7), 4096, data),
+        lambda: workload.tree(2, data),
+        lambda: workload.log(directory_of(2, LOG), 0, data),
+    ):
         with pytest.raises(PeerMisbehaved):
-            demand_known(end, containers, trees)
+            strange()
+
+
+def test_the_files_of_volumes_are_part_of_what_was_promised(tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def take(*, disk: int) -> None:
+        taken.append(disk)
+
+    promise: Any = SimpleNamespace(take=take)
+    workload = TargetWorkload(None, Journal(tmp_path / "m"), [], None, promise=promise)  # type: ignore[arg-type]
+    workload._volumes = [SimpleNamespace(receiver=SimpleNamespace(feed=lambda record: None))]  # type: ignore[list-item]
+    workload.tree(0, memoryview(b"record"))
+    assert taken == [6]
 
 
 def test_a_part_of_a_journal_keeps_to_itself(tmp_path: Path) -> None:

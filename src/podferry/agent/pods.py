@@ -14,7 +14,6 @@ from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.phases import SourceEvent
 from podferry.core.preflight import Question, refusals
 from podferry.core.strict import from_json, to_json
-from podferry.core.undo import Handler
 from podferry.engine.journal import Journal, Part
 from podferry.engine.source import Order, Source
 from podferry.engine.story import Story
@@ -26,15 +25,11 @@ from podferry.node.cri import NAMESPACE
 from podferry.node.records import Container, Opaque
 from podferry.wire.channel import Channel
 from podferry.wire.messages import Offer
-from podferry.workload import arriving, frozen
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.makers import kubelet
 from podferry.workload.makers.kubelet import KubeletOwner
-from podferry.workload.pod import arriving as arriving_pod
-from podferry.workload.pod.arriving import ArrivingPod
-from podferry.workload.pod.arriving_part import ArrivingPart
 from podferry.workload.pod.inspection import PodInspection
 from podferry.workload.pod.offered import OfferedPod
 from podferry.workload.pod.ports import Cluster, PodCheck, PodMigration, PodName, PodOrder
@@ -181,7 +176,7 @@ class PodEngine:
         journal = Journal(self._config.migrations / order.id)
         story = Story(order.id, str(order.pod), self._config.node, order.target, order.order.mode)
         journal.note(role="source", record=story.to_dict(), pod=to_json(order.pod))
-        source = Source(order.order, partial(self._dial, order.target), journal, story, self.source_handlers())
+        source = Source(order.order, partial(self._dial, order.target), journal, story, kubelet.source_handlers())
         self._sources[order.id] = source
 
         async def propose() -> tuple[Offer, SourceWorkload]:
@@ -239,14 +234,12 @@ class PodEngine:
             found.insert(0, outside)
         return here, found
 
-    def arriving(self, journal: Journal, offered: OfferedPod, promise: Promise | None = None) -> ArrivingPod:
-        """The pod that is to run here. `promise` is what it was promised of memory and disk."""
+    def target(self, journal: Journal, story: Story, offered: OfferedPod, promise: Promise | None = None) -> Target:
+        """The target's half. `promise` is what the pod was promised of memory and disk."""
         self._start(partial(run, self.sweep))
-        parts = [
-            ArrivingPart(self._config, self._containerd, Part(journal, number), part, promise)
-            for number, part in enumerate(offered.containers)
-        ]
-        return ArrivingPod(self._config, journal, offered, parts, self._cluster)
+        job = kubelet.target(self._config, self._containerd, journal, offered, self._cluster, promise)
+        handlers = kubelet.target_handlers(self._config, self._containerd, self._cluster)
+        return Target(job, journal, story, handlers)
 
     def source_again(self, journal: Journal, story: Story) -> Source:
         """The source's half that an earlier agent left."""
@@ -262,24 +255,12 @@ class PodEngine:
                 containers, KubeletOwner(journal, partial(self._cluster.hand_over, story.id), departed=departed)
             )
         return Source(
-            Order(story.mode), partial(self._dial, story.target), journal, story, self.source_handlers(), held
+            Order(story.mode), partial(self._dial, story.target), journal, story, kubelet.source_handlers(), held
         )
 
     def target_again(self, journal: Journal, story: Story) -> Target:
         """The target's half that an earlier agent left."""
-        job = self.arriving(journal, OfferedPod.from_dict(journal.facts["offered"], story.name))
-        return Target(job, journal, story, self.target_handlers())
-
-    def source_handlers(self) -> dict[str, Handler]:
-        """How what the source's half holds is taken back."""
-        return {**frozen.handlers(), **kubelet.source_handlers()}
-
-    def target_handlers(self) -> dict[str, Handler]:
-        """How what the target's half holds is taken back."""
-        return {
-            **arriving.handlers(self._config, self._containerd),
-            **arriving_pod.handlers(self._containerd, self._cluster),
-        }
+        return self.target(journal, story, OfferedPod.from_dict(journal.facts["offered"], story.name))
 
     def sweep(self) -> None:
         """Remove the marks of pods that are gone from this node."""

@@ -39,12 +39,12 @@ from podferry.wire.frames import Data
 from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Unknown
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, serve
-from podferry.workload import arriving, frozen
-from podferry.workload.account import Account, Room, free_here, needed
-from podferry.workload.arriving import Arriving
+from podferry.workload import frozen
+from podferry.workload.account import Account, Promise, Room, free_here, needed
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.inspection import Inspection
+from podferry.workload.makers import containerd
 from podferry.workload.makers.containerd import ContainerdOwner
 from podferry.workload.offered import Offered
 from podferry.workload.pod.offered import OfferedPod
@@ -179,10 +179,11 @@ class Agent:
     def _target_again(self, journal: Journal, story: Story) -> Target:
         if journal.is_of_a_pod:
             return self.pods.target_again(journal, story)
-        offered = Offered.from_dict(journal.facts["offered"], story.name)
-        job = Arriving(self.config, self.containerd, Part(journal, 0), offered)
-        handlers = arriving.handlers(self.config, self.containerd)
-        return Target(job, journal, story, handlers)
+        return self._target(journal, story, Offered.from_dict(journal.facts["offered"], story.name))
+
+    def _target(self, journal: Journal, story: Story, offered: Offered, promise: Promise | None = None) -> Target:
+        job = containerd.target(self.config, self.containerd, journal, offered, promise)
+        return Target(job, journal, story, containerd.target_handlers(self.config, self.containerd))
 
     # What people ask.
 
@@ -434,10 +435,9 @@ class Agent:
             role="target", offered=offered.for_journal(), record=story.to_dict(), promise=promise.room.to_dict()
         )
         if isinstance(offered, OfferedPod):
-            target = Target(self.pods.arriving(journal, offered, promise), journal, story, self.pods.target_handlers())
+            target = self.pods.target(journal, story, offered, promise)
         else:
-            job = Arriving(self.config, self.containerd, Part(journal, 0), offered, promise)
-            target = Target(job, journal, story, arriving.handlers(self.config, self.containerd))
+            target = self._target(journal, story, offered, promise)
         self._targets[offer.migration] = target
         return target, first
 

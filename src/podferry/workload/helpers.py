@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,8 +13,11 @@ from typing import Any, TypeVar, cast
 import anyio
 
 from podferry.criu.checkpoint import Process
+from podferry.engine.journal import Part
+from podferry.errors import Failed
 from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
-from podferry.node.outside import IN_POD
+from podferry.node.outside import IN_POD, surviving
+from podferry.node.process import last_lines, spawn
 from podferry.node.records import Status
 
 END_TIMEOUT = 10.0
@@ -36,6 +39,18 @@ def helper_environment() -> dict[str, str]:
 def process_of(facts: Mapping[str, Any] | None) -> Process | None:
     """The helper that a ledger's entry names."""
     return Process(int(facts["pid"]), int(facts["started"])) if facts else None
+
+
+def start_helper(journal: Part, scratch: Path, kind: str, argv: Sequence[str | Path]) -> Process:
+    """Start a helper that outlives this agent; what it says goes to a file in `scratch`."""
+    log = scratch / f"{kind}.log"
+    with log.open("wb") as file:
+        child = spawn(surviving([*argv]), stdout=file, stderr=file, env=helper_environment())
+    process = Process.of(child.pid)
+    if process is None:
+        raise Failed(f"the {kind} died at once", evidence=last_lines(log))
+    journal.acquire(kind, pid=process.pid, started=process.started)
+    return process
 
 
 def kill_helper(facts: Mapping[str, Any]) -> None:

@@ -12,8 +12,6 @@ target changes them.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from podferry.errors import PeerMisbehaved
 from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
 
@@ -37,25 +35,15 @@ def directory_of(container: int, directory: int) -> int:
     return 2 * container + directory
 
 
-def container_of_directory(directory: int) -> tuple[int, int]:
-    """The inverse of `directory_of`."""
-    return divmod(directory, 2)
-
-
-def end_of(container: int, end: StateEnd) -> StateEnd:
-    """What concerns one container, as the first one's."""
-    return StateEnd(
-        end.migration,
-        tuple(replace(one, directory=one.directory % 2) for one in end.files if one.directory // 2 == container),
-        tuple(SpaceSum(one.space & PIDS, one.pages) for one in end.spaces if one.space >> PID_BITS == container),
-        tuple(replace(one, tree=0) for one in end.trees if one.tree == container),
-    )
+def container_of_directory(directory: int) -> int:
+    """The container that a directory is of."""
+    return directory // 2
 
 
 def demand_known(end: StateEnd, containers: int, trees: int) -> None:
     """Raise `PeerMisbehaved` where `end` speaks of containers or trees that the workload has not."""
     strange: list[FileSum | SpaceSum | TreeSum] = [
-        one for one in end.files if container_of_directory(one.directory)[0] >= containers
+        one for one in end.files if container_of_directory(one.directory) >= containers
     ]
     strange += [one for one in end.spaces if container_of_space(one.space)[0] >= containers]
     strange += [one for one in end.trees if one.tree >= trees]

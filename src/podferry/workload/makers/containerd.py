@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import anyio
+
+from podferry.core.undo import Handler
+from podferry.criu.checkpoint import CRIU_CONF, Process
+from podferry.criu.incoming import Incoming
+from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import Images
+from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.node.cgroup import Cgroup
-from podferry.node.containerd import Containerd, NotFound
+from podferry.node.containerd import AlreadyExists, Containerd, NotFound
+from podferry.node.cri import Volume
+from podferry.node.network import is_own
+from podferry.node.newfile import check_new, create_new
+from podferry.node.records import Container, upper_dir
+from podferry.node.upper import Receiver
+from podferry.workload.account import Promise
+from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
-from podferry.workload.helpers import remove_task
-from podferry.workload.threads import at_once
+from podferry.workload.helpers import ended, kill_helper, process_of, python, remove_task, runs, start_helper
+from podferry.workload.offered import Offered
+from podferry.workload.target import TargetWorkload, handlers
+from podferry.workload.target_container import TargetContainer
+from podferry.workload.threads import at_once, patiently, run
+
+STATE_TIMEOUT = 7200.0
 
 
 class ContainerdOwner:
@@ -49,3 +72,185 @@ class ContainerdOwner:
             self._containerd.remove_snapshot(record.snapshotter, record.snapshot_key)
         if self._log is not None:
             self._log.unlink(missing_ok=True)
+
+
+class ContainerdMaker:
+    """Makes one container, which was offered: it is a workload for itself, without volumes of its own."""
+
+    kept_from_the_resume = False
+
+    async def begin(self, containers: Sequence[TargetContainer]) -> None:
+        """There is nobody to ask."""
+
+    def places(self, first: Container) -> Mapping[Volume, Path]:
+        """A container alone has no volumes that move."""
+        return {}
+
+    async def before_release(self, containers: Sequence[TargetContainer]) -> None:
+        """It shares nothing."""
+
+    async def after_release(self) -> None:
+        """It shares nothing."""
+
+    def entrust(self) -> None:
+        """It has nothing beside its container."""
+
+
+class ContainerdContainer:
+    """The container `offered`, which containerd makes by a starter of ours (`podferry.workload.starter`): a process that outlives a
+    killed agent. `log` is the file that its output goes to."""
+
+    not_images: tuple[str, ...] = ()
+    lasting: tuple[str, ...] = ("task", "container", "snapshot", "log", "restored")
+
+    def __init__(self, config: Config, containerd: Containerd, offered: Offered) -> None:
+        self._config, self._containerd, self._offered = config, containerd, offered
+        self.name = self.key = offered.record.id
+        self.flags = offered.flags
+        self._starter: Process | None = None
+
+    @property
+    def made_already(self) -> Container | None:
+        """Its record, once its task waits for its state."""
+        return None if self._starter is None else self._offered.record
+
+    def prepare(self, container: TargetContainer) -> None:
+        """Its record, its snapshot, and its log where it has one."""
+        record, journal = self._offered.record_here(self._config.wrapper), container.journal
+        journal.acquire("container", id=record.id)
+        try:
+            self._containerd.create_container(record)
+        except AlreadyExists as there:
+            journal.release("container")
+            raise Refused(
+                f"there is a container named {record.id} here already", remedy="remove or rename it"
+            ) from there
+        journal.acquire("snapshot", snapshotter=record.snapshotter, key=record.snapshot_key)
+        mounts = self._containerd.prepare(
+            record.snapshotter, record.snapshot_key, self._offered.layers, image=record.image, node=self._config.node
+        )
+        container.upper = Receiver(upper_dir(mounts))
+        journal.acquire("restored", key=record.id)
+        container.expect_restore(network=is_own(record.spec_json()), criu_conf=CRIU_CONF.read_text())
+        container.belongs_in(record)
+        if (path := self._offered.log) is not None:
+            check_new(self._config.logs, path)  # before the ledger has it: what was there before is never deleted
+            journal.acquire("log", path=str(path))
+            try:
+                container.log_file = create_new(self._config.logs, path)
+            except Refused:
+                journal.release("log")
+                raise
+
+    async def make(self, container: TargetContainer, timeout: float) -> Container:
+        """Have the starter create its task. What a killed agent's starter had created is removed first: its wrapper has ended."""
+        journal, record = container.journal, self._offered.record
+        if (left := process_of(journal.held("starter"))) is not None:
+            left.kill()
+            await at_once(partial(remove_task, self._containerd, record.id))
+            (container.scratch / "started.json").unlink(missing_ok=True)
+        request = {
+            "socket": str(self._config.containerd),
+            "namespace": self._config.namespace,
+            "id": record.id,
+            "stdio": asdict(self._offered.stdio),
+            "timeout": STATE_TIMEOUT,
+        }
+        (container.scratch / "start.json").write_text(json.dumps(request))
+        journal.acquire("task", id=record.id)
+        files = [container.scratch / "start.json", container.scratch / "started.json"]
+        starter = start_helper(journal, container.scratch, "starter", [*python("podferry.workload.starter"), *files])
+        async with anyio.create_task_group() as watch:
+            watch.start_soon(self._watch, starter, container, container.incoming)
+            await patiently(container.incoming.wait_poised, timeout)
+            watch.cancel_scope.cancel()
+        self._starter = starter
+        return record
+
+    async def _watch(self, starter: Process, container: TargetContainer, incoming: Incoming) -> None:
+        """containerd may fail before the wrapper is ever called: then nobody need wait for it."""
+        try:
+            await _end_of(starter, container)
+        except PodferryError as error:
+            incoming.abandon(error)
+        except anyio.get_cancelled_exc_class():
+            incoming.abandon()
+            raise
+        else:
+            incoming.abandon(Bug("the container started although its state had not arrived"))
+
+    async def before_restore(self, container: TargetContainer) -> None:
+        """All was done when its state was whole."""
+
+    async def restored(self, container: TargetContainer) -> None:
+        """Wait for the starter's end, be it this agent's or one before its."""
+        self._starter = self._starter or process_of(container.journal.held("starter"))
+        await _end_of(self._starter, container)
+
+    async def started(self, container: TargetContainer) -> None:
+        """containerd has started it; the starter's work is done."""
+        container.journal.release("starter")
+
+    async def is_here(self) -> bool:
+        """Whether containerd has a task of it, running or ended."""
+        try:
+            await at_once(self._containerd.task, self._offered.record.id)
+        except NotFound:
+            return False
+        return True
+
+    async def has_ended(self) -> bool:
+        """Whether no task of it runs."""
+        return not await run(runs, self._containerd, self._offered.record.id)
+
+    def mark_arrived(self) -> None:
+        """Nobody restarts it."""
+
+    async def crash(self) -> None:
+        """Nobody asks for it: it is in the ledger until it has all its memory."""
+
+
+async def _end_of(starter: Process | None, container: TargetContainer) -> None:
+    """Wait for the starter's end. Raises what it says of a failure."""
+    if starter is not None:
+        await ended(starter)
+    try:
+        answer = json.loads((container.scratch / "started.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Failed.because("the starter died", error) from error
+    if "error" in answer:
+        failure = PodferryError.from_dict(answer["error"])
+        failure.evidence = container.restore_log() or failure.evidence
+        raise failure
+
+
+def target(
+    config: Config, containerd: Containerd, journal: Journal, offered: Offered, promise: Promise | None = None
+) -> TargetWorkload:
+    """The container that is to run here. `promise` is what it was promised of memory and disk."""
+    maker = ContainerdContainer(config, containerd, offered)
+    container = TargetContainer(config, containerd, Part(journal, 0), maker, promise)
+    return TargetWorkload(config, journal, [container], ContainerdMaker(), promise=promise)
+
+
+def target_handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:
+    """How what a container alone holds on the target is taken back."""
+
+    def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
+        return lambda facts: at_once(function, facts)
+
+    def gone(function: Callable[..., object]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            with suppress(NotFound):
+                function(*args)
+
+        return call
+
+    return {
+        **handlers(config),
+        "container": threaded(lambda facts: gone(containerd.delete_container)(facts["id"])),
+        "snapshot": threaded(lambda facts: gone(containerd.remove_snapshot)(facts["snapshotter"], facts["key"])),
+        "log": threaded(lambda facts: Path(facts["path"]).unlink(missing_ok=True)),
+        "task": threaded(lambda facts: remove_task(containerd, facts["id"])),
+        "starter": threaded(kill_helper),
+    }

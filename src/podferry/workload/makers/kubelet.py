@@ -5,34 +5,58 @@ processes are killed here; records, snapshots and the sandbox go when the pod's 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
+
+from podferry.core.limits import PARSED_IMAGE, TERMINATION_MESSAGE
 from podferry.core.undo import Handler
-from podferry.criu.checkpoint import Process
+from podferry.criu.checkpoint import CRIU_CONF, Process
 from podferry.criu.connections import content
 from podferry.criu.images import without_deleted_sources
-from podferry.engine.journal import Journal
+from podferry.criu.incoming import pod_key
+from podferry.criu.network_setup import has_streams
+from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import IMAGES, Images
-from podferry.errors import Failed
+from podferry.errors import Bug, Failed
 from podferry.fs.private import private_directory
-from podferry.node import outside
-from podferry.node.cgroup import Cgroup
+from podferry.node import cri, network, outside
+from podferry.node import payloads as volume_payloads
+from podferry.node.cgroup import Cgroup, CgroupFailed
+from podferry.node.containerd import Containerd, NotFound
+from podferry.node.cri import LOG_ROOT, Volume, log_of, termination_message
+from podferry.node.netlock import Namespace, joined
+from podferry.node.newfile import small_file
 from podferry.node.payloads import OPEN_FILES
 from podferry.node.process import spawn
+from podferry.node.records import Container, Status, upper_dir
+from podferry.node.staging import Staged, discard
+from podferry.workload import frozen
+from podferry.workload.account import Promise
+from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
-from podferry.workload.helpers import helper_environment, kill_helper, python
+from podferry.workload.helpers import ended, helper_environment, kill_helper, python
 from podferry.workload.numbers import directory_of
-from podferry.workload.pod.offered import PAYLOADS
+from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, OfferedPod, PodPart
+from podferry.workload.pod.ports import Cluster
 from podferry.workload.pod.probes import Probe
-from podferry.workload.threads import Looks, run
+from podferry.workload.target import TargetWorkload, handlers
+from podferry.workload.target_container import RESTORE_TIMEOUT, TargetContainer
+from podferry.workload.threads import Looks, at_once, patiently, run
 
 STAND_IN = "stand-in"
 """The process that answers probes (`podferry.workload.answering`), in the ledger."""
+NETWORK_LOCK = "network-lock"
+START_TIMEOUT = 10.0
+LOOK_EVERY = 0.005
 _MOUNTS = re.compile(r"mountpoints-\d+\.img")
 
 HandOver = Callable[[], Awaitable[None]]
@@ -98,10 +122,251 @@ class KubeletOwner:
             self._journal.release(STAND_IN)
 
 
+class KubeletMaker:
+    """Has the controller make the target pod; the kubelet then makes its containers one after another, and the first waits in
+    podferry-runc until GO. From the resume on the pod is the kubelet's, as any other."""
+
+    kept_from_the_resume = True
+
+    def __init__(self, config: Config, journal: Journal, cluster: Cluster) -> None:
+        self._config, self._journal, self._cluster = config, journal, cluster
+
+    async def begin(self, containers: Sequence[TargetContainer]) -> None:
+        """Have the pod made, and podferry-runc wait in each of its containers."""
+        if "target_pod" in self._journal.facts:
+            return
+        id = self._journal.directory.name
+        self._journal.acquire("target-pod", id=id)
+        pod = await self._cluster.target_pod(id)
+        cri.demand_uid(pod.uid)
+        self._journal.note(target_pod=pod.uid)
+        for one in containers:
+            await run(self._expect, one, pod.uid)
+
+    def _expect(self, container: TargetContainer, uid: str) -> None:
+        container.journal.note(uid=uid)
+        # an earlier podferry closed connections in the dump, and they are in its images all the same
+        closed = "" if "--tcp-established" in container.maker.flags else "tcp-close\n"
+        container.expect_restore(criu_conf=CRIU_CONF.read_text() + closed)
+
+    def places(self, first: Container) -> Mapping[Volume, Path]:
+        """Where the pod has its volumes here, by its first container's record."""
+        uid = self._journal.facts["target_pod"]
+        return dict(cri.volumes([first.spec_json()], uid, self._config.kubelet))
+
+    async def before_release(self, containers: Sequence[TargetContainer]) -> None:
+        """Nothing passes over loopback until the last container is restored, whose sockets would be missed."""
+        first = containers[0].maker.made_already  # None where an agent before this one had it restored
+        if first is None or self._journal.held(NETWORK_LOCK) is not None:
+            return
+        if not any(has_streams(self._config.incoming / one.maker.key / "images") for one in containers):
+            return
+        namespace = Namespace.of(first.spec_json(), 0)
+        self._journal.acquire(NETWORK_LOCK, **asdict(namespace))
+        await at_once(namespace.lock)
+
+    async def after_release(self) -> None:
+        """Loopback is open again, also where an agent before this one has locked it."""
+        if (facts := self._journal.held(NETWORK_LOCK)) is not None:
+            await at_once(Namespace(**facts).unlock)
+            self._journal.release(NETWORK_LOCK)
+
+    def entrust(self) -> None:
+        """Nobody deletes the pod any more."""
+        self._journal.release("target-pod")
+
+
+class KubeletContainer:
+    """A container of the pod, as the kubelet makes it from its own object: nothing of its record comes from the source. Until it is
+    there, what arrives for it is staged."""
+
+    not_images: tuple[str, ...] = (LAST_WORDS, PAYLOADS)
+    lasting: tuple[str, ...] = ("kubelet-task", "restored", "arrived")
+
+    def __init__(self, config: Config, containerd: Containerd, journal: Part, offered: PodPart) -> None:
+        self._config, self._containerd, self._journal = config, containerd, journal
+        self.name, self.flags = offered.name, offered.flags
+        self.made_already: Container | None = None
+        self._staged: Staged | None = None
+
+    @property
+    def key(self) -> str:
+        """By the pod's uid, which is not known before the pod is made."""
+        uid = self._journal.facts.get("uid")
+        return pod_key(uid, self.name) if uid else ""
+
+    @property
+    def _id(self) -> str | None:
+        return self._journal.facts.get("container")
+
+    def prepare(self, container: TargetContainer) -> None:
+        """Stage its files and its output."""
+        staged = self._config.staging / self._journal.directory.name
+        self._journal.acquire("staged", directory=str(staged))
+        self._staged = Staged(staged, below=self._config.state)
+        container.upper = self._staged.receiver
+        container.log_file = os.open(container.scratch / "log", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    async def make(self, container: TargetContainer, timeout: float) -> Container:
+        """Wait until the kubelet has made it. Its upper layer takes in at once what was staged, and what comes later."""
+        if container.adopted:
+            raise Failed(
+                "the agent was restarted before the container was restored", why="podferry-runc has ended with it"
+            )
+        incoming = container.incoming
+        try:
+            await patiently(incoming.wait_poised, timeout, abandon_on_cancel=True)
+        except anyio.get_cancelled_exc_class():
+            incoming.abandon()
+            raise
+        self._journal.acquire("restored", key=incoming.container)
+        self._journal.note(container=incoming.container)
+        self.made_already = record = await at_once(self._move_in, container, incoming.container)
+        return record
+
+    def _move_in(self, container: TargetContainer, id: str) -> Container:
+        record = self._containerd.container(id)
+        container.belongs_in(record)
+        upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
+        if self._staged is None:
+            raise Bug("a container of a pod was made before it was prepared")
+        self._staged.move_to(upper)
+        container.upper = self._staged.receiver
+        return record
+
+    async def before_restore(self, container: TargetContainer) -> None:
+        """Its log begins with what it printed on the source; its termination message, and what it has open of the source's volumes,
+        are put in their places."""
+        record = await container.make(RESTORE_TIMEOUT)
+        await at_once(self._write_files, container, record)
+        await at_once(network.lend, joined(record.spec_json()), container.incoming.images)
+        self._journal.acquire("kubelet-task", id=record.id)
+
+    def _write_files(self, container: TargetContainer, record: Container) -> None:
+        self._write_last_words(container.incoming.images / LAST_WORDS, record)
+        self._write_payloads(container.incoming.images / PAYLOADS)
+        path = log_of(record)
+        if path is None or container.log_size == 0:
+            return
+        if not path.is_relative_to(LOG_ROOT) or ".." in path.parts:
+            raise Failed(f"the log of {self.name} is {path}", why=f"that is not below {LOG_ROOT}")
+        with path.open("ab", buffering=0) as log, os.fdopen(os.dup(container.log_file), "rb") as staged:
+            staged.seek(0)
+            shutil.copyfileobj(staged, log)
+
+    def _write_last_words(self, words: Path, record: Container) -> None:
+        """The job may have the file open: its size must be the same."""
+        if words.exists():
+            place = termination_message(record.spec_json(), self._journal.facts["uid"], self.name, self._config.kubelet)
+            if place is not None:
+                place.write_bytes(small_file(words, TERMINATION_MESSAGE))
+            words.unlink()
+
+    def _write_payloads(self, packed: Path) -> None:
+        if packed.exists():
+            volume_payloads.unpack(small_file(packed, PARSED_IMAGE), self._journal.facts["uid"], self._config.kubelet)
+            packed.unlink()
+
+    async def restored(self, container: TargetContainer) -> None:
+        """Wait for podferry-runc's end: who called it hears how it ended."""
+        if (wrapper := container.wrapper()) is not None:
+            await ended(wrapper)
+        if not await container.has_run():
+            raise Failed("runc left no log of it")
+
+    async def started(self, container: TargetContainer) -> None:
+        """Wait a while until containerd has made a task of what `runc restore` left. One that has ended may be gone already."""
+        with anyio.move_on_after(START_TIMEOUT):
+            while True:
+                with suppress(NotFound):
+                    task = await at_once(self._containerd.task, self._journal.facts["container"])
+                    if task.status in (Status.RUNNING, Status.STOPPED):
+                        return
+                await anyio.sleep(LOOK_EVERY)
+
+    async def is_here(self) -> bool:
+        """Whether it runs, or has run here to its end."""
+        return self._mark().exists() or not await self.has_ended()
+
+    async def has_ended(self) -> bool:
+        """Whether it has no task that has not ended."""
+        if self._id is None:
+            return True
+        try:
+            return (await at_once(self._containerd.task, self._id)).status is Status.STOPPED
+        except NotFound:
+            return True
+
+    async def crash(self) -> None:
+        """End it as a crash would: what becomes of it then is the kubelet's business."""
+        if self._id is not None:
+            await at_once(_kill, self._containerd, self._id)
+
+    def mark_arrived(self) -> None:
+        """From now on a restart of the container is an ordinary one."""
+        path = self._mark()
+        self._journal.acquire("arrived", path=str(path))
+        private_directory(path.parent, below=self._config.state)
+        path.touch()
+
+    def _mark(self) -> Path:
+        return self._config.arrived / (self.key or "none")
+
+
+def _kill(containerd: Containerd, id: str) -> None:
+    with suppress(NotFound, CgroupFailed):
+        Cgroup.of_container(containerd.runc_root(containerd.container(id)), id).kill()
+
+
+def target(
+    config: Config,
+    containerd: Containerd,
+    journal: Journal,
+    offered: OfferedPod,
+    cluster: Cluster,
+    promise: Promise | None = None,
+) -> TargetWorkload:
+    """The pod that is to run here. `promise` is what it was promised of memory and disk."""
+    containers = []
+    for number, one in enumerate(offered.containers):
+        part = Part(journal, number)
+        maker = KubeletContainer(config, containerd, part, one)
+        containers.append(TargetContainer(config, containerd, part, maker, promise))
+    return TargetWorkload(config, journal, containers, KubeletMaker(config, journal, cluster), offered.volumes, promise)
+
+
+def target_handlers(config: Config, containerd: Containerd, cluster: Cluster) -> dict[str, Handler]:
+    """How what the target of a pod holds is taken back."""
+
+    async def give_back(facts: Mapping[str, Any]) -> None:
+        await cluster.give_back(facts["id"])
+
+    async def kill_task(facts: Mapping[str, Any]) -> None:
+        await at_once(_kill, containerd, facts["id"])
+
+    async def unmark(facts: Mapping[str, Any]) -> None:
+        Path(facts["path"]).unlink(missing_ok=True)
+
+    async def unstage(facts: Mapping[str, Any]) -> None:
+        await at_once(discard, Path(facts["directory"]))
+
+    async def unlock(facts: Mapping[str, Any]) -> None:
+        await run(Namespace(**facts).unlock)
+
+    own = {
+        NETWORK_LOCK: unlock,
+        "target-pod": give_back,
+        "kubelet-task": kill_task,
+        "arrived": unmark,
+        "staged": unstage,
+    }
+    return {**handlers(config), **own}
+
+
 def source_handlers() -> dict[str, Handler]:
-    """How what the source of a pod holds beside its containers is taken back."""
+    """How what the source of a pod holds is taken back."""
 
     async def come_back(facts: Mapping[str, Any]) -> None:
         Path(facts["path"]).unlink(missing_ok=True)
 
-    return {"departed": come_back, STAND_IN: lambda facts: run(kill_helper, facts)}
+    return {**frozen.handlers(), "departed": come_back, STAND_IN: lambda facts: run(kill_helper, facts)}
