@@ -125,7 +125,7 @@ class Agent:
         """Take up every migration that has not ended: finish it or undo it, by what its journal says. Of one that has, take
         back what it could not; where the container has moved since, nobody knows any more whose that is."""
         forget_old(self.config.migrations, KEEP_RECORDS)
-        moved_since: set[str] = set()
+        moved_since: set[str | None] = set()
         for directory in reversed(journals(self.config.migrations)):
             try:
                 journal = Journal(directory)

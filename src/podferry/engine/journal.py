@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, cast
 
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.undo import Acquired, Ledger
@@ -37,6 +37,44 @@ KEEP_SECONDS = 90 * 86400.0
 _BEGINS = b'{"t":'
 
 
+class Facts(TypedDict, total=False):
+    """What is known of a migration as a whole, and outlives a killed agent."""
+
+    role: str
+    """`source` or `target`."""
+    record: dict[str, Any]
+    """`podferry.engine.story.Story.to_dict`, as it was at the beginning."""
+    offered: dict[str, Any]
+    """What the source offered, as it travels."""
+    pod: dict[str, str]
+    """On the source of a pod: its name."""
+    promise: dict[str, int]
+    """On the target: what was promised of memory and disk."""
+    postcopy: bool
+    """Whether memory comes after the resume, once that is decided."""
+    frozen_at: float
+    """On the source: when the job was frozen, in seconds of this node's monotonic clock."""
+    go: bool
+    """On the target: the right to run has come."""
+    target_pod: str
+    """On the target of a pod: the uid of the pod that was made."""
+
+
+class PartFacts(Facts, total=False):
+    """What is known of one container, beside what is known of all."""
+
+    uid: str
+    """Of the pod that was made, once podferry-runc may ask by it."""
+    container: str
+    """Its id, once the kubelet has made it."""
+    released: bool
+    """podferry-runc was told to restore it."""
+    wrapper: list[int] | None
+    """podferry-runc at that time: its pid, and when it started."""
+    filled: dict[str, Any]
+    """The page feeder's figures, once every page was in its place."""
+
+
 class Journal:
     """The lines of one migration on one node, and the ledger that they add up to."""
 
@@ -47,7 +85,7 @@ class Journal:
         self.format = int(self._lines[0].get("format", 1)) if self._lines else FORMAT
         self._file = os.open(directory / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.ledger = Ledger()
-        self.facts: dict[str, Any] = {}
+        self.facts: Facts = {}
         self.phase = ""
         try:
             for line in self._lines:
@@ -60,9 +98,13 @@ class Journal:
         """Write down the phase that begins now. With `sync` it is on disk when this returns."""
         self._append({"phase": phase}, sync=sync)
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts: Unpack[Facts]) -> None:
         """Write down facts of the whole migration: names, peers, what was agreed."""
-        self._append({"facts": facts})
+        self.note_numbered(facts)
+
+    def note_numbered(self, facts: Mapping[str, Any]) -> None:
+        """Write down facts under names that `Part` has given a number."""
+        self._append({"facts": dict(facts)})
 
     def acquire(self, kind: str, **facts: Any) -> None:
         """Write down what is about to be acquired, and how to recognise it."""
@@ -118,7 +160,7 @@ class Journal:
         if "phase" in line:
             self.phase = line["phase"]
         elif "facts" in line:
-            self.facts.update(line["facts"])
+            self.facts.update(cast("Facts", line["facts"]))
         elif "acquire" in line:
             self.ledger.add(line["acquire"], line["with"])
         elif "release" in line:
@@ -138,17 +180,17 @@ class Part:
         self.directory = journal.directory.with_name(journal.directory.name + self._suffix)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> PartFacts:
         """Those of the whole migration, and this container's."""
         facts = self._journal.facts
         if not self._suffix:
-            return facts
-        own = {name.removesuffix(self._suffix): facts[name] for name in facts if name.endswith(self._suffix)}
-        return {**facts, **own}
+            return cast("PartFacts", facts)
+        own = {name.removesuffix(self._suffix): value for name, value in facts.items() if name.endswith(self._suffix)}
+        return cast("PartFacts", {**facts, **own})
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts: Unpack[PartFacts]) -> None:
         """Write down facts of this container."""
-        self._journal.note(**{name + self._suffix: value for name, value in facts.items()})
+        self._journal.note_numbered({name + self._suffix: value for name, value in facts.items()})
 
     def held(self, kind: str) -> Mapping[str, Any] | None:
         """The facts of what this container holds of that kind."""
