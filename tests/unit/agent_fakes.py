@@ -324,25 +324,6 @@ class FakeSource(FakeFrozen):
         return "exit status 3"
 
 
-class FakeOwner:
-    """Nobody's containers."""
-
-    async def stand_by(self, cgroups: Any) -> None:
-        pass
-
-    async def before_freeze(self) -> None:
-        pass
-
-    async def completed(self, images: Any) -> Any:
-        return images
-
-    async def before_commit(self) -> None:
-        pass
-
-    async def after_commit(self, killed: Any) -> None:
-        pass
-
-
 class FakePages:
     """`podferry.workload.remote_pages.FrozenPages` without processes behind it: `nodes` stand in for the pids."""
 
@@ -505,27 +486,6 @@ class FakeContainerMaker:
         return not self.node.running
 
     def mark_arrived(self) -> None:
-        pass
-
-
-class FakeMaker:
-    """`podferry.workload.target.Maker` of a container alone."""
-
-    kept_from_the_resume = False
-
-    async def begin(self, containers: Any) -> None:
-        pass
-
-    def places(self, first: Any) -> dict[Any, Any]:
-        return {}
-
-    async def before_release(self, containers: Any) -> None:
-        pass
-
-    async def after_release(self) -> None:
-        pass
-
-    def entrust(self) -> None:
         pass
 
 

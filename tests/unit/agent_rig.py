@@ -30,8 +30,6 @@ import structlog
 from agent_fakes import (
     FakeChannel,
     FakeFrozen,
-    FakeMaker,
-    FakeOwner,
     FakePages,
     FakeSource,
     FakeTarget,
@@ -63,8 +61,8 @@ from podferry.workload import threads
 from podferry.workload.account import Account, Room
 from podferry.workload.config import Config
 from podferry.workload.offered import Offered
-from podferry.workload.source import FrozenWorkload, SourceWorkload
-from podferry.workload.target import TargetWorkload
+from podferry.workload.source import FrozenWorkload, Owner, SourceWorkload
+from podferry.workload.target import Maker, TargetWorkload
 
 NAME = "job"
 BOUND = 300.0
@@ -547,7 +545,7 @@ class Rig:
 
     def owner(self, journal: Journal) -> Any:
         """Whose they are."""
-        return FakeOwner()
+        return Owner()
 
     def source_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
         containers = self.containers(FakeSource, "source", journal)
@@ -561,7 +559,7 @@ class Rig:
 
     def maker(self, config: Config, journal: Journal) -> Any:
         """Who makes them on the target."""
-        return FakeMaker()
+        return Maker()
 
     def target_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
         containers = self.containers(FakeTarget, "target", journal)

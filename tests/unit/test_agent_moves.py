@@ -218,13 +218,13 @@ def test_no_environment_variable_stays_in_a_journal(tmp_path: Path, monkeypatch:
     record = Container(NAME, "image", "overlayfs", NAME, Opaque("spec", json.dumps(spec).encode()))
     monkeypatch.setattr(agent_rig, "RECORD", record)
     given: list[Offered] = []
-    arriving = Rig.arriving
+    target_of = Rig.target_of
 
     def noted(rig: Rig, config: Any, containerd: None, journal: Any, offered: Offered, *more: Any) -> Any:
         given.append(offered)
-        return arriving(rig, config, containerd, journal, offered, *more)
+        return target_of(rig, config, containerd, journal, offered, *more)
 
-    monkeypatch.setattr(Rig, "arriving", noted)
+    monkeypatch.setattr(Rig, "target_of", noted)
     rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
     for node in ("a", "b"):
         kept = Offered.from_dict(rig.journal_of(node).facts["offered"], NAME)

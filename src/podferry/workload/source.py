@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import chain
-from typing import Protocol
 
 import anyio
 
@@ -25,28 +24,25 @@ from podferry.workload.source_container import SourceContainer
 from podferry.workload.source_tree import SourceTree
 
 
-class Owner(Protocol):
-    """Whose the workload's containers are on this node, and what it is to be told of their move. Each call may be made again."""
+class Owner:
+    """Whose the workload's containers are on this node, and what it is to be told of their move: nothing, unless a kind of owner
+    says otherwise. Each call may be made again."""
 
     async def stand_by(self, cgroups: Sequence[Cgroup]) -> None:
         """The freeze is near."""
-        ...
 
     async def before_freeze(self) -> None:
         """The containers stand still from now on, unless the migration is undone."""
-        ...
 
     async def completed(self, images: Images) -> Images:
         """The images, with what else of the source the target's containers need."""
-        ...
+        return images
 
     async def before_commit(self) -> None:
         """The workload runs on the target: returns when the frozen containers may be killed."""
-        ...
 
     async def after_commit(self, killed: Sequence[FrozenContainer]) -> None:
         """They were killed: see to what is left of them."""
-        ...
 
 
 class FrozenWorkload:

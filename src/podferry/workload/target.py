@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal
@@ -35,31 +35,27 @@ MADE_TIMEOUT = 100.0
 """Seconds from the order to the first container waiting: the kubelet's own patience with a container is 120."""
 
 
-class Maker(Protocol):
-    """Who makes the workload's containers."""
+class Maker:
+    """Who makes the workload's containers. Beside making it there is nothing to do for a container alone, as this says."""
 
-    kept_from_the_resume: bool
+    kept_from_the_resume = False
     """Whether the workload stays as soon as it runs, though this node's store still has pages to put in their places."""
 
     async def begin(self, containers: Sequence[TargetContainer]) -> None:
         """Have whoever makes the containers begin. May be called again."""
-        ...
 
     def places(self, first: Container) -> Mapping[Volume, Path]:
         """Where the workload's volumes are here, once its first container is made."""
-        ...
+        return {}
 
     async def before_release(self, containers: Sequence[TargetContainer]) -> None:
         """Hold what the containers share until the last of them is restored."""
-        ...
 
     async def after_release(self) -> None:
         """All are restored: let go of it."""
-        ...
 
     def entrust(self) -> None:
         """The workload stays, whatever becomes of the migration."""
-        ...
 
 
 class TargetVolume:

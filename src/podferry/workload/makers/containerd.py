@@ -16,11 +16,8 @@ from podferry.core.undo import Handler
 from podferry.criu.checkpoint import CRIU_CONF, Process
 from podferry.criu.incoming import Incoming
 from podferry.engine.journal import Journal, Part
-from podferry.engine.ports import Images
 from podferry.errors import Bug, Failed, PodferryError, Refused
-from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import AlreadyExists, Containerd, NotFound
-from podferry.node.cri import Volume
 from podferry.node.network import is_own
 from podferry.node.newfile import check_new, create_new
 from podferry.node.records import Container, upper_dir
@@ -30,31 +27,19 @@ from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import ended, kill_helper, process_of, python, remove_task, runs, start_helper
 from podferry.workload.offered import Offered
-from podferry.workload.target import TargetWorkload, handlers
+from podferry.workload.source import Owner
+from podferry.workload.target import Maker, TargetWorkload, handlers
 from podferry.workload.target_container import TargetContainer
 from podferry.workload.threads import at_once, patiently, run
 
 STATE_TIMEOUT = 7200.0
 
 
-class ContainerdOwner:
+class ContainerdOwner(Owner):
     """Nobody but containerd knows of the container; its output goes to the file `log`."""
 
     def __init__(self, containerd: Containerd, log: Path | None) -> None:
         self._containerd, self._log = containerd, log
-
-    async def stand_by(self, cgroups: Sequence[Cgroup]) -> None:
-        """Nobody asks for a sign of life."""
-
-    async def before_freeze(self) -> None:
-        """Nobody starts it again."""
-
-    async def completed(self, images: Images) -> Images:
-        """The target's container is made from what was offered."""
-        return images
-
-    async def before_commit(self) -> None:
-        """There is nobody to ask."""
 
     async def after_commit(self, killed: Sequence[FrozenContainer]) -> None:
         """Remove its task, cgroup, record, snapshot and log."""
@@ -72,28 +57,6 @@ class ContainerdOwner:
             self._containerd.remove_snapshot(record.snapshotter, record.snapshot_key)
         if self._log is not None:
             self._log.unlink(missing_ok=True)
-
-
-class ContainerdMaker:
-    """Makes one container, which was offered: it is a workload for itself, without volumes of its own."""
-
-    kept_from_the_resume = False
-
-    async def begin(self, containers: Sequence[TargetContainer]) -> None:
-        """There is nobody to ask."""
-
-    def places(self, first: Container) -> Mapping[Volume, Path]:
-        """A container alone has no volumes that move."""
-        return {}
-
-    async def before_release(self, containers: Sequence[TargetContainer]) -> None:
-        """It shares nothing."""
-
-    async def after_release(self) -> None:
-        """It shares nothing."""
-
-    def entrust(self) -> None:
-        """It has nothing beside its container."""
 
 
 class ContainerdContainer:
@@ -230,7 +193,7 @@ def target(
     """The container that is to run here. `promise` is what it was promised of memory and disk."""
     maker = ContainerdContainer(config, containerd, offered)
     container = TargetContainer(config, containerd, Part(journal, 0), maker, promise)
-    return TargetWorkload(config, journal, [container], ContainerdMaker(), promise=promise)
+    return TargetWorkload(config, journal, [container], Maker(), promise=promise)
 
 
 def target_handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:

@@ -48,7 +48,8 @@ from podferry.workload.numbers import directory_of
 from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, OfferedPod, PodPart
 from podferry.workload.pod.ports import Cluster
 from podferry.workload.pod.probes import Probe
-from podferry.workload.target import TargetWorkload, handlers
+from podferry.workload.source import Owner
+from podferry.workload.target import Maker, TargetWorkload, handlers
 from podferry.workload.target_container import RESTORE_TIMEOUT, TargetContainer
 from podferry.workload.threads import Looks, at_once, patiently, run
 
@@ -63,7 +64,7 @@ HandOver = Callable[[], Awaitable[None]]
 """Returns when the owner counts the target pod, and the source pod is deleted."""
 
 
-class KubeletOwner:
+class KubeletOwner(Owner):
     """The kubelet has the pod. `departed` is the mark that nothing of it starts here; `payloads` packs what the kubelet has written
     for it and these images say is open; `probes` are answered while it stands still."""
 
@@ -122,7 +123,7 @@ class KubeletOwner:
             self._journal.release(STAND_IN)
 
 
-class KubeletMaker:
+class KubeletMaker(Maker):
     """Has the controller make the target pod; the kubelet then makes its containers one after another, and the first waits in
     podferry-runc until GO. From the resume on the pod is the kubelet's, as any other."""
 
