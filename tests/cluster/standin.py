@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from podferry.agent.service import Agent
-from podferry.core.precopy import Policy
+from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.model import Mode
@@ -81,7 +81,7 @@ async def follow(agent: Agent, cluster: Directory) -> None:
             for path in cluster.path.glob("[!.]*.order"):
                 order = json.loads(path.read_text())
                 path.unlink()
-                policy = Policy(**order.get("policy", {}))
+                policy = PreCopyPolicy(**order.get("policy", {}))
                 what = PodOrder(
                     path.stem,
                     PodName(**order["pod"]),

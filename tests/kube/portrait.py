@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 
 from podferry.errors import PodferryError
-from podferry.kube.client import DEPLOYMENTS, EVENTS, JOBS, MIGRATIONS, PODS, REPLICASETS, Api, Json, Kind
+from podferry.kube.client import DEPLOYMENTS, EVENTS, JOBS, MIGRATIONS, PODS, REPLICASETS, Api, Json, ResourceKind
 
 PATIENCE = 10.0
 LAST_EVENTS = 40
@@ -78,7 +78,7 @@ def _whole_status(one: Json) -> str:
     return f"{_metadata(one)} wants {wanted}, has {status}: {_conditions(one)}"
 
 
-KINDS: list[tuple[Kind, Callable[[Json], str]]] = [
+KINDS: list[tuple[ResourceKind, Callable[[Json], str]]] = [
     (PODS, _pod),
     *((kind, _whole_status) for kind in (REPLICASETS, DEPLOYMENTS, JOBS, MIGRATIONS)),
 ]

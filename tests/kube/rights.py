@@ -13,34 +13,34 @@ import yaml
 
 import podferry
 from podferry.controller.program import Controller
-from podferry.kube.client import NAMESPACES, NODES, Api, Json, Kind, configuration
-from podferry.kube.errors import AlreadyExists
+from podferry.kube.client import NAMESPACES, NODES, Api, Json, ResourceKind, configuration
+from podferry.kube.errors import ObjectAlreadyExists
 
 from .world import QUICK, World
 
 DEPLOY = Path(podferry.__file__).parents[2] / "deploy"
 SYSTEM = "podferry-system"
 KINDS = {
-    "ServiceAccount": Kind("v1", "ServiceAccount", "serviceaccounts"),
-    "Role": Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
-    "RoleBinding": Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
-    "ClusterRole": Kind("rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles", namespaced=False),
-    "ClusterRoleBinding": Kind(
+    "ServiceAccount": ResourceKind("v1", "ServiceAccount", "serviceaccounts"),
+    "Role": ResourceKind("rbac.authorization.k8s.io/v1", "Role", "roles"),
+    "RoleBinding": ResourceKind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
+    "ClusterRole": ResourceKind("rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles", namespaced=False),
+    "ClusterRoleBinding": ResourceKind(
         "rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "clusterrolebindings", namespaced=False
     ),
-    "MutatingAdmissionPolicy": Kind(
+    "MutatingAdmissionPolicy": ResourceKind(
         "admissionregistration.k8s.io/v1", "MutatingAdmissionPolicy", "mutatingadmissionpolicies", namespaced=False
     ),
-    "MutatingAdmissionPolicyBinding": Kind(
+    "MutatingAdmissionPolicyBinding": ResourceKind(
         "admissionregistration.k8s.io/v1",
         "MutatingAdmissionPolicyBinding",
         "mutatingadmissionpolicybindings",
         namespaced=False,
     ),
-    "ValidatingAdmissionPolicy": Kind(
+    "ValidatingAdmissionPolicy": ResourceKind(
         "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "validatingadmissionpolicies", namespaced=False
     ),
-    "ValidatingAdmissionPolicyBinding": Kind(
+    "ValidatingAdmissionPolicyBinding": ResourceKind(
         "admissionregistration.k8s.io/v1",
         "ValidatingAdmissionPolicyBinding",
         "validatingadmissionpolicybindings",
@@ -49,8 +49,8 @@ KINDS = {
 }
 
 
-async def make(api: Api, kind: Kind, body: Json, namespace: str = "") -> None:
-    with suppress(AlreadyExists):
+async def make(api: Api, kind: ResourceKind, body: Json, namespace: str = "") -> None:
+    with suppress(ObjectAlreadyExists):
         await api.create(kind, body, namespace)
 
 
@@ -82,7 +82,7 @@ async def as_account(
     if node is not None:
         uid = (await world.api.get(NODES, node))["metadata"]["uid"]
         ask["spec"]["boundObjectRef"] = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
-    path = Kind("v1", "ServiceAccount", "serviceaccounts").path(namespace, name, "token")
+    path = ResourceKind("v1", "ServiceAccount", "serviceaccounts").path(namespace, name, "token")
     made = await world.api._call("POST", path, body=ask, what="no token")
     token = made["status"]["token"]
     server = configuration(kubeconfig).cluster.server

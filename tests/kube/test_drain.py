@@ -10,7 +10,7 @@ import pytest
 
 from podferry.cli.kubectl_preview import look, measured
 from podferry.core.drain import ATTEMPTS, PodState
-from podferry.core.estimate import Measured
+from podferry.core.estimate import MeasuredMove
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Json
 from podferry.kube.drain import PRIORITY_ANNOTATION, NodeDrain
 from podferry.kube.migration import Migration
@@ -231,7 +231,7 @@ async def test_a_dry_run_says_where_to_and_how_long_by_what_was_seen_before(drai
     }
     await world.patch(MIGRATIONS, "earlier", {"status": done}, world.namespace, part="status")
     earlier = measured((await world.api.list(MIGRATIONS, world.namespace))[0])
-    assert earlier == [Measured(100 << 20, 10.0, 0.3)]
+    assert earlier == [MeasuredMove(100 << 20, 10.0, 0.3)]
     after = {
         one["pod"]: one
         for one in await look(world.api, here, evict_others=False)

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from podferry.kube import lease
-from podferry.kube.client import LEASES, Api, Json, Kind
+from podferry.kube.client import LEASES, Api, Json, ResourceKind
 from podferry.kube.errors import ApiUnreachable
 from podferry.kube.lease import Leader
 
@@ -66,15 +66,15 @@ class Cut:
     def __init__(self, api: Api) -> None:
         self._api, self.is_cut = api, False
 
-    async def find(self, kind: Kind, name: str, namespace: str) -> Json | None:
+    async def find(self, kind: ResourceKind, name: str, namespace: str) -> Json | None:
         if self.is_cut:
             raise ApiUnreachable("the API server does not answer")
         return await self._api.find(kind, name, namespace)
 
-    async def create(self, kind: Kind, body: Json, namespace: str) -> Json:
+    async def create(self, kind: ResourceKind, body: Json, namespace: str) -> Json:
         return await self._api.create(kind, body, namespace)
 
-    async def replace(self, kind: Kind, body: Json) -> Json:
+    async def replace(self, kind: ResourceKind, body: Json) -> Json:
         return await self._api.replace(kind, body)
 
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from podferry.controller.handover import HandOver
-from podferry.kube.client import DEPLOYMENTS, JOBS, MIGRATIONS, NAMESPACES, PODS, REPLICASETS, Json, Kind
+from podferry.kube.client import DEPLOYMENTS, JOBS, MIGRATIONS, NAMESPACES, PODS, REPLICASETS, Json, ResourceKind
 from podferry.kube.migration import (
     HANDED_OVER,
     HANDED_OVER_ANNOTATION,
@@ -27,7 +27,7 @@ from .world import World
 
 pytestmark = [pytest.mark.cluster, pytest.mark.anyio]
 
-QUOTAS = Kind("v1", "ResourceQuota", "resourcequotas")
+QUOTAS = ResourceKind("v1", "ResourceQuota", "resourcequotas")
 BATCH = 1.5
 """Seconds after which the Job controller has looked at every change: it gathers them for one second."""
 

@@ -20,7 +20,7 @@ from podferry.kube.client import (
     PODS,
     REPLICASETS,
     Json,
-    Kind,
+    ResourceKind,
 )
 from podferry.kube.drain import NodeDrain
 from podferry.kube.errors import Forbidden
@@ -61,7 +61,7 @@ async def test_an_agent_gets_a_certificate_for_its_own_node_and_no_other(
             with pytest.raises(Failed, match="denied"):
                 await certificate.obtain(unbound, SYSTEM, here, tmp_path / "unbound")
         with pytest.raises(Forbidden):
-            await controller.get(Kind("v1", "Secret", "secrets"), "another", SYSTEM)
+            await controller.get(ResourceKind("v1", "Secret", "secrets"), "another", SYSTEM)
 
 
 async def test_a_certificate_is_renewed_before_it_ends_and_when_the_authority_is_another(
@@ -84,7 +84,7 @@ async def test_a_certificate_is_renewed_before_it_ends_and_when_the_authority_is
                 patch.setattr(certificate, "RENEW", AGENT_LIFE + timedelta(minutes=1))
                 await world.until(renewed)
         old = await certificate.bundle(agent, SYSTEM)
-        await world.api.delete(Kind("v1", "Secret", "secrets"), certificate.BUNDLE, SYSTEM)
+        await world.api.delete(ResourceKind("v1", "Secret", "secrets"), certificate.BUNDLE, SYSTEM)
         async with the_controller(world, control_plane):
             ca = tmp_path / "ca.crt"
 
@@ -118,7 +118,7 @@ def template(restart: str) -> Json:
 
 @pytest.mark.parametrize("kind", [JOBS, REPLICASETS, None], ids=["job", "replicaset", "nobody"])
 async def test_a_whole_migration_is_within_the_controllers_rights(
-    world: World, control_plane: Path, kind: Kind | None
+    world: World, control_plane: Path, kind: ResourceKind | None
 ) -> None:
     """Under OwnerReferencesPermissionEnforcement: whoever blocks an owner's deletion needs a right on the owner."""
     if kind is None:
@@ -209,7 +209,7 @@ async def test_an_owner_that_podferry_does_not_know_keeps_the_pod_but_its_deleti
     assert (await only_trainer(world))["metadata"]["ownerReferences"] == [owner]
 
 
-REVIEWS = Kind("authorization.k8s.io/v1", "SubjectAccessReview", "subjectaccessreviews", namespaced=False)
+REVIEWS = ResourceKind("authorization.k8s.io/v1", "SubjectAccessReview", "subjectaccessreviews", namespaced=False)
 
 
 @pytest.mark.parametrize(

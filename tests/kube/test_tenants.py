@@ -18,7 +18,7 @@ from podferry.controller import pods
 from podferry.controller.program import Controller
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import UsageError
-from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NAMESPACES, NODE_DRAINS, PODS, Json, Kind
+from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NAMESPACES, NODE_DRAINS, PODS, Json, ResourceKind
 from podferry.kube.errors import ApiFailed
 from podferry.kube.migration import (
     HANDED_OVER_ANNOTATION,
@@ -36,8 +36,8 @@ from .world import QUICK, World
 pytestmark = pytest.mark.anyio
 VICTIM = "db-0"
 POLICIES = "admissionregistration.k8s.io/v1"
-MUTATING_POLICIES = Kind(POLICIES, "MutatingAdmissionPolicy", "mutatingadmissionpolicies", namespaced=False)
-MUTATING_BINDINGS = Kind(
+MUTATING_POLICIES = ResourceKind(POLICIES, "MutatingAdmissionPolicy", "mutatingadmissionpolicies", namespaced=False)
+MUTATING_BINDINGS = ResourceKind(
     POLICIES, "MutatingAdmissionPolicyBinding", "mutatingadmissionpolicybindings", namespaced=False
 )
 

@@ -8,12 +8,12 @@ import anyio
 import httpx2
 import pytest
 
-from podferry.controller.metrics import Metrics
+from podferry.controller.metrics import ControllerMetrics
 from podferry.controller.program import Controller
 from podferry.core.turns import Limits
 from podferry.kube.cache import Cache, Store
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Json
-from podferry.kube.migration import QUEUED, SCHEDULED, UID_LABEL, Migration, Progress
+from podferry.kube.migration import QUEUED, SCHEDULED, UID_LABEL, Migration, MigrationProgress
 
 from .world import QUICK, World
 
@@ -170,7 +170,7 @@ async def test_progress_makes_no_requests(world: World) -> None:
         for number in range(ticks):
 
             def tick(now: Migration, number: int = number) -> bool:
-                now.status.progress = Progress(bytes=number + 1)
+                now.status.progress = MigrationProgress(bytes=number + 1)
                 return True
 
             await world.set(tick)
@@ -229,7 +229,7 @@ async def test_a_memory_never_says_that_something_is_gone(world: World) -> None:
 
 async def test_the_controllers_metrics_tell_what_waits_and_how_moves_ended(world: World) -> None:
     await asked(world, 2)
-    metrics = Metrics()
+    metrics = ControllerMetrics()
     settings = replace(QUICK, limits=Limits(cluster=1))
 
     def value(name: str, **labels: str) -> float | None:

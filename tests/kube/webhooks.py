@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.abc
 
-from podferry.kube.client import PODS, Kind
+from podferry.kube.client import PODS, ResourceKind
 
 from .world import World
 
-WEBHOOKS = Kind(
+WEBHOOKS = ResourceKind(
     "admissionregistration.k8s.io/v1",
     "ValidatingWebhookConfiguration",
     "validatingwebhookconfigurations",

@@ -17,10 +17,10 @@ from anyio.abc import TaskGroup
 
 from podferry.controller.pods import TARGET
 from podferry.controller.program import Controller
-from podferry.controller.reconcile import Settings
+from podferry.controller.reconcile import ControllerSettings
 from podferry.kube import status as store
-from podferry.kube.client import MIGRATIONS, NAMESPACES, NODES, PODS, RUNTIME_CLASSES, Api, Json, Kind
-from podferry.kube.errors import ApiFailed, Conflict, NotFound
+from podferry.kube.client import MIGRATIONS, NAMESPACES, NODES, PODS, RUNTIME_CLASSES, Api, Json, ResourceKind
+from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.migration import (
     HANDED_OVER,
     HANDED_OVER_ANNOTATION,
@@ -39,9 +39,9 @@ from podferry.kube.watch import follow
 from .fake import FakeApiServer
 from .portrait import name_of, portrait
 
-ACCOUNTS = Kind("v1", "ServiceAccount", "serviceaccounts")
+ACCOUNTS = ResourceKind("v1", "ServiceAccount", "serviceaccounts")
 PATIENCE = 60.0
-QUICK = Settings(image="pause", scheduling=3.0, silence=20.0, readiness=10.0, farewell=4.0, removal=3.0)
+QUICK = ControllerSettings(image="pause", scheduling=3.0, silence=20.0, readiness=10.0, farewell=4.0, removal=3.0)
 
 
 @dataclass
@@ -54,7 +54,7 @@ class World:
     fake: FakeApiServer | None = None
     nodes: list[str] = field(default_factory=list)
     resumed: set[str] = field(default_factory=set)
-    also: list[tuple[Kind, str]] = field(default_factory=list)
+    also: list[tuple[ResourceKind, str]] = field(default_factory=list)
     """What is of no namespace and goes with it."""
 
     @classmethod
@@ -119,7 +119,7 @@ class World:
 
     # What the test does.
 
-    def controller(self, settings: Settings = QUICK) -> anyio.CancelScope:
+    def controller(self, settings: ControllerSettings = QUICK) -> anyio.CancelScope:
         """Run a controller. Cancelling the scope kills it."""
         scope = anyio.CancelScope()
 
@@ -176,7 +176,7 @@ class World:
         """What an agent does: change the status."""
         return await store.change(self.api, await self.get(name), change)
 
-    async def patch(self, kind: Kind, name: str, patch: Json, namespace: str = "", *, part: str = "") -> Json:
+    async def patch(self, kind: ResourceKind, name: str, patch: Json, namespace: str = "", *, part: str = "") -> Json:
         """What a user or a kubelet changes, of whatever has the name."""
         return await self.api.patch(kind, name, patch, namespace, uid=None, part=part)
 
@@ -258,7 +258,7 @@ class World:
     async def _kubelets(self) -> None:
         async for what, pod in follow(self.api, PODS, self.namespace):
             if what != "DELETED":
-                with contextlib.suppress(Conflict, NotFound):
+                with contextlib.suppress(Conflict, ObjectNotFound):
                     await self._play(pod)
 
     async def _play(self, pod: Json) -> None:
@@ -309,7 +309,7 @@ class World:
             if what == "DELETED" or "nodeName" in pod["spec"]:
                 continue
             node = self._fitting(pod["spec"])
-            with contextlib.suppress(Conflict, NotFound):
+            with contextlib.suppress(Conflict, ObjectNotFound):
                 if node:
                     await self.patch(PODS, pod["metadata"]["name"], {"spec": {"nodeName": node}}, self.namespace)
                 else:

@@ -9,7 +9,7 @@ import pytest
 from moving import A, B, Cluster, Record, Witness, until
 
 from podferry.lab import Lab
-from podferry.node.records import Status
+from podferry.node.records import TaskStatus
 
 pytestmark = pytest.mark.lab
 ENDS = {"0": 0, "3": 3, "exec": 5, "daemon": 6, "stop": 8, "fault": 128 + signal.SIGSEGV}
@@ -51,7 +51,7 @@ def move(cluster: Cluster, name: str, mode: str, *, kill_agent_at: str = "") -> 
 def ended_once(cluster: Cluster, witness: Witness, name: str, record: Record, how: str) -> None:
     """It ran on the target to its end, which containerd knows, and on the source no more."""
     assert record["outcome"] == "completed", (record["reason"], record["error"])
-    until(lambda: cluster.containerd(B).task(name).status is Status.STOPPED, f"{name} has ended")
+    until(lambda: cluster.containerd(B).task(name).status is TaskStatus.STOPPED, f"{name} has ended")
     assert cluster.containerd(B).wait_task(name, 10.0) == ENDS[how]
     assert not cluster.lines(A, name)
     witness.testify(name)

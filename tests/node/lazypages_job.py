@@ -102,7 +102,7 @@ def hand_over(work: Path, pid: int, start: int, length: int) -> socket.socket:
     """Register our memory and send it to the feeder as CRIU does; returns the connection."""
     fd = uffd.create()
     uffd.api(fd, EVENTS)
-    uffd.register(fd, start, length, uffd.Mode.MISSING)
+    uffd.register(fd, start, length, uffd.RegisterMode.MISSING)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     here = os.open(work, os.O_PATH)
     connection.connect(f"/proc/self/fd/{here}/{SOCKET}")

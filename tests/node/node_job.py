@@ -23,7 +23,7 @@ from podferry.criu.incoming import Incoming
 from podferry.errors import Failed
 from podferry.memory.store.page_store import PageStore
 from podferry.node.cgroup import Cgroup
-from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
+from podferry.node.containerd import Containerd, ContainerdFailed, ContainerdNotFound
 from podferry.node.process import run, spawn
 from podferry.node.records import Container, Opaque, Stdio, Task
 from podferry.protos.runc_pb2 import Options
@@ -126,9 +126,9 @@ class Job:
 
     def remove(self) -> None:
         """Remove what is left of it."""
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(ContainerdNotFound):
             record = self.record
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(ContainerdNotFound):
                 task = self.task
                 with contextlib.suppress(Failed):
                     (self._hold.commit if self._hold else self.cgroup.kill)()
@@ -137,7 +137,7 @@ class Job:
                 with contextlib.suppress(ContainerdFailed):
                     self.client.delete_task(task.id)
             self.client.delete_container(self.id)
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(ContainerdNotFound):
                 self.client.remove_snapshot(record.snapshotter, record.snapshot_key)
 
 
@@ -234,7 +234,7 @@ class Arrival:
         for job in (self.source, self.job):
             last = {line.split(" ", 1)[0]: line for line in job.lines()}
             files[f"{job.id}, the last line of each"] = "\n".join(last.values())
-            with contextlib.suppress(Failed, NotFound, OSError):
+            with contextlib.suppress(Failed, ContainerdNotFound, OSError):
                 files |= {f"{job.id}, process {number}": portrait(pid) for number, pid in job.family().items()}
         return "\n".join(f"--- {name}\n{text}" for name, text in files.items())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from node_job import Arrival, Job
 
-from podferry.lazypages.status import State, read_status
+from podferry.lazypages.status import DaemonState, read_status
 from podferry.memory.kernel.uffd import PAGE
 from podferry.node.containerd import Containerd
 
@@ -135,7 +135,7 @@ def test_processes_that_turn_their_memory_over_are_fed_rightly(job: Job, client:
             arrival.job.wait_said("whole", {name: here[int(pid)] for name, _, pid in names})
             assert not any("BAD" in line for line in job.lines())
             status = read_status(job.place / "feeder.json")
-            assert (status.state, status.bytes_left, status.error) == (State.DONE, 0, None)
+            assert (status.state, status.bytes_left, status.error) == (DaemonState.DONE, 0, None)
             assert status.bytes_fed > PROCESSES * CALM * PAGE
             print(status)
     finally:

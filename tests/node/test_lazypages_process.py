@@ -35,7 +35,7 @@ from lazypages_job import (
 )
 
 from podferry.lazypages.page_source import Frame, Word
-from podferry.lazypages.status import State, Status, read_status
+from podferry.lazypages.status import DaemonState, DaemonStatus, read_status
 from podferry.memory.kernel import uffd
 from podferry.memory.store.page_store import PageStore
 from podferry.node.process import spawn
@@ -63,7 +63,7 @@ class Feeder:
         assert self.process.stdout.readline() == b"ready\n", (place / "stderr").read_text()
 
     @property
-    def status(self) -> Status:
+    def status(self) -> DaemonStatus:
         return read_status(self.place / "status")
 
     def child(self) -> int:
@@ -71,7 +71,7 @@ class Feeder:
         pid = self.process.pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
-    def wait(self, *states: State) -> None:
+    def wait(self, *states: DaemonState) -> None:
         """Until the status shows one of these states."""
         for _ in range(1000):
             if self.status.state in states:
@@ -190,17 +190,17 @@ def job(place: Path, setup: Callable[[], None] = lambda: None) -> Iterator[Job]:
 def test_it_feeds_and_ends(place: Path, start: Callable[..., Feeder]) -> None:
     make_store(place)
     feeder = start()
-    assert feeder.status.state is State.LISTENING
+    assert feeder.status.state is DaemonState.LISTENING
     with job(place) as one:
         one.ask(5)
         assert one.answers() == content(SEED, 5)[:8]
-        feeder.wait(State.RESTORING)
+        feeder.wait(DaemonState.RESTORING)
         assert feeder.status.bytes_left == 0 or feeder.status.bytes_fed > 0
         one.finish()
         assert feeder.end() == 0
         one.ask(63)
         assert one.answers() == content(SEED, 63)[:8]
-    assert (feeder.status.state, feeder.status.bytes_fed, feeder.status.bytes_left) == (State.DONE, SIZE, 0)
+    assert (feeder.status.state, feeder.status.bytes_fed, feeder.status.bytes_left) == (DaemonState.DONE, SIZE, 0)
 
 
 def test_it_ends_when_told_before_anything_depends_on_it(place: Path, start: Callable[..., Feeder]) -> None:
@@ -214,10 +214,10 @@ def test_a_restore_that_fails_ends_it(place: Path, start: Callable[..., Feeder])
     make_store(place)
     feeder = start()
     with job(place) as one:
-        feeder.wait(State.RESTORING)
+        feeder.wait(DaemonState.RESTORING)
         one.kill()
         assert feeder.end() == 1
-    assert feeder.status.state is State.FAILED
+    assert feeder.status.state is DaemonState.FAILED
     assert "the restore ended" in json.dumps(feeder.status.error)
 
 
@@ -232,7 +232,7 @@ def test_what_it_cannot_feed_it_refuses_before_the_task_runs(
     feeder = start()
     with job(place):
         assert feeder.end() == 1
-    assert feeder.status.state is State.FAILED
+    assert feeder.status.state is DaemonState.FAILED
     assert feeder.status.error
 
 
@@ -241,10 +241,10 @@ def test_a_failure_while_filling_never_shows_as_zeroes(place: Path, start: Calla
     make_store(place)
     feeder = start()
     with job(place) as one:
-        feeder.wait(State.RESTORING)
+        feeder.wait(DaemonState.RESTORING)
         os.truncate(place / "store" / f"space-{PID}", 0)
         one.finish()
-        feeder.wait(State.FAILED)
+        feeder.wait(DaemonState.FAILED)
         assert "should hold" in json.dumps(feeder.status.error)
         one.ask(9)
         assert one.answers(0.5) is None
@@ -262,7 +262,7 @@ def test_a_feeder_that_is_killed_leaves_no_zeroes_behind(place: Path, start: Cal
         one.ask(3)
         assert one.answers() == content(SEED, 3)[:8]
         os.kill(feeder.child(), signal.SIGKILL)
-        feeder.wait(State.FAILED)
+        feeder.wait(DaemonState.FAILED)
         assert "SIGKILL" in json.dumps(feeder.status.error)
         one.ask(40)
         assert one.answers(0.5) is None
@@ -276,7 +276,7 @@ def test_it_does_not_end_while_a_task_is_owed_pages(place: Path, start: Callable
     feeder = start("--source", str(place / "source"))
     with job(place) as one:
         one.finish()
-        feeder.wait(State.FILLING)
+        feeder.wait(DaemonState.FILLING)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             feeder.process.send_signal(number)
         one.ask(3)
@@ -333,7 +333,7 @@ def test_a_task_that_ends_meanwhile_is_let_go(place: Path, start: Callable[..., 
     make_store(place)
     feeder = start()
     with job(place) as one:
-        feeder.wait(State.RESTORING)
+        feeder.wait(DaemonState.RESTORING)
         os.kill(feeder.child(), signal.SIGSTOP)
         one.finish()
         one.kill()

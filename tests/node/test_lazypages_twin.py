@@ -17,7 +17,7 @@ import pytest
 from lazypages_job import MOVED, fill_store, live, live_threaded, write_images
 
 from podferry.lazypages import daemon, task
-from podferry.lazypages.status import State, read_status
+from podferry.lazypages.status import DaemonState, read_status
 from podferry.memory.kernel.uffd import PAGE
 
 pytestmark = [
@@ -59,14 +59,14 @@ def feed_slowly(place: Path, seed: int, ready: int) -> int:
     task.AROUND = chance.choice([1, 4, 16])
     task.SMALLEST_STEP = task.LARGEST_STEP = chance.choice([1, 1, 2, 8, 64])
     if chance.random() < 0.5:
-        fill, pause = task.Task.fill, chance.choice([0.0002, 0.001])
+        fill, pause = task.FedTask.fill, chance.choice([0.0002, 0.001])
 
-        def fill_slowly(task: task.Task) -> task.Answer:
+        def fill_slowly(task: task.FedTask) -> task.FaultAnswer:
             if not task.forked:  # of these there may be dozens
                 time.sleep(pause)
             return fill(task)
 
-        task.Task.fill = fill_slowly  # type: ignore[method-assign]
+        task.FedTask.fill = fill_slowly  # type: ignore[method-assign]
     sys.stdout = os.fdopen(ready, "w")
     return daemon.main(
         [
@@ -97,7 +97,7 @@ def play(place: Path, seed: int, life: Callable[..., None] = live) -> None:
         _, status = os.waitpid(server, 0)
         server = 0
         told = read_status(place / "status")
-        assert (status, told.state, told.bytes_left, told.tasks) == (0, State.DONE, 0, 0), f"seed {seed}: {told}"
+        assert (status, told.state, told.bytes_left, told.tasks) == (0, DaemonState.DONE, 0, 0), f"seed {seed}: {told}"
         assert sum(path.stat().st_blocks for path in (place / "store").glob("space-*")) == 0, (
             f"seed {seed}: not punched"
         )

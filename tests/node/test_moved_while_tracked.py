@@ -17,7 +17,7 @@ from podferry.criu.images import missing
 from podferry.criu.restored_group import group_to_tell
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import Change
-from podferry.lazypages.status import State, read_status
+from podferry.lazypages.status import DaemonState, read_status
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.store.page_store import PageStore, Totals
 from podferry.memory.tracking.tracker import choose, probe
@@ -122,7 +122,7 @@ async def test_a_container_computes_while_it_is_copied_and_goes_on_with_all_it_w
         assert len(names) == PROCESSES
         assert not any("BAD" in line for line in arrival.job.lines())
         status = read_status(job.place / "feeder.json")
-        assert (status.state, status.bytes_left, status.error) == (State.DONE, 0, None)
+        assert (status.state, status.bytes_left, status.error) == (DaemonState.DONE, 0, None)
         print(f"tracker {KIND}, dump {source.dumped()}, pages in each round {rounds}")
     finally:
         await source.close()

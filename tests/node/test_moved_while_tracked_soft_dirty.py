@@ -14,7 +14,7 @@ from node_job import IMAGE, PLAIN, RUNTIME
 from test_moved_while_tracked import *  # noqa: F403
 from test_moved_while_tracked import KIND
 
-from podferry.memory.tracking.tracker import Kind
+from podferry.memory.tracking.tracker import TrackerKind
 from podferry.node.cgroup import CgroupKind, cgroup_kind
 from podferry.node.process import run, spawn
 
@@ -44,5 +44,5 @@ def containerd() -> Iterator[None]:
 
 
 def test_the_machine_has_soft_dirty_bits_and_freezes_by_cgroup_v2() -> None:
-    assert KIND is Kind.SOFT_DIRTY
+    assert KIND is TrackerKind.SOFT_DIRTY
     assert cgroup_kind() is CgroupKind.V2

@@ -22,7 +22,7 @@ from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
 from podferry.node.containerd import Containerd, ContainerdFailed
 from podferry.node.jobfacts import ContainerFacts, container_facts
 from podferry.node.process import run, spawn
-from podferry.node.records import Container, Status, upper_dir
+from podferry.node.records import Container, TaskStatus, upper_dir
 from podferry.node.stdio import drained
 from podferry.workload.nodefacts import node_facts
 
@@ -130,7 +130,7 @@ def test_rollback(job: Job, after: str) -> None:
     assert [int(line) for line in lines] == list(range(len(lines))), "it went on where it was"
     assert len(before) < len(job.lines())
     assert job.cgroup.state() is Frozen.THAWED
-    assert job.task.status is Status.RUNNING
+    assert job.task.status is TaskStatus.RUNNING
     hold.rollback()
     job.wait_lines()
     again = job.hold()
@@ -414,7 +414,7 @@ def test_the_whole_way_to_another_container(job: Job, client: Containerd) -> Non
         assert client.wait_task(job.id, 20) == 137
         arrival.job.wait_lines(10)
         assert expected(job.lines() + arrival.job.lines())
-        assert client.task("hold-target").status is Status.RUNNING
+        assert client.task("hold-target").status is TaskStatus.RUNNING
         assert arrival.job.cgroup != hold.cgroup
         again = arrival.job.hold()
         again.rollback()

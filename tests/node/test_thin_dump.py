@@ -16,7 +16,7 @@ from podferry.memory.kernel.pagemap import tells_guards
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import Runs
 from podferry.node.containerd import Containerd
-from podferry.node.records import Status
+from podferry.node.records import TaskStatus
 from podferry.protos.pagemap_pb2 import MmEntry
 from podferry.workload.nodefacts import version
 
@@ -204,7 +204,7 @@ def test_a_thin_dump_is_rolled_back_as_another(job: Job, after: str) -> None:
         assert hold.criu.wait(10)
     hold.rollback()
     assert wait_all(job) == said
-    assert job.task.status is Status.RUNNING
+    assert job.task.status is TaskStatus.RUNNING
 
 
 @pytest.mark.parametrize("blind", ["one process", "all"])

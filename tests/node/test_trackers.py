@@ -14,7 +14,7 @@ from trackers_zoo import Zoo
 
 from podferry.memory.kernel.maps import PAGE, private_anonymous, read_areas
 from podferry.memory.kernel.reader import Data, Gone, Reader, Zero
-from podferry.memory.tracking.tracker import Kind, Round, Tracker, choose, create, probe
+from podferry.memory.tracking.tracker import DirtyScan, Tracker, TrackerKind, choose, create, probe
 
 FACTS = probe()
 SEEDS = 300
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 ]
 KIND = choose(FACTS).kind
-needs_tracker = pytest.mark.skipif(KIND is Kind.NONE, reason=f"no tracker here: {choose(FACTS).reason}")
+needs_tracker = pytest.mark.skipif(KIND is TrackerKind.NONE, reason=f"no tracker here: {choose(FACTS).reason}")
 
 
 class Copy:
@@ -34,7 +34,7 @@ class Copy:
     def __init__(self) -> None:
         self.pages: dict[int, dict[int, bytes]] = {}
 
-    def apply(self, seen: Round) -> None:
+    def apply(self, seen: DirtyScan) -> None:
         for pid in seen.gone:
             self.pages.pop(pid, None)
         for pid, space in seen.spaces.items():

@@ -19,7 +19,7 @@ from podferry.memory.kernel.pagemap import open_pagemap, read_entries
 from podferry.memory.kernel.reader import Data, Gone, Piece, Reader, Zero
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking.injector import Injector
-from podferry.memory.tracking.tracker import Kind, SpaceRound, Tracker, choose, create, no_pause, probe
+from podferry.memory.tracking.tracker import SpaceRound, Tracker, TrackerKind, choose, create, no_pause, probe
 from podferry.memory.tracking.userfaultfd_owner import share_memory
 
 FACTS = probe()
@@ -27,7 +27,7 @@ HUGE = 2 << 20
 
 pytestmark = [pytest.mark.node, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 needs_uffd = pytest.mark.skipif(
-    choose(FACTS).kind is not Kind.UFFD, reason=f"no uffd tracker here: {choose(FACTS).reason}"
+    choose(FACTS).kind is not TrackerKind.UFFD, reason=f"no uffd tracker here: {choose(FACTS).reason}"
 )
 
 
@@ -79,7 +79,7 @@ def test_writes_are_seen_once_and_page_by_page(zoo: Zoo, follow: Callable[[], Tr
     first = one(tracker, job)
     assert first.fresh
     assert not first.untracked
-    assert (first.stopped > 0) == (KIND is Kind.UFFD)
+    assert (first.stopped > 0) == (KIND is TrackerKind.UFFD)
     assert first.written & where == where
     assert not one(tracker, job).written & where
     wanted = Runs([(where.start + 3 * PAGE, where.start + 4 * PAGE), (where.end - 2 * PAGE, where.end)])
@@ -233,7 +233,7 @@ def test_an_area_of_another_userfaultfd_is_deferred(zoo: Zoo, follow: Callable[[
     with Injector() as injector:
         other = injector.open_userfaultfd(job.pid).uffd
     uffd.api(other)
-    uffd.register(other, where.start, where.size, uffd.Mode.MISSING)
+    uffd.register(other, where.start, where.size, uffd.RegisterMode.MISSING)
     seen = one(tracker, job)
     assert seen.foreign_uffd
     assert seen.deferred & where == where
@@ -320,7 +320,7 @@ def test_huge_pages_are_followed_page_by_page(zoo: Zoo, follow: Callable[[], Tra
     wanted = where.clip(where.start + 100 * PAGE, where.start + 101 * PAGE)
     fill(job, wanted, 5)
     seen = one(tracker, job).written & where
-    assert seen == wanted or (KIND is Kind.SOFT_DIRTY and seen == where)  # a huge page has one soft-dirty bit
+    assert seen == wanted or (KIND is TrackerKind.SOFT_DIRTY and seen == where)  # a huge page has one soft-dirty bit
     job.do(f"LIBC.madvise({where.start}, {HUGE}, DONTNEED)")
     assert one(tracker, job).dropped & where == where
 
@@ -378,7 +378,7 @@ def test_the_quick_last_look_misses_nothing_written(zoo: Zoo, follow: Callable[[
         last = tracker.final(dropped=False)
         assert not last.spaces[job.pid].dropped
         copy.apply(last)
-        with contextlib.closing(create(Kind.NONE, lambda: [job.pid])) as eyes:
+        with contextlib.closing(create(TrackerKind.NONE, lambda: [job.pid])) as eyes:
             there = eyes.final().spaces[job.pid].written
         kept = {page: data for page, data in copy.pages[job.pid].items() if page in there}
         exact = Copy()
@@ -456,7 +456,7 @@ def test_a_zombie_has_no_memory(follow: Callable[[], Tracker]) -> None:
 def test_closing_leaves_nothing_behind(zoo: Zoo) -> None:
     job = zoo.fork()
     before = {fd.name for fd in Path("/proc/self/fd").iterdir()}
-    tracker = create(Kind.UFFD, lambda: list(zoo.jobs))
+    tracker = create(TrackerKind.UFFD, lambda: list(zoo.jobs))
     tracker.collect()
     assert any("uw" in area.flags for area in read_areas(job.pid, flags=True))
     tracker.close()
@@ -468,7 +468,7 @@ def test_without_tracking_all_memory_is_written_every_time(zoo: Zoo) -> None:
     job, copy = zoo.fork(), Copy()
     job.ask("step 5 60")
     zoo.freeze()
-    with contextlib.closing(create(Kind.NONE, lambda: list(zoo.jobs))) as tracker:
+    with contextlib.closing(create(TrackerKind.NONE, lambda: list(zoo.jobs))) as tracker:
         for _ in range(2):
             seen = tracker.final()
             copy.apply(seen)

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from trackers_zoo import PATIENCE, state_of, wait_for_state, wait_gone
 
-from podferry.memory.tracking.inject import Outcome
+from podferry.memory.tracking.inject import InjectionOutcome
 from podferry.memory.tracking.injector import Injector, NotInjected
-from podferry.memory.tracking.tracker import Kind, choose, probe
+from podferry.memory.tracking.tracker import TrackerKind, choose, probe
 from podferry.memory.tracking.userfaultfd_owner import owns_userfaultfd
 
 X86_64 = os.uname().machine == "x86_64"
@@ -29,7 +29,9 @@ KILLS = 60 if X86_64 else 20  # an emulated processor takes seconds for each
 pytestmark = [
     pytest.mark.node,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(choose(probe()).kind is not Kind.UFFD, reason=f"no uffd tracker: {choose(probe()).reason}"),
+    pytest.mark.skipif(
+        choose(probe()).kind is not TrackerKind.UFFD, reason=f"no uffd tracker: {choose(probe()).reason}"
+    ),
 ]
 
 PRELUDE = """
@@ -94,7 +96,7 @@ def inject(injector: Injector, pid: int, times: int = 1) -> None:
         assert not owns_userfaultfd(pid)
 
 
-def outcome(injector: Injector, pid: int, **options: float) -> Outcome:
+def outcome(injector: Injector, pid: int, **options: float) -> InjectionOutcome:
     with pytest.raises(NotInjected) as caught:
         injector.open_userfaultfd(pid, **options)
     return caught.value.outcome
@@ -261,7 +263,7 @@ def test_a_process_without_a_free_descriptor_is_reported(injector: Injector, pro
         import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); say('ready'); os.read(0, 1); say('alive')
     """)
     assert job.line() == "ready"
-    assert outcome(injector, job.pid) is Outcome.REFUSED
+    assert outcome(injector, job.pid) is InjectionOutcome.REFUSED
     job.tell()
     assert job.line() == "alive"
 
@@ -271,9 +273,9 @@ def test_who_is_not_there_is_gone(injector: Injector) -> None:
     if child == 0:
         os._exit(0)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    assert outcome(injector, child) is Outcome.GONE  # a zombie
+    assert outcome(injector, child) is InjectionOutcome.GONE  # a zombie
     os.waitpid(child, 0)
-    assert outcome(injector, child) is Outcome.GONE
+    assert outcome(injector, child) is InjectionOutcome.GONE
 
 
 def test_a_debugger_is_not_disturbed(injector: Injector, program: Callable[[str], Program]) -> None:
@@ -281,7 +283,7 @@ def test_a_debugger_is_not_disturbed(injector: Injector, program: Callable[[str]
     assert job.line() == "ready"
     debugger = program(f"check(libc.ptrace(0x4206, {job.pid}, None, None)); say('seized'); os.read(0, 1)")
     assert debugger.line() == "seized"
-    assert outcome(injector, job.pid) is Outcome.TRACED
+    assert outcome(injector, job.pid) is InjectionOutcome.TRACED
     debugger.tell()
     assert debugger.process.wait(PATIENCE) == 0
     inject(injector, job.pid)
@@ -299,7 +301,7 @@ def test_who_sleeps_uninterruptibly_is_left_alone(injector: Injector, program: C
     """)
     assert job.line() == "ready"
     wait_for_state(job.pid, "D")
-    assert outcome(injector, job.pid, timeout=0.05) is Outcome.STUCK
+    assert outcome(injector, job.pid, timeout=0.05) is InjectionOutcome.STUCK
     other = program("say('ready'); os.read(0, 1)")
     assert other.line() == "ready"
     inject(injector, other.pid)
@@ -328,7 +330,7 @@ def test_32_bit_code_is_refused(injector: Injector, tmp_path: Path) -> None:
         pytest.skip(f"this kernel runs no 32-bit programs: {error}")
     try:
         wait_for_state(job.pid, "S")
-        assert outcome(injector, job.pid) in (Outcome.FOREIGN_CODE, Outcome.REFUSED)
+        assert outcome(injector, job.pid) in (InjectionOutcome.FOREIGN_CODE, InjectionOutcome.REFUSED)
         wait_for_state(job.pid, "S")
     finally:
         job.kill()

@@ -6,10 +6,10 @@ import pytest
 from test_trackers_cases import *  # noqa: F403
 from test_trackers_cases import KIND
 
-from podferry.memory.tracking.tracker import Kind
+from podferry.memory.tracking.tracker import TrackerKind
 
 pytestmark = [pytest.mark.node, pytest.mark.slow, pytest.mark.kernel("bookworm")]
 
 
 def test_the_tracker_is_that_of_soft_dirty_bits() -> None:
-    assert KIND is Kind.SOFT_DIRTY
+    assert KIND is TrackerKind.SOFT_DIRTY

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from podferry.node.upper import Receiver, Source, refresh_root, shared_files
+from podferry.node.upper import Receiver, TreeSource, refresh_root, shared_files
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from upper_tree import BLOCK, Gardener, move, picture, remove
@@ -94,7 +94,7 @@ def test_everything_that_a_container_can_do_to_its_image(tmp_path: Path, lower: 
         os.mkfifo(here / "fifo")
         assert stat.S_ISCHR((upper_here / "etc" / "one").lstat().st_mode)
         assert os.getxattr(upper_here / "var", "trusted.overlay.opaque") == b"y"
-        with Source(upper_here) as source, Receiver(upper_there) as receiver:
+        with TreeSource(upper_here) as source, Receiver(upper_there) as receiver:
             move(source, receiver, frozen=True)
         assert stat.S_ISCHR((upper_there / "etc" / "one").lstat().st_mode)
         assert sorted(path.name for path in there.iterdir()) == ["etc", "fifo", "link", "new", "opt", "var"]
@@ -109,7 +109,7 @@ def test_everything_that_a_container_can_do_to_its_image(tmp_path: Path, lower: 
 def test_merged_views_are_equal_after_any_passes(tmp_path: Path, lower: Path, seed: int) -> None:
     with overlay(lower, tmp_path / "a") as (here, upper_here), overlay(lower, tmp_path / "b") as (there, upper_there):
         gardener = Gardener(here, random.Random(seed), overlay=True)
-        with Source(upper_here) as source, Receiver(upper_there) as receiver:
+        with TreeSource(upper_here) as source, Receiver(upper_there) as receiver:
             for number in range(4):
                 gardener.work(20)
                 move(source, receiver, frozen=number == 3)
@@ -124,7 +124,7 @@ def test_the_roots_own_mode_needs_a_refresh(tmp_path: Path, lower: Path) -> None
     """The overlay holds its root's inode from the mount on, and with it the mode that permissions are checked by."""
     with overlay(lower, tmp_path / "a") as (here, upper_here), overlay(lower, tmp_path / "b") as (there, upper_there):
         here.chmod(0o700)
-        with Source(upper_here) as source, Receiver(upper_there) as receiver:
+        with TreeSource(upper_here) as source, Receiver(upper_there) as receiver:
             move(source, receiver, frozen=True)
         refresh_root(there)
         assert picture(there) == picture(here)
@@ -154,7 +154,7 @@ def test_a_containers_mappings_are_named_by_their_paths_in_the_tree(tmp_path: Pa
         os.waitpid(child, 0)
         os.close(ready[0])
         os.close(ended[0])
-        with Source(upper) as source:
+        with TreeSource(upper) as source:
             assert found & source.plan().manifest.entries.keys() == {b"var/a b\nc"}
 
 

@@ -42,7 +42,7 @@ from anyio.abc import TaskStatus
 
 from podferry.agent import service
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourceEvent, SourcePhase, TargetPhase
-from podferry.core.precopy import Policy
+from podferry.core.precopy import PreCopyPolicy
 from podferry.engine import attempt
 from podferry.engine.journal import JOURNAL, Journal, Part
 from podferry.engine.ports import ArrivingJob, HeldJob, LeavingJob
@@ -737,7 +737,7 @@ class Rig:
 
 def order(**policy: Any) -> Order:
     """An order of the tests."""
-    return Order(timeout=60.0, policy=Policy(**policy))
+    return Order(timeout=60.0, policy=PreCopyPolicy(**policy))
 
 
 def unique(points: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

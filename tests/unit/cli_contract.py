@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from podferry.cli.client import AgentClient
-from podferry.cli.record import Progress, Record
+from podferry.cli.record import ProgressRecord, Record
 from podferry.errors import PodferryError, UsageError
 from podferry.model import Outcome
 
@@ -41,7 +41,7 @@ def agent_keeps_the_contract(client: AgentClient, name: str, to: str) -> Record:
     result = client.call("migrate", timeout=None, on_event=events.append, **request, **more)
     assert events
     assert all(set(event) >= EVENT for event in events)
-    times = [Progress.from_dict(event).t_ms for event in events]
+    times = [ProgressRecord.from_dict(event).t_ms for event in events]
     assert times == sorted(times)
 
     assert set(result) >= RESULT

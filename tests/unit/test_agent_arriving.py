@@ -13,8 +13,8 @@ import pytest
 from podferry.criu.checkpoint import Process
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
-from podferry.node.containerd import NotFound
-from podferry.node.records import Container, Opaque, Status, Task
+from podferry.node.containerd import ContainerdNotFound
+from podferry.node.records import Container, Opaque, Task, TaskStatus
 from podferry.workload.config import Config
 from podferry.workload.feeder_process import FEEDER_STATUS
 from podferry.workload.makers.containerd import ContainerdContainer
@@ -34,11 +34,11 @@ def anyio_backend() -> str:
 class Containerd:
     """Knows a task of this status, or none."""
 
-    status: Status | None
+    status: TaskStatus | None
 
     def task(self, id: str) -> Task:
         if self.status is None:
-            raise NotFound(f"no task {id}")
+            raise ContainerdNotFound(f"no task {id}")
         return Task(id, 1, self.status)
 
 
@@ -46,7 +46,7 @@ def held(journal: Part) -> list[str]:
     return [entry.kind for entry in journal._journal.ledger.entries]
 
 
-def arriving(tmp_path: Path, status: Status | None, *, postcopy: bool) -> tuple[TargetContainer, Part]:
+def arriving(tmp_path: Path, status: TaskStatus | None, *, postcopy: bool) -> tuple[TargetContainer, Part]:
     """A container whose page feeder is done, since it put every page in place, or since nobody is left to lack any."""
     journal = Part(Journal(tmp_path / "m1"), 0)
     journal.note(postcopy=postcopy)
@@ -60,8 +60,10 @@ def arriving(tmp_path: Path, status: Status | None, *, postcopy: bool) -> tuple[
     return job, journal
 
 
-@pytest.mark.parametrize("status", [Status.RUNNING, Status.STOPPED])
-async def test_a_job_that_has_all_its_memory_or_ended_by_itself_is_containerds(status: Status, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [TaskStatus.RUNNING, TaskStatus.STOPPED])
+async def test_a_job_that_has_all_its_memory_or_ended_by_itself_is_containerds(
+    status: TaskStatus, tmp_path: Path
+) -> None:
     job, journal = arriving(tmp_path, status, postcopy=True)
     assert await job.filled() == {"faults": 3}
     job.entrust()
@@ -77,12 +79,12 @@ async def test_a_job_that_is_gone_before_it_has_all_its_memory_has_died(tmp_path
     assert "filled" not in journal.facts
 
 
-@pytest.mark.parametrize("status", [None, Status.STOPPED])
+@pytest.mark.parametrize("status", [None, TaskStatus.STOPPED])
 async def test_a_job_that_ends_while_nobody_sends_its_pages_is_not_waited_for(
-    status: Status | None, tmp_path: Path
+    status: TaskStatus | None, tmp_path: Path
 ) -> None:
     """The page feeder only notices that when it has a page to give."""
-    job, journal = arriving(tmp_path, Status.RUNNING, postcopy=True)
+    job, journal = arriving(tmp_path, TaskStatus.RUNNING, postcopy=True)
     (job.scratch / FEEDER_STATUS).write_text(json.dumps({"state": "filling"}))
     this = Process.of(os.getpid())
     assert this is not None
@@ -108,7 +110,7 @@ async def test_where_all_memory_came_before_the_resume_a_job_that_is_gone_died_a
 
 def restored(tmp_path: Path, log: str, started: dict[str, object]) -> TargetContainer:
     """A container that was released, whose restore is over: CRIU has left `log`, containerd's answer was `started`."""
-    job, journal = arriving(tmp_path, Status.STOPPED, postcopy=False)
+    job, journal = arriving(tmp_path, TaskStatus.STOPPED, postcopy=False)
     journal.note(released=True)
     work = tmp_path / "incoming/job/work"
     work.mkdir(parents=True)

@@ -17,7 +17,7 @@ from podferry.engine.ports import Change, OriginalGone
 from podferry.engine.story import Story
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import Runs
-from podferry.memory.tracking.tracker import Kind, create
+from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Mode
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import PageWanted
@@ -133,7 +133,7 @@ def test_memory_that_ended_with_its_process_is_not_taken_for_zeros(reaped: bool)
 
 
 def test_a_container_without_processes_leaves_nothing_that_could_be_sent() -> None:
-    memory = SourceMemory(0, create(Kind.NONE, list))
+    memory = SourceMemory(0, create(TrackerKind.NONE, list))
     with pytest.raises(OriginalGone):
         list(memory.leave(Change()))
 

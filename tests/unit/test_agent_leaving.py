@@ -20,12 +20,12 @@ from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import OriginalGone
 from podferry.errors import PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
-from podferry.memory.tracking.tracker import Kind, Round, SpaceRound
+from podferry.memory.tracking.tracker import DirtyScan, SpaceRound, TrackerKind
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
-from podferry.node.containerd import ContainerdFailed, NotFound
+from podferry.node.containerd import ContainerdFailed, ContainerdNotFound
 from podferry.node.process import spawn
-from podferry.node.records import Container, Opaque, Status, Task
+from podferry.node.records import Container, Opaque, Task, TaskStatus
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer, handlers
 from podferry.workload.numbers import space_of
@@ -94,14 +94,14 @@ async def test_what_went_with_its_container_needs_nothing(kind: str, tmp_path: P
 @pytest.mark.parametrize(
     ("said", "error"),
     [
-        (NotFound("no task"), OriginalGone),
-        (Status.STOPPED, OriginalGone),
-        (Status.RUNNING, CgroupFailed),
+        (ContainerdNotFound("no task"), OriginalGone),
+        (TaskStatus.STOPPED, OriginalGone),
+        (TaskStatus.RUNNING, CgroupFailed),
         (ContainerdFailed("it is not there yet"), CgroupFailed),
     ],
 )
 def test_an_original_that_its_node_forgot_owes_no_memory(
-    said: Status | ContainerdFailed, error: type[PodferryError], tmp_path: Path
+    said: TaskStatus | ContainerdFailed, error: type[PodferryError], tmp_path: Path
 ) -> None:
     """The node was switched off, say: runc has no state of it, and containerd, once it is there, no task."""
 
@@ -124,8 +124,8 @@ def leaving(tmp_path: Path, cgroup: Cgroup, journal: Journal, number: int = 0) -
         Config("a", "a:1", tmp_path, {}, run=tmp_path, state=tmp_path),
         SimpleNamespace(runc_root=lambda record: tmp_path / "runc"),  # type: ignore[arg-type]
         Part(journal, number),
-        RunningContainer(JOB, Task("job", 1, Status.RUNNING), tmp_path / "upper"),
-        Kind.SOFT_DIRTY,
+        RunningContainer(JOB, Task("job", 1, TaskStatus.RUNNING), tmp_path / "upper"),
+        TrackerKind.SOFT_DIRTY,
     )
 
 
@@ -155,10 +155,10 @@ def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Pat
     os.waitpid(child, 0)
     seen = SpaceRound(areas=(), written=Runs.of(0x1000, 0x2000), dropped=EMPTY, deferred=EMPTY, fresh=True)
     both = {os.getpid(): seen, child: seen}
-    change = job.memory.found(Round(both, new=frozenset(both), gone=frozenset(), shared={}))
+    change = job.memory.found(DirtyScan(both, new=frozenset(both), gone=frozenset(), shared={}))
     here = pid_inside(os.getpid())
     assert set(change.written) == {here}
-    change = job.memory.found(Round({os.getpid(): seen}, new=frozenset(), gone=frozenset({child}), shared={}))
+    change = job.memory.found(DirtyScan({os.getpid(): seen}, new=frozenset(), gone=frozenset({child}), shared={}))
     assert set(change.written) == set(change.dropped) == {here}
 
 

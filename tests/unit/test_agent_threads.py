@@ -19,7 +19,7 @@ from test_agent_leaving import leaving, made
 import podferry
 from podferry.core.undo import Ledger
 from podferry.engine.journal import Journal
-from podferry.memory.tracking.tracker import Round
+from podferry.memory.tracking.tracker import DirtyScan
 from podferry.workload import source_container as module
 from podferry.workload.frozen import handlers
 from podferry.workload.threads import Looks, at_once, patiently, run
@@ -63,7 +63,7 @@ async def test_a_cut_over_and_a_roll_back_wait_for_nobody(tmp_path: Path, monkey
     place in the pool, this never ends."""
     cgroup = made(tmp_path / "group")
     job = leaving(tmp_path, cgroup, Journal(tmp_path / "journal"))
-    fake_tracker: Any = SimpleNamespace(final=lambda: Round({}, frozenset(), frozenset(), {}), close=lambda: None)
+    fake_tracker: Any = SimpleNamespace(final=lambda: DirtyScan({}, frozenset(), frozenset(), {}), close=lambda: None)
     job.memory.tracker = fake_tracker
     monkeypatch.setattr(module, "freeze_apart_from_vfork", lambda *_: 0)
     monkeypatch.setattr(module, "guests", lambda *_: ())

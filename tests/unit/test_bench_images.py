@@ -8,7 +8,7 @@ import pytest
 from test_bench_records import MACHINE, record
 
 from podferry.bench import pulls, report
-from podferry.bench.goals import FORMS, Verdict, verdicts
+from podferry.bench.goals import FORMS, GoalVerdict, verdicts
 from podferry.bench.moves import SOURCE, TARGET
 from podferry.bench.pulls import Crowd, Measurement, Pulls
 from podferry.bench.scenarios import SCENARIOS
@@ -58,7 +58,7 @@ GOOD = {
 }
 
 
-def found(records: list[dict[str, Any]], form: str) -> dict[str, Verdict]:
+def found(records: list[dict[str, Any]], form: str) -> dict[str, GoalVerdict]:
     """The verdicts on a form, by what they are about."""
     return {one.goal.removeprefix(f"{form}: "): one for one in verdicts(records) if one.goal.startswith(f"{form}: ")}
 

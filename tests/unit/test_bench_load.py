@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from podferry.bench.load import GAP_NS, PAGE, REPORT, Files, Log, Memory
-from podferry.bench.workload import Pattern, Report, Work, Workload
+from podferry.bench.workload import JobWork, Pattern, Report, Workload
 from podferry.node.process import Child, spawn
 
 pytestmark = pytest.mark.unit
@@ -130,9 +130,9 @@ def published(directory: Path, number: int, child: Child) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("work", list(Work))
+@pytest.mark.parametrize("work", list(JobWork))
 @pytest.mark.parametrize("pattern", list(Pattern))
-def test_a_job_that_was_stopped_saw_it(tmp_path: Path, children: list[Child], work: Work, pattern: Pattern) -> None:
+def test_a_job_that_was_stopped_saw_it(tmp_path: Path, children: list[Child], work: JobWork, pattern: Pattern) -> None:
     workload = Workload(2, 10.0, pattern=pattern, hot=1, work=work, threads=3, files=2)
     children.append(child := spawn(settings_of(workload, tmp_path)))
     published(tmp_path, 0, child)

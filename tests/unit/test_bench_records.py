@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from podferry.bench import figures, report, runner
-from podferry.bench.goals import Verdict, store_and_job, total_over_allowance, verdicts, wire_over_need
+from podferry.bench.goals import GoalVerdict, store_and_job, total_over_allowance, verdicts, wire_over_need
 from podferry.bench.load import PAGE
 from podferry.bench.moves import Moved
 from podferry.bench.scenarios import SCENARIOS, chosen, restricted
@@ -51,7 +51,7 @@ def record(scenario: str = "downtime", method: str = "live", **fields: Any) -> d
     return {**base, **fields}
 
 
-def verdict(records: list[dict[str, Any]], words: str) -> Verdict:
+def verdict(records: list[dict[str, Any]], words: str) -> GoalVerdict:
     """The one goal that has `words` in its name."""
     (found,) = (one for one in verdicts(records) if words in one.goal)
     return found

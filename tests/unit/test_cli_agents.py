@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli_fake_agent import FakeAgent, serving
 
-from podferry.cli.agents import Endpoint, Fleet, Where
+from podferry.cli.agents import AgentOptions, Endpoint, Fleet
 from podferry.cli.client import AgentClient, AgentUnreachable
 from podferry.engine.story import Story
 from podferry.errors import Refused, UsageError
@@ -22,21 +22,23 @@ SOCKET = Path("agent")
 @pytest.mark.parametrize(
     ("given", "outer", "environ", "settled"),
     [
-        (Where(), Where(), {}, Where(lab="default")),
-        (Where(), Where(), {"PODFERRY_LAB": "ci"}, Where(lab="ci")),
-        (Where(), Where(), {"PODFERRY_LAB": "ci", "PODFERRY_AGENT": "agent"}, Where(agent=SOCKET)),
-        (Where(lab="mine"), Where(), {"PODFERRY_AGENT": "agent"}, Where(lab="mine")),
-        (Where(), Where(lab="mine"), {"PODFERRY_LAB": "ci"}, Where(lab="mine")),
-        (Where(agent=SOCKET), Where(lab="mine"), {}, Where(agent=SOCKET)),
+        (AgentOptions(), AgentOptions(), {}, AgentOptions(lab="default")),
+        (AgentOptions(), AgentOptions(), {"PODFERRY_LAB": "ci"}, AgentOptions(lab="ci")),
+        (AgentOptions(), AgentOptions(), {"PODFERRY_LAB": "ci", "PODFERRY_AGENT": "agent"}, AgentOptions(agent=SOCKET)),
+        (AgentOptions(lab="mine"), AgentOptions(), {"PODFERRY_AGENT": "agent"}, AgentOptions(lab="mine")),
+        (AgentOptions(), AgentOptions(lab="mine"), {"PODFERRY_LAB": "ci"}, AgentOptions(lab="mine")),
+        (AgentOptions(agent=SOCKET), AgentOptions(lab="mine"), {}, AgentOptions(agent=SOCKET)),
     ],
 )
-def test_options_beat_the_environment(given: Where, outer: Where, environ: dict[str, str], settled: Where) -> None:
+def test_options_beat_the_environment(
+    given: AgentOptions, outer: AgentOptions, environ: dict[str, str], settled: AgentOptions
+) -> None:
     assert given.over(outer).settle(environ) == settled
 
 
 def test_a_lab_and_an_agent_exclude_each_other() -> None:
     with pytest.raises(UsageError):
-        Where("lab", SOCKET).settle({})
+        AgentOptions("lab", SOCKET).settle({})
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_output_is_read_in_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         yield b"ep 2 of 2: b\nresult ff\n"
 
     monkeypatch.setattr(containers, "output", output)
-    out = demo.Output(Lab("test-none"), "moved")
+    out = demo.ContainerOutput(Lab("test-none"), "moved")
     out.wait_for("result")
     assert out.lines == ["step 1 of 2: a", "step 2 of 2: b", "result ff"]
     with pytest.raises(Failed, match="ended before"):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from podferry.cli import tables
-from podferry.cli.agents import Answers
+from podferry.cli.agents import AgentAnswers
 from podferry.core.phases import SourcePhase
 from podferry.errors import Failed
 from podferry.model import Outcome
@@ -41,7 +41,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Console:
 
 @pytest.mark.parametrize("outcome", [*Outcome])
 def test_a_migration_is_a_line_of_eighty_columns(shown: Console, outcome: Outcome) -> None:
-    tables.print_records(Answers([("node-a", record("train", outcome.value))]))
+    tables.print_records(AgentAnswers([("node-a", record("train", outcome.value))]))
     heading, line = shown.export_text().rstrip("\n").split("\n")
     assert heading.split() == ["ID", "NAME", "WAY", "STATE", "DOWNTIME", "TOTAL"]
     for word in ("1122-232444-9408", "train", "node-a > node-b", str(outcome), "312 ms", "3 min 05 s"):
@@ -50,17 +50,17 @@ def test_a_migration_is_a_line_of_eighty_columns(shown: Console, outcome: Outcom
 
 @pytest.mark.parametrize("phase", [*SourcePhase])
 def test_every_phase_fits(shown: Console, phase: SourcePhase) -> None:
-    tables.print_records(Answers([("node-a", record("train", None, phase.value))]))
+    tables.print_records(AgentAnswers([("node-a", record("train", None, phase.value))]))
     assert f" {phase} " in shown.export_text()
 
 
 def test_a_long_name_is_folded_and_never_cut(shown: Console) -> None:
-    tables.print_records(Answers([("node-a", record("a-very-long-name-of-a-training-job", "completed"))]))
+    tables.print_records(AgentAnswers([("node-a", record("a-very-long-name-of-a-training-job", "completed"))]))
     lines = shown.export_text().splitlines()
     column = lines[0].index("NAME"), lines[0].index("WAY")
     assert "".join(line[slice(*column)].strip() for line in lines[1:]) == "a-very-long-name-of-a-training-job"
 
 
 def test_a_silent_node_is_named(shown: Console) -> None:
-    tables.print_records(Answers([], [("node-b", Failed("no answer"))]))
+    tables.print_records(AgentAnswers([], [("node-b", Failed("no answer"))]))
     assert "node-b: no answer" in shown.export_text()

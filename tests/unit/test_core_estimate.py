@@ -6,25 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.core.estimate import Measured, estimate, together
+from podferry.core.estimate import MeasuredMove, estimate, together
 
 pytestmark = pytest.mark.unit
 
 measures = st.lists(
-    st.builds(Measured, st.integers(1, 1 << 40), st.floats(0.1, 1e5), st.floats(0, 60)), min_size=1, max_size=20
+    st.builds(MeasuredMove, st.integers(1, 1 << 40), st.floats(0.1, 1e5), st.floats(0, 60)), min_size=1, max_size=20
 )
 
 
 @pytest.mark.parametrize("memory", [None, 5])
 def test_what_is_not_known_is_not_said(memory: int | None) -> None:
     assert estimate(memory, []) is None
-    assert estimate(memory, [Measured(0, 1.0, 0.1), Measured(1, 0.0, 0.1)]) is None
-    assert (estimate(memory, [Measured(1, 1.0, 0.1)]) is None) == (memory is None)
+    assert estimate(memory, [MeasuredMove(0, 1.0, 0.1), MeasuredMove(1, 0.0, 0.1)]) is None
+    assert (estimate(memory, [MeasuredMove(1, 1.0, 0.1)]) is None) == (memory is None)
 
 
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 40), measures)
 def test_more_memory_takes_no_less_and_nothing_is_quicker_than_what_was_seen(
-    memory: int, more: int, earlier: list[Measured]
+    memory: int, more: int, earlier: list[MeasuredMove]
 ) -> None:
     small, large = estimate(memory, earlier), estimate(memory + more, earlier)
     assert small is not None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import SOURCE_MAY_RUN, TARGET_MAY_RUN, SourcePhase, TargetPhase
-from podferry.core.precopy import PAGE, Policy, Round, Step, decide, link_rate, rest
+from podferry.core.precopy import PAGE, PreCopyPolicy, Round, Step, decide, link_rate, rest
 from podferry.core.preflight import Question, refusals, warnings
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed
@@ -35,28 +35,30 @@ def rounds(*left: float, first: float = 1000) -> list[Round]:
 
 
 STEADY = (900, 910, 905, 900, 910, 905)
-NEITHER = Policy(throttle=False)
+NEITHER = PreCopyPolicy(throttle=False)
 
 
 @pytest.mark.parametrize(
     ("left", "quota", "policy", "step", "kept"),
     [
-        ((5,), 1.0, Policy(), Step.CUT_OVER, 1.0),
-        ((450, 190), 1.0, Policy(), Step.GO_ON, 1.0),
-        ((60, 20, 9, 30, 8), 1.0, Policy(), Step.GO_ON, 1.0),
-        ((60, 20, 9, 10, 9, 9, 10, 9), 1.0, Policy(), Step.THROTTLE, 0.556),
-        ((1000,), 1.0, Policy(), Step.GO_ON, 1.0),
-        ((1000, 1000), 1.0, Policy(), Step.THROTTLE, 0.2),
-        ((930, 850), 1.0, Policy(), Step.THROTTLE, 0.547),
-        ((930, 850), 0.05, Policy(), Step.GO_ON, 0.05),
-        (STEADY, 0.05, Policy(), Step.GIVE_UP, 0.05),
-        (STEADY, 1.0, Policy(throttle=False, postcopy=True), Step.POSTCOPY, 1.0),
+        ((5,), 1.0, PreCopyPolicy(), Step.CUT_OVER, 1.0),
+        ((450, 190), 1.0, PreCopyPolicy(), Step.GO_ON, 1.0),
+        ((60, 20, 9, 30, 8), 1.0, PreCopyPolicy(), Step.GO_ON, 1.0),
+        ((60, 20, 9, 10, 9, 9, 10, 9), 1.0, PreCopyPolicy(), Step.THROTTLE, 0.556),
+        ((1000,), 1.0, PreCopyPolicy(), Step.GO_ON, 1.0),
+        ((1000, 1000), 1.0, PreCopyPolicy(), Step.THROTTLE, 0.2),
+        ((930, 850), 1.0, PreCopyPolicy(), Step.THROTTLE, 0.547),
+        ((930, 850), 0.05, PreCopyPolicy(), Step.GO_ON, 0.05),
+        (STEADY, 0.05, PreCopyPolicy(), Step.GIVE_UP, 0.05),
+        (STEADY, 1.0, PreCopyPolicy(throttle=False, postcopy=True), Step.POSTCOPY, 1.0),
         (STEADY, 1.0, NEITHER, Step.GIVE_UP, 1.0),
         ((900, 910, 20, 700, 800), 1.0, NEITHER, Step.GO_ON, 1.0),
-        ((*range(300, 0, -10),), 1.0, Policy(max_downtime=0.01, throttle=False), Step.GIVE_UP, 1.0),
+        ((*range(300, 0, -10),), 1.0, PreCopyPolicy(max_downtime=0.01, throttle=False), Step.GIVE_UP, 1.0),
     ],
 )
-def test_the_table_of_examples(left: tuple[float, ...], quota: float, policy: Policy, step: Step, kept: float) -> None:
+def test_the_table_of_examples(
+    left: tuple[float, ...], quota: float, policy: PreCopyPolicy, step: Step, kept: float
+) -> None:
     decision = decide(rounds(*left), policy, rate=LINK, quota=quota)
     assert (decision.step, decision.quota) == (step, kept)
     assert decision.reason
@@ -84,7 +86,7 @@ def test_what_was_written_in_a_rest_is_not_taken_for_more() -> None:
 @given(st.integers(0, 1 << 32), st.booleans(), st.booleans(), st.floats(0, 1e10))
 def test_whatever_the_job_does_copying_ends(seed: int, throttle: bool, postcopy: bool, rate: float) -> None:
     """As the source asks: about the rounds since the job was slowed down last."""
-    policy, quota, seen, job = Policy(throttle=throttle, postcopy=postcopy), 1.0, [], Random(seed)
+    policy, quota, seen, job = PreCopyPolicy(throttle=throttle, postcopy=postcopy), 1.0, [], Random(seed)
     largest = job.randint(1, 34)
     for number in range(1, 601):
         pages, pending = (1 << job.randint(0, 22)), job.randrange(1 << largest)

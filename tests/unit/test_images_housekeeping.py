@@ -12,7 +12,7 @@ from podferry.images import initialise, layout, open_share
 from podferry.images.collect import Collector
 from podferry.images.guard import Guard
 from podferry.images.housekeeping import Chore, Housekeeping
-from podferry.images.metadata import Kind, Metadata
+from podferry.images.metadata import Metadata, SnapshotKind
 from podferry.images.metrics import Metrics
 from podferry.images.prefetch import Prefetcher
 from podferry.images.publisher import Publisher
@@ -81,7 +81,7 @@ def test_a_folder_that_is_gone_stops_nothing_else(house: House) -> None:
 
 
 def test_layers_that_wait_and_layers_in_use_are_counted(house: House) -> None:
-    house.metadata.create(Kind.ACTIVE, "extract", "", {}, lambda made: None)
+    house.metadata.create(SnapshotKind.ACTIVE, "extract", "", {}, lambda made: None)
     house.metadata.commit("layer", "extract", {}, size=(1, 1), chain=CHAIN)
     house.store.references.add(OTHER)
     seen = house.look()

@@ -18,7 +18,7 @@ from podferry.images import initialise, layout, open_share
 from podferry.images.erofs import MAGIC, MAGIC_AT, ErofsForm
 from podferry.images.faults import LayerDamaged, LayerExchanged
 from podferry.images.guard import Guard
-from podferry.images.kept import Kept, Watch
+from podferry.images.kept import LayerWatch, NodeDigests
 from podferry.images.layout import FormName, LayerRecord
 from podferry.images.leases import Leases
 from podferry.images.metadata import Metadata
@@ -65,7 +65,7 @@ class Node:
         )
         publisher = Publisher(self.base, self.metadata, self.store)
         self.snapshotter = Snapshotter(self.base, self.metadata, self.store, publisher)
-        self.watch = Watch(self.share, self.store, self.snapshotter.kept, lambda: [CHAIN])
+        self.watch = LayerWatch(self.share, self.store, self.snapshotter.kept, lambda: [CHAIN])
 
     def publish(self) -> None:
         self.store.publish(CHAIN, self.base / "source")
@@ -184,7 +184,7 @@ def test_what_is_kept_goes_with_the_last_image(base: Path, user: Node) -> None:
 def test_damaged_stamps_are_none(tmp_path: Path) -> None:
     metadata = Metadata(tmp_path / "metadata.db")
     metadata.remember(f"stamps {CHAIN}", "{")
-    kept = Kept(metadata)
+    kept = NodeDigests(metadata)
     assert kept.stamps(CHAIN) == []
     for number in range(20):
         kept.stamp(CHAIN, str(number))
@@ -201,5 +201,5 @@ def test_a_share_that_does_not_answer_ends_no_watch(user: Node) -> None:
 
     failed: list[PodferryError] = []
     store = cast(Any, SimpleNamespace(look=hung))
-    Watch(user.share, store, user.snapshotter.kept, lambda: [CHAIN, CHAIN], failed.append).look()
+    LayerWatch(user.share, store, user.snapshotter.kept, lambda: [CHAIN, CHAIN], failed.append).look()
     assert len(failed) == 2

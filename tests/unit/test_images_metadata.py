@@ -13,13 +13,13 @@ from podferry.errors import PodferryError, UsageError
 from podferry.images.filters import parse
 from podferry.images.metadata import (
     Home,
-    Kind,
     Metadata,
     MetadataBroken,
-    Snapshot,
     SnapshotExists,
     SnapshotInvalid,
+    SnapshotKind,
     SnapshotMissing,
+    SnapshotRow,
 )
 
 pytestmark = pytest.mark.unit
@@ -32,8 +32,8 @@ def metadata(tmp_path: Path) -> Metadata:
     return Metadata(tmp_path / "metadata.db")
 
 
-def layer(metadata: Metadata, name: str, parent: str = "", chain: str | None = CHAIN) -> Snapshot:
-    metadata.create(Kind.ACTIVE, f"{name}-key", parent, {})
+def layer(metadata: Metadata, name: str, parent: str = "", chain: str | None = CHAIN) -> SnapshotRow:
+    metadata.create(SnapshotKind.ACTIVE, f"{name}-key", parent, {})
     return metadata.commit(name, f"{name}-key", {}, size=(10, 1), chain=chain)
 
 
@@ -57,12 +57,12 @@ def test_a_second_layer_of_one_chain_gets_a_name_of_its_own(metadata: Metadata) 
 
 def test_a_copy_on_disk_is_kept_for_those_who_may_have_it_mounted(metadata: Metadata) -> None:
     made = layer(metadata, "x")
-    metadata.create(Kind.ACTIVE, "before", "x", {})
-    metadata.create(Kind.ACTIVE, "mid-key", "x", {})
+    metadata.create(SnapshotKind.ACTIVE, "before", "x", {})
+    metadata.create(SnapshotKind.ACTIVE, "mid-key", "x", {})
     metadata.commit("mid", "mid-key", {}, size=(1, 1), chain=None)
-    metadata.create(Kind.VIEW, "grandchild", "mid", {})
+    metadata.create(SnapshotKind.VIEW, "grandchild", "mid", {})
     metadata.move(made.id, Home.SHARE)
-    metadata.create(Kind.ACTIVE, "after", "x", {})
+    metadata.create(SnapshotKind.ACTIVE, "after", "x", {})
     assert metadata.users_of_copy(metadata.get("x")) == 2
     metadata.remove("grandchild")
     assert metadata.users_of_copy(metadata.get("x")) == 1
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_database_is_named_with_a_way_out(tmp_path: Path) -> N
 
 def test_a_name_is_needed(metadata: Metadata) -> None:
     with pytest.raises(SnapshotInvalid):
-        metadata.create(Kind.ACTIVE, "", "", {})
+        metadata.create(SnapshotKind.ACTIVE, "", "", {})
 
 
 class Crash(Exception):
@@ -119,7 +119,7 @@ class Failing:
 
 def test_a_crash_at_any_statement_leaves_the_state_before_or_after(tmp_path: Path) -> None:
     def steps(metadata: Metadata) -> None:
-        metadata.create(Kind.ACTIVE, "k", "base", {"a": "b"})
+        metadata.create(SnapshotKind.ACTIVE, "k", "base", {"a": "b"})
         metadata.commit("x", "k", {}, size=(1, 2), chain=CHAIN)
         metadata.update("x", {"l": "v"})
         metadata.remove("x")
@@ -138,10 +138,10 @@ def test_a_crash_at_any_statement_leaves_the_state_before_or_after(tmp_path: Pat
         names = {one.name: one for one in reopened.all()}
         assert set(names) in ({"base"}, {"base", "k"}, {"base", "x"})
         if "k" in names:
-            assert names["k"].kind is Kind.ACTIVE
+            assert names["k"].kind is SnapshotKind.ACTIVE
             assert names["k"].labels == {"a": "b"}
         if "x" in names:
-            assert names["x"].kind is Kind.COMMITTED
+            assert names["x"].kind is SnapshotKind.COMMITTED
             assert names["x"].parent == "base"
             assert names["x"].chain == CHAIN
         if done:
@@ -160,17 +160,17 @@ CALLS = st.lists(
 @given(CALLS)
 def test_any_sequence_of_calls_matches_a_plain_model(calls: list[tuple[str, str, str]]) -> None:
     metadata = Metadata(Path(":memory:"))
-    model: dict[str, tuple[Kind, str]] = {}
+    model: dict[str, tuple[SnapshotKind, str]] = {}
     for call, name, other in calls:
-        committed = not other or model.get(other, (None,))[0] is Kind.COMMITTED
+        committed = not other or model.get(other, (None,))[0] is SnapshotKind.COMMITTED
         children = [one for one, (_, parent) in model.items() if parent == name]
         match call:
             case "prepare" | "view":
-                kind = Kind.ACTIVE if call == "prepare" else Kind.VIEW
+                kind = SnapshotKind.ACTIVE if call == "prepare" else SnapshotKind.VIEW
                 allowed = name not in model and committed
                 act = lambda: metadata.create(kind, name, other, {})  # noqa: E731, B023
             case "commit":
-                allowed = bool(other) and model.get(other, (None,))[0] is Kind.ACTIVE and name not in model
+                allowed = bool(other) and model.get(other, (None,))[0] is SnapshotKind.ACTIVE and name not in model
                 act = lambda: metadata.commit(name, other, {}, size=(0, 0), chain=None)  # noqa: E731, B023
             case _:
                 allowed = name in model and not children
@@ -185,18 +185,18 @@ def test_any_sequence_of_calls_matches_a_plain_model(calls: list[tuple[str, str,
             case "prepare" | "view":
                 model[name] = (kind, other)
             case "commit":
-                model[name] = (Kind.COMMITTED, model.pop(other)[1])
+                model[name] = (SnapshotKind.COMMITTED, model.pop(other)[1])
             case _:
                 del model[name]
         assert {one.name: (one.kind, one.parent) for one in metadata.all()} == model
 
 
 def test_errors_say_which(metadata: Metadata) -> None:
-    metadata.create(Kind.ACTIVE, "a", "", {})
+    metadata.create(SnapshotKind.ACTIVE, "a", "", {})
     with pytest.raises(SnapshotExists, match="a already exists"):
-        metadata.create(Kind.VIEW, "a", "", {})
+        metadata.create(SnapshotKind.VIEW, "a", "", {})
     with pytest.raises(SnapshotMissing, match="parent snapshot p"):
-        metadata.create(Kind.ACTIVE, "b", "p", {})
+        metadata.create(SnapshotKind.ACTIVE, "b", "p", {})
 
 
 LABELS = {"name": "it's", "labels": {"a.b/c": "1,2", "empty": ""}}

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from podferry.images.metadata import Kind, Metadata
+from podferry.images.metadata import Metadata, SnapshotKind
 from podferry.images.publisher import YIELDS_TO_PULLS, Publisher
 from podferry.images.store import LayerStore
 
@@ -48,7 +48,7 @@ def publisher(tmp_path: Path, metadata: Metadata, pulling: list[bool]) -> tuple[
 
 def with_layer(metadata: Metadata) -> None:
     """A layer that waits to be published."""
-    metadata.create(Kind.ACTIVE, "unpacking", "", {}, lambda made: None)
+    metadata.create(SnapshotKind.ACTIVE, "unpacking", "", {}, lambda made: None)
     metadata.commit(CHAIN, "unpacking", {}, size=(1, 1), chain=CHAIN, parent="")
 
 

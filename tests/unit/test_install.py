@@ -19,7 +19,7 @@ import tomli_w
 from podferry.criu import dump_gate, incoming
 from podferry.errors import Refused
 from podferry.install import criu, daemon, files, node, remains, settings
-from podferry.install.settings import CRI, Settings
+from podferry.install.settings import CRI, ContainerdSettings
 from podferry.node import outside
 
 pytestmark = pytest.mark.unit
@@ -472,6 +472,6 @@ def test_where_selinux_enforces_nothing_is_installed(on: Node) -> None:
 
 
 def test_imports_written_in_a_way_that_is_not_understood() -> None:
-    main = Settings(CONFIG, 'version = 2\n"imports" = ["/x.toml"]\n')
+    main = ContainerdSettings(CONFIG, 'version = 2\n"imports" = ["/x.toml"]\n')
     with pytest.raises(Refused, match="cannot add an import"):
         settings.with_import(main, 1, DROP_IN)

@@ -17,7 +17,7 @@ from podferry.lazypages.descriptors import Keeper
 from podferry.lazypages.loop import Pump
 from podferry.lazypages.page_source import NoSource
 from podferry.lazypages.status import StatusFile
-from podferry.lazypages.task import Answer, Task
+from podferry.lazypages.task import FaultAnswer, FedTask
 
 pytestmark = pytest.mark.unit
 
@@ -42,15 +42,15 @@ class Played:
     gone: bool = False
     looks: list[str] = field(default_factory=list)
 
-    def answer(self) -> Answer:
+    def answer(self) -> FaultAnswer:
         self.looks.append("fault")
         if not self._refused():
             self.faults.clear()
-            return Answer.DONE
-        return Answer.BUSY
+            return FaultAnswer.DONE
+        return FaultAnswer.BUSY
 
-    def fill(self) -> Answer:
-        return Answer.ABSENT
+    def fill(self) -> FaultAnswer:
+        return FaultAnswer.ABSENT
 
     @property
     def has_all(self) -> bool:
@@ -92,7 +92,7 @@ def test_what_finds_the_address_space_changing_is_tried_again(tmp_path: Path, qu
     keeper, report = cast(Keeper, NoKeeper()), StatusFile(tmp_path / "status")
     pump = Pump(cast(CriuSocket, Criu()), tmp_path, no_store, NoSource(), keeper, report)
     task = Played(os.dup(quiet), faults)
-    pump._add(cast(Task, task))
+    pump._add(cast(FedTask, task))
     pump._filling = pump._more = True  # something has just been put in place
     run = threading.Thread(target=pump.run, daemon=True)
     run.start()

@@ -15,7 +15,7 @@ from podferry.errors import Bug, Failed, PeerMisbehaved
 from podferry.lazypages.copying import PageIndex
 from podferry.lazypages.criu_socket import FINISHED, SOCKET, CriuSocket, Restored, RestoreFinished
 from podferry.lazypages.page_source import AgentSource, Frame, NoSource, Word
-from podferry.lazypages.status import State, Status, StatusFile, read_status
+from podferry.lazypages.status import DaemonState, DaemonStatus, StatusFile, read_status
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import Runs
 
@@ -161,8 +161,8 @@ def test_a_complete_store_is_asked_for_nothing() -> None:
 def test_a_status_survives_the_file(tmp_path: Path) -> None:
     report = StatusFile(tmp_path / "status")
     report.status.bytes_fed = 4096
-    report.enter(State.FILLING)
-    assert read_status(tmp_path / "status") == Status(state=State.FILLING, bytes_fed=4096)
+    report.enter(DaemonState.FILLING)
+    assert read_status(tmp_path / "status") == DaemonStatus(state=DaemonState.FILLING, bytes_fed=4096)
     assert [path.name for path in tmp_path.iterdir()] == ["status"]
     (tmp_path / "status").write_text('{"state": "odd"}')
     with pytest.raises(ValueError, match="odd"):

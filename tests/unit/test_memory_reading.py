@@ -24,7 +24,7 @@ from podferry.memory.kernel.reader import Data, Gone, Reader, Zero, tell_zeroes
 from podferry.memory.kernel.zero_frames import ZeroFrames
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking import none
-from podferry.memory.tracking.tracker import Kind, Tracker, TrackerFacts, choose, create, no_pause
+from podferry.memory.tracking.tracker import Tracker, TrackerFacts, TrackerKind, choose, create, no_pause
 
 pytestmark = pytest.mark.unit
 
@@ -155,14 +155,16 @@ def test_scattered_pages_are_read_each_once_and_those_that_are_gone_are_told() -
 @pytest.mark.parametrize(
     ("lacking", "kind", "reason"),
     [
-        ({}, Kind.UFFD, "PAGEMAP_SCAN"),
-        ({"wp_async": False}, Kind.SOFT_DIRTY, "WP_ASYNC"),
-        ({"pagemap_scan": False}, Kind.SOFT_DIRTY, "PAGEMAP_SCAN"),
-        ({"machine": "riscv64"}, Kind.SOFT_DIRTY, "riscv64"),
-        ({"wp_async": False, "soft_dirty": False}, Kind.NONE, "CONFIG_MEM_SOFT_DIRTY"),
+        ({}, TrackerKind.UFFD, "PAGEMAP_SCAN"),
+        ({"wp_async": False}, TrackerKind.SOFT_DIRTY, "WP_ASYNC"),
+        ({"pagemap_scan": False}, TrackerKind.SOFT_DIRTY, "PAGEMAP_SCAN"),
+        ({"machine": "riscv64"}, TrackerKind.SOFT_DIRTY, "riscv64"),
+        ({"wp_async": False, "soft_dirty": False}, TrackerKind.NONE, "CONFIG_MEM_SOFT_DIRTY"),
     ],
 )
-def test_the_best_tracker_is_chosen_and_says_why(lacking: dict[str, bool | str], kind: Kind, reason: str) -> None:
+def test_the_best_tracker_is_chosen_and_says_why(
+    lacking: dict[str, bool | str], kind: TrackerKind, reason: str
+) -> None:
     choice = choose(dataclasses.replace(ALL, **lacking))  # type: ignore[arg-type]
     assert choice.kind is kind
     assert reason in choice.reason
@@ -170,12 +172,12 @@ def test_the_best_tracker_is_chosen_and_says_why(lacking: dict[str, bool | str],
 
 def test_soft_dirty_without_a_pause_is_refused() -> None:
     with pytest.raises(UsageError, match="pause"):
-        create(Kind.SOFT_DIRTY, list)
+        create(TrackerKind.SOFT_DIRTY, list)
 
 
 CLASSIC: list[Callable[[], Tracker]] = [
-    lambda: create(Kind.SOFT_DIRTY, lambda: [os.getpid()], pause=no_pause),
-    lambda: create(Kind.NONE, lambda: [os.getpid()]),
+    lambda: create(TrackerKind.SOFT_DIRTY, lambda: [os.getpid()], pause=no_pause),
+    lambda: create(TrackerKind.NONE, lambda: [os.getpid()]),
 ]
 
 

@@ -16,8 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry.errors import PeerMisbehaved, Refused, TimedOut
-from podferry.node.containerd import AlreadyExists, Containerd, ContainerdFailed, ContainerdUnreachable, NotFound
-from podferry.node.records import Container, Mount, Opaque, Status, Stdio, lower_dirs, upper_dir
+from podferry.node.containerd import (
+    Containerd,
+    ContainerdAlreadyExists,
+    ContainerdFailed,
+    ContainerdNotFound,
+    ContainerdUnreachable,
+)
+from podferry.node.records import Container, Opaque, SnapshotMount, Stdio, TaskStatus, lower_dirs, upper_dir
 from podferry.protos import (
     containers_pb2,
     containers_pb2_grpc,
@@ -42,7 +48,7 @@ RECORD = Container(
     labels={"team": "physics"},
     extensions={"x": Opaque("type", b"\x00\x01")},
 )
-OVERLAY = Mount(
+OVERLAY = SnapshotMount(
     "overlay", "overlay", ("index=off", "workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s/2/fs:/s/1/fs")
 )
 
@@ -167,10 +173,10 @@ def test_a_record_survives_the_way_to_another_node(client: Containerd, fakes: di
     assert RECORD.spec_json()["linux"]["cgroupsPath"] == "/default/job"
     assert RECORD.runc_options().binary_name == "/usr/bin/podferry-runc"
     assert client.runc_root(RECORD) == Path("/run/containerd/runc/k8s.io")
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(ContainerdAlreadyExists):
         client.create_container(RECORD)
     client.delete_container("job")
-    with pytest.raises(NotFound) as missing:
+    with pytest.raises(ContainerdNotFound) as missing:
         client.container("job")
     assert "not found" in missing.value.why
     assert fakes["containers"].namespaces == {"k8s.io"}
@@ -212,7 +218,7 @@ def test_tasks(client: Containerd, fakes: dict[str, Fake]) -> None:
     assert request.stdout == "file:///var/log/job" and request.options.value == OPTIONS.value
     assert [types_pb2.Mount(type=mount.type) for mount in request.rootfs] == [types_pb2.Mount(type="overlay")]
     task = client.task("job")
-    assert (task.id, task.pid, task.status, task.stdout) == ("job", 4711, Status.UNKNOWN, "file:///var/log/job")
+    assert (task.id, task.pid, task.status, task.stdout) == ("job", 4711, TaskStatus.UNKNOWN, "file:///var/log/job")
     assert client.wait_task("job") == 137
     with pytest.raises(TimedOut):
         client.wait_task("endless")
@@ -232,9 +238,13 @@ def test_nobody_is_there(tmp_path: Path) -> None:
 def test_the_directories_of_a_root() -> None:
     assert upper_dir([OVERLAY]) == Path("/s/3/fs")
     assert lower_dirs([OVERLAY]) == (Path("/s/2/fs"), Path("/s/1/fs"))
-    plain = Mount("bind", "/s/1/fs", ("rw", "rbind"))
+    plain = SnapshotMount("bind", "/s/1/fs", ("rw", "rbind"))
     assert (upper_dir([plain]), lower_dirs([plain])) == (Path("/s/1/fs"), ())
-    for mounts in ([], [Mount("bind", "/s/1", ("ro",))], [Mount("overlay", "overlay", ("lowerdir=/s/1",))]):
+    for mounts in (
+        [],
+        [SnapshotMount("bind", "/s/1", ("ro",))],
+        [SnapshotMount("overlay", "overlay", ("lowerdir=/s/1",))],
+    ):
         with pytest.raises(Refused):
             upper_dir(mounts)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from podferry.criu.checkpoint import Process
-from podferry.criu.restoring import LOG, Restoring
+from podferry.criu.restoring import LOG, RestoreProcess
 from podferry.node.process import spawn
 
 pytestmark = pytest.mark.unit
@@ -40,8 +40,8 @@ OLD_ERROR = "(00.011000) Warn  (criu/rlimit.c:1): Can't set RLIMIT_NOFILE\n"
 def test_what_the_log_says(log: str | None, resumed: bool | None, tmp_path: Path) -> None:
     if log is not None:
         (tmp_path / LOG).write_text(log)
-    assert Restoring(tmp_path).resumed() is resumed
-    assert Restoring(tmp_path).settle() is resumed
+    assert RestoreProcess(tmp_path).resumed() is resumed
+    assert RestoreProcess(tmp_path).settle() is resumed
 
 
 def test_a_restore_that_does_not_end_is_ended_with_what_it_restores(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_restore_that_does_not_end_is_ended_with_what_it_restores(tmp_path: Pa
     while len(children.read_text().split()) < 2:
         time.sleep(0.01)
     tasks = [Process.of(int(pid)) for pid in children.read_text().split()]
-    assert Restoring(tmp_path, wrapper).settle(0.0) is False
+    assert RestoreProcess(tmp_path, wrapper).settle(0.0) is False
     assert not any(task and task.alive() for task in tasks)
     assert not wrapper.alive()
     os.waitpid(runc.pid, 0)

@@ -17,9 +17,9 @@ from upper_tree import Gardener, move, picture
 from podferry.engine.journal import Journal
 from podferry.errors import Failed
 from podferry.node import outside, staging
-from podferry.node.cri import Kind, Volume
+from podferry.node.cri import SharedMountKind, Volume
 from podferry.node.staging import Staged, discard
-from podferry.node.upper import Receiver, Source
+from podferry.node.upper import Receiver, TreeSource
 from podferry.workload import target
 from podferry.workload.config import Config
 from podferry.workload.target import TargetWorkload
@@ -48,7 +48,7 @@ def staged_mounts(base: Path) -> list[str]:
 
 
 def fill(receiver: Receiver, source: Path) -> None:
-    with Source(source) as sender:
+    with TreeSource(source) as sender:
         move(sender, receiver, frozen=True)
 
 
@@ -73,7 +73,7 @@ def test_no_local_user_gets_at_a_program_in_a_staged_volume(
 ) -> None:
     config = Config("node", "127.0.0.1:1", tmp_path, state=state, run=state / "run")
     journal = Journal(tmp_path / "journal" / "id")
-    volumes = (Volume("data", Kind.DISK), Volume("cache", Kind.MEMORY))
+    volumes = (Volume("data", SharedMountKind.DISK), Volume("cache", SharedMountKind.MEMORY))
     pod = TargetWorkload(config, journal, [], cast(Any, None), volumes)
     old = os.umask(0)
     try:

@@ -21,7 +21,7 @@ from podferry.errors import Failed, PeerMisbehaved, UsageError
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import Runs
 from podferry.node import cri
-from podferry.node.cri import Kind, Volume
+from podferry.node.cri import SharedMountKind, Volume
 from podferry.node.records import Container, Opaque
 from podferry.node.upper import copy
 from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
@@ -222,7 +222,7 @@ async def test_what_the_containers_of_a_pod_hold_is_taken_back_by_one_handler_an
 OFFERED = OfferedPod(
     PodName("ns", "job", UID),
     (PodPart("main", "c0", ("--file-locks",)), PodPart("side", "c1", ())),
-    (Volume("data", Kind.DISK), Volume("data", Kind.MEMORY)),
+    (Volume("data", SharedMountKind.DISK), Volume("data", SharedMountKind.MEMORY)),
 )
 
 
@@ -271,8 +271,8 @@ def test_what_is_a_pods_own_and_what_is_its_nodes(tmp_path: Path) -> None:
     assert [one.source for one in cri.foreign_binds(spec, UID, tmp_path)] == ["/srv/models"]
     assert list(cri.sub_paths_of_empty_dirs(spec, UID, tmp_path)) == ["data"]
     assert cri.volumes([spec], UID, tmp_path) == (
-        (Volume("data", Kind.DISK), empty),
-        (Volume("shm", Kind.SHM), Path(shm)),
+        (Volume("data", SharedMountKind.DISK), empty),
+        (Volume("shm", SharedMountKind.SHM), Path(shm)),
     )
     assert list(cri.mounted_at(spec, empty)) == ["/data"]
     assert cri.termination_message(spec, UID, "main", tmp_path) == pod / "containers/main/1a2b"

@@ -55,3 +55,11 @@ def test_every_error_has_a_code_of_its_own_and_survives_the_wire() -> None:
         back = PodferryError.from_dict(error.to_dict())
         assert type(back) is kind
         assert back.to_dict() == error.to_dict()
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[Path]] = {}
+    for path in SOURCES:
+        for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(), re.MULTILINE):
+            places.setdefault(name, []).append(path)
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}

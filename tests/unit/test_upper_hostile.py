@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from upper_tree import Gardener, picture
 
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.node.upper import MAX_CHUNK, Entry, Policy, Receiver, Source, Summary, records
+from podferry.node.upper import MAX_CHUNK, Entry, Receiver, Summary, TreePolicy, TreeSource, records
 from podferry.node.upper.records import How, Record
 
 pytestmark = pytest.mark.unit
@@ -219,7 +219,7 @@ def test_a_pass_without_an_end_is_no_pass(prey: Prey) -> None:
 
 
 def test_content_beyond_what_was_agreed_is_refused(tmp_path: Path) -> None:
-    with Receiver(tmp_path, Policy(max_bytes=10)) as receiver:
+    with Receiver(tmp_path, TreePolicy(max_bytes=10)) as receiver:
         receiver.feed(b"".join(records.begin(fresh=True) + records.file(b"f", How.CREATE, 100)))
         receiver.feed(b"".join(records.data(0, b"0123456789")))
         with pytest.raises(PeerMisbehaved, match="agreed"):
@@ -247,7 +247,7 @@ def test_a_corrupted_stream_ends_in_an_error_and_touches_nothing_else(seed: int,
         here = prey.base / "outside" / "empty"
         Gardener(here, rng).work(20)
         prey.before = prey.look()
-        with Source(here) as source:
+        with TreeSource(here) as source:
             stream = [bytearray(chunk) for chunk in source.send(source.plan())]
         for _ in range(flips):
             chunk = rng.choice(stream)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from upper_tree import BLOCK, ROOT, Gardener, move, picture
 
 from podferry.errors import Failed, Refused
-from podferry.node.upper import MAX_CHUNK, Policy, Receiver, Source, shared_files
+from podferry.node.upper import MAX_CHUNK, Receiver, TreePolicy, TreeSource, shared_files
 from podferry.node.upper.scan import scan
 
 pytestmark = pytest.mark.unit
@@ -28,7 +28,7 @@ class Pair:
         self.here, self.there = base / "source", base / "target"
         self.here.mkdir()
         self.there.mkdir()
-        self.source, self.receiver = Source(self.here), Receiver(self.there)
+        self.source, self.receiver = TreeSource(self.here), Receiver(self.there)
 
     def move(self, *, frozen: bool = False, suspects: tuple[bytes, ...] = ()) -> int:
         return move(self.source, self.receiver, frozen=frozen, suspects=suspects)
@@ -295,10 +295,10 @@ def test_device_nodes_move_only_where_the_policy_says_so(tmp_path: Path) -> None
     here.mkdir()
     there.mkdir()
     os.mknod(here / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    with Source(here) as strict, pytest.raises(Refused, match="device node"):
+    with TreeSource(here) as strict, pytest.raises(Refused, match="device node"):
         strict.plan()
-    policy = Policy(devices=True)
-    with Source(here, policy) as source, Receiver(there, policy) as receiver:
+    policy = TreePolicy(devices=True)
+    with TreeSource(here, policy) as source, Receiver(there, policy) as receiver:
         move(source, receiver, frozen=True)
     assert picture(there) == picture(here)
 

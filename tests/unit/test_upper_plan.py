@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from podferry.node.upper import Entry, Manifest, Plan, diff
+from podferry.node.upper import Entry, Manifest, TreePlan, diff
 from podferry.node.upper.entries import parent_of
-from podferry.node.upper.plan import Verb
+from podferry.node.upper.plan import LinkVerb
 
 pytestmark = pytest.mark.unit
 
@@ -60,7 +60,7 @@ class Model:
         self.names: dict[bytes, object] = {b"": "directory"}
         self.refreshed: set[bytes] = set()
 
-    def apply(self, plan: Plan) -> None:
+    def apply(self, plan: TreePlan) -> None:
         if plan.fresh:
             self.names = {b"": "directory"}
         parked = {}
@@ -73,13 +73,13 @@ class Model:
                 del self.names[below]
         for step in plan.steps:
             assert self.names[parent_of(step.path)] == "directory"
-            if step.verb is Verb.KEEP:
+            if step.verb is LinkVerb.KEEP:
                 assert self.names[step.path] != "directory"
                 continue
             assert step.path not in self.names
-            if step.verb is Verb.MAKE:
+            if step.verb is LinkVerb.MAKE:
                 self.names[step.path] = "directory" if step.entry.is_directory else object()
-            elif step.verb is Verb.UNPARK:
+            elif step.verb is LinkVerb.UNPARK:
                 self.names[step.path] = parked.pop(step.slot)
             else:
                 assert self.names[step.leader] != "directory"
@@ -114,7 +114,7 @@ def test_every_plan_leads_to_its_manifest(history: list[Manifest]) -> None:
 def test_every_inode_that_changed_in_place_is_looked_at_once(history: list[Manifest]) -> None:
     for old, new in pairwise(history):
         plan = diff(old, new)
-        looked_at = [step.entry.identity for step in plan.steps if step.verb is not Verb.LINK]
+        looked_at = [step.entry.identity for step in plan.steps if step.verb is not LinkVerb.LINK]
         files = [identity for identity in looked_at if identity[2] != stat.S_IFDIR]
         assert len(files) == len(set(files))
         for path, item in new.entries.items():
@@ -132,7 +132,7 @@ def test_directories_are_sealed_when_their_content_changes() -> None:
     new = Manifest({b"": directory, b"d": directory, b"d/g": entry(stat.S_IFREG, 3)})
     plan = diff(old, new)
     assert plan.removes == (b"d/f",)
-    assert [step.verb for step in plan.steps] == [Verb.MAKE]
+    assert [step.verb for step in plan.steps] == [LinkVerb.MAKE]
     assert plan.seals == (b"d",)
 
 
@@ -140,5 +140,5 @@ def test_a_swap_parks_both_files() -> None:
     root, one, two = entry(stat.S_IFDIR, 1), entry(stat.S_IFREG, 2), entry(stat.S_IFREG, 3)
     plan = diff(Manifest({b"": root, b"a": one, b"b": two}), Manifest({b"": root, b"a": two, b"b": one}))
     assert len(plan.parks) == 2
-    assert [step.verb for step in plan.steps] == [Verb.UNPARK, Verb.UNPARK]
+    assert [step.verb for step in plan.steps] == [LinkVerb.UNPARK, LinkVerb.UNPARK]
     assert plan.removes == ()

@@ -22,8 +22,8 @@ from podferry.wire.frames import (
     File,
     Flag,
     Frame,
+    FrameKind,
     FrameReader,
-    Kind,
     Pages,
     Tree,
     encode,
@@ -141,14 +141,14 @@ def test_garbage_is_refused_or_waits_and_never_changes_its_mind(garbage: bytes) 
 @pytest.mark.parametrize(
     ("kind", "length"),
     [
-        (Kind.CONTROL, MAX_PAYLOAD + 1),
-        (Kind.PAGES, 1 << 31),
-        (Kind.FILE, 0xFFFFFFFF),
-        (Kind.BEAT, 1),
-        (Kind.CONTROL, 1),
+        (FrameKind.CONTROL, MAX_PAYLOAD + 1),
+        (FrameKind.PAGES, 1 << 31),
+        (FrameKind.FILE, 0xFFFFFFFF),
+        (FrameKind.BEAT, 1),
+        (FrameKind.CONTROL, 1),
     ],
 )
-def test_a_wrong_length_is_refused_with_the_header_alone(kind: Kind, length: int) -> None:
+def test_a_wrong_length_is_refused_with_the_header_alone(kind: FrameKind, length: int) -> None:
     with pytest.raises(PeerMisbehaved, match="allowed are"):
         list(FrameReader().receive_data(header(kind, length)))
 
@@ -159,10 +159,10 @@ def test_a_wrong_length_is_refused_with_the_header_alone(kind: Kind, length: int
         header(0, 0),
         header(7, 0),
         header(255, 2),
-        header(Kind.BEAT, 0, flags=1),
-        header(Kind.BEAT, 0, reserved=1),
-        header(Kind.PAGES, 100, flags=Flag.LAST),
-        header(Kind.CONTROL, 2, flags=Flag.ZSTD),
+        header(FrameKind.BEAT, 0, flags=1),
+        header(FrameKind.BEAT, 0, reserved=1),
+        header(FrameKind.PAGES, 100, flags=Flag.LAST),
+        header(FrameKind.CONTROL, 2, flags=Flag.ZSTD),
     ],
 )
 def test_an_illegal_header_is_refused(head: bytes) -> None:
@@ -193,39 +193,44 @@ def test_a_file_name_that_is_a_path_or_no_name_is_refused(name: str) -> None:
     body = struct.pack("<BBQ", 0, len(raw), 0) + raw + b"payload"
     if len(name) < 256:
         with pytest.raises(PeerMisbehaved, match="file name"):
-            list(FrameReader().receive_data(header(Kind.FILE, len(body)) + body))
+            list(FrameReader().receive_data(header(FrameKind.FILE, len(body)) + body))
     with pytest.raises(Bug):
         encode(File(0, name, 0, b"payload"))
 
 
-def hostile_bodies() -> Iterator[tuple[str, Kind, int, bytes]]:
+def hostile_bodies() -> Iterator[tuple[str, FrameKind, int, bytes]]:
     def pages_body(*runs: tuple[int, int], payload: bytes, count: int | None = None) -> bytes:
         head = struct.pack("<IHH", 1, 1, len(runs) if count is None else count)
         return head + b"".join(struct.pack("<QI", *run) for run in runs) + payload
 
     page = bytes(PAGE)
-    yield "unaligned", Kind.PAGES, 0, pages_body((1, 1), payload=page)
-    yield "no pages", Kind.PAGES, 0, pages_body((0, 0), payload=page)
-    yield "beyond the address space", Kind.PAGES, 0, pages_body((MAX_ADDRESS, 1), payload=page)
-    yield "wraps round", Kind.PAGES, 0, pages_body((2**64 - PAGE, 1), payload=page)
-    yield "payload too short", Kind.PAGES, 0, pages_body((0, 2), payload=page)
-    yield "payload too long", Kind.PAGES, 0, pages_body((0, 1), payload=page + b"x")
-    yield "no runs", Kind.PAGES, 0, pages_body(payload=page)
-    yield "ends within its runs", Kind.PAGES, 0, pages_body((0, 1), payload=page, count=65535)
-    yield "compressed, too many pages", Kind.PAGES, Flag.ZSTD, pages_body((0, 257), payload=b"x")
-    yield "compressed, four thousand million pages", Kind.PAGES, Flag.ZSTD, pages_body((0, 0xFFFFFFFF), payload=b"x")
-    yield "drop backwards", Kind.DROP, 0, struct.pack("<IIQQ", 1, 1, 2 * PAGE, PAGE)
-    yield "drop nothing", Kind.DROP, 0, struct.pack("<IIQQ", 1, 1, PAGE, PAGE)
-    yield "drop unaligned", Kind.DROP, 0, struct.pack("<IIQQ", 1, 1, 0, 1)
-    yield "drop too far", Kind.DROP, 0, struct.pack("<IIQQ", 1, 1, 0, MAX_ADDRESS + PAGE)
-    yield "drop goes on", Kind.DROP, 0, struct.pack("<IIQQ", 1, 1, 0, PAGE) + b"x"
-    yield "drop claims more runs", Kind.DROP, 0, struct.pack("<IIQQ", 1, 0xFFFFFFFF, 0, PAGE)
-    yield "file ends within its name", Kind.FILE, 0, struct.pack("<BBQ", 0, 200, 0) + b"name"
-    yield "file offset too far", Kind.FILE, 0, struct.pack("<BBQ", 0, 1, 1 << 63) + b"nx"
+    yield "unaligned", FrameKind.PAGES, 0, pages_body((1, 1), payload=page)
+    yield "no pages", FrameKind.PAGES, 0, pages_body((0, 0), payload=page)
+    yield "beyond the address space", FrameKind.PAGES, 0, pages_body((MAX_ADDRESS, 1), payload=page)
+    yield "wraps round", FrameKind.PAGES, 0, pages_body((2**64 - PAGE, 1), payload=page)
+    yield "payload too short", FrameKind.PAGES, 0, pages_body((0, 2), payload=page)
+    yield "payload too long", FrameKind.PAGES, 0, pages_body((0, 1), payload=page + b"x")
+    yield "no runs", FrameKind.PAGES, 0, pages_body(payload=page)
+    yield "ends within its runs", FrameKind.PAGES, 0, pages_body((0, 1), payload=page, count=65535)
+    yield "compressed, too many pages", FrameKind.PAGES, Flag.ZSTD, pages_body((0, 257), payload=b"x")
+    yield (
+        "compressed, four thousand million pages",
+        FrameKind.PAGES,
+        Flag.ZSTD,
+        pages_body((0, 0xFFFFFFFF), payload=b"x"),
+    )
+    yield "drop backwards", FrameKind.DROP, 0, struct.pack("<IIQQ", 1, 1, 2 * PAGE, PAGE)
+    yield "drop nothing", FrameKind.DROP, 0, struct.pack("<IIQQ", 1, 1, PAGE, PAGE)
+    yield "drop unaligned", FrameKind.DROP, 0, struct.pack("<IIQQ", 1, 1, 0, 1)
+    yield "drop too far", FrameKind.DROP, 0, struct.pack("<IIQQ", 1, 1, 0, MAX_ADDRESS + PAGE)
+    yield "drop goes on", FrameKind.DROP, 0, struct.pack("<IIQQ", 1, 1, 0, PAGE) + b"x"
+    yield "drop claims more runs", FrameKind.DROP, 0, struct.pack("<IIQQ", 1, 0xFFFFFFFF, 0, PAGE)
+    yield "file ends within its name", FrameKind.FILE, 0, struct.pack("<BBQ", 0, 200, 0) + b"name"
+    yield "file offset too far", FrameKind.FILE, 0, struct.pack("<BBQ", 0, 1, 1 << 63) + b"nx"
 
 
 @pytest.mark.parametrize(("kind", "flags", "body"), [pytest.param(*rest, id=name) for name, *rest in hostile_bodies()])
-def test_an_illegal_body_is_refused(kind: Kind, flags: int, body: bytes) -> None:
+def test_an_illegal_body_is_refused(kind: FrameKind, flags: int, body: bytes) -> None:
     reader = FrameReader()
     with pytest.raises(PeerMisbehaved):
         list(reader.receive_data(header(kind, len(body), flags) + body + packed(Beat())))

@@ -44,7 +44,7 @@ from podferry.wire.messages import (
     StatePart,
     Unknown,
 )
-from podferry.wire.session import DATA, GONE_STATES, MEANING, TABLE, Event, EventType, Role, Session, State
+from podferry.wire.session import DATA, GONE_STATES, MEANING, TABLE, Event, EventType, Role, Session, SessionState
 
 pytestmark = pytest.mark.unit
 
@@ -77,10 +77,10 @@ SAMPLES: dict[EventType, Event] = {
         *(kind(M) for kind in (Go, Done, Query, Poised, Ready, Restoring, Unknown)),
     )
 }
-STATES = pytest.mark.parametrize("state", State)
+STATES = pytest.mark.parametrize("state", SessionState)
 
 
-def in_state(role: Role, state: State) -> Session:
+def in_state(role: Role, state: SessionState) -> Session:
     session = Session(role)
     session.state = state
     session.rounds_ended, session.rounds_acked = 5, 3
@@ -98,7 +98,7 @@ def fitting(kind: EventType, ended: int, acked: int) -> Event | None:
 
 
 @STATES
-def test_what_crosses_on_the_way_leads_to_the_same_state_in_either_order(state: State) -> None:
+def test_what_crosses_on_the_way_leads_to_the_same_state_in_either_order(state: SessionState) -> None:
     for said_by_source, after_source in TABLE[state][Role.SOURCE].items():
         for said_by_target, after_target in TABLE[state][Role.TARGET].items():
             one = TABLE[after_source][Role.TARGET].get(said_by_target)
@@ -132,7 +132,7 @@ def test_both_ends_agree_after_any_walk_with_any_delays(data: st.DataObject) -> 
 
 @STATES
 @pytest.mark.parametrize("role", Role)
-def test_what_is_not_in_the_table_raises_and_changes_nothing(state: State, role: Role) -> None:
+def test_what_is_not_in_the_table_raises_and_changes_nothing(state: SessionState, role: Role) -> None:
     for kind, sample in SAMPLES.items():
         session = in_state(role, state)
         before = vars(session).copy()
@@ -147,7 +147,7 @@ def test_what_is_not_in_the_table_raises_and_changes_nothing(state: State, role:
 
 
 @STATES
-def test_what_is_in_the_table_leads_where_it_says(state: State) -> None:
+def test_what_is_in_the_table_leads_where_it_says(state: SessionState) -> None:
     for role in Role:
         for kind, after in TABLE[state][role].items():
             sender, receiver = in_state(role, state), in_state(role.other, state)
@@ -156,7 +156,7 @@ def test_what_is_in_the_table_leads_where_it_says(state: State) -> None:
             assert sender.send(event) is receiver.receive(event) is after
 
 
-def reachable(start: State) -> set[State]:
+def reachable(start: SessionState) -> set[SessionState]:
     found, new = {start}, [start]
     while new:
         rows = TABLE[new.pop()].values()
@@ -166,9 +166,9 @@ def reachable(start: State) -> set[State]:
 
 
 def test_every_state_can_be_reached_and_every_one_can_end() -> None:
-    assert reachable(State.IDLE) == set(State) == set(MEANING)
-    for state in State:
-        assert State.ENDED in reachable(state)
+    assert reachable(SessionState.IDLE) == set(SessionState) == set(MEANING)
+    for state in SessionState:
+        assert SessionState.ENDED in reachable(state)
 
 
 def test_every_message_is_said_by_its_speaker_and_by_nobody_else() -> None:
@@ -179,10 +179,10 @@ def test_every_message_is_said_by_its_speaker_and_by_nobody_else() -> None:
 def test_after_go_the_source_has_no_way_back_but_the_targets_word() -> None:
     for state in GONE_STATES:
         for after in TABLE[state][Role.SOURCE].values():
-            assert after in GONE_STATES | {State.ENDED}
+            assert after in GONE_STATES | {SessionState.ENDED}
         for kind, after in TABLE[state][Role.TARGET].items():
             assert after in GONE_STATES or kind is GaveUp
-    assert Abort not in TABLE[State.GONE][Role.SOURCE]
+    assert Abort not in TABLE[SessionState.GONE][Role.SOURCE]
 
 
 def test_only_go_and_the_answers_to_query_pass_the_right_to_run() -> None:
@@ -190,15 +190,15 @@ def test_only_go_and_the_answers_to_query_pass_the_right_to_run() -> None:
         for row in rows.values():
             for kind, after in row.items():
                 if after in GONE_STATES and state not in GONE_STATES:
-                    assert kind is Go or state is State.ASKED
+                    assert kind is Go or state is SessionState.ASKED
 
 
 @pytest.mark.parametrize("migration", ["m-2", "", "m-1 "])
 def test_a_message_about_another_migration_is_refused(migration: str) -> None:
-    session = in_state(Role.TARGET, State.READY)
+    session = in_state(Role.TARGET, SessionState.READY)
     with pytest.raises(PeerMisbehaved, match="this session about"):
         session.receive(Go(migration))
-    assert session.state is State.READY
+    assert session.state is SessionState.READY
 
 
 def test_rounds_end_and_are_acknowledged_in_order() -> None:

@@ -35,7 +35,7 @@ from podferry.wire.messages import (
     Trouble,
 )
 from podferry.wire.pki import Authority
-from podferry.wire.session import State
+from podferry.wire.session import SessionState
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, listen, parse_address, serve
 
@@ -127,7 +127,7 @@ async def test_a_conversation(pki: Path) -> None:
         assert channel.traffic.received > 0
         await channel.send(messages.Abort("m-1", "enough"))
         assert isinstance(await channel.receive(), GaveUp)
-        assert channel.session.state is State.ENDED
+        assert channel.session.state is SessionState.ENDED
     assert target.errors == []
 
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from podferry.node.upper import Receiver, Source
+from podferry.node.upper import Receiver, TreeSource
 from podferry.node.upper.entries import carried
 
 ROOT = os.geteuid() == 0
@@ -49,7 +49,7 @@ def walk(directory: Path) -> Iterator[Path]:
             yield from walk(Path(item.path))
 
 
-def move(source: Source, receiver: Receiver, *, frozen: bool = False, suspects: tuple[bytes, ...] = ()) -> int:
+def move(source: TreeSource, receiver: Receiver, *, frozen: bool = False, suspects: tuple[bytes, ...] = ()) -> int:
     """One pass from end to end; the bytes of content that it sent."""
     for chunk in source.send(source.plan(frozen=frozen, suspects=suspects)):
         receiver.feed(chunk)

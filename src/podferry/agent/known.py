@@ -14,7 +14,7 @@ import structlog
 from podferry.errors import PodferryError
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, Api, Json
-from podferry.kube.errors import NotFound
+from podferry.kube.errors import ObjectNotFound
 from podferry.kube.migration import Migration, MigrationUnreadable
 
 Key = tuple[str, str]
@@ -67,22 +67,23 @@ class Known:
         return self._seen[body["metadata"]["uid"]] if body is not None and self.see(body) else None
 
     async def change(self, id: str, change: store.Change) -> None:
-        """Change the status of the Migration with this uid, once it has been seen. Raises `NotFound` where it is gone."""
+        """Change the status of the Migration with this uid, once it has been seen. Raises `ObjectNotFound` where it is gone."""
         migration = await self.once(id, lambda _: True)
         try:
             self.learn(await store.change(self._api, migration.model_copy(deep=True), change))
-        except NotFound:
+        except ObjectNotFound:
             self._gone(id)
             raise
 
     async def once(self, id: str, holds: Callable[[Migration], bool]) -> Migration:
-        """The Migration once `holds`, as the watch brings it. Raises `NotFound` only where the API server says that it is gone."""
+        """The Migration once `holds`, as the watch brings it. Raises `ObjectNotFound` only where the API server says
+        that it is gone."""
         while True:
             news, seen = self._news, self._seen.get(id)
             if seen is not None and holds(seen):
                 return seen
             if seen is None and id in self._seen:
-                raise NotFound(f"there is no Migration with uid {id}", why="it was removed by force")
+                raise ObjectNotFound(f"there is no Migration with uid {id}", why="it was removed by force")
             with anyio.move_on_after(UNSEEN) as silence:
                 await news.wait()
             if silence.cancelled_caught and id not in self._seen:

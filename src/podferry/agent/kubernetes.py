@@ -19,12 +19,12 @@ from podferry.agent.known import Key, Known
 from podferry.agent.telling import Reporter, say_resumed
 from podferry.core.migration import MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
-from podferry.core.precopy import Policy
+from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, NODES, Api
-from podferry.kube.errors import NotFound, NotServed, transient
+from podferry.kube.errors import NotServed, ObjectNotFound, transient
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     HANDED_OVER,
@@ -172,7 +172,7 @@ class Kubernetes:
     async def admit(self, id: str, pod: PodName, source: str, mode: Mode) -> None:
         """Hold an offer to the Migration with this uid, which must admit it now, and admits one."""
         seen = None
-        with anyio.move_on_after(ADMIT_WITHIN), contextlib.suppress(NotFound):
+        with anyio.move_on_after(ADMIT_WITHIN), contextlib.suppress(ObjectNotFound):
             seen = await self._known.once(id, is_decided)
         if (seen := seen or self._known.newest(id)) is None:
             raise Refused(
@@ -213,7 +213,7 @@ class Kubernetes:
                 now.status.say(TARGET_REQUESTED, False, "GaveUp", "the job will not run here")
             return not now.ended
 
-        with contextlib.suppress(NotFound):  # its pods went with it
+        with contextlib.suppress(ObjectNotFound):  # its pods went with it
             await self._known.change(id, given)
 
     async def hand_over(self, id: str) -> None:
@@ -223,7 +223,7 @@ class Kubernetes:
                 await self._known.change(id, lambda now: say_resumed(now, committing=True))
                 await self._known.once(id, lambda one: one.status.holds(HANDED_OVER) or _is_over(one))
                 return
-            except NotFound:
+            except ObjectNotFound:
                 return  # somebody removed the Migration by force: there is nobody to wait for
             except PodferryError as error:
                 self._log.warning("the hand-over waits", migration=id, error=str(error))
@@ -256,8 +256,8 @@ def _never_began(error: PodferryError) -> store.Change:
 def order_of(migration: Migration) -> Order:
     """What the engine is asked, from the Migration's spec."""
     spec = migration.spec
-    policy = Policy(
-        max_downtime=seconds(spec.max_downtime) if spec.max_downtime else Policy.max_downtime,
+    policy = PreCopyPolicy(
+        max_downtime=seconds(spec.max_downtime) if spec.max_downtime else PreCopyPolicy.max_downtime,
         throttle=spec.allow_auto_converge,
         postcopy=spec.allow_post_copy,
     )

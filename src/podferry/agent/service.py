@@ -23,7 +23,7 @@ from podferry.agent.control import Emit
 from podferry.agent.pods import PodEngine
 from podferry.core.facts import NodeFacts
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent
-from podferry.core.precopy import Policy
+from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.attempt import Attempt, leaves
 from podferry.engine.journal import Journal, Part, forget_old, journals
 from podferry.engine.letters import Letters
@@ -247,8 +247,8 @@ class Agent:
             timeout=timeout_s or Order.timeout,
             bandwidth=bandwidth,
             max_freeze=max_freeze_s,
-            policy=Policy(
-                max_downtime=(max_downtime_ms or Policy.max_downtime * 1e3) / 1e3,
+            policy=PreCopyPolicy(
+                max_downtime=(max_downtime_ms or PreCopyPolicy.max_downtime * 1e3) / 1e3,
                 throttle=allow_throttle,
                 postcopy=allow_postcopy,
             ),

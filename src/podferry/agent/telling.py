@@ -12,8 +12,17 @@ from podferry.core.phases import SOURCE_ENDS, SourcePhase, TargetPhase
 from podferry.errors import PodferryError
 from podferry.kube import status as store
 from podferry.kube.client import Api
-from podferry.kube.errors import NotFound
-from podferry.kube.migration import INTACT, POISED, RESUMED, Ending, EnginePhases, Migration, Progress, duration
+from podferry.kube.errors import ObjectNotFound
+from podferry.kube.migration import (
+    INTACT,
+    POISED,
+    RESUMED,
+    Ending,
+    EnginePhases,
+    Migration,
+    MigrationProgress,
+    duration,
+)
 from podferry.workload.pod.ports import PodMigration
 
 Json = dict[str, Any]
@@ -73,7 +82,7 @@ class Reporter:
             try:
                 await store.change(self._api, migration.model_copy(deep=True), change)
                 return
-            except NotFound:
+            except ObjectNotFound:
                 return
             except PodferryError as error:
                 self._log.warning("the cluster cannot be told", migration=migration.name, error=str(error))
@@ -122,7 +131,7 @@ def say_resumed(migration: Migration, *, committing: bool = False) -> bool:
     return True
 
 
-def progress_of(event: Json, record: Json) -> Progress:
+def progress_of(event: Json, record: Json) -> MigrationProgress:
     """How far the source is, from its last event and its record."""
     sent, total = int(record["wire_bytes"]), int(event.get("total_bytes") or 0)
     left = event.get("eta_s")
@@ -130,7 +139,7 @@ def progress_of(event: Json, record: Json) -> Progress:
     summary = phase if phase not in SOURCE_ENDS else ""
     if phase == SourcePhase.PRECOPY and total:
         summary = f"{phase} {min(99, 100 * sent // total)}%"
-    return Progress(
+    return MigrationProgress(
         summary=summary,
         rounds=int(record["rounds"]),
         bytes=sent,

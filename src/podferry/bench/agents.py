@@ -71,7 +71,7 @@ class Sample:
     job: int
 
 
-class Watch:
+class TargetSampler:
     """Samples of the target from the feeder's start on, twenty a second, on a thread of its own."""
 
     def __init__(self, lab: Lab, node: str, bundle: Path) -> None:
@@ -80,7 +80,7 @@ class Watch:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> TargetSampler:
         self._thread.start()
         return self
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from podferry.bench.goals import MIB, Runs
+from podferry.bench.goals import MIB, ScenarioRuns
 from podferry.errors import UsageError
 
 Record = dict[str, Any]
@@ -25,7 +25,7 @@ def draw(records: Sequence[Record], into: Path) -> list[Path]:
     except ImportError as missing:
         raise UsageError("figures need matplotlib", remedy="install podferry[bench]") from missing
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    runs, made = Runs(records), []
+    runs, made = ScenarioRuns(records), []
     for name, paint in (("downtime", _methods), ("sizes", _sizes), ("drain", _drain)):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         if paint(figure.subplots(), runs):
@@ -34,7 +34,7 @@ def draw(records: Sequence[Record], into: Path) -> list[Path]:
     return made
 
 
-def _methods(axes: Any, runs: Runs) -> bool:
+def _methods(axes: Any, runs: ScenarioRuns) -> bool:
     """Downtime seen by the job, by method: every run and the median."""
     found = {name: values for name in METHODS if (values := runs.values("downtime", name, "downtime_ms"))}
     for row, (name, values) in enumerate(found.items()):
@@ -48,7 +48,7 @@ def _methods(axes: Any, runs: Runs) -> bool:
     return bool(found)
 
 
-def _sizes(axes: Any, runs: Runs) -> bool:
+def _sizes(axes: Any, runs: ScenarioRuns) -> bool:
     """Downtime by memory size."""
     found = {size: values for name, size in SIZES.items() if (values := runs.values(name, "live", "downtime_ms"))}
     for size, values in found.items():
@@ -64,7 +64,7 @@ def _sizes(axes: Any, runs: Runs) -> bool:
     return len(found) > 1
 
 
-def _drain(axes: Any, runs: Runs) -> bool:
+def _drain(axes: Any, runs: ScenarioRuns) -> bool:
     """The last run's page store, job and feeder while the job's memory is put in place."""
     samples: list[list[int]] = next(
         (one["facts"]["samples"] for one in reversed(runs.of("drain", "live")) if one["facts"]["samples"]), []

@@ -17,7 +17,7 @@ FORMS = ("erofs", "dir")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GoalVerdict:
     """A goal and what was measured: the median of `runs`. `measured` is `None` where nothing was; `detail` says of what."""
 
     goal: str
@@ -44,7 +44,7 @@ class Verdict:
         return better / self.limit if self.limit else better
 
 
-class Runs:
+class ScenarioRuns:
     """The completed runs of a scenario and method, and medians over them."""
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -69,9 +69,9 @@ class Runs:
         return median(found) if found else None
 
 
-def verdicts(records: Sequence[Record]) -> Iterator[Verdict]:
+def verdicts(records: Sequence[Record]) -> Iterator[GoalVerdict]:
     """Every goal that the records' scenarios have to do with, in the order in which they were set."""
-    runs = Runs(records)
+    runs = ScenarioRuns(records)
     scenarios = {str(one["scenario"]) for one in records}
     if scenarios & IMAGE_SCENARIOS:
         for form in FORMS:
@@ -87,10 +87,10 @@ def verdicts(records: Sequence[Record]) -> Iterator[Verdict]:
     yield _intact(records)
 
 
-def _downtime(runs: Runs) -> Iterator[Verdict]:
+def _downtime(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
     live, floor = (runs.median("downtime", method, "downtime_ms") for method in ("live", "floor"))
     count = len(runs.of("downtime", "live"))
-    yield Verdict(
+    yield GoalVerdict(
         "downtime, 1 GiB, 50 MB/s written, against the floor",
         1.5,
         False,
@@ -99,24 +99,24 @@ def _downtime(runs: Runs) -> Iterator[Verdict]:
         count,
         _over("ms", live, floor),
     )
-    yield Verdict("the same, in ms: the aim", 150, False, "ms", live, count)
+    yield GoalVerdict("the same, in ms: the aim", 150, False, "ms", live, count)
     sizes = {name: runs.median(name, "live", "downtime_ms") for name in ("small", "downtime", "large")}
     known = [value for value in sizes.values() if value is not None]
     spread = max(known) / min(known) if len(known) == len(sizes) else None
     detail = " / ".join("?" if value is None else f"{value:.0f}" for value in sizes.values())
     least = min(len(runs.of(name, "live")) for name in sizes)
-    yield Verdict(
+    yield GoalVerdict(
         "downtime, largest to smallest of 64 MiB, 1 GiB, 4 GiB", 1.3, False, "x", spread, least, f"{detail} ms"
     )
 
 
-def _against(runs: Runs) -> Iterator[Verdict]:
-    def both(goal: str, limit: float, other: str, field: str, *, shorter: bool = False) -> Verdict:
+def _against(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
+    def both(goal: str, limit: float, other: str, field: str, *, shorter: bool = False) -> GoalVerdict:
         live, there = (runs.median("downtime", method, field) for method in ("live", other))
         count = min(len(runs.of("downtime", method)) for method in ("live", other))
         if shorter:
-            return Verdict(goal, limit, True, "x", _ratio(there, live), count, _over("ms", there, live))
-        return Verdict(goal, limit, False, "x", _ratio(live, there), count, _over("ms", live, there))
+            return GoalVerdict(goal, limit, True, "x", _ratio(there, live), count, _over("ms", there, live))
+        return GoalVerdict(goal, limit, False, "x", _ratio(live, there), count, _over("ms", live, there))
 
     yield both("downtime shorter than that of stop, 1 GiB", 25, "stop", "downtime_ms", shorter=True)
     yield both("downtime against CRIU's lazy migration", 0.8, "criu-lazy", "downtime_ms")
@@ -124,15 +124,15 @@ def _against(runs: Runs) -> Iterator[Verdict]:
     yield both("longest stall after the resume against CRIU's lazy migration", 0.5, "criu-lazy", "stall_ms")
 
 
-def _costs(runs: Runs) -> Iterator[Verdict]:
+def _costs(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
     count = len(runs.of("downtime", "live"))
     total = runs.median("downtime", "live", total_over_allowance)
-    yield Verdict("total time against 1.25 x (bytes sent / link rate) + 1 s", 1.0, False, "x", total, count)
+    yield GoalVerdict("total time against 1.25 x (bytes sent / link rate) + 1 s", 1.0, False, "x", total, count)
     wire = runs.median("downtime", "live", wire_over_need)
-    yield Verdict("bytes on the wire against non-zero memory and what was written", 1.05, False, "x", wire, count)
+    yield GoalVerdict("bytes on the wire against non-zero memory and what was written", 1.05, False, "x", wire, count)
 
 
-def _speed(runs: Runs) -> Iterator[Verdict]:
+def _speed(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
     for goal, scenario, window in (
         ("speed during pre-copy, computing", "cpu", "during"),
         ("speed one second after the resume, 1 GiB read at random", "random", "second_after"),
@@ -140,20 +140,20 @@ def _speed(runs: Runs) -> Iterator[Verdict]:
         count = len(runs.of(scenario, "live"))
         wall, cpu = (runs.median(scenario, "live", _relative_speed(window, kind)) for kind in ("wall", "cpu"))
         detail = "" if cpu is None else f"by its own processor time {cpu:.3f}"
-        yield Verdict(goal, 0.95, True, "of the speed before", wall, count, detail)
+        yield GoalVerdict(goal, 0.95, True, "of the speed before", wall, count, detail)
 
 
-def _memory(runs: Runs) -> Iterator[Verdict]:
+def _memory(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
     count = len(runs.of("drain", "live"))
     peak = runs.median("drain", "live", agents_peak)
-    yield Verdict("memory of the larger agent, its feeder included", 150, False, "MiB", peak and peak / MIB, count)
+    yield GoalVerdict("memory of the larger agent, its feeder included", 150, False, "MiB", peak and peak / MIB, count)
     drain = runs.median("drain", "live", store_and_job)
-    yield Verdict(
+    yield GoalVerdict(
         "page store and job together while it drains, against the job alone afterwards", 1.25, False, "x", drain, count
     )
 
 
-def _storm(runs: Runs) -> Iterator[Verdict]:
+def _storm(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
     def throttled(one: Record) -> bool:
         return bool(one["outcome"] == COMPLETED)
 
@@ -170,13 +170,13 @@ def _storm(runs: Runs) -> Iterator[Verdict]:
     ):
         every = runs.all("storm", method)
         share = sum(map(expected, every)) / len(every) if every else None
-        yield Verdict(f"400 MB/s on 1 Gbit/s ends {ends}", 1.0, True, "of the runs", share, len(every))
+        yield GoalVerdict(f"400 MB/s on 1 Gbit/s ends {ends}", 1.0, True, "of the runs", share, len(every))
 
 
-def _intact(records: Sequence[Record]) -> Verdict:
+def _intact(records: Sequence[Record]) -> GoalVerdict:
     checked = [one for one in records if one.get("damaged") is not None]
     damaged = sum(one["damaged"] + one["damaged_files"] for one in checked)
-    return Verdict(
+    return GoalVerdict(
         "pages and files of the job that were not intact",
         0,
         False,
@@ -186,36 +186,36 @@ def _intact(records: Sequence[Record]) -> Verdict:
     )
 
 
-def _images(runs: Runs, form: str) -> Iterator[Verdict]:
+def _images(runs: ScenarioRuns, form: str) -> Iterator[GoalVerdict]:
     count, crowds = len(runs.of("images", form)), len(runs.of("crowd", form))
 
-    def against(goal: str, limit: float, field: str, *, sooner: bool = False) -> Verdict:
+    def against(goal: str, limit: float, field: str, *, sooner: bool = False) -> GoalVerdict:
         ours, plain = (runs.median("images", method, field) for method in (form, "overlayfs"))
         ratio, detail = (
             (_ratio(plain, ours), _over("ms", plain, ours))
             if sooner
             else (_ratio(ours, plain), _over("ms", ours, plain))
         )
-        return Verdict(
+        return GoalVerdict(
             f"{form}: {goal}", limit, sooner, "x", ratio, min(count, len(runs.of("images", "overlayfs"))), detail
         )
 
     layers = runs.median("images", form, "second_layer_bytes")
     received = runs.median("images", form, "second_link_bytes")
     detail = "" if received is None else f"of {received / MIB:.1f} MiB that it received at all"
-    yield Verdict(f"{form}: layers that the second node downloaded", 0, False, "bytes", layers, count, detail)
+    yield GoalVerdict(f"{form}: layers that the second node downloaded", 0, False, "bytes", layers, count, detail)
     yield against("second node's start sooner than with overlayfs", 5, "second_start_ms", sooner=True)
     yield against("first node's pull against overlayfs", 1.3, "first_pull_ms")
     yield against("import of numpy and scipy against local disk, warm", 1.05, "import_warm_ms")
     yield against("the same, cold", 1.5, "import_cold_ms")
     yield against("the same, cold, as the first that imports them anywhere", 1.5, "import_first_ms")
     unpacked = runs.values("crowd", form, "unpacked")
-    yield Verdict(
+    yield GoalVerdict(
         f"{form}: ten nodes at once, a layer unpacked", 1, False, "times", max(unpacked, default=None), crowds
     )
     many, one = (runs.median(scenario, form, "share_bytes") for scenario in ("crowd", "images"))
     ratio = _ratio(many, one)
-    yield Verdict(
+    yield GoalVerdict(
         f"{form}: bytes on the share for ten nodes",
         1.0,
         False,

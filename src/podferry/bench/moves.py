@@ -71,7 +71,7 @@ class Podferry:
         order = {"name": NAME, "to": TARGET, "mode": self.mode, **self.options}
         try:
             if self.watch:
-                with agents.Watch(lab, TARGET, BUNDLES / NAME) as watch:
+                with agents.TargetSampler(lab, TARGET, BUNDLES / NAME) as watch:
                     record = agents.ask(lab, SOURCE, "migrate", **order)
                 samples = watch.samples
             else:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from podferry.bench.goals import COMPLETED, IMAGE_SCENARIOS, MIB, Verdict, verdicts
+from podferry.bench.goals import COMPLETED, IMAGE_SCENARIOS, MIB, GoalVerdict, verdicts
 
 Record = dict[str, Any]
 Table = list[list[str]]
@@ -46,7 +46,7 @@ def markdown(records: Sequence[Record], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def goal_rows(all_verdicts: Iterable[Verdict]) -> Table:
+def goal_rows(all_verdicts: Iterable[GoalVerdict]) -> Table:
     """A row for each goal: limit, measured, kept or missed and by how much."""
     rows = [["goal", "limit", "measured", "runs", ""]]
     for one in all_verdicts:
@@ -172,14 +172,14 @@ def _range(group: Sequence[Record], field: str, scale: float, digits: str) -> st
     return middle if len(values) == 1 else f"{middle} ({min(values):{digits}}-{max(values):{digits}})"
 
 
-def _word(one: Verdict) -> str:
+def _word(one: GoalVerdict) -> str:
     if one.kept is None or one.margin is None:
         return "not measured"
     by = f" by {abs(one.margin):.0%}" if one.margin else ""
     return ("kept" if one.kept else "**missed**") + by
 
 
-def _unmeasured(found: Sequence[Verdict]) -> list[str]:
+def _unmeasured(found: Sequence[GoalVerdict]) -> list[str]:
     """The goals that the runs say nothing about; nothing where they were about none."""
     without = [one.goal for one in found if one.measured is None]
     return [f"Not measured: {'; '.join(without)}."] if 0 < len(without) < len(found) - 1 else []

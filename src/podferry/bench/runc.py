@@ -30,7 +30,7 @@ def call(lab: Lab, node: str, command: str, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-class Answer:
+class RuncAnswer:
     """A command of `inside` that runs in a node beside us, up to the point where it says that it is ready."""
 
     def __init__(self, lab: Lab, node: str, command: str, *arguments: str) -> None:
@@ -98,7 +98,7 @@ class Runc:
         lab = job.lab
         addresses = {node.name: node.address for node in lab.status().nodes}
         how = ["-lazily"] if self.lazy else []
-        there = Answer(lab, TARGET, "".join(["arrive", *how]), *[addresses[SOURCE]] * self.lazy)
+        there = RuncAnswer(lab, TARGET, "".join(["arrive", *how]), *[addresses[SOURCE]] * self.lazy)
         try:
             left = call(lab, SOURCE, "".join(["leave", *how]), addresses[TARGET])
         except PodferryError:

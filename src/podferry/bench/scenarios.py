@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from podferry.bench.moves import Method, Podferry
 from podferry.bench.pulls import Crowd, Measurement, Pulls
 from podferry.bench.runc import Runc
-from podferry.bench.workload import Pattern, Work, Workload
+from podferry.bench.workload import JobWork, Pattern, Workload
 from podferry.errors import UsageError
 
 FLOOR = "floor"
@@ -48,8 +48,8 @@ SCENARIOS = {
         Scenario("large", "4 GiB, 50 MB/s written", Workload(4096, 50), {"live": LIVE}),
         Scenario("stop-256", "256 MiB, moved in mode stop", Workload(256, 50), {FLOOR: None, "stop": STOP}),
         Scenario("stop-1024", "1 GiB, moved in mode stop", Workload(1024, 50), {FLOOR: None, "stop": STOP}),
-        Scenario("cpu", "512 MiB that computes", Workload(512, 10, work=Work.CPU), {"live": LIVE}),
-        Scenario("random", "1 GiB read here and there", Workload(1024, 0, work=Work.RANDOM), {"live": LIVE}),
+        Scenario("cpu", "512 MiB that computes", Workload(512, 10, work=JobWork.CPU), {"live": LIVE}),
+        Scenario("random", "1 GiB read here and there", Workload(1024, 0, work=JobWork.RANDOM), {"live": LIVE}),
         Scenario(
             "drain",
             "1 GiB: memory of the agents, of the page feeder and of the page store",

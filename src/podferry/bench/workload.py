@@ -27,7 +27,7 @@ class Pattern(StrEnum):
     HOT = "hot"
 
 
-class Work(StrEnum):
+class JobWork(StrEnum):
     """What the job does beside writing: look at the clock every millisecond, compute, or read memory here and there."""
 
     TICK = "tick"
@@ -43,7 +43,7 @@ class Workload:
     dirty: float = 0.0
     pattern: Pattern = Pattern.RANDOM
     hot: int = 0
-    work: Work = Work.TICK
+    work: JobWork = JobWork.TICK
     threads: int = 1
     files: int = 0
     compressible: bool = False

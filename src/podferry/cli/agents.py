@@ -23,17 +23,17 @@ DEFAULT_LAB = "default"
 
 
 @dataclass(frozen=True)
-class Where:
+class AgentOptions:
     """What the options and the environment say about where to look: a lab's name, or one agent's socket."""
 
     lab: str | None = None
     agent: Path | None = None
 
-    def over(self, outer: Where) -> Where:
+    def over(self, outer: AgentOptions) -> AgentOptions:
         """These options, given after the command, before those given ahead of it."""
         return self if self.lab or self.agent else outer
 
-    def settle(self, environ: Mapping[str, str] = os.environ) -> Where:
+    def settle(self, environ: Mapping[str, str] = os.environ) -> AgentOptions:
         """Fill in from PODFERRY_AGENT and PODFERRY_LAB; an option beats the environment, an agent beats a lab.
 
         Raises `UsageError` where both options are given.
@@ -43,8 +43,8 @@ class Where:
         if self.lab or self.agent:
             return self
         if socket := environ.get("PODFERRY_AGENT"):
-            return Where(agent=Path(socket))
-        return Where(lab=environ.get("PODFERRY_LAB") or DEFAULT_LAB)
+            return AgentOptions(agent=Path(socket))
+        return AgentOptions(lab=environ.get("PODFERRY_LAB") or DEFAULT_LAB)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AgentAnswers:
     """What the nodes answered: every row with the node that told it, and the nodes that did not answer."""
 
     told: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -85,18 +85,18 @@ class Fleet:
         self.endpoints = endpoints
 
     @classmethod
-    def find(cls, where: Where) -> Fleet:
+    def find(cls, where: AgentOptions) -> Fleet:
         """The agents at `where`, which is settled. Raises `UsageError` for a lab that is not up."""
         if where.agent is not None:
             return cls([Endpoint("", AgentClient(where.agent))])
         return cls(lab_endpoints(where.lab or DEFAULT_LAB))
 
-    def ask_all(self, op: str, **args: Any) -> Answers:
+    def ask_all(self, op: str, **args: Any) -> AgentAnswers:
         """Ask every node at once and merge the rows; one that answers with an error counts as down.
 
         Raises that error where there is only one agent to ask, and `AgentUnreachable` where none answers.
         """
-        answers = Answers()
+        answers = AgentAnswers()
         with ThreadPoolExecutor(max_workers=max(1, len(self.endpoints))) as pool:
             for endpoint, result in zip(
                 self.endpoints, pool.map(lambda one: _attempt(one, op, args), self.endpoints), strict=True
@@ -109,20 +109,20 @@ class Fleet:
             raise answers.down[0][1]
         return answers
 
-    def containers(self) -> Answers:
+    def containers(self) -> AgentAnswers:
         """Every container that podferry could move, by node and name."""
         answers = self.ask_all("ps")
         answers.told.sort(key=lambda told: (str(told[1].get("node")), str(told[1].get("name"))))
         return answers
 
-    def records(self, id: str | None = None) -> Answers:
+    def records(self, id: str | None = None) -> AgentAnswers:
         """Every migration, oldest first; both ends keep a record of it, and the source's counts where it answers."""
         answers = self.ask_all("status", id=id)
         best: dict[object, tuple[str, dict[str, Any]]] = {}
         for node, row in sorted(answers.told, key=lambda told: told[0] != told[1].get("source")):
             best.setdefault(row.get("id"), (node, row))
         told = sorted(best.values(), key=lambda told: float(told[1].get("started_at") or 0))
-        return Answers(told, answers.down)
+        return AgentAnswers(told, answers.down)
 
     def record(self, id: str) -> Record:
         """The record of the migration `id`. Raises `UsageError` where no node knows it."""
@@ -231,7 +231,7 @@ def _attempt(endpoint: Endpoint, op: str, args: dict[str, Any]) -> list[dict[str
     return rows
 
 
-def _silence(answers: Answers) -> str:
+def _silence(answers: AgentAnswers) -> str:
     if not answers.down:
         return ""
     return f"no answer from {', '.join(node for node, _ in answers.down)}"

@@ -10,7 +10,7 @@ import typer
 
 from podferry import __version__
 from podferry.cli import chart, complete, tables
-from podferry.cli.agents import Fleet, Where
+from podferry.cli.agents import AgentOptions, Fleet
 from podferry.cli.bench import app as bench_commands
 from podferry.cli.demo import demo
 from podferry.cli.doctor import doctor
@@ -76,7 +76,7 @@ Version = Annotated[
 @app.callback(invoke_without_command=True)
 def podferry(context: typer.Context, lab: Lab = None, agent: Agent = None, _: Version = False) -> None:
     """Move running jobs between nodes, with their memory and files, stopped for a fraction of a second."""
-    context.obj = Where(lab, agent)
+    context.obj = AgentOptions(lab, agent)
     if lab and context.invoked_subcommand == "lab":
         os.environ["PODFERRY_LAB"] = lab  # where the lab's own commands look for their default
     if context.invoked_subcommand is None:
@@ -84,7 +84,7 @@ def podferry(context: typer.Context, lab: Lab = None, agent: Agent = None, _: Ve
 
 
 def _fleet(context: typer.Context, lab: str | None, agent: Path | None) -> Fleet:
-    return Fleet.find(Where(lab, agent).over(context.obj or Where()).settle())
+    return Fleet.find(AgentOptions(lab, agent).over(context.obj or AgentOptions()).settle())
 
 
 @app.command()

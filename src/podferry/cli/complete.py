@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from podferry.cli.agents import Fleet, Where
+from podferry.cli.agents import AgentOptions, Fleet
 from podferry.errors import PodferryError
 
 Names = Callable[[Fleet], list[str]]
@@ -23,15 +23,15 @@ def _offering(names: Names) -> Callable[[typer.Context], list[str]]:
     return offer
 
 
-def _where(context: typer.Context) -> Where:
+def _where(context: typer.Context) -> AgentOptions:
     """The options so far, the command's before those ahead of it; the commands themselves have not run."""
-    given: list[Where] = []
+    given: list[AgentOptions] = []
     here: typer.Context | None = context
     while here is not None:
         agent = here.params.get("agent")
-        given.append(Where(here.params.get("lab"), Path(agent) if agent else None))
+        given.append(AgentOptions(here.params.get("lab"), Path(agent) if agent else None))
         here = here.parent  # type: ignore[assignment]
-    return next((where for where in given if where.lab or where.agent), Where()).settle()
+    return next((where for where in given if where.lab or where.agent), AgentOptions()).settle()
 
 
 def _rows(key: str, rows: list[dict[str, object]]) -> list[str]:

@@ -19,7 +19,7 @@ from podferry.cli.client import AgentClient
 from podferry.cli.migrate import Follower
 from podferry.cli.record import Record
 from podferry.cli.terminal import stderr, stdout, steps, words
-from podferry.cli.views import View, choose
+from podferry.cli.views import EventView, choose
 from podferry.errors import Failed, PodferryError, UsageError
 from podferry.lab import Lab, containers, images
 from podferry.lab.kubernetes import daemons
@@ -118,7 +118,7 @@ def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> No
     argv = ["python3", "-c", source, *map(str, (memory, count, CANDIDATES, EVERY))]
     for name, node in ((MOVED, SOURCE), (TWIN, TARGET)):
         containers.start(lab, node, name, argv)
-    output = Output(lab, MOVED)
+    output = ContainerOutput(lab, MOVED)
     with output.shown(_print_line):
         output.wait_for(f"step {MOVE_AT} ")
     say(f"3. {WAYS[mode].format(TARGET)}")
@@ -136,13 +136,13 @@ def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> No
     with output.shown(_print_line):
         output.wait_for(job.FINAL)
     say("5. Both jobs are done. Is the result the same?")
-    twin = Output(lab, TWIN)
+    twin = ContainerOutput(lab, TWIN)
     twin.wait_for(job.FINAL)
     compare(_facts(lab, TARGET, MOVED, output), _facts(lab, TARGET, TWIN, twin))
 
 
-def _move(lab: Lab, output: Output, mode: Mode) -> Record:
-    view: View = choose(json=False)
+def _move(lab: Lab, output: ContainerOutput, mode: Mode) -> Record:
+    view: EventView = choose(json=False)
     with output.shown(lambda line: view.note(f"job: {line}")):
         return Follower(AgentClient(lab.agent_socket(SOURCE)), view).run(
             name=MOVED,
@@ -156,7 +156,7 @@ def _move(lab: Lab, output: Output, mode: Mode) -> Record:
         )
 
 
-class Output:
+class ContainerOutput:
     """A container's output, read by a thread of its own across all moves; lines are complete ones."""
 
     def __init__(self, lab: Lab, name: str) -> None:
@@ -207,7 +207,7 @@ class Output:
             show(line)
 
 
-def _facts(lab: Lab, node: str, name: str, output: Output) -> dict[str, str]:
+def _facts(lab: Lab, node: str, name: str, output: ContainerOutput) -> dict[str, str]:
     """What the job left: its last line, all its lines, and the file that it appended to."""
     if (there := containers.find(lab, name)) != node:
         raise Failed(f"the container {name} is on {there or 'no node'}", why=f"it should be on {node}")

@@ -18,14 +18,14 @@ from podferry.cli import kubectl_moves as moves
 from podferry.cli import kubectl_preview as previewing
 from podferry.cli import kubectl_tables as tables
 from podferry.cli.exits import OF_OUTCOME, Exit
-from podferry.cli.kubectl_moves import Where
+from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.running import run_program
 from podferry.cli.terminal import print_error, print_json, stderr, stdout
 from podferry.cli.units import parse_rate
 from podferry.cli.views import choose
 from podferry.core.drain import DrainPhase
 from podferry.core.migration import OUTCOME_OF_END
-from podferry.kube.client import MIGRATIONS, NODES, PODS, Kind
+from podferry.kube.client import MIGRATIONS, NODES, PODS, ResourceKind
 from podferry.model import Mode
 
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled back, 5 failed, 6 cancelled,
@@ -44,13 +44,17 @@ app = typer.Typer(
 )
 
 
-def _offering(kind: Kind) -> Callable[[typer.Context], list[str]]:
+def _offering(kind: ResourceKind) -> Callable[[typer.Context], list[str]]:
     """What the shell offers on TAB: the names that there are. Silent where it cannot know."""
 
     def offer(context: typer.Context) -> list[str]:
-        given = {name: value for name, value in context.params.items() if value and name in Where.__dataclass_fields__}
+        given = {
+            name: value
+            for name, value in context.params.items()
+            if value and name in ClusterOptions.__dataclass_fields__
+        }
         try:
-            return _do(partial(moves.names, Where(**given), kind))
+            return _do(partial(moves.names, ClusterOptions(**given), kind))
         except Exception:  # noqa: BLE001 - a failed completion must not print into the user's line
             return []
 
@@ -159,7 +163,7 @@ def migrate(
         "ttlSecondsAfterFinished": None if ttl is None else moves.whole_seconds(ttl),
     }
     body = moves.body(pod, name, {key: value for key, value in spec.items() if value is not None})
-    where = Where(namespace, context, kubeconfig)
+    where = ClusterOptions(namespace, context, kubeconfig)
     if detach:
         made = _do(partial(moves.create, where, body))
         print_json(made.to_json()) if json else stdout().print(f"migration/{made.name} created", markup=False)
@@ -188,7 +192,7 @@ def check(
 
     Example: [bold]kubectl podferry check train-x7k2p[/]
     """
-    found = _do(partial(moves.obstacles, Where(namespace, context, kubeconfig), pod))
+    found = _do(partial(moves.obstacles, ClusterOptions(namespace, context, kubeconfig), pod))
     if json:
         print_json(
             {"pod": pod, "movable": not found, "refusals": [{**one.to_dict(), "reason": one.reason} for one in found]}
@@ -252,7 +256,7 @@ def drain(
 
     [bold]kubectl podferry drain node-a --stop[/]
     """
-    where = Where(None, context, kubeconfig)
+    where = ClusterOptions(None, context, kubeconfig)
     if dry_run:
         rows = _do(partial(previewing.preview, where, node, evict_others=evict_others))
         print_json({"node": node, "pods": rows}) if json else previewing.print_preview(node, rows)
@@ -299,7 +303,7 @@ def list_(
 
     Example: [bold]kubectl podferry list -A[/]
     """
-    found = _do(partial(moves.migrations, Where(namespace, context, kubeconfig), everywhere=all_namespaces))
+    found = _do(partial(moves.migrations, ClusterOptions(namespace, context, kubeconfig), everywhere=all_namespaces))
     if json:
         print_json({"migrations": [one.to_json() for one in found]})
     else:
@@ -319,7 +323,7 @@ def status(
 
     Example: [bold]kubectl podferry status move-train-x7k2p-4f2a[/]
     """
-    found = _do(partial(moves.get, Where(namespace, context, kubeconfig), migration))
+    found = _do(partial(moves.get, ClusterOptions(namespace, context, kubeconfig), migration))
     if json:
         print_json(found.to_json())
     else:
@@ -341,7 +345,7 @@ def cancel(
 
     Example: [bold]kubectl podferry cancel move-train-x7k2p-4f2a[/]
     """
-    end = _do(partial(moves.cancel_and_wait, Where(namespace, context, kubeconfig), migration))
+    end = _do(partial(moves.cancel_and_wait, ClusterOptions(namespace, context, kubeconfig), migration))
     if json:
         print_json(end.to_json())
     else:
@@ -363,7 +367,7 @@ def explain(
 
     Example: [bold]kubectl podferry explain move-train-x7k2p-4f2a[/]
     """
-    found, events = _do(partial(moves.story, Where(namespace, context, kubeconfig), migration))
+    found, events = _do(partial(moves.story, ClusterOptions(namespace, context, kubeconfig), migration))
     if json:
         print_json({"migration": found.to_json(), "events": events})
     else:

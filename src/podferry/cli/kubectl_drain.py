@@ -12,13 +12,13 @@ import anyio
 from rich.live import Live
 from rich.table import Table
 
-from podferry.cli.kubectl_moves import Where
+from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.terminal import print_json, stderr, stdout, words
 from podferry.core.drain import DrainPhase, PodState
 from podferry.errors import Refused, UsageError
 from podferry.kube.client import NODE_DRAINS, NODES, Api
 from podferry.kube.drain import NodeDrain, PodDrain
-from podferry.kube.errors import Conflict, NotFound
+from podferry.kube.errors import Conflict, ObjectNotFound
 from podferry.kube.watch import follow
 
 Json = dict[str, Any]
@@ -38,7 +38,7 @@ class Interrupted(Exception):
     """Ctrl-C: the drain goes on in the cluster."""
 
 
-async def begin(where: Where, node: str, spec: Json) -> NodeDrain:
+async def begin(where: ClusterOptions, node: str, spec: Json) -> NodeDrain:
     """Ask for the drain, or resume the one that is there with this `spec`. Raises `UsageError` where there is no such node."""
     async with where.open() as (api, _):
         if await api.find(NODES, node) is None:
@@ -52,7 +52,7 @@ async def begin(where: Where, node: str, spec: Json) -> NodeDrain:
         try:
             spec = {**spec, **({"requestedBy": name} if (name := await api.whoami()) else {})}
             return NodeDrain.from_json(await api.create(NODE_DRAINS, {"metadata": {"name": node}, "spec": spec}))
-        except NotFound as absent:
+        except ObjectNotFound as absent:
             raise Refused(
                 "the cluster knows no NodeDrains",
                 why=absent.why,
@@ -60,7 +60,7 @@ async def begin(where: Where, node: str, spec: Json) -> NodeDrain:
             ) from absent
 
 
-async def stop(where: Where, node: str) -> NodeDrain:
+async def stop(where: ClusterOptions, node: str) -> NodeDrain:
     """Begin no further move. Raises `UsageError` where the node is not being drained."""
     async with where.open() as (api, _):
         found = await api.find(NODE_DRAINS, node)
@@ -74,14 +74,14 @@ async def _change(api: Api, found: Json, spec: Json) -> NodeDrain:
     about = found["metadata"]
     try:
         changed = await api.patch(NODE_DRAINS, about["name"], {"spec": spec}, uid=about["uid"])
-    except (Conflict, NotFound) as gone:
+    except (Conflict, ObjectNotFound) as gone:
         raise UsageError(
             f"the drain of {about['name']} was deleted just now", remedy="see kubectl get nodedrains, and try again"
         ) from gone
     return NodeDrain.from_json(changed)
 
 
-async def to_the_end(where: Where, drain: NodeDrain, *, json: bool) -> NodeDrain:
+async def to_the_end(where: ClusterOptions, drain: NodeDrain, *, json: bool) -> NodeDrain:
     """Show how far it is until it has ended or was stopped. Raises `Interrupted` after Ctrl-C."""
     async with where.open() as (api, _):
         if json:

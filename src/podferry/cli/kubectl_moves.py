@@ -13,15 +13,15 @@ from typing import Any
 
 import anyio
 
-from podferry.cli.migrate import Left
-from podferry.cli.record import Progress
-from podferry.cli.views import View
+from podferry.cli.migrate import UserLeft
+from podferry.cli.record import ProgressRecord
+from podferry.cli.views import EventView
 from podferry.controller.eligibility import PodUnfit
 from podferry.controller.eligibility import obstacles as find_obstacles
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError, Refused, UsageError
-from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, Kind
-from podferry.kube.errors import ApiFailed, Conflict, NotFound, NotServed
+from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, ResourceKind
+from podferry.kube.errors import ApiFailed, Conflict, NotServed, ObjectNotFound
 from podferry.kube.migration import Migration, seconds
 from podferry.kube.watch import follow
 
@@ -31,7 +31,7 @@ LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
-class Where:
+class ClusterOptions:
     """Which cluster and namespace; what is not given is the kubeconfig's."""
 
     namespace: str | None = None
@@ -75,14 +75,14 @@ def body(pod: str, name: str | None, spec: Json) -> Json:
     return {"metadata": {"name": name or f"move-{pod[:LONGEST_NAME]}-{secrets.token_hex(2)}"}, "spec": spec}
 
 
-async def names(where: Where, kind: Kind) -> list[str]:
+async def names(where: ClusterOptions, kind: ResourceKind) -> list[str]:
     """The names of what there is."""
     async with where.open() as (api, namespace):
         found, _ = await api.list(kind, namespace if kind.namespaced else "")
         return [one["metadata"]["name"] for one in found]
 
 
-async def create(where: Where, body: Json) -> Migration:
+async def create(where: ClusterOptions, body: Json) -> Migration:
     """Ask for a migration."""
     async with where.open() as (api, namespace):
         return await _create(api, namespace, body)
@@ -101,7 +101,7 @@ async def _create(api: Api, namespace: str, body: Json) -> Migration:
         ) from absent
 
 
-async def get(where: Where, name: str) -> Migration:
+async def get(where: ClusterOptions, name: str) -> Migration:
     """One migration."""
     async with where.open() as (api, namespace):
         return await _get(api, namespace, name)
@@ -110,20 +110,20 @@ async def get(where: Where, name: str) -> Migration:
 async def _get(api: Api, namespace: str, name: str) -> Migration:
     try:
         return Migration.from_json(await api.get(MIGRATIONS, name, namespace))
-    except NotFound as absent:
+    except ObjectNotFound as absent:
         raise UsageError(
             f"there is no Migration {name} in namespace {namespace}", remedy="kubectl podferry list -A"
         ) from absent
 
 
-async def migrations(where: Where, *, everywhere: bool) -> list[Migration]:
+async def migrations(where: ClusterOptions, *, everywhere: bool) -> list[Migration]:
     """The migrations of the namespace or of all, the oldest first."""
     async with where.open() as (api, namespace):
         found, _ = await api.list(MIGRATIONS, "" if everywhere else namespace)
     return sorted(map(Migration.from_json, found), key=lambda one: str(one.metadata.get("creationTimestamp")))
 
 
-async def obstacles(where: Where, name: str) -> list[PodUnfit]:
+async def obstacles(where: ClusterOptions, name: str) -> list[PodUnfit]:
     """What stands in the way of moving the pod."""
     async with where.open() as (api, namespace):
         pod = await api.find(PODS, name, namespace)
@@ -134,7 +134,7 @@ async def obstacles(where: Where, name: str) -> list[PodUnfit]:
         return find_obstacles(pod, await Surveyor(api).around(pod))
 
 
-async def story(where: Where, name: str) -> tuple[Migration, list[Json]]:
+async def story(where: ClusterOptions, name: str) -> tuple[Migration, list[Json]]:
     """A migration and the events about it and its pods, the oldest first."""
     async with where.open() as (api, namespace):
         found = await _get(api, namespace, name)
@@ -151,7 +151,7 @@ def event_time(event: Json) -> str:
     )
 
 
-async def cancel_and_wait(where: Where, name: str) -> Migration:
+async def cancel_and_wait(where: ClusterOptions, name: str) -> Migration:
     """Ask for it to be taken back, and see how it ends."""
     async with where.open() as (api, namespace):
         found = await _get(api, namespace, name)
@@ -167,7 +167,7 @@ async def cancel_and_wait(where: Where, name: str) -> Migration:
 async def _cancel(api: Api, migration: Migration) -> None:
     try:
         await api.patch(MIGRATIONS, migration.name, {"spec": {"cancel": True}}, migration.namespace, uid=migration.uid)
-    except (Conflict, NotFound) as gone:
+    except (Conflict, ObjectNotFound) as gone:
         raise UsageError(
             f"{migration.name} was deleted", why="what has its name now is another Migration, or none"
         ) from gone
@@ -184,8 +184,8 @@ async def _changes(api: Api, migration: Migration) -> AsyncIterator[Migration]:
             return
 
 
-async def follow_to_the_end(where: Where, body: Json, view: View) -> Migration:
-    """Ask for a migration, show how far it is, and return it as it ended. Raises `Left` after a second Ctrl-C."""
+async def follow_to_the_end(where: ClusterOptions, body: Json, view: EventView) -> Migration:
+    """Ask for a migration, show how far it is, and return it as it ended. Raises `UserLeft` after a second Ctrl-C."""
     async with where.open() as (api, namespace), anyio.create_task_group() as tasks:
         with view:
             made = await _create(api, namespace, body)
@@ -202,10 +202,10 @@ async def follow_to_the_end(where: Where, body: Json, view: View) -> Migration:
             tasks.cancel_scope.cancel()
     if made.ended:
         return made
-    raise UsageError(f"{made.name} was deleted", why="it had not ended") if deleted else Left(made.name)
+    raise UsageError(f"{made.name} was deleted", why="it had not ended") if deleted else UserLeft(made.name)
 
 
-async def _cancel_on_interrupt(api: Api, migration: Migration, view: View, scope: anyio.CancelScope) -> None:
+async def _cancel_on_interrupt(api: Api, migration: Migration, view: EventView, scope: anyio.CancelScope) -> None:
     asked = False
     with anyio.open_signal_receiver(signal.SIGINT) as signals:
         async for _ in signals:
@@ -220,12 +220,12 @@ async def _cancel_on_interrupt(api: Api, migration: Migration, view: View, scope
                 view.note(f"cannot be cancelled: {error}")
 
 
-def progress(migration: Migration, t_ms: float) -> Progress:
+def progress(migration: Migration, t_ms: float) -> ProgressRecord:
     """How far it is, as the views show it: the cluster's phase, and inside Running the engine's."""
     status = migration.status
     engine = status.engine.source if status.engine is not None and status.phase == "Running" else ""
     made = status.progress
-    return Progress(
+    return ProgressRecord(
         id=migration.name,
         phase=engine or str(status.phase),
         t_ms=t_ms,

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from podferry.cli.kubectl_moves import Where
+from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.terminal import stderr, stdout, words
 from podferry.controller import drains, eligibility, placement, troubles
 from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, plan
-from podferry.core.estimate import Estimate, Measured, estimate, together
+from podferry.core.estimate import Estimate, MeasuredMove, estimate, together
 from podferry.core.migration import MigrationPhase
 from podferry.errors import UsageError
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 PARALLEL = 2
 
 
-async def preview(where: Where, node: str, *, evict_others: bool) -> list[Json]:
+async def preview(where: ClusterOptions, node: str, *, evict_others: bool) -> list[Json]:
     """What a drain would do with each pod of the node, in the order of their moves. Nothing is touched."""
     async with where.open() as (api, _):
         return await look(api, node, evict_others=evict_others)
@@ -38,7 +38,7 @@ async def look(api: Api, node: str, *, evict_others: bool) -> list[Json]:
         raise UsageError(f"there is no node {node}", remedy="kubectl get nodes")
     found, _ = await api.list(PODS, fields={"spec.nodeName": node})
     leaving = {one["metadata"]["uid"]: one for one in found if drains.has_to_leave(one)}
-    survey = Surveyor(drains.Snapshot(api))
+    survey = Surveyor(drains.DrainView(api))
     obstacles = {uid: eligibility.obstacles(pod, await survey.around(pod)) for uid, pod in leaving.items()}
     earlier = measured((await api.list(MIGRATIONS))[0])
     others = await _other_nodes(api, node)
@@ -91,7 +91,7 @@ async def _other_nodes(api: Api, node: str) -> dict[str, dict[str, str]] | None:
     }
 
 
-def measured(migrations: list[Json]) -> list[Measured]:
+def measured(migrations: list[Json]) -> list[MeasuredMove]:
     """The moves that completed, as far as their status tells."""
     found = []
     for body in migrations:
@@ -105,7 +105,7 @@ def measured(migrations: list[Json]) -> list[Measured]:
             ):
                 end = datetime.datetime.fromisoformat(status.completion_time)
                 took = troubles.age(status.start_time, end)
-                found.append(Measured(status.progress.bytes, took, seconds(status.downtime or "0s")))
+                found.append(MeasuredMove(status.progress.bytes, took, seconds(status.downtime or "0s")))
     return found
 
 

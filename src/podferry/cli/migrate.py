@@ -10,13 +10,13 @@ from types import FrameType
 from typing import Any
 
 from podferry.cli.client import AgentClient
-from podferry.cli.record import Progress, Record
-from podferry.cli.views import View
+from podferry.cli.record import ProgressRecord, Record
+from podferry.cli.views import EventView
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.model import Outcome
 
 
-class Left(Exception):
+class UserLeft(Exception):
     """The user went away; the agent finishes alone. `id` is empty where the agent had not named the migration yet."""
 
     def __init__(self, id: str) -> None:
@@ -27,7 +27,7 @@ class Left(Exception):
 class Follower:
     """Starts a migration on one agent and follows it in `view`."""
 
-    def __init__(self, client: AgentClient, view: View) -> None:
+    def __init__(self, client: AgentClient, view: EventView) -> None:
         self._client = client
         self._view = view
         self._named = threading.Event()
@@ -37,7 +37,7 @@ class Follower:
     def run(self, **request: Any) -> Record:
         """Ask for the migration and return its record; a refusal is a record too.
 
-        Raises `Left` after a second Ctrl-C, and whatever the agent answers.
+        Raises `UserLeft` after a second Ctrl-C, and whatever the agent answers.
         """
         with self._view, self._on_interrupt():
             try:
@@ -48,7 +48,7 @@ class Follower:
                 return refused(refusal, request, self._id)
 
     def _event(self, raw: dict[str, Any]) -> None:
-        event = Progress.from_dict(raw)
+        event = ProgressRecord.from_dict(raw)
         self._id = event.id
         self._named.set()
         self._view.event(raw, event)
@@ -65,7 +65,7 @@ class Follower:
         """A handler may not wait, and the socket is being read: a thread asks for the undoing over another one."""
         self._interrupts += 1
         if self._interrupts > 1:
-            raise Left(self._id)
+            raise UserLeft(self._id)
         threading.Thread(target=self._cancel, daemon=True).start()
 
     def _cancel(self) -> None:

@@ -6,7 +6,7 @@ from xml.etree.ElementTree import Element
 
 from podferry.cli import timeline, units
 from podferry.cli.markup import add, el
-from podferry.cli.record import Record, Round, Span
+from podferry.cli.record import Record, RoundRecord, Span
 from podferry.cli.timeline import Window
 
 WIDTH = 920.0
@@ -59,7 +59,7 @@ def timeline_picture(record: Record, spans: list[Span], window: Window, label: s
     return svg
 
 
-def rounds_picture(rounds: list[Round]) -> Element:
+def rounds_picture(rounds: list[RoundRecord]) -> Element:
     """Bytes of each round as columns on a logarithmic scale: a migration that converges falls from left to right."""
     svg = el("svg", viewBox=f"0 0 {WIDTH:.0f} {ROUND_HEIGHT + 44:.0f}", role="img", aria_label="bytes of each round")
     slot = min(120.0, WIDTH / max(1, len(rounds)))

@@ -28,7 +28,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundRecord:
     """One pre-copy pass: pages and bytes sent in `ms`, while the job wrote `dirty_rate` bytes a second."""
 
     number: int
@@ -57,7 +57,7 @@ class Record:
     upper_bytes: int
     phases: dict[str, float]
     rounds: int
-    rounds_detail: list[Round] = field(default_factory=list)
+    rounds_detail: list[RoundRecord] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     tracker: str = ""
     started_at: float | None = None
@@ -107,7 +107,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ProgressRecord:
     """Where a migration is: `t_ms` since its start, bytes of `total_bytes` sent at `rate` bytes a second, `eta_s` left."""
 
     id: str
@@ -121,7 +121,7 @@ class Progress:
     note: str = ""
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Progress:
+    def from_dict(cls, data: dict[str, Any]) -> ProgressRecord:
         """Decode one event. Raises `PeerMisbehaved` where it does not keep the contract."""
         try:
             return cls(
@@ -154,8 +154,8 @@ def _span(data: dict[str, Any]) -> Span:
     )
 
 
-def _round(data: dict[str, Any]) -> Round:
-    return Round(
+def _round(data: dict[str, Any]) -> RoundRecord:
+    return RoundRecord(
         number=int(data["round"]),
         pages=int(data.get("pages") or 0),
         bytes=int(data.get("bytes") or 0),

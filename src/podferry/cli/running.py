@@ -8,7 +8,7 @@ from itertools import takewhile
 import typer
 
 from podferry.cli.exits import Exit, of_error
-from podferry.cli.migrate import Left
+from podferry.cli.migrate import UserLeft
 from podferry.cli.terminal import as_bug, debugging, print_error, print_json, stderr, words
 from podferry.errors import PodferryError, UsageError
 
@@ -22,7 +22,7 @@ def run_program(app: typer.Typer, program: str, argv: list[str]) -> int:
         error: PodferryError = _misuse(misuse, program)
     except typer.Abort:
         return Exit.LEFT
-    except Left as left:
+    except UserLeft as left:
         hint = f"{program} status {left.id}" if left.id else f"{program} status"
         stderr().print(words(f"left; it is finished without you: {hint}", "yellow"))
         return Exit.LEFT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from podferry.cli import units
-from podferry.cli.record import Record, Round
+from podferry.cli.record import Record, RoundRecord
 from podferry.cli.timeline import downtime, during, steps
 from podferry.core.phases import SourcePhase
 from podferry.model import Dump, Outcome
@@ -66,7 +66,7 @@ def _precopy(record: Record) -> str:
     return text
 
 
-def _writes(rounds: list[Round]) -> str:
+def _writes(rounds: list[RoundRecord]) -> str:
     known = [(one.dirty_rate, one.ms) for one in rounds if one.dirty_rate is not None and one.ms > 0]
     took = sum(ms for _, ms in known)
     return f" Meanwhile the job wrote {units.rate(sum(rate * ms for rate, ms in known) / took)}." if took else ""

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from podferry.cli import units
-from podferry.cli.agents import Answers
+from podferry.cli.agents import AgentAnswers
 from podferry.cli.chart import STYLE
 from podferry.cli.record import Record
 from podferry.cli.terminal import print_error, stderr, stdout, words
 from podferry.errors import PodferryError
 
 
-def print_containers(answers: Answers) -> None:
+def print_containers(answers: AgentAnswers) -> None:
     """The containers, node by node."""
     table = _table("NAME", "NODE", "STATE", "MEMORY", "MOVABLE", "IMAGE")
     for row in answers.rows:
@@ -35,7 +35,7 @@ def print_containers(answers: Answers) -> None:
     print_down(answers)
 
 
-def print_records(answers: Answers) -> None:
+def print_records(answers: AgentAnswers) -> None:
     """The migrations, a line each in eighty columns, the newest last; an id begins with the day and time it was made."""
     table = _table("ID", "NAME", "WAY", "STATE", "DOWNTIME", "TOTAL")
     for record in map(Record.from_dict, answers.rows):
@@ -54,7 +54,7 @@ def print_records(answers: Answers) -> None:
     print_down(answers)
 
 
-def print_down(answers: Answers) -> None:
+def print_down(answers: AgentAnswers) -> None:
     """A line for every node that did not answer."""
     for node, error in answers.down:
         stderr().print(words(error if node in str(error) else f"{node}: {error}", "yellow"))

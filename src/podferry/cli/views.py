@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from podferry.cli import units
-from podferry.cli.record import Progress as Event
+from podferry.cli.record import ProgressRecord as Event
 from podferry.cli.terminal import plain, print_json, stderr, words
 from podferry.cli.timeline import ROUND
 from podferry.core.phases import SOURCE_ENDS, SourcePhase
@@ -17,7 +17,7 @@ from podferry.core.phases import SOURCE_ENDS, SourcePhase
 NOTHING_TO_SEND = frozenset({SourcePhase.CHECK, SourcePhase.UNDO, *SOURCE_ENDS})
 
 
-class View(Protocol):
+class EventView(Protocol):
     """Something that follows a migration's events; a context manager, so that the terminal is always given back."""
 
     def __enter__(self) -> Self: ...
@@ -151,7 +151,7 @@ def line(event: Event) -> str:
     return f"{event.t_ms / 1000:9.3f} s  {event.phase:<12} {event.note or facts(event)}".rstrip()
 
 
-def choose(json: bool) -> View:
+def choose(json: bool) -> EventView:
     """The view that fits where the output goes."""
     if json:
         return JsonView()

@@ -13,7 +13,7 @@ from podferry.controller import pods, troubles
 from podferry.core.migration import MIGRATION_ENDS, MigrationEvent, migration_machine
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, PODS, Api, Json
-from podferry.kube.errors import NotFound
+from podferry.kube.errors import ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     CANCELLED,
@@ -57,10 +57,10 @@ class Books:
         return migration
 
     async def fresh(self, migration: Migration) -> Migration:
-        """The Migration as the API server has it, whatever is remembered of it. Raises `NotFound`."""
+        """The Migration as the API server has it, whatever is remembered of it. Raises `ObjectNotFound`."""
         now = Migration.from_json(await self._api.get(MIGRATIONS, migration.name, migration.namespace))
         if now.uid != migration.uid:
-            raise NotFound(f"the Migration {migration.name} is gone", why="another one has its name")
+            raise ObjectNotFound(f"the Migration {migration.name} is gone", why="another one has its name")
         return now
 
     async def _leave_alone(self, body: Json, error: MigrationUnreadable) -> None:
@@ -102,7 +102,7 @@ class Books:
         """The pod is an ordinary one again."""
         if pod is not None and UID_LABEL in (pod["metadata"].get("labels") or {}):
             about = pod["metadata"]
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(ObjectNotFound):
                 await self._api.patch(PODS, about["name"], pods.unclaim(pod), about["namespace"], uid=about["uid"])
 
     # What is said.
@@ -203,7 +203,7 @@ class Books:
 
     async def _finalizers(self, migration: Migration, wanted: list[str]) -> None:
         about = {"resourceVersion": migration.metadata["resourceVersion"], "finalizers": wanted}
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(ObjectNotFound):
             await self._api.patch(
                 MIGRATIONS, migration.name, {"metadata": about}, migration.namespace, uid=migration.uid
             )

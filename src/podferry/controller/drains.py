@@ -12,12 +12,12 @@ import structlog
 
 from podferry.controller import eligibility, pods
 from podferry.controller.surroundings import Surveyor
-from podferry.core.drain import DrainedPod, DrainPhase, Plan, PodState, plan
+from podferry.core.drain import DrainedPod, DrainPhase, DrainPlan, PodState, plan
 from podferry.core.migration import MigrationPhase
 from podferry.errors import PodferryError
-from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fields, Json, Kind, Labels
+from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fields, Json, Labels, ResourceKind
 from podferry.kube.drain import MOST_PODS, PRIORITY_ANNOTATION, NodeDrain, PodDrain
-from podferry.kube.errors import ApiFailed, Conflict, NotFound
+from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, timestamp
 
@@ -28,13 +28,13 @@ STAYING_OWNERS = frozenset({"DaemonSet", "Node"})
 MIRROR = "kubernetes.io/config.mirror"
 
 
-class Snapshot:
+class DrainView:
     """The API server for the length of one step: an object that several pods share is read once."""
 
     def __init__(self, api: Api) -> None:
         self._api, self._known = api, dict[Any, Any]()
 
-    async def find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+    async def find(self, kind: ResourceKind, name: str, namespace: str = "") -> Json | None:
         """As `Api.find`, once."""
         key = kind, name, namespace
         if key not in self._known:
@@ -43,7 +43,7 @@ class Snapshot:
         return found
 
     async def list(
-        self, kind: Kind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
+        self, kind: ResourceKind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
     ) -> Any:
         """As `Api.list`, once."""
         key = kind, namespace, *((labels or {}).items()), *((fields or {}).items())
@@ -113,7 +113,7 @@ class Drains:
         return {one["metadata"]["uid"]: one for one in found if has_to_leave(one)}
 
     async def _judge(self, drain: NodeDrain, here: dict[str, Json], migrations: list[Migration]) -> list[DrainedPod]:
-        survey = Surveyor(Snapshot(self._api))
+        survey = Surveyor(DrainView(self._api))
         judged = [await self._judge_pod(drain, pod, migrations, survey) for pod in here.values()]
         # The source is gone before its Migration has ended: until then the pod has not moved.
         gone = [one for one in drain.status.pods if one.uid not in here]
@@ -175,7 +175,7 @@ class Drains:
         listed = next(one for one in drain.status.pods if one.uid == about["uid"])
         try:
             await self._api.evict(about["name"], about["namespace"], uid=about["uid"])
-        except (NotFound, Conflict):
+        except (ObjectNotFound, Conflict):
             return
         except ApiFailed as refused:  # a PodDisruptionBudget, most often: it is asked again
             listed.message = f"{listed.message}; the eviction was refused: {refused.why}"
@@ -235,7 +235,7 @@ def _reason(failed: list[Migration]) -> str:
     return last.status.ending.message if last.status.ending else str(last.status.phase)
 
 
-def _tell(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], what: Plan) -> None:
+def _tell(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], what: DrainPlan) -> None:
     """Write into the status what became of the pods, those that have left included."""
     status = drain.status
     known = {one.uid: one for one in status.pods}

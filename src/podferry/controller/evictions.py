@@ -15,11 +15,11 @@ from typing import Any
 import structlog
 
 from podferry.controller import eligibility, pods, troubles
-from podferry.controller.metrics import Metrics
+from podferry.controller.metrics import ControllerMetrics
 from podferry.controller.surroundings import Surveyor
 from podferry.core.migration import MigrationPhase
 from podferry.kube.client import MIGRATIONS, PODS, Api
-from podferry.kube.errors import AlreadyExists, ApiFailed
+from podferry.kube.errors import ApiFailed, ObjectAlreadyExists
 from podferry.kube.migration import (
     CAUSE_LABEL,
     DEADLINE_ANNOTATION,
@@ -51,9 +51,9 @@ class Answer:
 class Evictions:
     """Answers for the API server, and begins moves."""
 
-    def __init__(self, api: Api, account: str, metrics: Metrics | None = None) -> None:
+    def __init__(self, api: Api, account: str, metrics: ControllerMetrics | None = None) -> None:
         """`account` is the controller's own name: what a NodeDrain evicts is not moved."""
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics or ControllerMetrics()
         self._api, self._account, self._survey = api, account, Surveyor(api)
         self._log = structlog.get_logger()
 
@@ -115,7 +115,7 @@ class Evictions:
         if not dry:
             try:
                 await self._api.create(MIGRATIONS, body, about["namespace"])
-            except AlreadyExists:  # two asked at once
+            except ObjectAlreadyExists:  # two asked at once
                 self._log.debug("a move of it has begun already", pod=about["name"], migration=name)
             except ApiFailed as refused:
                 return Answer(True, f"{about['name']} is evicted, since no move could be begun: {refused.why}")

@@ -21,7 +21,7 @@ import datetime
 
 from podferry.controller import eligibility, pods, troubles
 from podferry.kube.client import PODS, Api, Json
-from podferry.kube.errors import Conflict, Forbidden, NotFound
+from podferry.kube.errors import Conflict, Forbidden, ObjectNotFound
 from podferry.kube.migration import RESUMED, Ending, Migration, timestamp
 from podferry.model import Outcome
 
@@ -63,7 +63,7 @@ class HandOver:
             source = await self._mark(source)
             await self._take_place(source, target)
         if source is not None and not pods.left_place(source):
-            with contextlib.suppress(NotFound):
+            with contextlib.suppress(ObjectNotFound):
                 return await self._leave(source)
         return None
 

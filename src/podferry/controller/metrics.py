@@ -14,7 +14,7 @@ DOWNTIMES = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30, 120)
 DURATIONS = (1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 
-class Metrics:
+class ControllerMetrics:
     """The controller's metrics, in a registry of their own. One that does not lead counts nothing but evictions."""
 
     def __init__(self) -> None:

@@ -16,8 +16,8 @@ from prometheus_client import start_http_server
 from podferry import __version__
 from podferry.controller.drains import Drains
 from podferry.controller.evictions import Evictions
-from podferry.controller.metrics import Metrics
-from podferry.controller.reconcile import Reconciler, Settings
+from podferry.controller.metrics import ControllerMetrics
+from podferry.controller.reconcile import ControllerSettings, Reconciler
 from podferry.controller.signer import SIGNER, Signer, authority
 from podferry.controller.turns import Turns
 from podferry.controller.webhook import answer_evictions
@@ -58,7 +58,9 @@ class Controller:
     """Watches, and has the reconciler and the signer do what is next. What the watches bring is remembered, so that a step asks the
     API server for nothing that it has told already."""
 
-    def __init__(self, api: Api, namespace: str, settings: Settings, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, api: Api, namespace: str, settings: ControllerSettings, metrics: ControllerMetrics | None = None
+    ) -> None:
         self._api, self._namespace, self._workers = api, namespace, settings.workers
         stores = (
             Store(MIGRATIONS),
@@ -69,7 +71,7 @@ class Controller:
         self._cache = Cache(api, stores, briefly=(NAMESPACES, JOBS, REPLICASETS, RUNTIME_CLASSES))
         migrations, drains = self._cache.store(MIGRATIONS), self._cache.store(NODE_DRAINS)
         self._turns = Turns(migrations.all, drains.all, settings.limits)
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics or ControllerMetrics()
         self._metrics.watch(self._turns)
         self._reconciler = Reconciler(self._cache, settings, self._turns, self._metrics.ended)
         self._drainer = Drains(self._cache)
@@ -185,13 +187,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--image",
-        default=os.environ.get("PODFERRY_IMAGE", Settings.image),
+        default=os.environ.get("PODFERRY_IMAGE", ControllerSettings.image),
         help="what placeholder pods run; it must have `sleep`; default: $PODFERRY_IMAGE or %(default)s",
     )
     parser.add_argument(
         "--scheduling-patience",
         type=float,
-        default=Settings.scheduling,
+        default=ControllerSettings.scheduling,
         metavar="S",
         help="give a move up when no node was found for so long; default: %(default)s",
     )
@@ -214,9 +216,9 @@ def main() -> None:
     arguments = parser.parse_args()
     log_json_lines()
     limits = Limits(arguments.parallel, arguments.parallel_per_namespace, arguments.parallel_out, arguments.parallel_in)
-    settings = Settings(image=arguments.image, scheduling=arguments.scheduling_patience, limits=limits)
+    settings = ControllerSettings(image=arguments.image, scheduling=arguments.scheduling_patience, limits=limits)
     try:
-        metrics = Metrics()
+        metrics = ControllerMetrics()
         if arguments.metrics_port:
             start_http_server(arguments.metrics_port, registry=metrics.registry)
         if anyio.run(_work, arguments.kubeconfig, arguments.namespace, settings, metrics):
@@ -232,7 +234,9 @@ def _count(text: str) -> int:
     return number
 
 
-async def _work(kubeconfig: Path | None, namespace: str, settings: Settings, metrics: Metrics) -> bool:
+async def _work(
+    kubeconfig: Path | None, namespace: str, settings: ControllerSettings, metrics: ControllerMetrics
+) -> bool:
     """Lead until told to stop (False) or the lease is lost (True)."""
     lost = True
     # The lease has a client of its own: what waits for a connection to work with must not keep it from being renewed.

@@ -20,7 +20,7 @@ from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.core.turns import Limits
 from podferry.kube import status as store
 from podferry.kube.client import NODES, PODS, Api, Json
-from podferry.kube.errors import AlreadyExists, ApiFailed, Conflict, transient
+from podferry.kube.errors import ApiFailed, Conflict, ObjectAlreadyExists, transient
 from podferry.kube.migration import (
     HANDED_OVER,
     POISED,
@@ -51,7 +51,7 @@ DEADLINE_SLACK = 30.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class ControllerSettings:
     """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a target pod
     whose kubelet has warned, for a resumed pod to be called ready, for an owner to let the source go, for the source's
     agent after the hand-over, for pods to be gone. `image` is what placeholders run, `limits` how many moves may be under way at
@@ -73,7 +73,11 @@ class Reconciler:
     """Takes Migrations from wherever they are to their end."""
 
     def __init__(
-        self, api: Api, settings: Settings, turns: Turns, ended: Callable[[Migration], object] = lambda _: None
+        self,
+        api: Api,
+        settings: ControllerSettings,
+        turns: Turns,
+        ended: Callable[[Migration], object] = lambda _: None,
     ) -> None:
         """`ended` hears of each Migration that ends by this reconciler."""
         self._api, self._settings, self._turns = api, settings, turns
@@ -154,7 +158,7 @@ class Reconciler:
             return found if mine else troubles.of_taken_name(body, "a pod that looks for a node")
         try:
             return await self._api.create(PODS, body, migration.namespace)
-        except AlreadyExists as faster:
+        except ObjectAlreadyExists as faster:
             raise Conflict.because("another controller was faster", faster) from faster
         except ApiFailed as refused:
             if transient(refused) and "webhook" not in refused.why:
@@ -205,7 +209,7 @@ class Reconciler:
         body = pods.target_pod(source, migration, node, clock())
         try:
             target = await self._api.create(PODS, body, migration.namespace)
-        except AlreadyExists:
+        except ObjectAlreadyExists:
             target = await self._api.get(PODS, body["metadata"]["name"], migration.namespace)
             if not pods.as_made(target, body):
                 if not pods.made_by(target, migration):

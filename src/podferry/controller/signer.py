@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from podferry.errors import Refused
 from podferry.kube.client import CONFIGMAPS, NODES, SECRETS, SIGNING_REQUESTS, Api
-from podferry.kube.errors import AlreadyExists
+from podferry.kube.errors import ObjectAlreadyExists
 from podferry.kube.migration import timestamp
 from podferry.wire.pki import AGENT_LIFE, Authority, with_former
 
@@ -44,14 +44,14 @@ async def authority(api: Api, namespace: str) -> Authority:
         try:
             body = {"metadata": {"name": SECRET}, "type": "kubernetes.io/tls", "data": data}
             secret = await api.create(SECRETS, body, namespace)
-        except AlreadyExists:
+        except ObjectAlreadyExists:
             secret = await api.get(SECRETS, SECRET, namespace)
     certificate, key = (base64.b64decode(secret["data"][name]) for name in ("tls.crt", "tls.key"))
     found = Authority.from_pem(certificate, key, f"the Secret {namespace}/{SECRET} holds no usable authority")
     bundle = await api.find(CONFIGMAPS, BUNDLE, namespace)
     public = {"ca.crt": with_former(certificate, str(((bundle or {}).get("data") or {}).get("ca.crt", "")))}
     if bundle is None:
-        with contextlib.suppress(AlreadyExists):
+        with contextlib.suppress(ObjectAlreadyExists):
             await api.create(CONFIGMAPS, {"metadata": {"name": BUNDLE}, "data": public}, namespace)
     elif bundle.get("data") != public:
         await api.replace(CONFIGMAPS, {**bundle, "data": public})

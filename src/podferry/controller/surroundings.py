@@ -16,8 +16,8 @@ from podferry.kube.client import (
     REPLICASETS,
     RUNTIME_CLASSES,
     Fields,
-    Kind,
     Labels,
+    ResourceKind,
 )
 from podferry.kube.errors import Forbidden
 from podferry.kube.migration import Ending, Migration
@@ -32,11 +32,11 @@ OWNERS = {one.kind: one for one in (JOBS, REPLICASETS)}
 class Readable(Protocol):
     """What a survey needs of an API server: `Api`, or something that remembers its answers."""
 
-    async def find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+    async def find(self, kind: ResourceKind, name: str, namespace: str = "") -> Json | None:
         """One object, or None where there is none."""
 
     async def list(
-        self, kind: Kind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
+        self, kind: ResourceKind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
     ) -> tuple[list[Json], str]:
         """The objects of a kind, and their version."""
 
@@ -66,14 +66,14 @@ class Surveyor:
             under_way=troubles.under_way(others, migration.uid if migration else ""),
         )
 
-    async def _of_cluster(self, kind: Kind, name: str) -> Json | None:
+    async def _of_cluster(self, kind: ResourceKind, name: str) -> Json | None:
         """What belongs to no namespace; who may read one namespace alone does without."""
         try:
             return await self._find(kind, name)
         except Forbidden:
             return None
 
-    async def _find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+    async def _find(self, kind: ResourceKind, name: str, namespace: str = "") -> Json | None:
         """An object that the pod names. The API server does not check all names in a pod (an owner's, a claim's): one that no
         object can have is that of an object which is not there.
         """

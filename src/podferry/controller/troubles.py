@@ -8,7 +8,7 @@ from typing import Any
 from podferry.core.migration import MIGRATION_ENDS
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import PodferryError
-from podferry.kube.errors import ApiFailed, Forbidden, NotFound
+from podferry.kube.errors import ApiFailed, Forbidden, ObjectNotFound
 from podferry.kube.migration import SCHEDULED, UID_LABEL, Ending, EnginePhases, Migration, seconds
 from podferry.model import Outcome
 
@@ -66,7 +66,7 @@ def of_creation(error: PodferryError, what: str) -> Ending:
     why, reason = error.why, "PodRefused"
     if isinstance(error, Forbidden) and "exceeded quota" in why:
         reason = QUOTA_EXCEEDED
-    elif (isinstance(error, Forbidden) and "being terminated" in why) or isinstance(error, NotFound):
+    elif (isinstance(error, Forbidden) and "being terminated" in why) or isinstance(error, ObjectNotFound):
         reason = NAMESPACE_TERMINATING
     elif "webhook" in why:
         reason = WEBHOOK_DENIED

@@ -29,13 +29,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from podferry.controller.signer import authority
 from podferry.errors import PodferryError
-from podferry.kube.client import Api, Kind
+from podferry.kube.client import Api, ResourceKind
 from podferry.wire.pki import Authority
 
 Json = dict[str, Any]
 Review = Callable[[Json], Awaitable[Json]]
 
-CONFIGURATIONS = Kind(
+CONFIGURATIONS = ResourceKind(
     "admissionregistration.k8s.io/v1",
     "ValidatingWebhookConfiguration",
     "validatingwebhookconfigurations",

@@ -77,7 +77,7 @@ _MANY_IN_ONE = {
 
 
 @dataclass(frozen=True)
-class Condition:
+class ArgumentCondition:
     """What one argument has to be, behind a mask."""
 
     argument: int
@@ -91,7 +91,7 @@ class Rule:
     """What happens where every condition holds."""
 
     action: int
-    conditions: tuple[Condition, ...] = ()
+    conditions: tuple[ArgumentCondition, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,29 +158,31 @@ def _profile(text: str, machine: str) -> Profile:
     )
 
 
-def _alternatives(arguments: list[Mapping[str, Any]]) -> list[tuple[Condition, ...]]:
+def _alternatives(arguments: list[Mapping[str, Any]]) -> list[tuple[ArgumentCondition, ...]]:
     conditions = [_condition(one) for one in arguments]
     if len({one.argument for one in conditions}) < len(conditions):
         return [(one,) for one in conditions]
     return [tuple(conditions)]
 
 
-def _condition(argument: Mapping[str, Any]) -> Condition:
+def _condition(argument: Mapping[str, Any]) -> ArgumentCondition:
     operator, place = OPERATORS.get(argument.get("op") or "", ""), argument.get("index") or 0
     value, second = argument.get("value") or 0, argument.get("valueTwo") or 0
     if operator == _MASKED:
-        return Condition(place, EQUAL, second & value, value)  # libseccomp drops what the mask hides
-    return Condition(place, operator, value)
+        return ArgumentCondition(place, EQUAL, second & value, value)  # libseccomp drops what the mask hides
+    return ArgumentCondition(place, operator, value)
 
 
-def _calls(name: str, table: str, conditions: tuple[Condition, ...]) -> list[tuple[int, tuple[Condition, ...]]]:
+def _calls(
+    name: str, table: str, conditions: tuple[ArgumentCondition, ...]
+) -> list[tuple[int, tuple[ArgumentCondition, ...]]]:
     found = numbers(table)
     bit = X32_BIT if table == "x32" else 0
     calls = [(found[name] | bit, conditions)] if name in found else []
     if table == "x86":
         others = tuple(one for one in conditions if one.argument != 0)
         calls += [
-            (found[door], (Condition(0, EQUAL, many.index(name) + 1), *others))
+            (found[door], (ArgumentCondition(0, EQUAL, many.index(name) + 1), *others))
             for door, many in _MANY_IN_ONE.items()
             if name and name in many
         ]

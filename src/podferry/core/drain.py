@@ -58,7 +58,7 @@ class DrainedPod:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrainPlan:
     """What to do now: the uids of the pods to move and to evict, in this order; the state of each pod with the reason; and how
     far the drain is then."""
 
@@ -68,7 +68,7 @@ class Plan:
     phase: DrainPhase
 
 
-def plan(pods: Iterable[DrainedPod], *, parallel: int, evict_others: bool = False, stopped: bool = False) -> Plan:
+def plan(pods: Iterable[DrainedPod], *, parallel: int, evict_others: bool = False, stopped: bool = False) -> DrainPlan:
     """What comes next. `parallel` is how many moves of `pods` are asked for at once; when they begin, the queue of all Migrations
     decides (`podferry.core.turns`).
 
@@ -95,7 +95,7 @@ def plan(pods: Iterable[DrainedPod], *, parallel: int, evict_others: bool = Fals
             states[pod.uid] = PodState.LEFT, why
     moving = sum(state is PodState.MOVING for state, _ in states.values())
     room = 0 if stopped else max(0, parallel - moving)
-    return Plan(
+    return DrainPlan(
         tuple(pod.uid for pod in ready[:room]),
         () if stopped else tuple(evict),
         states,

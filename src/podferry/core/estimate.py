@@ -12,7 +12,7 @@ from statistics import median
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMove:
     """A move that completed: bytes on the wire, seconds from its turn to its end, seconds that the job stood still."""
 
     bytes: int
@@ -29,7 +29,7 @@ class Estimate:
     moves: int
 
 
-def estimate(memory: int | None, earlier: Iterable[Measured]) -> Estimate | None:
+def estimate(memory: int | None, earlier: Iterable[MeasuredMove]) -> Estimate | None:
     """For a pod with so many bytes of memory; None where that or an earlier move is not known. No move is said to be quicker than
     the quickest that was seen.
 

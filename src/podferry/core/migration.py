@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
-from podferry.core.phases import Machine
+from podferry.core.phases import PhaseMachine
 from podferry.model import Outcome
 
 
@@ -83,9 +83,9 @@ UNDONE = {
 }
 
 
-def migration_machine(phase: MigrationPhase = P.PENDING) -> Machine[MigrationPhase, MigrationEvent]:
+def migration_machine(phase: MigrationPhase = P.PENDING) -> PhaseMachine[MigrationPhase, MigrationEvent]:
     """A Migration's place in the table."""
-    return Machine(MIGRATION, phase)
+    return PhaseMachine(MIGRATION, phase)
 
 
 def migration_diagram() -> str:

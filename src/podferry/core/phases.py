@@ -146,7 +146,7 @@ Phase = TypeVar("Phase", bound=StrEnum)
 Event = TypeVar("Event", bound=StrEnum)
 
 
-class Machine(Generic[Phase, Event]):
+class PhaseMachine(Generic[Phase, Event]):
     """One half's place in the table."""
 
     def __init__(self, table: Mapping[Phase, Mapping[Event, Phase]], phase: Phase) -> None:
@@ -172,14 +172,14 @@ class Machine(Generic[Phase, Event]):
         return not self._table[self.phase]
 
 
-def source_machine(phase: SourcePhase = S.CHECK) -> Machine[SourcePhase, SourceEvent]:
+def source_machine(phase: SourcePhase = S.CHECK) -> PhaseMachine[SourcePhase, SourceEvent]:
     """The source's half, at its start or where a journal left it."""
-    return Machine(SOURCE, phase)
+    return PhaseMachine(SOURCE, phase)
 
 
-def target_machine(phase: TargetPhase = T.RECEIVE) -> Machine[TargetPhase, TargetEvent]:
+def target_machine(phase: TargetPhase = T.RECEIVE) -> PhaseMachine[TargetPhase, TargetEvent]:
     """The target's half, at its start or where a journal left it."""
-    return Machine(TARGET, phase)
+    return PhaseMachine(TARGET, phase)
 
 
 def diagram() -> str:

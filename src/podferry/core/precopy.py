@@ -82,7 +82,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Policy:
+class PreCopyPolicy:
     """What the user allows and aims at. `max_downtime` is in seconds."""
 
     max_downtime: float = 0.2
@@ -110,7 +110,7 @@ def link_rate(rounds: Sequence[Round]) -> float:
     return sum(one.memory_bytes for one in telling) / seconds if seconds > 0 else 0.0
 
 
-def decide(rounds: Sequence[Round], policy: Policy, *, rate: float, quota: float = 1.0) -> Decision:
+def decide(rounds: Sequence[Round], policy: PreCopyPolicy, *, rate: float, quota: float = 1.0) -> Decision:
     """What to do after the last of `rounds`, which are those since the circumstances changed.
 
     `rate` is what the link carries, in bytes of memory a second (0 where that is not known: then a gigabit link is assumed);

@@ -2,7 +2,7 @@
 
 Understood are `bool`, `int`, `float`, `str`, any `StrEnum`, `T | None`, `tuple[T, ...]`, dataclasses of these, and
 `JsonObject` for what others decode further. `Annotated[T, Limit(...)]` narrows a number's range or a text's or list's
-length. Integers are at least 0 unless a `Limit` says otherwise: nothing on this wire is negative.
+length. Integers are at least 0 unless a `AllowedRange` says otherwise: nothing on this wire is negative.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class NotStrict(ValueError):
 
 
 @dataclass(frozen=True)
-class Limit:
+class AllowedRange:
     """The least and the greatest number, or, for texts (in characters) and lists, length."""
 
     least: int
     greatest: int
 
 
-DEFAULT_INT = Limit(0, MAX_INT)
-DEFAULT_TEXT = Limit(0, 4096)
-DEFAULT_LIST = Limit(0, 65536)
+DEFAULT_INT = AllowedRange(0, MAX_INT)
+DEFAULT_TEXT = AllowedRange(0, 4096)
+DEFAULT_LIST = AllowedRange(0, 65536)
 
 
 def parse(text: bytes | bytearray | memoryview) -> JsonObject:
@@ -75,7 +75,7 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
     return typing.cast(T, _decode(kind, value, where or kind.__name__))
 
 
-def _decode(kind: Any, value: Any, where: str, limit: Limit | None = None) -> Any:
+def _decode(kind: Any, value: Any, where: str, limit: AllowedRange | None = None) -> Any:
     origin = typing.get_origin(kind)
     if origin is Annotated:
         inner, limit = typing.get_args(kind)
@@ -94,7 +94,7 @@ def _decode(kind: Any, value: Any, where: str, limit: Limit | None = None) -> An
     return _decode_plain(kind, value, where, limit)
 
 
-def _decode_plain(kind: Any, value: Any, where: str, limit: Limit | None) -> Any:
+def _decode_plain(kind: Any, value: Any, where: str, limit: AllowedRange | None) -> Any:
     if kind == JsonObject:
         kind = dict
     choices: list[str] = [str(choice) for choice in kind] if issubclass(kind, StrEnum) else []
@@ -134,7 +134,7 @@ def _wrong(where: str, wanted: str, value: Any) -> NoReturn:
     raise NotStrict(f"{where}: {wanted} expected, {type(value).__name__} found")
 
 
-def _within(where: str, number: int, limit: Limit, unit: str) -> None:
+def _within(where: str, number: int, limit: AllowedRange, unit: str) -> None:
     if not limit.least <= number <= limit.greatest:
         found = f"{number} {unit}".strip() if abs(number) <= MAX_INT else "a huge number"
         raise NotStrict(f"{where}: {found}, allowed are {limit.least} to {limit.greatest}")

@@ -27,7 +27,7 @@ _RESUMED = re.compile(rb"\) (?:Running pre-resume scripts|Restore finished succe
 _AT_DEBUG_LEVEL = re.compile(rb"\) Running [a-z-]+ scripts")
 
 
-class Restoring:
+class RestoreProcess:
     """A restore in CRIU's work directory `work`, by podferry-runc's process `wrapper`, which becomes runc's; None where it is not
     known."""
 

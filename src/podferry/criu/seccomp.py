@@ -21,7 +21,7 @@ from podferry.core.allowed_syscalls import (
     EQUAL,
     ERRNO,
     NOT_EQUAL,
-    Condition,
+    ArgumentCondition,
     Profile,
 )
 from podferry.core.syscall_numbers import X32_BIT
@@ -149,7 +149,7 @@ def _permits(profile: Profile, arch: int, number: int, action: int, way: Way) ->
     return all(any(_fails(each, way, narrow) for each in one.conditions) for one in stricter)
 
 
-def _holds(condition: Condition, way: Way, narrow: bool) -> bool:
+def _holds(condition: ArgumentCondition, way: Way, narrow: bool) -> bool:
     """Whether a condition is met by every call that takes this way. A wide argument has two words, the higher decides first."""
     offset, word = _ARGUMENTS + 8 * condition.argument, condition.mask & ALL_BITS
     low = values_of(way.words, (offset, word))
@@ -166,7 +166,7 @@ def _holds(condition: Condition, way: Way, narrow: bool) -> bool:
     return within.get(condition.operator, False)
 
 
-def _fails(condition: Condition, way: Way, narrow: bool) -> bool:
+def _fails(condition: ArgumentCondition, way: Way, narrow: bool) -> bool:
     """Whether a condition is met by no call that takes this way."""
     return condition.operator in _OPPOSITE and _holds(
         replace(condition, operator=_OPPOSITE[condition.operator]), way, narrow

@@ -35,8 +35,8 @@ from podferry.memory.kernel.maps import KERNEL_AREAS, read_areas
 from podferry.memory.kernel.pagemap import (
     HELD,
     Category,
-    Query,
     Scanner,
+    ScanQuery,
     has_scan,
     is_alive,
     open_pagemap,
@@ -83,7 +83,7 @@ def population(pid: int) -> Population:
         else:
             told = Category.GUARD if tells_guards() else Category(0)
             skipped = Category.PFNZERO | Category.FILE
-            regions = Scanner().scan(pagemap, areas, Query(skipped, skipped, HELD, told))
+            regions = Scanner().scan(pagemap, areas, ScanQuery(skipped, skipped, HELD, told))
             guards = regions.having(told)
             found = Population(pid, regions.all() - guards, guards)
         if not is_alive(pagemap):
@@ -103,7 +103,7 @@ def complete(images: Path, populations: Mapping[int, Population], *, guards: boo
     return all(left)
 
 
-class Piece(NamedTuple):
+class PageRun(NamedTuple):
     """Pages [start, end), their PE_ flags, and whether CRIU itself has written them."""
 
     start: int
@@ -112,12 +112,12 @@ class Piece(NamedTuple):
     done: bool
 
 
-def settled(entries: Sequence[Mapped], lazy: Runs, rest: Runs) -> list[Piece]:
+def settled(entries: Sequence[Mapped], lazy: Runs, rest: Runs) -> list[PageRun]:
     """The page map, in order: what CRIU wrote, the pages that may be fed, and `rest`."""
     written = Runs((start, end) for start, end, flags in entries if flags & PE_PRESENT)
-    pieces = [Piece(*entry, done=True) for entry in entries if entry.flags & PE_PRESENT]
-    pieces += [Piece(start, end, PE_LAZY, False) for start, end in lazy - written]
-    pieces += [Piece(start, end, PE_PRESENT, False) for start, end in rest - written]
+    pieces = [PageRun(*entry, done=True) for entry in entries if entry.flags & PE_PRESENT]
+    pieces += [PageRun(start, end, PE_LAZY, False) for start, end in lazy - written]
+    pieces += [PageRun(start, end, PE_PRESENT, False) for start, end in rest - written]
     return sorted(pieces)
 
 
@@ -147,7 +147,7 @@ def _complete(images: Path, inside: int, found: Population, guards: bool) -> boo
     return not any(entry.flags & PE_LAZY for entry in before.entries)
 
 
-def _next_pages(file: int, piece: Piece) -> Iterator[bytes]:
+def _next_pages(file: int, piece: PageRun) -> Iterator[bytes]:
     """The next pages of a pages image."""
     left = piece.end - piece.start
     while left:
@@ -158,7 +158,7 @@ def _next_pages(file: int, piece: Piece) -> Iterator[bytes]:
         yield data
 
 
-def _pages_at(memory: int, piece: Piece, inside: int) -> Iterator[bytes]:
+def _pages_at(memory: int, piece: PageRun, inside: int) -> Iterator[bytes]:
     """The contents of a process' pages, from its /proc/PID/mem."""
     at = piece.start
     while at < piece.end:

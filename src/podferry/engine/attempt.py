@@ -12,7 +12,7 @@ import anyio
 import structlog
 
 from podferry.core.invariants import Sight, broken
-from podferry.core.phases import Machine
+from podferry.core.phases import PhaseMachine
 from podferry.core.undo import Handler, Leftover
 from podferry.engine import gate, metrics
 from podferry.engine.journal import Journal
@@ -39,7 +39,7 @@ class Attempt(Generic[Phase, Event]):
     """Steps that are not taken where a rule does not hold. All others lead back or mend: there it is counted, and said."""
 
     def __init__(
-        self, machine: Machine[Phase, Event], journal: Journal, story: Story, handlers: Mapping[str, Handler]
+        self, machine: PhaseMachine[Phase, Event], journal: Journal, story: Story, handlers: Mapping[str, Handler]
     ) -> None:
         self.machine, self.journal, self.story = machine, journal, story
         self._handlers = {kind: _bounded(handler) for kind, handler in handlers.items()}

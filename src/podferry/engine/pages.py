@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from podferry.wire.channel import Channel
-from podferry.wire.compression import Decision, Deflater, Measured, decide
+from podferry.wire.compression import CompressionDecision, Deflater, Measured, decide
 from podferry.wire.frames import Drop, Pages
 
 WINDOW = 16 << 20
@@ -19,7 +19,7 @@ class PageSender:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.decision = Decision(False, "nothing was sent yet")
+        self.decision = CompressionDecision(False, "nothing was sent yet")
         self.compressed = 0
         self._begin()
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import anyio
 import structlog
 
-from podferry.core.precopy import Policy, Round, Step, decide, link_rate, rest
+from podferry.core.precopy import PreCopyPolicy, Round, Step, decide, link_rate, rest
 from podferry.engine.letters import Letters
 from podferry.engine.ports import Change, LeavingJob
 from podferry.engine.sending import Sender
@@ -20,7 +20,7 @@ from podferry.wire.messages import RoundAck, RoundEnd
 class Rounds:
     """The rounds of one migration. Each sends what is pending and then looks what was written meanwhile: that is `pending` next."""
 
-    def __init__(self, job: LeavingJob, sender: Sender, letters: Letters, story: Story, policy: Policy) -> None:
+    def __init__(self, job: LeavingJob, sender: Sender, letters: Letters, story: Story, policy: PreCopyPolicy) -> None:
         self.pending = Change()
         self._job, self._sender, self._letters, self._story, self._policy = job, sender, letters, story, policy
         self._judged_from = 0

@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup
 
 from podferry.core.invariants import Sight
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, SourceEvent, SourcePhase, source_machine
-from podferry.core.precopy import Policy
+from podferry.core.precopy import PreCopyPolicy
 from podferry.core.undo import Handler, Leftover
 from podferry.engine.attempt import Attempt
 from podferry.engine.contact import Contact
@@ -63,7 +63,7 @@ class Order:
     timeout: float = 3600.0
     bandwidth: float | None = None
     max_freeze: float | None = None
-    policy: Policy = field(default_factory=Policy)
+    policy: PreCopyPolicy = field(default_factory=PreCopyPolicy)
 
 
 Propose = Callable[[], Awaitable[tuple[Offer, LeavingJob]]]

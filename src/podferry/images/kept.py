@@ -33,7 +33,7 @@ MOST_STAMPS = 8  # of one payload: replicas of a share may tell different times
 log = structlog.get_logger()
 
 
-class Kept:
+class NodeDigests:
     """The digests, in the node's own database."""
 
     def __init__(self, metadata: Metadata) -> None:
@@ -96,12 +96,12 @@ def _said(record: LayerRecord) -> str:
 
 
 @dataclass
-class Watch:
+class LayerWatch:
     """Looks at the layers in use every so often. `used` names those that this node has from the share, by chain id."""
 
     share: PosixShare
     store: LayerStore
-    kept: Kept
+    kept: NodeDigests
     used: Callable[[], Iterable[str]]
     failed: Callable[[PodferryError], None] = lambda error: None
     every: float = EVERY

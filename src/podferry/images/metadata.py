@@ -55,7 +55,7 @@ class MetadataBroken(Failed):
     code = "PF260"
 
 
-class Kind(IntEnum):
+class SnapshotKind(IntEnum):
     """The numbers are containerd's."""
 
     VIEW = 1
@@ -71,7 +71,7 @@ class Home(StrEnum):
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class SnapshotRow:
     """One row. `chain` is the layer it is, if it is one; `bytes` and `inodes` are what it takes on the node's disk.
 
     `moved_at` is the newest snapshot's id when the files moved to the share: mounts of younger ones use the share.
@@ -81,7 +81,7 @@ class Snapshot:
 
     id: int
     name: str
-    kind: Kind
+    kind: SnapshotKind
     parent: str
     created: int  # nanoseconds since the epoch
     updated: int
@@ -178,20 +178,20 @@ class Metadata:
         with self._transaction() as db:
             db.execute("DELETE FROM facts WHERE name = ?", (name,))
 
-    def get(self, name: str) -> Snapshot:
+    def get(self, name: str) -> SnapshotRow:
         """The snapshot `name`. Raises `SnapshotMissing`."""
         found = self._one("WHERE s.name = ?", name)
         if found is None:
             raise SnapshotMissing(f"snapshot {name} does not exist")
         return found
 
-    def lineage(self, parent: str) -> list[Snapshot]:
+    def lineage(self, parent: str) -> list[SnapshotRow]:
         """The committed snapshot `parent` and its ancestors, in this order; nothing for no parent.
 
         Raises `SnapshotMissing`, and `SnapshotInvalid` for one that is not committed.
         """
         with self._transaction():
-            found: list[Snapshot] = []
+            found: list[SnapshotRow] = []
             while parent:
                 self._parent_id(parent)
                 found.append(self.get(parent))
@@ -200,12 +200,12 @@ class Metadata:
 
     def create(
         self,
-        kind: Kind,
+        kind: SnapshotKind,
         name: str,
         parent: str,
         labels: Mapping[str, str],
-        make: Callable[[Snapshot], None] = lambda made: None,
-    ) -> Snapshot:
+        make: Callable[[SnapshotRow], None] = lambda made: None,
+    ) -> SnapshotRow:
         """A new active snapshot or view; `make` does what goes with it, and if it fails there is none.
 
         Raises `SnapshotExists`, `SnapshotMissing`, `SnapshotInvalid`.
@@ -216,14 +216,14 @@ class Metadata:
             make(made)
             return made
 
-    def refer(self, name: str, parent: str, chain: str, labels: Mapping[str, str]) -> Snapshot:
+    def refer(self, name: str, parent: str, chain: str, labels: Mapping[str, str]) -> SnapshotRow:
         """A committed snapshot for a layer that is on the share. Takes another name where `name` is taken."""
         with self._transaction() as db:
             parent_id = self._parent_id(parent)
             if self._one("WHERE s.name = ?", name):
                 newest = db.execute("SELECT coalesce(max(id), 0) FROM snapshots").fetchone()[0]
                 name = f"{name}@{newest + 1}"
-            made = self._insert(db, Kind.COMMITTED, name, parent_id, labels)
+            made = self._insert(db, SnapshotKind.COMMITTED, name, parent_id, labels)
             db.execute("UPDATE snapshots SET chain = ?, home = ? WHERE id = ?", (chain, Home.SHARE, made.id))
             return self.get(name)
 
@@ -236,7 +236,7 @@ class Metadata:
         size: tuple[int, int],
         chain: str | None,
         parent: str = "",
-    ) -> Snapshot:
+    ) -> SnapshotRow:
         """The active snapshot `key` becomes the committed `name`; `size` is bytes and inodes on disk.
 
         A snapshot without a parent may get one here (containerd 2.1 and later unpack layers in parallel that way).
@@ -244,7 +244,7 @@ class Metadata:
         with self._transaction() as db:
             self._refuse_taken(name)
             active = self.get(key)
-            if active.kind is not Kind.ACTIVE:
+            if active.kind is not SnapshotKind.ACTIVE:
                 raise SnapshotInUse(f"snapshot {key} is not active")
             if parent and active.parent and parent != active.parent:
                 raise SnapshotInvalid(f"cannot change the parent of {key} while it is committed")
@@ -254,13 +254,13 @@ class Metadata:
                 "UPDATE snapshots SET name = ?, kind = ?, parent_id = ?, created = ?, updated = ?, labels = ?, chain = ?,"
                 " bytes = ?, inodes = ?, boot = ? WHERE id = ?",
                 (
-                    *(name, Kind.COMMITTED, self._parent_id(parent or active.parent), now, now),
+                    *(name, SnapshotKind.COMMITTED, self._parent_id(parent or active.parent), now, now),
                     *(json.dumps(dict(labels)), chain, *size, this_boot(), active.id),
                 ),
             )
             return self.get(name)
 
-    def remove(self, name: str) -> Snapshot:
+    def remove(self, name: str) -> SnapshotRow:
         """Forget a snapshot. Raises `SnapshotInUse` while others build on it."""
         with self._transaction() as db:
             found = self.get(name)
@@ -269,7 +269,7 @@ class Metadata:
             db.execute("DELETE FROM snapshots WHERE id = ?", (found.id,))
             return found
 
-    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str] = ()) -> Snapshot:
+    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str] = ()) -> SnapshotRow:
         """Change labels: all of them, or those that `paths` names. Raises `SnapshotInvalid` for any other path."""
         with self._transaction() as db:
             found = self.get(name)
@@ -289,16 +289,16 @@ class Metadata:
             )
             return self.get(name)
 
-    def all(self, filters: Sequence[str] = ()) -> list[Snapshot]:
+    def all(self, filters: Sequence[str] = ()) -> list[SnapshotRow]:
         """The snapshots that a request's filters ask for, by age."""
         wanted = parse(filters)
         return [one for one in self._many("ORDER BY s.id") if wanted(partial(_field, one))]
 
-    def layer(self, chain: str, parent: str) -> Snapshot | None:
+    def layer(self, chain: str, parent: str) -> SnapshotRow | None:
         """A committed snapshot of this layer on this parent."""
         return self._one("WHERE s.chain = ? AND s.kind = 3 AND coalesce(p.name, '') = ?", chain, parent)
 
-    def layers(self, home: Home | None = None) -> list[Snapshot]:
+    def layers(self, home: Home | None = None) -> list[SnapshotRow]:
         """Committed snapshots that are layers, oldest first."""
         rows = self._many("WHERE s.chain IS NOT NULL AND s.kind = 3 ORDER BY s.id")
         return [row for row in rows if home is None or row.home is home]
@@ -326,7 +326,7 @@ class Metadata:
         with self._transaction() as db:
             db.execute("UPDATE snapshots SET bytes = 0, inodes = 0, moved_at = NULL WHERE id = ?", (identity,))
 
-    def users_of_copy(self, layer: Snapshot) -> int:
+    def users_of_copy(self, layer: SnapshotRow) -> int:
         """How many active snapshots and views may have the layer's copy on disk mounted."""
         with self._transaction() as db:
             newest = layer.moved_at if layer.moved_at is not None else 1 << 62
@@ -352,8 +352,8 @@ class Metadata:
             self._db.execute("COMMIT")
 
     def _insert(
-        self, db: sqlite3.Connection, kind: Kind, name: str, parent_id: int | None, labels: Mapping[str, str]
-    ) -> Snapshot:
+        self, db: sqlite3.Connection, kind: SnapshotKind, name: str, parent_id: int | None, labels: Mapping[str, str]
+    ) -> SnapshotRow:
         if not name:
             raise SnapshotInvalid("a snapshot needs a name")
         _check_labels(labels)
@@ -370,7 +370,7 @@ class Metadata:
         found = self._one("WHERE s.name = ?", parent)
         if found is None:
             raise SnapshotMissing(f"parent snapshot {parent} does not exist")
-        if found.kind is not Kind.COMMITTED:
+        if found.kind is not SnapshotKind.COMMITTED:
             raise SnapshotInvalid(f"parent snapshot {parent} is not committed")
         return found.id
 
@@ -378,19 +378,19 @@ class Metadata:
         if self._one("WHERE s.name = ?", name):
             raise SnapshotExists(f"snapshot {name} already exists")
 
-    def _one(self, where: str, *values: object) -> Snapshot | None:
+    def _one(self, where: str, *values: object) -> SnapshotRow | None:
         return next(iter(self._many(f"{where} LIMIT 1", *values)), None)
 
-    def _many(self, where: str, *values: object) -> list[Snapshot]:
+    def _many(self, where: str, *values: object) -> list[SnapshotRow]:
         with self._lock:
             rows = self._db.execute(_ROWS + where, values).fetchall()
         return [_snapshot(row) for row in rows]
 
 
-def _snapshot(row: Sequence[Any]) -> Snapshot:
+def _snapshot(row: Sequence[Any]) -> SnapshotRow:
     identity, name, kind, parent, created, updated, labels, chain, home, *rest = row
-    facts = (identity, name, Kind(kind), parent, created, updated, json.loads(labels), chain, Home(home))
-    return Snapshot(*facts, *rest)
+    facts = (identity, name, SnapshotKind(kind), parent, created, updated, json.loads(labels), chain, Home(home))
+    return SnapshotRow(*facts, *rest)
 
 
 def this_boot() -> str:
@@ -404,7 +404,7 @@ def _check_labels(labels: Mapping[str, str]) -> None:
             raise SnapshotInvalid(f"the label {label[:64]!r} is too long", why=f"more than {LABELS_LIMIT} bytes")
 
 
-def _field(snapshot: Snapshot, path: list[str]) -> str | None:
+def _field(snapshot: SnapshotRow, path: list[str]) -> str | None:
     match path:
         case ["name"]:
             return snapshot.name

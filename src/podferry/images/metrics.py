@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from podferry.errors import PodferryError
-from podferry.images.metadata import Snapshot
+from podferry.images.metadata import SnapshotRow
 
 
 class Metrics:
@@ -43,7 +43,7 @@ class Metrics:
     def called(self, call: str, code: str) -> None:
         self.calls.labels(call, code).inc()
 
-    def layer_published(self, layer: Snapshot, seconds: float) -> None:
+    def layer_published(self, layer: SnapshotRow, seconds: float) -> None:
         self.published.inc()
         self.publishing.observe(seconds)
 

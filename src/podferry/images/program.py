@@ -25,7 +25,7 @@ from podferry.images.erofs import ErofsForm
 from podferry.images.faults import ShareRefused
 from podferry.images.guard import Guard
 from podferry.images.housekeeping import Housekeeping
-from podferry.images.kept import Watch
+from podferry.images.kept import LayerWatch
 from podferry.images.layout import FormName
 from podferry.images.leases import Leases
 from podferry.images.metadata import Home, Metadata
@@ -95,7 +95,7 @@ def serve(
     snapshotter.starting = prefetcher.starting
     publisher.pulling = snapshotter.unpacking
     housekeeping = Housekeeping(opened, publisher, collector, prefetcher, metrics)
-    watch = Watch(opened, store, snapshotter.kept, lambda: _on_share(metadata), metrics.failed)
+    watch = LayerWatch(opened, store, snapshotter.kept, lambda: _on_share(metadata), metrics.failed)
     snapshotter.cleanup()
     server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), maximum_concurrent_rpcs=4 * CALLS)
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshotter, metrics.called), server)  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ import structlog
 from podferry.errors import Failed, PodferryError
 from podferry.images.faults import LayerExchanged, LayerUnfit
 from podferry.images.leases import Lease
-from podferry.images.metadata import Home, Metadata, Snapshot, this_boot
+from podferry.images.metadata import Home, Metadata, SnapshotRow, this_boot
 from podferry.images.store import LayerStore
 
 RETRY = (5.0, 60.0)  # seconds after a failure: the first, and the longest
@@ -45,7 +45,7 @@ class Publisher:
     store: LayerStore
     hold_limit: float = 900.0
     pulling: Callable[[], bool] = lambda: False
-    published: Callable[[Snapshot, float], None] = lambda layer, seconds: None
+    published: Callable[[SnapshotRow, float], None] = lambda layer, seconds: None
     failed: Callable[[PodferryError], None] = lambda error: None
     _held: dict[str, _Held] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -107,7 +107,7 @@ class Publisher:
         self.drop_copies()
         return complete
 
-    def publish(self, layer: Snapshot) -> bool:
+    def publish(self, layer: SnapshotRow) -> bool:
         """Publish one layer; False when it should be tried again."""
         assert layer.chain is not None
         begun = self.store.clock.monotonic()

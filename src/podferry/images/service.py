@@ -16,14 +16,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from podferry.errors import PodferryError, UsageError
 from podferry.images.faults import LayerExchanged, LayerMissing, ShareFull, ShareHung, ShareReadOnly, ShareUnavailable
 from podferry.images.metadata import (
-    Snapshot,
     SnapshotExists,
     SnapshotInUse,
     SnapshotInvalid,
     SnapshotMissing,
+    SnapshotRow,
 )
 from podferry.images.publisher import STAYS
-from podferry.images.snapshotter import Mount, Snapshotter
+from podferry.images.snapshotter import PreparedMount, Snapshotter
 from podferry.node.containerd import LAYER_STAYS
 from podferry.protos import snapshots_pb2 as pb
 from podferry.protos import snapshots_pb2_grpc, types_pb2
@@ -144,11 +144,11 @@ def _sentence(error: PodferryError) -> str:
     return f"podferry {error.code}: {error}{said}" + (f" (what to do: {error.remedy})" if error.remedy else "")
 
 
-def _mount(mount: Mount) -> types_pb2.Mount:
+def _mount(mount: PreparedMount) -> types_pb2.Mount:
     return types_pb2.Mount(type=mount.type, source=mount.source, options=mount.options)
 
 
-def _info(snapshot: Snapshot) -> pb.Info:
+def _info(snapshot: SnapshotRow) -> pb.Info:
     return pb.Info(
         name=snapshot.name,
         parent=snapshot.parent,
@@ -159,7 +159,7 @@ def _info(snapshot: Snapshot) -> pb.Info:
     )
 
 
-def _labels(snapshot: Snapshot) -> dict[str, str]:
+def _labels(snapshot: SnapshotRow) -> dict[str, str]:
     """Its labels, and one of ours on a layer that is not shared: why not, for who asks on behalf of another node."""
     stays = snapshot.note.startswith(STAYS)
     return (

@@ -30,10 +30,10 @@ from podferry.fs.private import private_directory
 from podferry.images import layout
 from podferry.images.erofs import IMAGE
 from podferry.images.faults import LayerMissing
-from podferry.images.kept import Kept
+from podferry.images.kept import NodeDigests
 from podferry.images.layout import FormName
 from podferry.images.leases import Lease
-from podferry.images.metadata import Home, Kind, Metadata, Snapshot, SnapshotExists, SnapshotInUse
+from podferry.images.metadata import Home, Metadata, SnapshotExists, SnapshotInUse, SnapshotKind, SnapshotRow
 from podferry.images.mounts import mount_directory, mount_image, mount_points, unmount
 from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
@@ -49,7 +49,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Mount:
+class PreparedMount:
     """A mount as containerd takes it."""
 
     type: str
@@ -74,7 +74,7 @@ class Snapshotter:
         self.wait = wait
         self.starting: Callable[[Sequence[str]], None] = lambda chains: None
         """Told of the layers on the share, by chain id, that a new container runs from."""
-        self.kept = Kept(metadata)
+        self.kept = NodeDigests(metadata)
         store.kept = self.kept
         self._mounting = threading.Lock()
         for folder in ("snapshots", "images", "l"):
@@ -82,52 +82,52 @@ class Snapshotter:
 
     # -- containerd's calls ------------------------------------------------------------------------------------------
 
-    def stat(self, name: str) -> Snapshot:
+    def stat(self, name: str) -> SnapshotRow:
         """The snapshot `name`."""
         return self.metadata.get(name)
 
-    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Snapshot:
+    def update(self, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> SnapshotRow:
         """Change labels."""
         return self.metadata.update(name, labels, paths)
 
-    def walk(self, filters: Sequence[str]) -> list[Snapshot]:
+    def walk(self, filters: Sequence[str]) -> list[SnapshotRow]:
         """The snapshots that a filter asks for."""
         return self.metadata.all(filters)
 
     def usage(self, name: str) -> tuple[int, int]:
         """Bytes and inodes on this node's disk; a layer that lives on the share takes none."""
         found = self.metadata.get(name)
-        if found.kind is Kind.COMMITTED:
+        if found.kind is SnapshotKind.COMMITTED:
             return found.bytes, found.inodes
         return disk_usage(self.files(found))
 
     def prepare(
         self, key: str, parent: str, labels: Mapping[str, str], stop: threading.Event | None = None
-    ) -> list[Mount]:
+    ) -> list[PreparedMount]:
         """A new active snapshot. With the label of a layer that the share has, `SnapshotExists`: nothing to download."""
         chain = labels.get(REF, "")
         if layout.is_chain(chain) and self._found(chain, parent, labels, stop or threading.Event()):
             raise SnapshotExists(f"layer {chain} is there already")
-        mounts = self._create(Kind.ACTIVE, key, parent, labels)
+        mounts = self._create(SnapshotKind.ACTIVE, key, parent, labels)
         if not chain:
             self.starting([one.chain for one in self.metadata.lineage(parent) if one.home is Home.SHARE and one.chain])
         return mounts
 
-    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[PreparedMount]:
         """A new read-only snapshot."""
-        return self._create(Kind.VIEW, key, parent, labels)
+        return self._create(SnapshotKind.VIEW, key, parent, labels)
 
-    def mounts(self, key: str) -> list[Mount]:
+    def mounts(self, key: str) -> list[PreparedMount]:
         """How to mount an active snapshot or a view."""
         found = self.metadata.get(key)
-        if found.kind is Kind.COMMITTED:
+        if found.kind is SnapshotKind.COMMITTED:
             raise SnapshotInUse(f"snapshot {key} is committed", why="only active snapshots and views are mounted")
         return self._mounts(found, self._lowers(found.parent))
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str = "") -> None:
         """Make an active snapshot a layer; it is copied to the share afterwards."""
         active = self.metadata.get(key)
-        if active.kind is not Kind.ACTIVE:
+        if active.kind is not SnapshotKind.ACTIVE:
             raise SnapshotInUse(f"snapshot {key} is not active")
         size = disk_usage(self.files(active))
         chain = _chain(name, labels, active.labels)
@@ -141,13 +141,13 @@ class Snapshotter:
         if gone.chain is not None and not self._still_used(gone.chain):
             self.store.references.drop(gone.chain)
             self.kept.forget(gone.chain)
-        if (chain := gone.labels.get(REF)) is not None and gone.kind is Kind.ACTIVE:
+        if (chain := gone.labels.get(REF)) is not None and gone.kind is SnapshotKind.ACTIVE:
             self.publisher.abandon(chain)
         self._delete(gone.id)
 
     def unpacking(self) -> bool:
         """Whether containerd is unpacking a layer into an active snapshot."""
-        return any(one.kind is Kind.ACTIVE and REF in one.labels for one in self.metadata.all([]))
+        return any(one.kind is SnapshotKind.ACTIVE and REF in one.labels for one in self.metadata.all([]))
 
     def cleanup(self) -> None:
         """Delete what crashes and finished moves left on disk."""
@@ -160,7 +160,7 @@ class Snapshotter:
 
     # -- what they are made of ---------------------------------------------------------------------------------------
 
-    def files(self, snapshot: Snapshot) -> Path:
+    def files(self, snapshot: SnapshotRow) -> Path:
         """Where the files of a snapshot are on this node's disk."""
         return self.root / "snapshots" / str(snapshot.id) / "fs"
 
@@ -203,7 +203,7 @@ class Snapshotter:
                 return None
             pause = min(pause * 1.5, POLL[1])
 
-    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+    def _create(self, kind: SnapshotKind, key: str, parent: str, labels: Mapping[str, str]) -> list[PreparedMount]:
         top_owner = self._top_owner(parent)
         owner = _mapped_root(labels) or top_owner
         made = self.metadata.create(kind, key, parent, labels, lambda made: self._make_directories(made, owner))
@@ -213,7 +213,7 @@ class Snapshotter:
             self.remove(key)
             raise
 
-    def _make_directories(self, made: Snapshot, owner: tuple[int, int] | None) -> None:
+    def _make_directories(self, made: SnapshotRow, owner: tuple[int, int] | None) -> None:
         files = self.files(made)
         shutil.rmtree(files.parent, ignore_errors=True)  # of a crash before the same number was given out
         private_directory(files.parent, below=self.root)
@@ -242,19 +242,19 @@ class Snapshotter:
     def _lowers(self, parent: str) -> list[Path]:
         return [self._lower(layer) for layer in self.metadata.lineage(parent)]
 
-    def _mounts(self, snapshot: Snapshot, lowers: list[Path]) -> list[Mount]:
+    def _mounts(self, snapshot: SnapshotRow, lowers: list[Path]) -> list[PreparedMount]:
         files = self.files(snapshot)
-        writable = snapshot.kind is Kind.ACTIVE
+        writable = snapshot.kind is SnapshotKind.ACTIVE
         if not lowers:
-            return [Mount("bind", str(files), ["rw" if writable else "ro", "rbind"])]
+            return [PreparedMount("bind", str(files), ["rw" if writable else "ro", "rbind"])]
         if not writable and len(lowers) == 1:
-            return [Mount("bind", str(lowers[0]), ["ro", "rbind"])]
+            return [PreparedMount("bind", str(lowers[0]), ["ro", "rbind"])]
         options = [f"lowerdir={':'.join(map(str, lowers))}"]
         if writable:
             options = [f"workdir={files.parent / 'work'}", f"upperdir={files}", *options]
-        return [Mount("overlay", "overlay", options)]
+        return [PreparedMount("overlay", "overlay", options)]
 
-    def _lower(self, layer: Snapshot) -> Path:
+    def _lower(self, layer: SnapshotRow) -> Path:
         """The path of a layer for overlayfs, there and answering."""
         up = Path("..")
         if layer.home is Home.DISK or layer.chain is None:
@@ -268,7 +268,7 @@ class Snapshotter:
                 self._mount(layer, published)
         return self._link(layer, up / "images" / str(layer.id))
 
-    def _mount(self, layer: Snapshot, published: Layer) -> None:
+    def _mount(self, layer: SnapshotRow, published: Layer) -> None:
         at = self.root / "images" / str(layer.id)
         tree = published.record.form is FormName.DIR
         path = f"{published.at}/{FILES if tree else IMAGE}"
@@ -288,7 +288,7 @@ class Snapshotter:
             raise LayerMissing(f"layer {layer.chain} is not on the share", why=str(gone)) from gone
         self.metadata.mounted(layer.id, self._share.device)
 
-    def _mounted(self, layer: Snapshot) -> bool:
+    def _mounted(self, layer: SnapshotRow) -> bool:
         """Whether the layer's image is mounted, from the share as it is mounted now.
 
         Asks the kernel's list and nobody else, so that a hung share does not matter.
@@ -302,7 +302,7 @@ class Snapshotter:
         assert isinstance(share, PosixShare)
         return share
 
-    def _link(self, layer: Snapshot, target: Path) -> Path:
+    def _link(self, layer: SnapshotRow, target: Path) -> Path:
         link = self.root / "l" / str(layer.id)
         if not (link.is_symlink() and link.readlink() == target):
             draft = link.with_name(f".{layer.id}.{layout.new_token()}")

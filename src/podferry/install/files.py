@@ -62,7 +62,7 @@ class Root:
 
 
 @dataclass(frozen=True)
-class Entry:
+class InstalledFile:
     """One file that was written: what is ours (sha256), and the mode of what was there before, None where nothing was."""
 
     path: str
@@ -70,13 +70,13 @@ class Entry:
     mode: int | None
 
 
-class Ledger:
+class InstalledFiles:
     """What was written on a node, and what was there before."""
 
     def __init__(self, root: Root) -> None:
         self._root = root
         self._directory = root.path(LEDGER)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, InstalledFile] = {}
         self.restart_due = False
         """Whether containerd has not been started again since its settings were changed."""
         try:
@@ -85,7 +85,7 @@ class Ledger:
             return
         except ValueError as damaged:
             raise Failed.because(f"{LEDGER}/ledger.json is damaged", damaged) from damaged
-        self.entries = {one["path"]: Entry(**one) for one in known["entries"]}
+        self.entries = {one["path"]: InstalledFile(**one) for one in known["entries"]}
         self.restart_due = known["restart_due"]
 
     def write(self, path: str, content: bytes, *, mode: int = 0o644) -> bool:
@@ -99,8 +99,8 @@ class Ledger:
             if present is not None:
                 private_directory(self._directory, below=self._directory)
                 shutil.copy2(place, self._saved(path))
-            self.entries[path] = Entry(path, "", before)
-        self.entries[path] = Entry(path, sha256(content).hexdigest(), self.entries[path].mode)
+            self.entries[path] = InstalledFile(path, "", before)
+        self.entries[path] = InstalledFile(path, sha256(content).hexdigest(), self.entries[path].mode)
         self.save()
         self._root.replace(path, content, mode)
         return present != content

@@ -14,8 +14,8 @@ from podferry.criu import dump_gate, incoming, network_setup
 from podferry.errors import PodferryError, Refused
 from podferry.install import criu, daemon, remains, settings
 from podferry.install.daemon import Daemon
-from podferry.install.files import Ledger, Root
-from podferry.install.settings import Settings
+from podferry.install.files import InstalledFiles, Root
+from podferry.install.settings import ContainerdSettings
 from podferry.node import host, outside, own_tmpfs
 
 WRAPPER = "/opt/podferry/bin/podferry-runc"
@@ -51,7 +51,7 @@ def install(
     if host.selinux_enforces(root.top):
         raise Refused("SELinux enforces its policy on this node", why=SELINUX_WHY, remedy=SELINUX_REMEDY)
     containerd = find()
-    ledger = Ledger(root)
+    ledger = InstalledFiles(root)
     changed = []
 
     def write(path: str, content: bytes, mode: int) -> None:
@@ -93,7 +93,7 @@ def uninstall(
     without, or goes on with `force`.
     """
     root = Root(outside.root())
-    ledger = Ledger(root)
+    ledger = InstalledFiles(root)
     told = ""
     while not force and (why := _users(root) or remains.in_use(root)):
         if not wait:
@@ -141,12 +141,14 @@ def uninstall(
 
 
 def _configure(
-    root: Root, containerd: Daemon, ledger: Ledger, write: Callable[[str, bytes, int], None], tell: Tell
+    root: Root, containerd: Daemon, ledger: InstalledFiles, write: Callable[[str, bytes, int], None], tell: Tell
 ) -> bool:
     """containerd's settings; true if it was started again."""
     text = (root.read(containerd.config) or b"").decode()
-    at = settings.drop_in_path(Settings(containerd.config, text))
-    known = Settings(containerd.config, text, _imported(root, Settings(containerd.config, text), at))
+    at = settings.drop_in_path(ContainerdSettings(containerd.config, text))
+    known = ContainerdSettings(
+        containerd.config, text, _imported(root, ContainerdSettings(containerd.config, text), at)
+    )
     main = settings.with_import(known, containerd.major, at)
     new = {at: settings.drop_in(known, containerd.major, WRAPPER)}
     if main != text:
@@ -187,7 +189,7 @@ def _check(containerd: Daemon) -> None:
         )
 
 
-def _imported(root: Root, main: Settings, ours: str) -> tuple[str, ...]:
+def _imported(root: Root, main: ContainerdSettings, ours: str) -> tuple[str, ...]:
     """The texts of the files that containerd's configuration imports, but for our own."""
     texts = []
     for pattern in main.table.get("imports", []):

@@ -32,7 +32,7 @@ Table = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ContainerdSettings:
     """containerd's main configuration file, and the other files that it imports, in their order."""
 
     path: str
@@ -59,7 +59,7 @@ class Settings:
         return int(said)
 
 
-def drop_in_path(settings: Settings) -> str:
+def drop_in_path(settings: ContainerdSettings) -> str:
     """Where the drop-in goes: to a directory whose files are imported already, or to one of its own."""
     for pattern in settings.table.get("imports", []):
         if pattern.endswith("/*.toml"):
@@ -67,7 +67,7 @@ def drop_in_path(settings: Settings) -> str:
     return f"{PurePosixPath(settings.path).parent}/conf.d/{NAME}"
 
 
-def drop_in(settings: Settings, major: int, wrapper: str) -> str:
+def drop_in(settings: ContainerdSettings, major: int, wrapper: str) -> str:
     """The drop-in's text. The runtime is the node's own runc in all but its program."""
     version = settings.version(major)
     section: Table = {}
@@ -86,7 +86,7 @@ def drop_in(settings: Settings, major: int, wrapper: str) -> str:
     return tomli_w.dumps({"version": version, "plugins": {CRI[version]: whole}})
 
 
-def with_import(settings: Settings, major: int, drop_in: str) -> str:
+def with_import(settings: ContainerdSettings, major: int, drop_in: str) -> str:
     """The main file's text with an import of `drop_in`; the text itself where that is imported already."""
     table = settings.table
     imports = list(table.get("imports", []))
@@ -118,7 +118,7 @@ def _array(values: list[str]) -> str:
     return "[" + ", ".join(f'"{value}"' for value in values) + "]"
 
 
-def _absolute(settings: Settings, pattern: str) -> str:
+def _absolute(settings: ContainerdSettings, pattern: str) -> str:
     return str(PurePosixPath(settings.path).parent / pattern)
 
 

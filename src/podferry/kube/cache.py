@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
 
-from podferry.kube.client import Api, Fields, Json, Kind, Labels
+from podferry.kube.client import Api, Fields, Json, Labels, ResourceKind
 from podferry.kube.watch import Change, follow
 
 Key = tuple[str, str]
@@ -23,7 +23,7 @@ class Store:
     """The objects of one kind, as they were last seen. `prune` leaves of each what is needed of it; `labels` are those that all of
     them have."""
 
-    def __init__(self, kind: Kind, labels: Labels | None = None, prune: Prune | None = None) -> None:
+    def __init__(self, kind: ResourceKind, labels: Labels | None = None, prune: Prune | None = None) -> None:
         self.kind, self.labels = kind, labels
         self._prune = prune or (lambda body: body)
         self._objects: dict[Key, Json] = {}
@@ -68,13 +68,13 @@ class Cache(Api):
     """`api`, with a memory."""
 
     def __init__(
-        self, api: Api, stores: Iterable[Store], *, briefly: Collection[Kind] = (), seconds: float = 5.0
+        self, api: Api, stores: Iterable[Store], *, briefly: Collection[ResourceKind] = (), seconds: float = 5.0
     ) -> None:
         """Kinds in `briefly` are asked for, and what was answered is used again for so many `seconds`."""
         self._api, self.namespace, self.server = api, api.namespace, api.server
         self._stores = {one.kind: one for one in stores}
         self._briefly, self._seconds = frozenset(briefly), seconds
-        self._told: dict[tuple[Kind, Key], tuple[float, Json | None]] = {}
+        self._told: dict[tuple[ResourceKind, Key], tuple[float, Json | None]] = {}
 
     async def prime(self) -> None:
         """Learn all that there is. To be called before anything is read."""
@@ -82,18 +82,18 @@ class Cache(Api):
             for body in (await self._api.list(store.kind, labels=store.labels))[0]:
                 store.learn(body)
 
-    def store(self, kind: Kind) -> Store:
+    def store(self, kind: ResourceKind) -> Store:
         """What is known of a kind that is followed."""
         return self._stores[kind]
 
-    async def follow(self, kind: Kind) -> AsyncIterator[Change]:
+    async def follow(self, kind: ResourceKind) -> AsyncIterator[Change]:
         """As `podferry.kube.watch.follow`; who reads it keeps the memory of this kind up to date."""
         store = self._stores[kind]
         async for what, body in follow(self._api, kind, labels=store.labels):
             (store.forget if what == "DELETED" else store.learn)(body)
             yield what, body
 
-    async def find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+    async def find(self, kind: ResourceKind, name: str, namespace: str = "") -> Json | None:
         """One object, or None where the API server says that there is none."""
         if kind in self._stores and (known := self._stores[kind].get(namespace, name)) is not None:
             return copy.deepcopy(known)
@@ -105,12 +105,12 @@ class Cache(Api):
             self._told[key] = now, await self._api.find(kind, name, namespace)
         return copy.deepcopy(self._told[key][1])
 
-    async def get(self, kind: Kind, name: str, namespace: str = "") -> Json:
+    async def get(self, kind: ResourceKind, name: str, namespace: str = "") -> Json:
         """One object, as it is: never from memory."""
         return self._learn(kind, await self._api.get(kind, name, namespace))
 
     async def list(
-        self, kind: Kind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
+        self, kind: ResourceKind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
     ) -> tuple[list[Json], str]:
         """From memory where all objects of a kind are known and all are wanted; there is no version to watch from then."""
         store = self._stores.get(kind)
@@ -118,23 +118,23 @@ class Cache(Api):
             return [copy.deepcopy(one) for one in store.all(namespace)], ""
         return await self._api.list(kind, namespace, labels=labels, fields=fields)
 
-    async def create(self, kind: Kind, body: Json, namespace: str = "") -> Json:
+    async def create(self, kind: ResourceKind, body: Json, namespace: str = "") -> Json:
         """As `Api.create`."""
         return self._learn(kind, await self._api.create(kind, body, namespace))
 
-    async def replace(self, kind: Kind, body: Json, part: str = "") -> Json:
+    async def replace(self, kind: ResourceKind, body: Json, part: str = "") -> Json:
         """As `Api.replace`."""
         return self._learn(kind, await self._api.replace(kind, body, part))
 
     async def patch(
-        self, kind: Kind, name: str, patch: Json, namespace: str = "", *, uid: str | None, part: str = ""
+        self, kind: ResourceKind, name: str, patch: Json, namespace: str = "", *, uid: str | None, part: str = ""
     ) -> Json:
         """As `Api.patch`."""
         return self._learn(kind, await self._api.patch(kind, name, patch, namespace, uid=uid, part=part))
 
     async def delete(
         self,
-        kind: Kind,
+        kind: ResourceKind,
         name: str,
         namespace: str = "",
         *,
@@ -151,7 +151,7 @@ class Cache(Api):
 
     def watch(
         self,
-        kind: Kind,
+        kind: ResourceKind,
         version: str,
         namespace: str = "",
         *,
@@ -161,7 +161,7 @@ class Cache(Api):
         """As `Api.watch`."""
         return self._api.watch(kind, version, namespace, labels=labels, fields=fields)
 
-    def _learn(self, kind: Kind, body: Json) -> Json:
+    def _learn(self, kind: ResourceKind, body: Json) -> Json:
         if kind in self._stores:
             self._stores[kind].learn(copy.deepcopy(body))
         return body

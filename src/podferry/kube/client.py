@@ -22,7 +22,7 @@ from lightkube.config.kubeconfig import KubeConfig, SingleConfig
 from lightkube.core.exceptions import ConfigError
 
 from podferry import __version__
-from podferry.kube.errors import ApiUnreachable, Forbidden, NoCluster, NotFound, NotServed, of_status
+from podferry.kube.errors import ApiUnreachable, Forbidden, NoCluster, NotServed, ObjectNotFound, of_status
 from podferry.kube.paths import of_fields, of_labels, segment
 
 Json = dict[str, Any]
@@ -40,7 +40,7 @@ MERGE = "application/merge-patch+json"
 
 
 @dataclass(frozen=True)
-class Kind:
+class ResourceKind:
     """A kind of object and where the API server keeps it."""
 
     api: str
@@ -60,24 +60,24 @@ class Kind:
         return "/".join([root, self.plural, *object_path])
 
 
-PODS = Kind("v1", "Pod", "pods")
-NODES = Kind("v1", "Node", "nodes", namespaced=False)
-NAMESPACES = Kind("v1", "Namespace", "namespaces", namespaced=False)
-SECRETS = Kind("v1", "Secret", "secrets")
-CONFIGMAPS = Kind("v1", "ConfigMap", "configmaps")
-RUNTIME_CLASSES = Kind("node.k8s.io/v1", "RuntimeClass", "runtimeclasses", namespaced=False)
-CLAIMS = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
-EVENTS = Kind("events.k8s.io/v1", "Event", "events")
-JOBS = Kind("batch/v1", "Job", "jobs")
-REPLICASETS = Kind("apps/v1", "ReplicaSet", "replicasets")
-DEPLOYMENTS = Kind("apps/v1", "Deployment", "deployments")
-LEASES = Kind("coordination.k8s.io/v1", "Lease", "leases")
-SIGNING_REQUESTS = Kind(
+PODS = ResourceKind("v1", "Pod", "pods")
+NODES = ResourceKind("v1", "Node", "nodes", namespaced=False)
+NAMESPACES = ResourceKind("v1", "Namespace", "namespaces", namespaced=False)
+SECRETS = ResourceKind("v1", "Secret", "secrets")
+CONFIGMAPS = ResourceKind("v1", "ConfigMap", "configmaps")
+RUNTIME_CLASSES = ResourceKind("node.k8s.io/v1", "RuntimeClass", "runtimeclasses", namespaced=False)
+CLAIMS = ResourceKind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
+EVENTS = ResourceKind("events.k8s.io/v1", "Event", "events")
+JOBS = ResourceKind("batch/v1", "Job", "jobs")
+REPLICASETS = ResourceKind("apps/v1", "ReplicaSet", "replicasets")
+DEPLOYMENTS = ResourceKind("apps/v1", "Deployment", "deployments")
+LEASES = ResourceKind("coordination.k8s.io/v1", "Lease", "leases")
+SIGNING_REQUESTS = ResourceKind(
     "certificates.k8s.io/v1", "CertificateSigningRequest", "certificatesigningrequests", namespaced=False
 )
-SELF_REVIEWS = Kind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews", namespaced=False)
-MIGRATIONS = Kind("podferry.dev/v1alpha1", "Migration", "migrations")
-NODE_DRAINS = Kind("podferry.dev/v1alpha1", "NodeDrain", "nodedrains", namespaced=False)
+SELF_REVIEWS = ResourceKind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews", namespaced=False)
+MIGRATIONS = ResourceKind("podferry.dev/v1alpha1", "Migration", "migrations")
+NODE_DRAINS = ResourceKind("podferry.dev/v1alpha1", "NodeDrain", "nodedrains", namespaced=False)
 
 
 class Api:
@@ -102,19 +102,19 @@ class Api:
         async with client as http:
             yield cls(http, config.namespace or "default", config.cluster.server)
 
-    async def get(self, kind: Kind, name: str, namespace: str = "") -> Json:
-        """One object. Raises `NotFound`."""
+    async def get(self, kind: ResourceKind, name: str, namespace: str = "") -> Json:
+        """One object. Raises `ObjectNotFound`."""
         return await self._call("GET", kind.path(namespace, name), what=f"cannot read {_named(kind, name, namespace)}")
 
-    async def find(self, kind: Kind, name: str, namespace: str = "") -> Json | None:
+    async def find(self, kind: ResourceKind, name: str, namespace: str = "") -> Json | None:
         """One object, or None where there is none."""
         try:
             return await self.get(kind, name, namespace)
-        except NotFound:
+        except ObjectNotFound:
             return None
 
     async def list(
-        self, kind: Kind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
+        self, kind: ResourceKind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
     ) -> tuple[list[Json], str]:
         """The objects of a kind, of one namespace or of all, and the version that a watch may begin at."""
         items: list[Json] = []
@@ -129,7 +129,7 @@ class Api:
                 return items, str(page["metadata"].get("resourceVersion", ""))
             query["continue"] = page["metadata"]["continue"]
 
-    async def create(self, kind: Kind, body: Json, namespace: str = "") -> Json:
+    async def create(self, kind: ResourceKind, body: Json, namespace: str = "") -> Json:
         """Make an object. Raises `AlreadyExists`."""
         whole = {"apiVersion": kind.api, "kind": kind.kind, **body}
         name = body["metadata"].get("name") or body["metadata"].get("generateName", "")
@@ -137,7 +137,7 @@ class Api:
             "POST", kind.path(namespace), body=whole, what=f"cannot create {_named(kind, name, namespace)}"
         )
 
-    async def replace(self, kind: Kind, body: Json, part: str = "") -> Json:
+    async def replace(self, kind: ResourceKind, body: Json, part: str = "") -> Json:
         """Put an object, or its `part`, in the place of the one it was read from. Raises `Conflict` where that has changed."""
         about = body["metadata"]
         name, namespace = about["name"], about.get("namespace", "")
@@ -147,7 +147,7 @@ class Api:
         )
 
     async def patch(
-        self, kind: Kind, name: str, patch: Json, namespace: str = "", *, uid: str | None, part: str = ""
+        self, kind: ResourceKind, name: str, patch: Json, namespace: str = "", *, uid: str | None, part: str = ""
     ) -> Json:
         """Change the object with this `uid` (None: whichever has the name), or its `part`, by a merge patch; None in it removes a
         field. A `resourceVersion` in it makes it a compare-and-swap. Raises `Conflict` where the name is another object's by now.
@@ -160,7 +160,7 @@ class Api:
 
     async def delete(
         self,
-        kind: Kind,
+        kind: ResourceKind,
         name: str,
         namespace: str = "",
         *,
@@ -180,7 +180,7 @@ class Api:
         try:
             what = f"cannot delete {_named(kind, name, namespace)}"
             await self._call("DELETE", kind.path(namespace, name), body=options, what=what)
-        except NotFound:
+        except ObjectNotFound:
             return False
         return True
 
@@ -194,7 +194,8 @@ class Api:
         return str(name) if name else None
 
     async def evict(self, name: str, namespace: str, *, uid: str) -> None:
-        """Evict the pod with this `uid`. Raises `NotFound`, `Conflict` where the uid is another, and `ApiFailed` with status 429
+        """Evict the pod with this `uid`. Raises `ObjectNotFound`, `Conflict` where the uid is another, and `ApiFailed`
+        with status 429
         where a PodDisruptionBudget does not allow it now.
         """
         body = {
@@ -208,7 +209,7 @@ class Api:
 
     async def watch(
         self,
-        kind: Kind,
+        kind: ResourceKind,
         version: str,
         namespace: str = "",
         *,
@@ -298,5 +299,5 @@ def _selectors(labels: Labels | None, fields: Fields | None) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if value}
 
 
-def _named(kind: Kind, name: str, namespace: str) -> str:
+def _named(kind: ResourceKind, name: str, namespace: str) -> str:
     return f"{kind.kind} {namespace}/{name}" if namespace else f"{kind.kind} {name}"

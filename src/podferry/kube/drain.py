@@ -19,7 +19,7 @@ from podferry.kube.migration import (
     REQUESTED_BY,
     Condition,
     Conditioned,
-    Part,
+    ObjectPart,
     _fixed,
     _rule,
 )
@@ -36,7 +36,7 @@ class DrainUnreadable(Failed):
     code = "PF289"
 
 
-class NodeDrainSpec(Part):
+class NodeDrainSpec(ObjectPart):
     """How the node is emptied."""
 
     model_config = _fixed("requestedBy")
@@ -77,7 +77,7 @@ class NodeDrainSpec(Part):
     requested_by: Annotated[str | None, REQUESTED_BY] = None
 
 
-class PodDrain(Part):
+class PodDrain(ObjectPart):
     """One pod of the node, and what the drain does with it."""
 
     namespace: Annotated[str, Field(description="Its namespace.")]
@@ -130,7 +130,7 @@ class NodeDrainStatus(Conditioned):
     ] = None
 
 
-class NodeDrain(Part):
+class NodeDrain(ObjectPart):
     """Empties the node of its own name: cordons it and moves its pods to other nodes, those with most computed work first."""
 
     api_version: str = API_VERSION

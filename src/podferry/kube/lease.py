@@ -16,7 +16,7 @@ import structlog
 
 from podferry.errors import PodferryError
 from podferry.kube.client import LEASES, Api, Json
-from podferry.kube.errors import AlreadyExists, Conflict
+from podferry.kube.errors import Conflict, ObjectAlreadyExists
 
 DURATION, RENEW_WITHIN, RETRY = 15.0, 10.0, 2.0
 """Seconds: how long a lease holds unrenewed, when its holder gives up, how often it is tried. client-go's defaults."""
@@ -61,7 +61,7 @@ class Leader:
         """Take or renew the lease. False where somebody else holds it or the API server does not answer."""
         try:
             return await self._take(await self._api.find(LEASES, self._name, self._namespace))
-        except (Conflict, AlreadyExists):
+        except (Conflict, ObjectAlreadyExists):
             return False
         except PodferryError as error:
             self._log.warning("the lease cannot be had now", error=str(error))

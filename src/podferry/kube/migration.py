@@ -48,7 +48,7 @@ class MigrationUnreadable(Failed):
     code = "PF287"
 
 
-class Part(BaseModel):
+class ObjectPart(BaseModel):
     """A part of a Migration: camelCase outside, what a later version adds is kept."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="allow", use_enum_values=False)
@@ -93,7 +93,7 @@ def _fixed(*fields: str) -> ConfigDict:
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": rules})
 
 
-class MigrationSpec(Part):
+class MigrationSpec(ObjectPart):
     """What is asked for."""
 
     model_config = _fixed("targetNode", "requestedBy")
@@ -180,14 +180,14 @@ class MigrationSpec(Part):
     ] = None
 
 
-class PodReference(Part):
+class PodReference(ObjectPart):
     """A pod."""
 
     name: Annotated[str, _named("Its name.")]
     uid: Annotated[str, Field(description="Its uid: another pod of the same name is not it.")]
 
 
-class MovedContainer(Part):
+class MovedContainer(ObjectPart):
     """A container of the pod that runs as long as the pod does, and the liveness probe that reaches it by the network."""
 
     name: Annotated[str, Field(description="Its name.")]
@@ -198,14 +198,14 @@ class MovedContainer(Part):
     probe_path: Annotated[str, Field(description="What an http probe asks for.")] = ""
 
 
-class OwnerReference(Part):
+class OwnerReference(ObjectPart):
     """What the pod belongs to."""
 
     kind: Annotated[str, Field(description="Job, ReplicaSet, ... ; empty for a pod of its own.")] = ""
     name: Annotated[str, Field(description="Its name.")] = ""
 
 
-class Condition(Part):
+class Condition(ObjectPart):
     """One thing that holds or does not, and why (as metav1.Condition)."""
 
     type: Annotated[str, Field(description="What is said to hold.", max_length=316)]
@@ -217,7 +217,7 @@ class Condition(Part):
     ]
 
 
-class Conditioned(Part):
+class Conditioned(ObjectPart):
     """A status that says in conditions what holds."""
 
     if TYPE_CHECKING:
@@ -239,14 +239,14 @@ class Conditioned(Part):
         self.conditions = [one for one in self.conditions if one.type != type] + [new]
 
 
-class EnginePhases(Part):
+class EnginePhases(ObjectPart):
     """Where the two halves of the engine are (see ARCHITECTURE.md)."""
 
     source: Annotated[str, Field(description="The source's phase, as its agent last said.")] = ""
     target: Annotated[str, Field(description="The target's phase, as its agent last said.")] = ""
 
 
-class Progress(Part):
+class MigrationProgress(ObjectPart):
     """How far the engine is. Written by the source's agent, a few times a second at most."""
 
     summary: Annotated[str, Field(description="All of it in a few words.")] = ""
@@ -257,7 +257,7 @@ class Progress(Part):
     remaining: Annotated[str | None, Field(description="Time left to send what is known, e.g. 12s.")] = None
 
 
-class Ending(Part):
+class Ending(ObjectPart):
     """How the engine or the controller ended it."""
 
     outcome: Annotated[
@@ -291,7 +291,7 @@ class MigrationStatus(Conditioned):
     ] = []
     owner: Annotated[OwnerReference | None, Field(description="What the pod belongs to.")] = None
     engine: Annotated[EnginePhases | None, Field(description="The engine's two halves.")] = None
-    progress: Annotated[Progress | None, Field(description="How far the engine is.")] = None
+    progress: Annotated[MigrationProgress | None, Field(description="How far the engine is.")] = None
     downtime: Annotated[
         str | None, Field(description="From the freeze on the source to the resume on the target, e.g. 412ms.")
     ] = None
@@ -329,7 +329,7 @@ class MigrationStatus(Conditioned):
     ] = None
 
 
-class Migration(Part):
+class Migration(ObjectPart):
     """Moves one running pod to another node: its memory, its files and its place in the cluster."""
 
     api_version: str = API_VERSION

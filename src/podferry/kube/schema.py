@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from podferry.kube.client import MIGRATIONS, NODE_DRAINS, Kind
+from podferry.kube.client import MIGRATIONS, NODE_DRAINS, ResourceKind
 from podferry.kube.drain import NodeDrain
-from podferry.kube.migration import GROUP, VERSION, Migration, Part
+from podferry.kube.migration import GROUP, VERSION, Migration, ObjectPart
 from podferry.kube.writers import HEADER, status_policies
 
 Schema = dict[str, Any]
@@ -47,8 +47,8 @@ class Resource:
     """A kind of object of ours: its typed class in module `source`, its names, columns and what a watch may select by. `example` is
     a whole object for docs/api.md."""
 
-    kind: Kind
-    model: type[Part]
+    kind: ResourceKind
+    model: type[ObjectPart]
     source: str
     singular: str
     short: str
@@ -86,7 +86,7 @@ NODE_DRAIN = Resource(
 RESOURCES = (MIGRATION, NODE_DRAIN)
 
 
-def structural(model: type[Part], required: tuple[str, ...] = ("spec",)) -> Schema:
+def structural(model: type[ObjectPart], required: tuple[str, ...] = ("spec",)) -> Schema:
     """The model's schema as Kubernetes takes it: structural, nothing referenced, nothing nullable."""
     whole = model.model_json_schema(by_alias=True, mode="validation")
     definitions = whole.get("$defs", {})

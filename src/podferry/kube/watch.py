@@ -16,7 +16,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from podferry.errors import PodferryError
-from podferry.kube.client import Api, Fields, Json, Kind, Labels
+from podferry.kube.client import Api, Fields, Json, Labels, ResourceKind
 from podferry.kube.errors import Expired
 
 RETRY_FIRST, RETRY_LAST = 0.5, 30.0
@@ -27,7 +27,7 @@ Change = tuple[str, Json]
 
 async def follow(
     api: Api,
-    kind: Kind,
+    kind: ResourceKind,
     namespace: str = "",
     *,
     labels: Labels | None = None,

@@ -52,7 +52,7 @@ _KUBERNETES = "/opt/podferry/kube"
 
 
 @dataclass(frozen=True)
-class Settings:
+class LabSettings:
     """What a lab was last brought up with; kept on its disk for `start_node`, never needed by `down`.
 
     `binds` maps paths inside the nodes to directories shown there read-only.
@@ -279,10 +279,10 @@ class Lab:
 
     # -- how -------------------------------------------------------------------------------------------------------
 
-    def _settle(self, given: Mapping[str, Any]) -> Settings:
+    def _settle(self, given: Mapping[str, Any]) -> LabSettings:
         """The lab's settings with those that are `given`, checked."""
         before = self._read_settings() if self.exists() else None
-        settings = replace(before or Settings(), **given)
+        settings = replace(before or LabSettings(), **given)
         network.bits_per_second(settings.link)
         if settings.debian not in SUITES:
             raise UsageError(
@@ -299,7 +299,7 @@ class Lab:
             )
         return settings
 
-    def _start_missing(self, settings: Settings, image: Path, binds: Mapping[str, Path], progress: Progress) -> None:
+    def _start_missing(self, settings: LabSettings, image: Path, binds: Mapping[str, Path], progress: Progress) -> None:
         addresses = self._addresses(settings)
         switch = machine.first_process(self.name, SWITCH)
         if switch is None:
@@ -341,7 +341,7 @@ class Lab:
             if settings.agent:
                 self.deploy(progress)
 
-    def _wait_until_ready(self, name: str, settings: Settings, progress: Progress) -> None:
+    def _wait_until_ready(self, name: str, settings: LabSettings, progress: Progress) -> None:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
         logs = self.home / "machines" / name / "log" / "podferry"
         _wait_for_socket(self.root(name) / SNAPSHOTTER_SOCKET, f"{name}'s snapshotter", logs / "snapshotter.log")
@@ -352,7 +352,7 @@ class Lab:
             _wait_for_socket(self.agent_socket(name), f"{name}'s agent", logs / "agent.log")
         progress(f"{name}: ready")
 
-    def _binds(self, settings: Settings, image: Path, progress: Progress) -> dict[str, Path]:
+    def _binds(self, settings: LabSettings, image: Path, progress: Progress) -> dict[str, Path]:
         """What every machine is shown read-only, by the path it sees."""
         packages = site.site(image, progress)
         shown = {"/opt/podferry/site": packages, f"{_IMAGES}/job.tar": images.job_archive(progress)}
@@ -369,12 +369,12 @@ class Lab:
             if name != CONTROL and not (into / "node.crt").exists():
                 authority.issue(config.REGISTRY if name == STORAGE else name, [address], into)
 
-    def _addresses(self, settings: Settings) -> dict[str, str]:
+    def _addresses(self, settings: LabSettings) -> dict[str, str]:
         return state.addresses(self.name, state.node_names(settings.nodes), control=settings.kubernetes)
 
-    def _read_settings(self) -> Settings:
+    def _read_settings(self) -> LabSettings:
         try:
-            return Settings(**json.loads(self._settings.read_text()))
+            return LabSettings(**json.loads(self._settings.read_text()))
         except FileNotFoundError as missing:
             raise UsageError(f"there is no lab {self.name}", remedy=f"podferry lab up --lab {self.name}") from missing
         except (ValueError, TypeError) as damaged:
@@ -395,7 +395,7 @@ def list_labs() -> list[str]:
     return sorted(on_disk | cgroups.labs())
 
 
-def _services(machine: str, settings: Settings) -> list[str]:
+def _services(machine: str, settings: LabSettings) -> list[str]:
     """What runs on a machine. Kubernetes brings the agents itself."""
     if machine == STORAGE:
         return ["brick", "registry"]
@@ -405,7 +405,7 @@ def _services(machine: str, settings: Settings) -> list[str]:
     return ["share", "snapshotter", "containerd", *own]
 
 
-def _archives(settings: Settings) -> dict[str, str]:
+def _archives(settings: LabSettings) -> dict[str, str]:
     """The images that the registry has from the start, and the archives that they come from."""
     pause = {images.PAUSE_IMAGE: "pause"} if settings.kubernetes else {}
     return {**pause, images.JOB_IMAGE: "job"}

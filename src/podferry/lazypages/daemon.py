@@ -28,7 +28,7 @@ from podferry.lazypages.criu_socket import CriuSocket
 from podferry.lazypages.descriptors import TO_END, fork_keeper
 from podferry.lazypages.loop import Pump
 from podferry.lazypages.page_source import AgentSource, NoSource
-from podferry.lazypages.status import State, Status, StatusFile
+from podferry.lazypages.status import DaemonState, DaemonStatus, StatusFile
 from podferry.memory.store.page_store import PageStore
 from podferry.node.secrecy import no_core_dumps
 
@@ -41,19 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     no_core_dumps()
     _harden()
-    report = StatusFile(options.status, Status(pid=os.getpid()))
+    report = StatusFile(options.status, DaemonStatus(pid=os.getpid()))
     keeper = fork_keeper(report)
     source = AgentSource(options.source) if options.source else NoSource()
     pump = Pump(CriuSocket(options.work), options.images, lambda: PageStore.open(options.store), source, keeper, report)
 
     def told(number: int, frame: FrameType | None) -> None:
-        if report.status.state is State.FAILED or not pump.holds_memory:
+        if report.status.state is DaemonState.FAILED or not pump.holds_memory:
             raise SystemExit(1)
 
     for number in TO_END:
         signal.signal(number, told)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_END)
-    report.enter(State.LISTENING)
+    report.enter(DaemonState.LISTENING)
     gc.freeze()
     print("ready", flush=True)
     try:
@@ -61,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is: closing the descriptors would corrupt the job
         cause = error if isinstance(error, PodferryError) else Bug.because("the page feeder broke", error)
         report.status.error = cause.to_dict()
-        report.enter(State.FAILED)
+        report.enter(DaemonState.FAILED)
         print(cause.report(), file=sys.stderr, flush=True)
         while pump.give_up():
             signal.pause()
         return 1
-    report.enter(State.DONE)
+    report.enter(DaemonState.DONE)
     return 0
 
 

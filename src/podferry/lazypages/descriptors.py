@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from podferry.errors import Failed
-from podferry.lazypages.status import State, StatusFile
+from podferry.lazypages.status import DaemonState, StatusFile
 from podferry.node.process import ending
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
@@ -75,7 +75,7 @@ def _keep(child: int, connection: socket.socket, report: StatusFile) -> NoReturn
             "the page feeder died", why=ending(code), remedy="kill the restored tasks: their memory is incomplete"
         )
         report.status.error = error.to_dict()
-        report.enter(State.FAILED)
+        report.enter(DaemonState.FAILED)
         for number in TO_END:
             signal.signal(number, signal.SIG_DFL)
         while held:

@@ -19,9 +19,9 @@ from podferry.lazypages.address_space import AddressSpace
 from podferry.lazypages.copying import Copy
 from podferry.lazypages.criu_socket import CriuSocket, Restored
 from podferry.lazypages.descriptors import Keeper
-from podferry.lazypages.page_source import Frame, Source, Word
-from podferry.lazypages.status import State, StatusFile
-from podferry.lazypages.task import Answer, Counts, Task
+from podferry.lazypages.page_source import Frame, PageSource, Word
+from podferry.lazypages.status import DaemonState, StatusFile
+from podferry.lazypages.task import Counts, FaultAnswer, FedTask
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.store.page_store import PageStore
@@ -40,7 +40,7 @@ class Pump:
         criu: CriuSocket,
         images: Path,
         store: Callable[[], PageStore],
-        source: Source,
+        source: PageSource,
         keeper: Keeper,
         report: StatusFile,
     ) -> None:
@@ -49,7 +49,7 @@ class Pump:
         self._keeper = keeper
         self._store: PageStore | None = None
         self._copies: dict[int, Copy] = {}
-        self._tasks: dict[int, Task] = {}
+        self._tasks: dict[int, FedTask] = {}
         self._counts = Counts()
         self._filling = False
         self._stuck = 0
@@ -92,7 +92,7 @@ class Pump:
 
     # --- what comes in -----------------------------------------------------------------------------------------------
 
-    def _listen(self) -> list[Answer]:
+    def _listen(self) -> list[FaultAnswer]:
         """Wait for something to do, take in all events, and answer the faults."""
         timeout = self._patience()
         before = self._looked
@@ -113,7 +113,7 @@ class Pump:
             return _PAUSE
         return 0 if self._stuck or self._more else None
 
-    def _read(self, task: Task) -> None:
+    def _read(self, task: FedTask) -> None:
         for message in uffd.read(task.fd):
             child = task.follow(message)
             if child:
@@ -125,7 +125,7 @@ class Pump:
             self._criu.accept()
             self._poll.register(self._criu.fileno(), select.EPOLLIN)
             self._store = self._open_store()
-            self._report.enter(State.RESTORING)
+            self._report.enter(DaemonState.RESTORING)
             return
         for event in self._criu.events():
             if isinstance(event, Restored):
@@ -148,9 +148,9 @@ class Pump:
             )
         owed = bytearray(b"\1" * copy.index.count) if self._source.endless else copy.held[:]
         space = AddressSpace(pages, anonymous_areas(self._images, pid))
-        self._add(Task(pid, restored.uffd, space, copy, self._source, self._counts, owed))
+        self._add(FedTask(pid, restored.uffd, space, copy, self._source, self._counts, owed))
 
-    def _add(self, task: Task) -> None:
+    def _add(self, task: FedTask) -> None:
         self._keeper.hold(task.fd)
         self._tasks[task.fd] = task
         self._poll.register(task.fd, select.EPOLLIN)
@@ -168,7 +168,7 @@ class Pump:
 
     # --- what goes out -----------------------------------------------------------------------------------------------
 
-    def _answer(self, since: float) -> list[Answer]:
+    def _answer(self, since: float) -> list[FaultAnswer]:
         answers = [task.answer() for task in self._tasks.values() if task.faults]
         if answers:
             slowest = (time.monotonic() - since) * 1e3
@@ -181,7 +181,7 @@ class Pump:
             if not task.forked:
                 task.prefer(self._last_written(task.copy))
         self._report.status.resumed_ns = time.monotonic_ns()
-        self._report.enter(State.FILLING)
+        self._report.enter(DaemonState.FILLING)
 
     def _last_written(self, copy: Copy) -> Iterator[tuple[int, int]]:
         """The pages written after the first round, the last first: what the job is about to use again."""
@@ -191,29 +191,29 @@ class Pump:
             if run.value > first:
                 yield from copy.index.numbers(run.start, run.end)
 
-    def _fill(self) -> list[Answer]:
+    def _fill(self) -> list[FaultAnswer]:
         """One step, for the first task that can be filled."""
         answers = []
         for task in self._tasks.values():
             answers.append(task.fill())
-            if answers[-1] is Answer.DONE:
+            if answers[-1] is FaultAnswer.DONE:
                 break
-        self._more = Answer.DONE in answers
+        self._more = FaultAnswer.DONE in answers
         return answers
 
-    def _note(self, answers: list[Answer]) -> None:
+    def _note(self, answers: list[FaultAnswer]) -> None:
         """Remember whether something must be tried again although no event will say when: all answers of a turn count, since a
         fault may have to wait where nothing is left to be filled."""
-        if Answer.BUSY in answers or Answer.FULL in answers:
+        if FaultAnswer.BUSY in answers or FaultAnswer.FULL in answers:
             self._stuck += 1
             self._report.status.waiting = (
-                "no memory for the tasks" if Answer.FULL in answers else "an address space is changing"
+                "no memory for the tasks" if FaultAnswer.FULL in answers else "an address space is changing"
             )
         else:
             self._stuck = 0
             self._report.status.waiting = ""
 
-    def _part(self) -> list[Answer]:
+    def _part(self) -> list[FaultAnswer]:
         """Let go of the tasks that have everything; `BUSY` for each that has it and is changing right now."""
         changing = []
         for task in list(self._tasks.values()):
@@ -223,7 +223,7 @@ class Pump:
                 self._keeper.release(task.fd)
                 task.close()
             elif task.has_all:
-                changing.append(Answer.BUSY)
+                changing.append(FaultAnswer.BUSY)
         return changing
 
     def _tell(self) -> None:

@@ -59,7 +59,7 @@ class Frame(NamedTuple):
         return frame
 
 
-class Source(Protocol):
+class PageSource(Protocol):
     """Where missing pages come from."""
 
     endless: bool

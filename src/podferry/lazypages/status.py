@@ -13,7 +13,7 @@ PERIOD = 0.1
 """Seconds between two writes while nothing but numbers changes."""
 
 
-class State(StrEnum):
+class DaemonState(StrEnum):
     """How far the feeder is."""
 
     LISTENING = "listening"
@@ -24,14 +24,14 @@ class State(StrEnum):
 
 
 @dataclass
-class Status:
+class DaemonStatus:
     """The contents of the file. Bytes, counts, and milliseconds; `error` is a `PodferryError` as its `to_dict` gives it.
 
     `resumed_ns` is when CRIU said that the tasks run, on the node's monotonic clock; 0 before.
     `slowest_ms` bounds from above how long a fault has waited for its answer. `waiting` says why nothing moves, if so.
     """
 
-    state: State = State.LISTENING
+    state: DaemonState = DaemonState.LISTENING
     tasks: int = 0
     bytes_fed: int = 0
     bytes_left: int = 0
@@ -45,13 +45,13 @@ class Status:
 
 @dataclass
 class StatusFile:
-    """Writes a `Status` at every change of state, else at most every `PERIOD`."""
+    """Writes a `DaemonStatus` at every change of state, else at most every `PERIOD`."""
 
     path: Path
-    status: Status = field(default_factory=Status)
+    status: DaemonStatus = field(default_factory=DaemonStatus)
     _written: float = 0.0
 
-    def enter(self, state: State) -> None:
+    def enter(self, state: DaemonState) -> None:
         """Note a new state, at once."""
         self.status.state = state
         self.write()
@@ -69,10 +69,10 @@ class StatusFile:
         new.rename(self.path)
 
 
-def read_status(path: Path) -> Status:
+def read_status(path: Path) -> DaemonStatus:
     """The status another process wrote. Raises OSError, or ValueError where it is none."""
     try:
         fields = json.loads(path.read_text())
-        return Status(**{**fields, "state": State(fields["state"])})
+        return DaemonStatus(**{**fields, "state": DaemonState(fields["state"])})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is no feeder's status") from error

@@ -12,7 +12,7 @@ from enum import Enum
 from podferry.errors import Bug, Failed
 from podferry.lazypages.address_space import AddressSpace
 from podferry.lazypages.copying import LARGEST_READ, Copy
-from podferry.lazypages.page_source import Frame, Source, Word
+from podferry.lazypages.page_source import Frame, PageSource, Word
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.store.runs import Run
@@ -24,7 +24,7 @@ SMALLEST_STEP, LARGEST_STEP = 16, LARGEST_READ // PAGE
 a fault waits for the step that it finds under way."""
 
 
-class Answer(Enum):
+class FaultAnswer(Enum):
     """What became of an attempt to put pages in place."""
 
     DONE = "done"
@@ -48,7 +48,7 @@ class Counts:
 
 
 @dataclass
-class Task:
+class FedTask:
     """An address space with a userfaultfd, fed from `copy`.
 
     `owed[n]` is 1 while page n has yet to reach its place, `left` counts these. `forked` tasks came out of a fork while
@@ -59,7 +59,7 @@ class Task:
     fd: int
     space: AddressSpace
     copy: Copy
-    source: Source
+    source: PageSource
     counts: Counts
     owed: bytearray
     forked: bool = False
@@ -94,7 +94,7 @@ class Task:
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def follow(self, message: uffd.Message) -> Task | None:
+    def follow(self, message: uffd.Message) -> FedTask | None:
         """Take in a change of the address space; returns the child of a fork."""
         match message:
             case uffd.Unmap(start, end):
@@ -119,9 +119,9 @@ class Task:
             self._forgive(self.space.settle())
         return True
 
-    def _fork(self, fd: int) -> Task:
+    def _fork(self, fd: int) -> FedTask:
         space, lost = self.space.fork()
-        child = Task(self.pid, fd, space, self.copy, self.source, self.counts, self.owed[:], forked=True)
+        child = FedTask(self.pid, fd, space, self.copy, self.source, self.counts, self.owed[:], forked=True)
         child._forgive(lost)
         return child
 
@@ -138,33 +138,33 @@ class Task:
 
     # --- putting pages in place --------------------------------------------------------------------------------------
 
-    def answer(self) -> Answer:
+    def answer(self) -> FaultAnswer:
         """Answer the faults that wait; those that cannot be answered yet stay."""
-        worst, faults, self.faults = Answer.DONE, self.faults, []
+        worst, faults, self.faults = FaultAnswer.DONE, self.faults, []
         if self.space.unsettled() and not self.settle():
             self.faults = faults
-            return Answer.BUSY
+            return FaultAnswer.BUSY
         for address in faults:
             answer = self._fault(address)
-            if answer in (Answer.BUSY, Answer.FULL):
+            if answer in (FaultAnswer.BUSY, FaultAnswer.FULL):
                 self.faults.append(address)
-            elif answer is Answer.ABSENT:
+            elif answer is FaultAnswer.ABSENT:
                 self._absent.append(address)
-            if answer not in (Answer.DONE, Answer.ABSENT):
+            if answer not in (FaultAnswer.DONE, FaultAnswer.ABSENT):
                 worst = answer
-            if answer is Answer.GONE:
+            if answer is FaultAnswer.GONE:
                 break
         return worst
 
-    def fill(self) -> Answer:
+    def fill(self) -> FaultAnswer:
         """One step of filling. `DONE`: again; `ABSENT`: the rest is not in the store yet, or nothing is left."""
         if self.space.unsettled() and not self.settle():
-            return Answer.BUSY
+            return FaultAnswer.BUSY
         number = self._next()
         if number is None:
-            return Answer.ABSENT
+            return FaultAnswer.ABSENT
         answer = self._feed(number, self._step)
-        if answer is Answer.DONE:
+        if answer is FaultAnswer.DONE:
             self._step = min(self._step + SMALLEST_STEP, LARGEST_STEP)
         return answer
 
@@ -184,14 +184,14 @@ class Task:
         if len(self.copy.sharers) <= 1:  # not for every short-lived child: it looks at the whole copy
             self.copy.release_all()
 
-    def _fault(self, address: int) -> Answer:
+    def _fault(self, address: int) -> FaultAnswer:
         origin = self.space.origin(address)
         if origin is not None:
             number = self.copy.index.number(origin)
             if self.owed[number]:
                 if not self.copy.held[number]:
                     self.source.want(self.copy.space, origin)
-                    return Answer.ABSENT
+                    return FaultAnswer.ABSENT
                 return self._feed(number, AROUND)
         return self._outcome(uffd.zeropage(self.fd, address, PAGE).error, address)
 
@@ -218,7 +218,7 @@ class Task:
             else:
                 self._range = following
 
-    def _feed(self, number: int, most: int) -> Answer:
+    def _feed(self, number: int, most: int) -> FaultAnswer:
         """Put up to `most` owed pages in place, from `number` on."""
         last = min(number + most, self.copy.index.count)
         for state in (self.owed, self.copy.held):
@@ -234,31 +234,31 @@ class Task:
             if done:
                 self.counts.fed += done
                 self._settle(number, number + done // PAGE)
-                return Answer.DONE
+                return FaultAnswer.DONE
             if error != errno.ENOENT or length == PAGE:
                 break
             length = length // PAGE // 2 * PAGE  # it may reach over the end of one area into another
         if error == errno.ENOENT and uffd.changing(self.fd):
-            return Answer.BUSY  # the kernel looks for the area before it looks for changes under way
+            return FaultAnswer.BUSY  # the kernel looks for the area before it looks for changes under way
         if error in (errno.EEXIST, errno.ENOENT):
             self.counts.unplaced += error == errno.ENOENT and not self.forked
             self._settle(number, number + 1)
         return self._outcome(error, target.value)
 
-    def _outcome(self, error: int, address: int) -> Answer:
+    def _outcome(self, error: int, address: int) -> FaultAnswer:
         match error:
             case 0:
-                return Answer.DONE
+                return FaultAnswer.DONE
             case (
                 errno.EEXIST | errno.ENOENT
             ):  # it is there, or nobody feeds that place: let whoever waits see for itself
                 uffd.wake(self.fd, address, PAGE)
-                return Answer.DONE
+                return FaultAnswer.DONE
             case errno.EAGAIN:
-                return Answer.BUSY
+                return FaultAnswer.BUSY
             case errno.ENOMEM:
-                return Answer.FULL
+                return FaultAnswer.FULL
             case errno.ESRCH | errno.ENOSPC:
                 self.gone = True
-                return Answer.GONE
+                return FaultAnswer.GONE
         raise Failed(f"the kernel refuses a page for the process {self.pid} at {address:#x}", why=os.strerror(error))

@@ -70,7 +70,7 @@ class CpuQuota:
 
 
 @dataclass(frozen=True)
-class Tree:
+class CgroupTree:
     """One mounted cgroup tree; `controllers` is empty for v2."""
 
     mountpoint: Path
@@ -78,7 +78,7 @@ class Tree:
     controllers: frozenset[str]
 
 
-def trees(mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Tree, ...]:
+def trees(mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[CgroupTree, ...]:
     """The cgroup trees that the caller sees mounted."""
     found = []
     for line in mountinfo.read_text().splitlines():
@@ -86,7 +86,7 @@ def trees(mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[Tree, ...]:
         words, (kind, _, options) = left.split(), right.split()[:3]
         if kind in ("cgroup", "cgroup2"):
             controllers = frozenset(options.split(",")) if kind == "cgroup" else frozenset[str]()
-            found.append(Tree(Path(_unescaped(words[4])), _unescaped(words[3]), controllers))
+            found.append(CgroupTree(Path(_unescaped(words[4])), _unescaped(words[3]), controllers))
     return tuple(found)
 
 

@@ -18,7 +18,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from podferry.errors import Failed, PodferryError, Refused, TimedOut
-from podferry.node.records import Container, Image, Mount, Opaque, Snapshot, Stdio, Task
+from podferry.node.records import Container, Image, Opaque, Snapshot, SnapshotMount, Stdio, Task
 from podferry.protos import (
     containers_pb2,
     images_pb2,
@@ -49,13 +49,13 @@ class ContainerdFailed(Failed):
     code = "PF230"
 
 
-class NotFound(ContainerdFailed):
+class ContainerdNotFound(ContainerdFailed):
     """containerd knows no such container, task, snapshot or image."""
 
     code = "PF231"
 
 
-class AlreadyExists(ContainerdFailed):
+class ContainerdAlreadyExists(ContainerdFailed):
     """containerd has a container, task or snapshot of that name already."""
 
     code = "PF232"
@@ -107,7 +107,7 @@ class Containerd:
         return tuple(namespace.name for namespace in answer.namespaces)
 
     def image(self, name: str) -> Image:
-        """The record of an image. Raises `NotFound`."""
+        """The record of an image. Raises `ContainerdNotFound`."""
         request = images_pb2.GetImageRequest(name=name)
         image = self._call("images.v1.Images/Get", request, images_pb2.GetImageResponse, f"find image {name}").image
         return Image(image.name, image.target.digest, image.target.media_type, dict(image.labels))
@@ -115,7 +115,7 @@ class Containerd:
     # Containers.
 
     def container(self, id: str) -> Container:
-        """The record of a container. Raises `NotFound`."""
+        """The record of a container. Raises `ContainerdNotFound`."""
         request = containers_pb2.GetContainerRequest(id=id)
         return Container.of(
             self._call(
@@ -137,7 +137,7 @@ class Containerd:
     def create_container(self, container: Container) -> None:
         """Write a record. Do it before `prepare`: it is what keeps the snapshot from containerd's garbage collector.
 
-        Raises `AlreadyExists`.
+        Raises `ContainerdAlreadyExists`.
         """
         request = containers_pb2.CreateContainerRequest(container=container.message())
         self._call(
@@ -148,14 +148,14 @@ class Containerd:
         )
 
     def delete_container(self, id: str) -> None:
-        """Remove a record; its snapshot stays until `remove_snapshot`. Raises `NotFound`."""
+        """Remove a record; its snapshot stays until `remove_snapshot`. Raises `ContainerdNotFound`."""
         request = containers_pb2.DeleteContainerRequest(id=id)
         self._call("containers.v1.Containers/Delete", request, Empty, f"delete container {id}")
 
     # Snapshots.
 
     def lineage(self, snapshotter: str, key: str) -> tuple[str, ...]:
-        """The committed snapshots below a snapshot, the lowest first. Raises `NotFound`."""
+        """The committed snapshots below a snapshot, the lowest first. Raises `ContainerdNotFound`."""
         layers: list[str] = []
         while key := self.snapshot(snapshotter, key).parent:
             layers.insert(0, key)
@@ -176,7 +176,7 @@ class Containerd:
         for chain in layers:
             try:
                 self.snapshot(snapshotter, chain)
-            except NotFound:
+            except ContainerdNotFound:
                 if not self._find_layer(snapshotter, chain, parent):
                     return chain
             parent = chain
@@ -187,14 +187,14 @@ class Containerd:
         key = f"podferry-find-{uuid.uuid4()}"
         try:
             self._prepare(snapshotter, key, parent, {LAYER: chain}, FIND_TIMEOUT)
-        except AlreadyExists:
+        except ContainerdAlreadyExists:
             return True
         self.remove_snapshot(snapshotter, key)
         return False
 
     def prepare(
         self, snapshotter: str, key: str, layers: Sequence[str], *, image: str = "", node: str = ""
-    ) -> tuple[Mount, ...]:
+    ) -> tuple[SnapshotMount, ...]:
         """Make an active snapshot over an image's committed `layers` and return its mounts.
 
         Raises `Refused` when this node can have no such layers (`find_layers`), which are those of `image`.
@@ -202,7 +202,7 @@ class Containerd:
         for _ in range(COLLECTED):
             missing = self.find_layers(snapshotter, layers)
             if missing is None:
-                with contextlib.suppress(NotFound):  # collected since we found it
+                with contextlib.suppress(ContainerdNotFound):  # collected since we found it
                     return self._prepare(snapshotter, key, layers[-1] if layers else "")
         here = node or "this node"
         raise Refused(
@@ -218,7 +218,7 @@ class Containerd:
         parent: str,
         labels: Mapping[str, str] | None = None,
         timeout: float = CALL_TIMEOUT,
-    ) -> tuple[Mount, ...]:
+    ) -> tuple[SnapshotMount, ...]:
         request = snapshots_pb2.PrepareSnapshotRequest(snapshotter=snapshotter, key=key, parent=parent, labels=labels)
         answer = self._call(
             "snapshots.v1.Snapshots/Prepare",
@@ -227,18 +227,18 @@ class Containerd:
             f"prepare the root file system {key}",
             timeout,
         )
-        return tuple(Mount.of(mount) for mount in answer.mounts)
+        return tuple(SnapshotMount.of(mount) for mount in answer.mounts)
 
-    def mounts(self, snapshotter: str, key: str) -> tuple[Mount, ...]:
-        """The mounts of an active snapshot. Raises `NotFound`."""
+    def mounts(self, snapshotter: str, key: str) -> tuple[SnapshotMount, ...]:
+        """The mounts of an active snapshot. Raises `ContainerdNotFound`."""
         request = snapshots_pb2.MountsRequest(snapshotter=snapshotter, key=key)
         answer = self._call(
             "snapshots.v1.Snapshots/Mounts", request, snapshots_pb2.MountsResponse, f"find the mounts of {key}"
         )
-        return tuple(Mount.of(mount) for mount in answer.mounts)
+        return tuple(SnapshotMount.of(mount) for mount in answer.mounts)
 
     def snapshot(self, snapshotter: str, key: str) -> Snapshot:
-        """The record of a snapshot. Raises `NotFound`."""
+        """The record of a snapshot. Raises `ContainerdNotFound`."""
         request = snapshots_pb2.StatSnapshotRequest(snapshotter=snapshotter, key=key)
         info = self._call(
             "snapshots.v1.Snapshots/Stat", request, snapshots_pb2.StatSnapshotResponse, f"find snapshot {key}"
@@ -246,7 +246,7 @@ class Containerd:
         return Snapshot(info.name, info.parent, info.kind == snapshots_pb2.COMMITTED, dict(info.labels))
 
     def remove_snapshot(self, snapshotter: str, key: str) -> None:
-        """Remove a snapshot and its files. Raises `NotFound`."""
+        """Remove a snapshot and its files. Raises `ContainerdNotFound`."""
         request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=snapshotter, key=key)
         self._call("snapshots.v1.Snapshots/Remove", request, Empty, f"remove snapshot {key}")
 
@@ -255,7 +255,7 @@ class Containerd:
     def create_task(
         self,
         id: str,
-        rootfs: Sequence[Mount],
+        rootfs: Sequence[SnapshotMount],
         stdio: Stdio | None = None,
         *,
         options: Opaque | None = None,
@@ -287,7 +287,7 @@ class Containerd:
         return self._call("tasks.v1.Tasks/Start", request, tasks_pb2.StartResponse, f"start the task of {id}").pid
 
     def task(self, id: str) -> Task:
-        """The task of a container. Raises `NotFound` where it has none."""
+        """The task of a container. Raises `ContainerdNotFound` where it has none."""
         request = tasks_pb2.GetRequest(container_id=id)
         return Task.of(
             self._call("tasks.v1.Tasks/Get", request, tasks_pb2.GetResponse, f"find the task of {id}").process
@@ -307,7 +307,7 @@ class Containerd:
         return tuple(process.pid for process in answer.processes)
 
     def kill_task(self, id: str, signal: int, *, everyone: bool = False) -> None:
-        """Send a signal to a task's init, or to all of its processes. Raises `NotFound` where it has ended."""
+        """Send a signal to a task's init, or to all of its processes. Raises `ContainerdNotFound` where it has ended."""
         request = tasks_pb2.KillRequest(container_id=id, signal=signal, all=everyone)
         self._call("tasks.v1.Tasks/Kill", request, Empty, f"send signal {signal} to the task of {id}")
 
@@ -364,6 +364,6 @@ def _translate(client: Containerd, doing: str, code: grpc.StatusCode, details: s
         return ContainerdUnreachable(
             what, why=f"{client.socket}: {details}", remedy="start containerd, or name its socket"
         )
-    kinds = {grpc.StatusCode.NOT_FOUND: NotFound, grpc.StatusCode.ALREADY_EXISTS: AlreadyExists}
+    kinds = {grpc.StatusCode.NOT_FOUND: ContainerdNotFound, grpc.StatusCode.ALREADY_EXISTS: ContainerdAlreadyExists}
     kind = kinds.get(code, ContainerdFailed)
     return kind(what, why=details or code.name, evidence=details.splitlines()[1:])

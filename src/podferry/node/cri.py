@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from podferry.core.facts import Bind
-from podferry.core.strict import Limit
+from podferry.core.strict import AllowedRange
 from podferry.errors import Failed, UsageError
 from podferry.node.containerd import Containerd
 from podferry.node.jobfacts import binds
@@ -41,7 +41,7 @@ class PodContainer:
     log: Path | None
 
 
-class Kind(StrEnum):
+class SharedMountKind(StrEnum):
     """What kind of file system of the pod's own is shared by its containers."""
 
     DISK = "disk"
@@ -54,8 +54,8 @@ class Kind(StrEnum):
 class Volume:
     """A file system that belongs to the pod, and moves with it."""
 
-    name: Annotated[str, Limit(1, 253)]
-    kind: Kind
+    name: Annotated[str, AllowedRange(1, 253)]
+    kind: SharedMountKind
 
 
 def demand_uid(uid: str) -> str:
@@ -108,9 +108,9 @@ def volumes(specs: Sequence[dict[str, Any]], uid: str, kubelet: Path = KUBELET) 
     empty_dirs = pod_directory(uid, kubelet) / "volumes" / _EMPTY_DIR
     if empty_dirs.is_dir():
         for path in sorted(empty_dirs.iterdir()):
-            found.append((Volume(path.name, Kind.MEMORY if path.is_mount() else Kind.DISK), path))
+            found.append((Volume(path.name, SharedMountKind.MEMORY if path.is_mount() else SharedMountKind.DISK), path))
     if (shm := shared_memory(specs)) is not None:
-        found.append((Volume("shm", Kind.SHM), shm))
+        found.append((Volume("shm", SharedMountKind.SHM), shm))
     return tuple(found)
 
 

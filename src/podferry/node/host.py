@@ -15,7 +15,7 @@ _ALL_USERS = ["0", "0", "4294967295"]
 
 
 @dataclass(frozen=True)
-class Mount:
+class HostMount:
     """A mount: where, of what kind, with the options of the mount and of its file system."""
 
     point: Path
@@ -48,16 +48,16 @@ def selinux_enforces(root: Path = Path("/")) -> bool:
     return setting(str(root / "sys/fs/selinux/enforce")) == "1"
 
 
-def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> Mount:
+def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> HostMount:
     """The mount that `path` is on, or would be on if it were there."""
     there = existing(path)
-    found = Mount(Path("/"), "unknown", frozenset())
+    found = HostMount(Path("/"), "unknown", frozenset())
     for line in mountinfo.read_text().splitlines():
         left, _, right = line.partition(" - ")
         words, (kind, _, options) = left.split(), right.split(" ", 2)
         point = Path(words[4].encode().decode("unicode_escape"))
         if there.is_relative_to(point) and len(point.parts) >= len(found.point.parts):
-            found = Mount(point, kind.partition(".")[0], frozenset((*words[5].split(","), *options.split(","))))
+            found = HostMount(point, kind.partition(".")[0], frozenset((*words[5].split(","), *options.split(","))))
     return found
 
 

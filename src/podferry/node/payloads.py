@@ -17,7 +17,7 @@ from pathlib import Path
 from podferry.core.limits import OPEN_PAYLOADS
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.node.cri import KUBELET, pod_directory
-from podferry.node.upper import Policy, Receiver, Source
+from podferry.node.upper import Receiver, TreePolicy, TreeSource
 
 OPEN_FILES = "files.img"
 """CRIU's image that names every file that a process has open, mapped, or as its directory."""
@@ -58,7 +58,7 @@ def pack(payloads: Iterable[Path]) -> bytes:
     for one in payloads:
         name = _place(one).encode()
         parts += [_NAME.pack(len(name)), name]
-        with Source(one, Policy(max_bytes=MOST)) as source:
+        with TreeSource(one, TreePolicy(max_bytes=MOST)) as source:
             for chunk in source.send(source.plan(frozen=True)):
                 total += len(chunk)
                 OPEN_PAYLOADS.demand(total, "the pod")
@@ -86,7 +86,7 @@ def unpack(data: bytes, uid: str, kubelet: Path = KUBELET) -> None:
 
 def _received(rest: memoryview, target: Path) -> memoryview:
     target.mkdir(mode=0o700)
-    with Receiver(target, Policy(max_bytes=MOST)) as receiver:
+    with Receiver(target, TreePolicy(max_bytes=MOST)) as receiver:
         while True:
             chunk, rest = _taken(rest, _CHUNK)
             if not chunk:

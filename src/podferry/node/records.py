@@ -37,7 +37,7 @@ class Opaque:
 
 
 @dataclass(frozen=True)
-class Mount:
+class SnapshotMount:
     """A mount as snapshotters hand it out; nothing is mounted yet."""
 
     type: str
@@ -46,9 +46,9 @@ class Mount:
     target: str = ""
 
     @staticmethod
-    def of(message: types_pb2.Mount) -> Mount:
+    def of(message: types_pb2.Mount) -> SnapshotMount:
         """The mount that `message` describes."""
-        return Mount(message.type, message.source, tuple(message.options), message.target)
+        return SnapshotMount(message.type, message.source, tuple(message.options), message.target)
 
     def option(self, name: str) -> str | None:
         """The value of `name=value` among the options."""
@@ -145,7 +145,7 @@ class Container:
         )
 
 
-class Status(IntEnum):
+class TaskStatus(IntEnum):
     """A task's state, as containerd numbers it."""
 
     UNKNOWN = 0
@@ -156,7 +156,7 @@ class Status(IntEnum):
     PAUSING = 5
 
     @classmethod
-    def _missing_(cls, value: object) -> Status:
+    def _missing_(cls, value: object) -> TaskStatus:
         return cls.UNKNOWN
 
 
@@ -166,7 +166,7 @@ class Task:
 
     id: str
     pid: int
-    status: Status
+    status: TaskStatus
     stdin: str = ""
     stdout: str = ""
     stderr: str = ""
@@ -179,7 +179,7 @@ class Task:
         return Task(
             id=process.container_id or process.id,
             pid=process.pid,
-            status=Status(process.status),
+            status=TaskStatus(process.status),
             stdin=process.stdin,
             stdout=process.stdout,
             stderr=process.stderr,
@@ -218,7 +218,7 @@ class Image:
     labels: Mapping[str, str]
 
 
-def upper_dir(mounts: Sequence[Mount]) -> Path:
+def upper_dir(mounts: Sequence[SnapshotMount]) -> Path:
     """The directory that takes a container's own changes. Raises `Refused` where the snapshotter has none."""
     for mount in mounts:
         upper = mount.option("upperdir")
@@ -233,7 +233,7 @@ def upper_dir(mounts: Sequence[Mount]) -> Path:
     )
 
 
-def lower_dirs(mounts: Sequence[Mount]) -> tuple[Path, ...]:
+def lower_dirs(mounts: Sequence[SnapshotMount]) -> tuple[Path, ...]:
     """The image layers' directories, the topmost first; none for a root that is a plain directory."""
     for mount in mounts:
         if mount.type == "overlay":

@@ -36,14 +36,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Decision:
+class CompressionDecision:
     """Whether to compress, and why."""
 
     on: bool
     reason: str
 
 
-def decide(on: bool, measured: Measured) -> Decision:
+def decide(on: bool, measured: Measured) -> CompressionDecision:
     """Whether to compress the next round, given whether the last one was.
 
     With compression the rate of pages is the smaller of what the processor compresses and what the link then carries.
@@ -54,14 +54,16 @@ def decide(on: bool, measured: Measured) -> Decision:
     """
     gain = min(measured.link * measured.ratio, measured.deflate) / measured.link if measured.link > 0 else 0.0
     if not on and measured.waiting < LINK_IS_THE_LIMIT:
-        return Decision(False, f"the sender waited for the link only {measured.waiting:.0%} of the time")
+        return CompressionDecision(False, f"the sender waited for the link only {measured.waiting:.0%} of the time")
     if on and measured.waiting < LINK_IS_THE_LIMIT and measured.deflate < measured.link * measured.ratio:
-        return Decision(False, f"the processor is the limit: it compresses {measured.deflate / 1e6:.0f} MB/s")
+        return CompressionDecision(
+            False, f"the processor is the limit: it compresses {measured.deflate / 1e6:.0f} MB/s"
+        )
     needed = WORTH_GOING_ON if on else WORTH_STARTING
     figures = f"{measured.ratio:.1f} times smaller at {measured.deflate / 1e6:.0f} MB/s"
     if gain < needed:
-        return Decision(False, f"no gain on a link of {measured.link / 1e6:.0f} MB/s: {figures}")
-    return Decision(True, f"{gain:.1f} times faster on a link of {measured.link / 1e6:.0f} MB/s: {figures}")
+        return CompressionDecision(False, f"no gain on a link of {measured.link / 1e6:.0f} MB/s: {figures}")
+    return CompressionDecision(True, f"{gain:.1f} times faster on a link of {measured.link / 1e6:.0f} MB/s: {figures}")
 
 
 class Deflater:

@@ -14,10 +14,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from podferry.core.strict import DEFAULT_INT, DEFAULT_LIST, DEFAULT_TEXT, JsonObject, Limit, fields_of
+from podferry.core.strict import DEFAULT_INT, DEFAULT_LIST, DEFAULT_TEXT, AllowedRange, JsonObject, fields_of
 from podferry.wire import frames
 from podferry.wire.messages import MESSAGES, SOURCE_MESSAGES, TARGET_MESSAGES, ErrorReport, FileSum, SpaceSum, TreeSum
-from podferry.wire.session import MEANING, State, transitions
+from podferry.wire.session import MEANING, SessionState, transitions
 
 PARTS = (ErrorReport, FileSum, SpaceSum, TreeSum)
 _SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -54,7 +54,7 @@ def _parts() -> Iterator[str]:
 def _states() -> Iterator[str]:
     yield "| state | meaning | the source may say | the target may say |"
     yield "|---|---|---|---|"
-    for state in State:
+    for state in SessionState:
         said: dict[str, list[str]] = {"source": [], "target": []}
         for before, role, name, after in transitions():
             if before is state:
@@ -65,14 +65,14 @@ def _states() -> Iterator[str]:
 def _diagram() -> Iterator[str]:
     yield "```mermaid"
     yield "stateDiagram-v2"
-    yield f"    [*] --> {State.IDLE}"
-    labels: dict[tuple[State, State], list[str]] = {}
+    yield f"    [*] --> {SessionState.IDLE}"
+    labels: dict[tuple[SessionState, SessionState], list[str]] = {}
     for before, _, name, after in transitions():
         if before is not after:
             labels.setdefault((before, after), []).append(name)
     for (before, after), names in labels.items():
         yield f"    {before.replace('-', '_')} --> {after.replace('-', '_')}: {', '.join(dict.fromkeys(names))}"
-    yield f"    {State.ENDED} --> [*]"
+    yield f"    {SessionState.ENDED} --> [*]"
     yield "```"
 
 
@@ -88,7 +88,7 @@ def _fields(kind: type) -> str:
     return ", ".join(f"`{name}` {_type(hint)}" for name, hint in fields_of(kind).items())
 
 
-def _type(hint: Any, limit: Limit | None = None) -> str:
+def _type(hint: Any, limit: AllowedRange | None = None) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _type(*arguments)
@@ -99,7 +99,7 @@ def _type(hint: Any, limit: Limit | None = None) -> str:
     return "object" if hint == JsonObject else _plain(hint, limit)
 
 
-def _plain(kind: type, limit: Limit | None) -> str:
+def _plain(kind: type, limit: AllowedRange | None) -> str:
     if issubclass(kind, StrEnum):
         return " or ".join(f'"{choice}"' for choice in kind)
     if kind is str:
@@ -107,7 +107,7 @@ def _plain(kind: type, limit: Limit | None) -> str:
     return f"{kind.__name__} ({_span(limit)})" if limit and limit != DEFAULT_INT else kind.__name__
 
 
-def _span(limit: Limit) -> str:
+def _span(limit: AllowedRange) -> str:
     return f"{limit.least} to {limit.greatest}"
 
 

@@ -28,7 +28,7 @@ Buffer = bytes | bytearray | memoryview
 Run = tuple[int, int]
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     CONTROL = 1
     PAGES = 2
     DROP = 3
@@ -120,16 +120,16 @@ _FILE = struct.Struct("<BBQ")
 _TREE = struct.Struct("<B")
 
 HEADER_SIZE = _HEADER.size
-BODY_SIZES: dict[Kind, tuple[int, int]] = {
-    Kind.CONTROL: (2, MAX_PAYLOAD),
-    Kind.PAGES: (_PAGES.size + _PAGES_RUN.size + 1, _PAGES.size + MAX_PAGES * _PAGES_RUN.size + MAX_PAYLOAD),
-    Kind.DROP: (_DROP.size + _DROP_RUN.size, _DROP.size + MAX_DROPS * _DROP_RUN.size),
-    Kind.TREE: (_TREE.size + 1, _TREE.size + MAX_PAYLOAD),
-    Kind.FILE: (_FILE.size + 1, _FILE.size + 255 + MAX_PAYLOAD),
-    Kind.BEAT: (0, 0),
+BODY_SIZES: dict[FrameKind, tuple[int, int]] = {
+    FrameKind.CONTROL: (2, MAX_PAYLOAD),
+    FrameKind.PAGES: (_PAGES.size + _PAGES_RUN.size + 1, _PAGES.size + MAX_PAGES * _PAGES_RUN.size + MAX_PAYLOAD),
+    FrameKind.DROP: (_DROP.size + _DROP_RUN.size, _DROP.size + MAX_DROPS * _DROP_RUN.size),
+    FrameKind.TREE: (_TREE.size + 1, _TREE.size + MAX_PAYLOAD),
+    FrameKind.FILE: (_FILE.size + 1, _FILE.size + 255 + MAX_PAYLOAD),
+    FrameKind.BEAT: (0, 0),
 }
 """The shortest and the longest body of each kind, in bytes."""
-FLAGS_OF: dict[Kind, Flag] = {Kind.PAGES: Flag.ZSTD, Kind.FILE: Flag.LAST}
+FLAGS_OF: dict[FrameKind, Flag] = {FrameKind.PAGES: Flag.ZSTD, FrameKind.FILE: Flag.LAST}
 """The flags that a kind may carry; the others none."""
 MAX_BODY = max(longest for _, longest in BODY_SIZES.values())
 
@@ -153,27 +153,27 @@ def _encode(frame: Frame) -> tuple[bytes, memoryview]:
     fixed, flags = b"", Flag.NONE
     match frame:
         case Pages():
-            kind, payload = Kind.PAGES, frame.payload
+            kind, payload = FrameKind.PAGES, frame.payload
             flags = Flag.ZSTD if frame.zstd else Flag.NONE
             _check_pages(frame)
             runs = b"".join(_PAGES_RUN.pack(*run) for run in frame.runs)
             fixed = _PAGES.pack(frame.space, frame.round, len(frame.runs)) + runs
         case Control():
-            kind, payload = Kind.CONTROL, frame.payload
+            kind, payload = FrameKind.CONTROL, frame.payload
         case Drop():
-            kind = Kind.DROP
+            kind = FrameKind.DROP
             _check_drop(frame)
             fixed = _DROP.pack(frame.space, len(frame.runs)) + b"".join(_DROP_RUN.pack(*run) for run in frame.runs)
         case Tree():
-            kind, payload = Kind.TREE, frame.records
+            kind, payload = FrameKind.TREE, frame.records
             fixed = _TREE.pack(frame.tree)
         case File():
-            kind, payload = Kind.FILE, frame.payload
+            kind, payload = FrameKind.FILE, frame.payload
             flags = Flag.LAST if frame.last else Flag.NONE
             _check_file(frame)
             fixed = _FILE.pack(frame.directory, len(frame.name), frame.offset) + frame.name.encode("ascii")
         case Beat():
-            kind = Kind.BEAT
+            kind = FrameKind.BEAT
     view = memoryview(payload).cast("B")
     length = len(fixed) + len(view)
     _check_header(kind, flags, 0, length)
@@ -241,7 +241,7 @@ class FrameReader:
             kind, flags, _, _ = _HEADER.unpack_from(self._view, self._start)
             body = self._view[self._start + HEADER_SIZE : self._start + need].toreadonly()
             self._lent.append(body)
-            frame = self._decode(Kind(kind), Flag(flags), body)
+            frame = self._decode(FrameKind(kind), Flag(flags), body)
         except (_Illegal, struct.error) as cause:
             self._error = PeerMisbehaved("illegal frame", why=str(cause))
             raise self._error from cause
@@ -277,17 +277,17 @@ class FrameReader:
         self._lent.append(payload)
         return payload
 
-    def _decode(self, kind: Kind, flags: Flag, body: memoryview) -> Frame:
+    def _decode(self, kind: FrameKind, flags: Flag, body: memoryview) -> Frame:
         match kind:
-            case Kind.PAGES:
+            case FrameKind.PAGES:
                 space, round_, count = _PAGES.unpack_from(body)
                 runs, end = _runs(_PAGES_RUN, body, _PAGES.size, count)
                 pages = Pages(space, round_, runs, self._lend(body, end), zstd=Flag.ZSTD in flags)
                 _check_pages(pages)
                 return pages
-            case Kind.CONTROL:
+            case FrameKind.CONTROL:
                 return Control(body)
-            case Kind.DROP:
+            case FrameKind.DROP:
                 space, count = _DROP.unpack_from(body)
                 runs, end = _runs(_DROP_RUN, body, _DROP.size, count)
                 if end != len(body):
@@ -295,9 +295,9 @@ class FrameReader:
                 drop = Drop(space, runs)
                 _check_drop(drop)
                 return drop
-            case Kind.TREE:
+            case FrameKind.TREE:
                 return Tree(body[0], self._lend(body, _TREE.size))
-            case Kind.FILE:
+            case FrameKind.FILE:
                 directory, length, offset = _FILE.unpack_from(body)
                 name = bytes(body[_FILE.size : _FILE.size + length])
                 if len(name) != length:
@@ -311,7 +311,7 @@ class FrameReader:
                 )
                 _check_file(file)
                 return file
-            case Kind.BEAT:
+            case FrameKind.BEAT:
                 return Beat()
 
 
@@ -330,7 +330,7 @@ def _size(payload: Buffer) -> int:
 def _check_header(kind: int, flags: int, reserved: int, length: int) -> None:
     if kind not in BODY_SIZES:
         raise _Illegal(f"unknown kind {kind}")
-    kind = Kind(kind)
+    kind = FrameKind(kind)
     shortest, longest = BODY_SIZES[kind]
     if not shortest <= length <= longest:
         raise _Illegal(f"{length} bytes of {kind.name}, allowed are {shortest} to {longest}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from podferry import __version__
-from podferry.core.strict import JsonObject, Limit, NotStrict, dump, from_json, parse, to_json
+from podferry.core.strict import AllowedRange, JsonObject, NotStrict, dump, from_json, parse, to_json
 from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
@@ -20,12 +20,12 @@ PROTOCOL = 4
 of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`.
 3: `StatePart`. 4: `Filled.differences`."""
 
-Id = Annotated[str, Limit(1, 128)]
-Name = Annotated[str, Limit(1, 317)]
+Id = Annotated[str, AllowedRange(1, 128)]
+Name = Annotated[str, AllowedRange(1, 317)]
 """A node's or a container's name, or a pod's with its namespace's."""
-Space = Annotated[int, Limit(0, 0xFFFFFFFF)]
-Round = Annotated[int, Limit(0, 0xFFFF)]
-Small = Annotated[int, Limit(0, 0xFF)]
+Space = Annotated[int, AllowedRange(0, 0xFFFFFFFF)]
+Round = Annotated[int, AllowedRange(0, 0xFFFF)]
+Small = Annotated[int, AllowedRange(0, 0xFF)]
 
 MOST_DIFFERENCES = 64
 MOST_SUMS, MOST_PARTS = 2000, 512
@@ -36,11 +36,11 @@ MOST_SUMS, MOST_PARTS = 2000, 512
 class ErrorReport:
     """A `PodferryError` on its way; its parts are those of `PodferryError.to_dict`."""
 
-    code: Annotated[str, Limit(1, 16)]
+    code: Annotated[str, AllowedRange(1, 16)]
     what: str
-    why: Annotated[str, Limit(0, 16384)]
+    why: Annotated[str, AllowedRange(0, 16384)]
     remedy: str
-    evidence: Annotated[tuple[str, ...], Limit(0, 64)]
+    evidence: Annotated[tuple[str, ...], AllowedRange(0, 64)]
 
     @classmethod
     def of(cls, error: PodferryError) -> ErrorReport:
@@ -58,9 +58,9 @@ class FileSum:
     """A file of a flat directory as it must have arrived."""
 
     directory: Small
-    name: Annotated[str, Limit(1, 255)]
+    name: Annotated[str, AllowedRange(1, 255)]
     size: int
-    digest: Annotated[str, Limit(0, 128)]
+    digest: Annotated[str, AllowedRange(0, 128)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TreeSum:
     tree: Small
     entries: int
     bytes: int
-    digest: Annotated[str, Limit(0, 128)]
+    digest: Annotated[str, AllowedRange(0, 128)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Hello:
     """First of all, both ways: who speaks, and which protocol."""
 
     protocol: int
-    version: Annotated[str, Limit(1, 64)]
+    version: Annotated[str, AllowedRange(1, 64)]
     node: Name
 
 
@@ -125,7 +125,7 @@ class Refuse:
     """The target cannot take it, and why."""
 
     migration: Id
-    refusals: Annotated[tuple[ErrorReport, ...], Limit(1, 64)]
+    refusals: Annotated[tuple[ErrorReport, ...], AllowedRange(1, 64)]
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class StatePart:
     """More of what `StateEnd` says that the target must hold: a message is bounded, a job's files and processes are not."""
 
     migration: Id
-    files: Annotated[tuple[FileSum, ...], Limit(0, MOST_SUMS)]
-    spaces: Annotated[tuple[SpaceSum, ...], Limit(0, MOST_SUMS)]
+    files: Annotated[tuple[FileSum, ...], AllowedRange(0, MOST_SUMS)]
+    spaces: Annotated[tuple[SpaceSum, ...], AllowedRange(0, MOST_SUMS)]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class StateEnd:
     migration: Id
     files: tuple[FileSum, ...]
     spaces: tuple[SpaceSum, ...]
-    trees: Annotated[tuple[TreeSum, ...], Limit(0, 256)]
+    trees: Annotated[tuple[TreeSum, ...], AllowedRange(0, 256)]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class PageWanted:
     """Post-copy: the container waits for this page. The source answers with Pages, or Drop if it has none."""
 
     space: Space
-    address: Annotated[int, Limit(0, MAX_ADDRESS - 1)]
+    address: Annotated[int, AllowedRange(0, MAX_ADDRESS - 1)]
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class PagesEnd:
 class Progress:
     """How far the target is; for people, never for decisions."""
 
-    phase: Annotated[str, Limit(1, 64)]
+    phase: Annotated[str, AllowedRange(1, 64)]
     bytes: int
     total_bytes: int
 
@@ -247,7 +247,7 @@ class Filled:
 
     migration: Id
     ms: int
-    differences: Annotated[tuple[Annotated[str, Limit(1, 512)], ...], Limit(0, MOST_DIFFERENCES)] = ()
+    differences: Annotated[tuple[Annotated[str, AllowedRange(1, 512)], ...], AllowedRange(0, MOST_DIFFERENCES)] = ()
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Role(StrEnum):
         return Role.TARGET if self is Role.SOURCE else Role.SOURCE
 
 
-class State(StrEnum):
+class SessionState(StrEnum):
     IDLE = "idle"
     ASKED = "asked"
     OFFERED = "offered"
@@ -72,40 +72,40 @@ class State(StrEnum):
     ENDED = "ended"
 
 
-MEANING: dict[State, str] = {
-    State.IDLE: "connected; nothing is under way",
-    State.ASKED: "the source asked what became of a migration",
-    State.OFFERED: "the target thinks about an offer",
-    State.STREAMING: "pages, drops, tree records and files flow",
-    State.POISING: "they flow; the target makes its container",
-    State.POISED: "they flow; the target's container waits, the source may freeze",
-    State.COMPLETE: "all is sent; the target checks it",
-    State.READY: "the target holds everything; the source decides",
-    State.GONE: "the right to run is the target's; it restores",
-    State.RUNNING: "it runs on the target and is being filled",
-    State.FILLED: "it has all its memory",
-    State.CRASHED: "it ran on the target and died half-filled",
-    State.ABORTING: "the source took its offer back; the target cleans up",
-    State.GIVEN_UP: "the target refused or gave up; it will never run it",
-    State.ENDED: "nothing more may be said",
+MEANING: dict[SessionState, str] = {
+    SessionState.IDLE: "connected; nothing is under way",
+    SessionState.ASKED: "the source asked what became of a migration",
+    SessionState.OFFERED: "the target thinks about an offer",
+    SessionState.STREAMING: "pages, drops, tree records and files flow",
+    SessionState.POISING: "they flow; the target makes its container",
+    SessionState.POISED: "they flow; the target's container waits, the source may freeze",
+    SessionState.COMPLETE: "all is sent; the target checks it",
+    SessionState.READY: "the target holds everything; the source decides",
+    SessionState.GONE: "the right to run is the target's; it restores",
+    SessionState.RUNNING: "it runs on the target and is being filled",
+    SessionState.FILLED: "it has all its memory",
+    SessionState.CRASHED: "it ran on the target and died half-filled",
+    SessionState.ABORTING: "the source took its offer back; the target cleans up",
+    SessionState.GIVEN_UP: "the target refused or gave up; it will never run it",
+    SessionState.ENDED: "nothing more may be said",
 }
 
 Event = Message | Data
 EventType = type[Event]
-Row = dict[EventType, State]
+Row = dict[EventType, SessionState]
 
 DATA: tuple[EventType, ...] = (Pages, Drop, Tree, File)
 
 
-def _stay(state: State, *events: EventType) -> Row:
+def _stay(state: SessionState, *events: EventType) -> Row:
     return dict.fromkeys(events, state)
 
 
-def _flowing(state: State) -> dict[Role, Row]:
+def _flowing(state: SessionState) -> dict[Role, Row]:
     """What may be said in `state` while state flows, whatever else its row adds."""
     return {
-        Role.SOURCE: _stay(state, *DATA, RoundEnd) | {Abort: State.ABORTING},
-        Role.TARGET: _stay(state, RoundAck, Progress) | {GaveUp: State.GIVEN_UP},
+        Role.SOURCE: _stay(state, *DATA, RoundEnd) | {Abort: SessionState.ABORTING},
+        Role.TARGET: _stay(state, RoundAck, Progress) | {GaveUp: SessionState.GIVEN_UP},
     }
 
 
@@ -115,69 +115,72 @@ def _with(base: Mapping[Role, Row], *, source: Row | None = None, target: Row | 
 
 _BEFORE_GO: tuple[EventType, ...] = (*DATA, RoundEnd, Poise, StatePart, StateEnd)
 
-TABLE: dict[State, dict[Role, Row]] = {
-    State.IDLE: {Role.SOURCE: {Offer: State.OFFERED, Query: State.ASKED}, Role.TARGET: {}},
-    State.ASKED: {
+TABLE: dict[SessionState, dict[Role, Row]] = {
+    SessionState.IDLE: {Role.SOURCE: {Offer: SessionState.OFFERED, Query: SessionState.ASKED}, Role.TARGET: {}},
+    SessionState.ASKED: {
         Role.SOURCE: {},
         Role.TARGET: {
-            Ready: State.READY,
-            Restoring: State.GONE,
-            Running: State.RUNNING,
-            Filled: State.FILLED,
-            Crashed: State.CRASHED,
-            GaveUp: State.GIVEN_UP,
-            Unknown: State.ENDED,
+            Ready: SessionState.READY,
+            Restoring: SessionState.GONE,
+            Running: SessionState.RUNNING,
+            Filled: SessionState.FILLED,
+            Crashed: SessionState.CRASHED,
+            GaveUp: SessionState.GIVEN_UP,
+            Unknown: SessionState.ENDED,
         },
     },
-    State.OFFERED: {
-        Role.SOURCE: {Abort: State.ABORTING},
-        Role.TARGET: {Accept: State.STREAMING, Refuse: State.GIVEN_UP},
+    SessionState.OFFERED: {
+        Role.SOURCE: {Abort: SessionState.ABORTING},
+        Role.TARGET: {Accept: SessionState.STREAMING, Refuse: SessionState.GIVEN_UP},
     },
-    State.STREAMING: _with(_flowing(State.STREAMING), source={Poise: State.POISING}),
-    State.POISING: _with(_flowing(State.POISING), target={Poised: State.POISED}),
-    State.POISED: _with(
-        _flowing(State.POISED),
-        source={StatePart: State.POISED, StateEnd: State.COMPLETE, Poise: State.POISING},
+    SessionState.STREAMING: _with(_flowing(SessionState.STREAMING), source={Poise: SessionState.POISING}),
+    SessionState.POISING: _with(_flowing(SessionState.POISING), target={Poised: SessionState.POISED}),
+    SessionState.POISED: _with(
+        _flowing(SessionState.POISED),
+        source={StatePart: SessionState.POISED, StateEnd: SessionState.COMPLETE, Poise: SessionState.POISING},
     ),
-    State.COMPLETE: {
-        Role.SOURCE: {Abort: State.ABORTING},
-        Role.TARGET: _stay(State.COMPLETE, RoundAck, Progress) | {Ready: State.READY, GaveUp: State.GIVEN_UP},
+    SessionState.COMPLETE: {
+        Role.SOURCE: {Abort: SessionState.ABORTING},
+        Role.TARGET: _stay(SessionState.COMPLETE, RoundAck, Progress)
+        | {Ready: SessionState.READY, GaveUp: SessionState.GIVEN_UP},
     },
-    State.READY: {
-        Role.SOURCE: {Go: State.GONE, Abort: State.ABORTING},
-        Role.TARGET: _stay(State.READY, Progress) | {GaveUp: State.GIVEN_UP},
+    SessionState.READY: {
+        Role.SOURCE: {Go: SessionState.GONE, Abort: SessionState.ABORTING},
+        Role.TARGET: _stay(SessionState.READY, Progress) | {GaveUp: SessionState.GIVEN_UP},
     },
-    State.GONE: {
-        Role.SOURCE: _stay(State.GONE, Pages, Drop, PagesEnd, PagesLost),
-        Role.TARGET: _stay(State.GONE, Progress, PageWanted) | {Running: State.RUNNING, GaveUp: State.GIVEN_UP},
+    SessionState.GONE: {
+        Role.SOURCE: _stay(SessionState.GONE, Pages, Drop, PagesEnd, PagesLost),
+        Role.TARGET: _stay(SessionState.GONE, Progress, PageWanted)
+        | {Running: SessionState.RUNNING, GaveUp: SessionState.GIVEN_UP},
     },
-    State.RUNNING: {
-        Role.SOURCE: _stay(State.RUNNING, Pages, Drop, PagesEnd, PagesLost),
-        Role.TARGET: _stay(State.RUNNING, Progress, PageWanted) | {Filled: State.FILLED, Crashed: State.CRASHED},
+    SessionState.RUNNING: {
+        Role.SOURCE: _stay(SessionState.RUNNING, Pages, Drop, PagesEnd, PagesLost),
+        Role.TARGET: _stay(SessionState.RUNNING, Progress, PageWanted)
+        | {Filled: SessionState.FILLED, Crashed: SessionState.CRASHED},
     },
-    State.FILLED: {
-        Role.SOURCE: _stay(State.FILLED, Pages, Drop, PagesEnd, PagesLost) | {Done: State.ENDED},
+    SessionState.FILLED: {
+        Role.SOURCE: _stay(SessionState.FILLED, Pages, Drop, PagesEnd, PagesLost) | {Done: SessionState.ENDED},
         Role.TARGET: {},
     },
-    State.CRASHED: {
-        Role.SOURCE: _stay(State.CRASHED, Pages, Drop, PagesEnd, PagesLost) | {Done: State.ENDED},
+    SessionState.CRASHED: {
+        Role.SOURCE: _stay(SessionState.CRASHED, Pages, Drop, PagesEnd, PagesLost) | {Done: SessionState.ENDED},
         Role.TARGET: {},
     },
-    State.ABORTING: {
+    SessionState.ABORTING: {
         Role.SOURCE: {},
-        Role.TARGET: _stay(State.ABORTING, Accept, RoundAck, Poised, Ready, Progress)
-        | {Refuse: State.ENDED, GaveUp: State.ENDED},
+        Role.TARGET: _stay(SessionState.ABORTING, Accept, RoundAck, Poised, Ready, Progress)
+        | {Refuse: SessionState.ENDED, GaveUp: SessionState.ENDED},
     },
-    State.GIVEN_UP: {
-        Role.SOURCE: _stay(State.GIVEN_UP, *_BEFORE_GO, Go, PagesEnd, PagesLost)
-        | {Abort: State.ENDED, Done: State.ENDED},
+    SessionState.GIVEN_UP: {
+        Role.SOURCE: _stay(SessionState.GIVEN_UP, *_BEFORE_GO, Go, PagesEnd, PagesLost)
+        | {Abort: SessionState.ENDED, Done: SessionState.ENDED},
         Role.TARGET: {},
     },
-    State.ENDED: {Role.SOURCE: {}, Role.TARGET: {}},
+    SessionState.ENDED: {Role.SOURCE: {}, Role.TARGET: {}},
 }
 """state -> who speaks -> what -> the state after it. What is not here is illegal."""
 
-GONE_STATES = frozenset({State.GONE, State.RUNNING, State.FILLED, State.CRASHED})
+GONE_STATES = frozenset({SessionState.GONE, SessionState.RUNNING, SessionState.FILLED, SessionState.CRASHED})
 """The states in which the right to run is the target's: the source must not thaw (I3)."""
 
 
@@ -190,16 +193,16 @@ class Session:
 
     def __init__(self, role: Role) -> None:
         self.role = role
-        self.state = State.IDLE
+        self.state = SessionState.IDLE
         self.migration: str | None = None
         self.rounds_ended = 0
         self.rounds_acked = 0
 
-    def send(self, event: Event) -> State:
+    def send(self, event: Event) -> SessionState:
         """We are about to send `event`. Raises `Bug`."""
         return self._step(event, self.role, Bug)
 
-    def receive(self, event: Event) -> State:
+    def receive(self, event: Event) -> SessionState:
         """The peer sent `event`. Raises `PeerMisbehaved`."""
         return self._step(event, self.role.other, PeerMisbehaved)
 
@@ -207,7 +210,7 @@ class Session:
         """What `role` may say now."""
         return TABLE[self.state][role].keys()
 
-    def _step(self, event: Event, speaker: Role, error: type[PodferryError]) -> State:
+    def _step(self, event: Event, speaker: Role, error: type[PodferryError]) -> SessionState:
         kind = type(event)
         after = TABLE[self.state][speaker].get(kind)
         if after is None:
@@ -239,11 +242,11 @@ class Session:
         self.migration = self.migration or migration
 
 
-def transitions() -> Iterable[tuple[State, Role, str, State]]:
+def transitions() -> Iterable[tuple[SessionState, Role, str, SessionState]]:
     """The table as rows (state, who speaks, what, next state), data frames under one name; docs are made of these."""
     for state, roles in TABLE.items():
         for role, row in roles.items():
-            merged: dict[tuple[str, State], None] = {}
+            merged: dict[tuple[str, SessionState], None] = {}
             for kind, after in row.items():
                 name = "data" if kind in DATA and all(row.get(other) is after for other in DATA) else kind.__name__
                 merged[name, after] = None

@@ -18,7 +18,7 @@ from podferry.criu.waiting import wake
 from podferry.engine.journal import Part
 from podferry.engine.ports import OriginalGone
 from podferry.errors import Refused
-from podferry.memory.tracking.tracker import Kind, create
+from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.containerd import Containerd
 from podferry.node.netlock import Namespace
@@ -46,7 +46,7 @@ class FrozenContainer:
             if runs(self.containerd, self.record.id):
                 raise
             raise OriginalGone.because("the frozen original has ended", error) from error
-        seen = create(Kind.NONE, cgroup.pids).final()
+        seen = create(TrackerKind.NONE, cgroup.pids).final()
         if not seen.spaces:
             raise OriginalGone("the frozen original has ended")
         pids = {space_of(self.journal.number, pid_inside(pid)): pid for pid in seen.spaces}

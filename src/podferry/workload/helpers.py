@@ -15,10 +15,10 @@ import anyio
 from podferry.criu.checkpoint import Process
 from podferry.engine.journal import Part
 from podferry.errors import Failed
-from podferry.node.containerd import Containerd, ContainerdFailed, NotFound
+from podferry.node.containerd import Containerd, ContainerdFailed, ContainerdNotFound
 from podferry.node.outside import IN_POD, surviving
 from podferry.node.process import last_lines, spawn
-from podferry.node.records import Status
+from podferry.node.records import TaskStatus
 
 END_TIMEOUT = 10.0
 Found = TypeVar("Found")
@@ -85,8 +85,8 @@ async def ended(process: Process) -> None:
 def runs(containerd: Containerd, id: str) -> bool:
     """Whether a container's task is there and has not ended. Where containerd does not say, nothing speaks against it."""
     try:
-        return containerd.task(id).status is not Status.STOPPED
-    except NotFound:
+        return containerd.task(id).status is not TaskStatus.STOPPED
+    except ContainerdNotFound:
         return False
     except ContainerdFailed:
         return True
@@ -94,11 +94,11 @@ def runs(containerd: Containerd, id: str) -> bool:
 
 def remove_task(containerd: Containerd, id: str) -> None:
     """Kill a container's task, whatever its state, and have containerd forget it."""
-    with suppress(NotFound):
+    with suppress(ContainerdNotFound):
         containerd.task(id)
-        with suppress(NotFound, ContainerdFailed):
+        with suppress(ContainerdNotFound, ContainerdFailed):
             containerd.kill_task(id, signal.SIGKILL, everyone=True)
-        with suppress(NotFound):
+        with suppress(ContainerdNotFound):
             containerd.wait_task(id, END_TIMEOUT)
         containerd.delete_task(id)
 

@@ -12,14 +12,14 @@ from podferry.core.preflight import GUARDS, LIMITS, Question, refusals, unthrott
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
 from podferry.memory.kernel.guards import has_guards
-from podferry.memory.tracking.tracker import Choice, Kind, choose, probe
+from podferry.memory.tracking.tracker import Choice, TrackerKind, choose, probe
 from podferry.model import Mode
 from podferry.node import apparmor
 from podferry.node.cgroup import Cgroup
-from podferry.node.containerd import Containerd, NotFound
+from podferry.node.containerd import Containerd, ContainerdNotFound
 from podferry.node.jobfacts import container_facts, may_read_limits
 from podferry.node.newfile import check_new
-from podferry.node.records import Container, Status, Stdio, Task, upper_dir
+from podferry.node.records import Container, Stdio, Task, TaskStatus, upper_dir
 from podferry.wire.messages import Offer
 from podferry.workload.config import Config
 from podferry.workload.makers.containerd import ContainerdOwner
@@ -62,7 +62,7 @@ class View:
             self.container.upper,
         )
 
-    def source(self, config: Config, containerd: Containerd, journal: Journal, kind: Kind) -> SourceWorkload:
+    def source(self, config: Config, containerd: Containerd, journal: Journal, kind: TrackerKind) -> SourceWorkload:
         """The container, ready to be moved."""
         offered = self.offered
         running = RunningContainer(offered.record, self.task, self.upper, Output(offered.log), flags=offered.flags)
@@ -84,7 +84,7 @@ class View:
         """How it will be tracked in `mode`. Raises the first reason of this node's for which it cannot move."""
         for refusal in refusals(self.question(mode)):
             raise refusal
-        return self.tracker if mode is Mode.LIVE else Choice(Kind.NONE, f"mode {mode} tracks nothing")
+        return self.tracker if mode is Mode.LIVE else Choice(TrackerKind.NONE, f"mode {mode} tracks nothing")
 
 
 class Inspection:
@@ -118,13 +118,13 @@ class Inspection:
         """Look at one container. Raises `UsageError` where there is none, `Refused` where it cannot be looked at."""
         try:
             record = self._containerd.container(name)
-        except NotFound as missing:
+        except ContainerdNotFound as missing:
             raise UsageError(
                 f"there is no container {name} on {self._config.node}", remedy="podferry ps lists them"
             ) from missing
         try:
             task = self._containerd.task(name)
-        except NotFound:
+        except ContainerdNotFound:
             task = None
         if (why := why_not(record, task)) is not None or task is None:
             raise why or Refused(f"{name} has no task")
@@ -198,7 +198,7 @@ def why_not(record: Container, task: Task | None) -> Refused | None:
         )
     if task is None:
         return Refused(f"{record.id} does not run", why="it has no task", remedy="start it first")
-    if task.status is not Status.RUNNING:
+    if task.status is not TaskStatus.RUNNING:
         return Refused(
             f"{record.id} does not run", why=f"its task is {task.status.name.lower()}", remedy="start it first"
         )

@@ -29,7 +29,7 @@ from podferry.engine.journal import Part
 from podferry.engine.ports import IMAGES, LOG, Change, Images
 from podferry.errors import Failed, PodferryError
 from podferry.fs.private import private_directory
-from podferry.memory.tracking.tracker import Kind, create
+from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
 from podferry.node import inventory, network, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
@@ -92,7 +92,7 @@ class SourceContainer(FrozenContainer):
     """The container `running`, tracked as `kind` says. It may be frozen, and thawed again, as often as the migration needs it."""
 
     def __init__(
-        self, config: Config, containerd: Containerd, journal: Part, running: RunningContainer, kind: Kind
+        self, config: Config, containerd: Containerd, journal: Part, running: RunningContainer, kind: TrackerKind
     ) -> None:
         super().__init__(journal, containerd, running.record)
         self._running, self._task = running, running.task

@@ -13,7 +13,7 @@ from podferry.errors import Bug
 from podferry.memory.kernel.reader import Data, Reader
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import EMPTY, Growing, Runs
-from podferry.memory.tracking.tracker import Round, Tracker
+from podferry.memory.tracking.tracker import DirtyScan, Tracker
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, Drop, Pages
 from podferry.wire.messages import SpaceSum
@@ -42,7 +42,7 @@ class SourceMemory:
         self.skippable: dict[int, bool] = {}
         """Whether it pays to have the dump skip a process's memory, by pid."""
 
-    def found(self, seen: Round) -> Change:
+    def found(self, seen: DirtyScan) -> Change:
         """What the tracker saw: what is to be sent, and what the target must forget."""
         dropped: dict[int, Runs] = {}
         for pid in seen.gone:

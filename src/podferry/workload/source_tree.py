@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from podferry.errors import Failed
-from podferry.node.upper import Source
+from podferry.node.upper import TreeSource
 from podferry.wire.messages import TreeSum
 from podferry.workload.threads import Looks
 
@@ -15,7 +15,7 @@ class SourceTree:
     """The tree at `path`. `suspects` names the files whose content may change without a trace: a process has them mapped."""
 
     def __init__(self, path: Path, suspects: Callable[[], set[bytes]]) -> None:
-        self._tree, self._suspects, self._looks = Source(path), suspects, Looks()
+        self._tree, self._suspects, self._looks = TreeSource(path), suspects, Looks()
 
     async def changes(self, *, last: bool) -> AsyncIterator[bytes]:
         """One pass: the records of what changed since the pass before. In the last nothing may change."""

@@ -17,7 +17,7 @@ from podferry.core.undo import Handler
 from podferry.engine.journal import Journal
 from podferry.engine.ports import JobDied, Json, PageChannel
 from podferry.errors import Failed, PeerMisbehaved, PodferryError
-from podferry.node.cri import Kind, Volume
+from podferry.node.cri import SharedMountKind, Volume
 from podferry.node.records import Container
 from podferry.node.staging import Staged, discard_all
 from podferry.node.upper import Receiver
@@ -105,7 +105,9 @@ class TargetWorkload:
         on_disk, in_memory = self._config.staging / f"{name}.volumes", self._config.run / "staging" / name
         self._journal.acquire("staged-volumes", directories=[str(on_disk), str(in_memory)])
         for number, volume in enumerate(self._wanted):
-            root, below = (on_disk, self._config.state) if volume.kind is Kind.DISK else (in_memory, self._config.run)
+            root, below = (
+                (on_disk, self._config.state) if volume.kind is SharedMountKind.DISK else (in_memory, self._config.run)
+            )
             self._volumes.append(TargetVolume(volume, Staged(root / str(number), below=below)))
 
     async def poise(self, *, postcopy: bool) -> None:

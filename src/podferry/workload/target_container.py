@@ -21,7 +21,7 @@ from podferry.criu.checkpoint import Process
 from podferry.criu.images import missing
 from podferry.criu.incoming import Incoming
 from podferry.criu.restored_group import group_to_tell
-from podferry.criu.restoring import Restoring
+from podferry.criu.restoring import RestoreProcess
 from podferry.criu.rights import demand_no_more
 from podferry.engine.journal import Part
 from podferry.engine.ports import IMAGES, LOG, Json, PageChannel
@@ -305,7 +305,7 @@ class TargetContainer:
 
     async def has_run(self) -> bool:
         """Whether CRIU let go of the tasks, once that cannot change any more. Then this is the job's only life."""
-        restoring = Restoring(self.config.incoming / self.maker.key / "work", self.wrapper())
+        restoring = RestoreProcess(self.config.incoming / self.maker.key / "work", self.wrapper())
         found = await at_once(restoring.settle)
         return self._feeder.resumed_at() > 0 if found is None else found
 

@@ -7,7 +7,7 @@ import os
 from functools import cache
 
 from podferry.memory.kernel.maps import read_areas
-from podferry.memory.kernel.pagemap import Category, Query, Scanner, open_pagemap, tells_guards
+from podferry.memory.kernel.pagemap import Category, Scanner, ScanQuery, open_pagemap, tells_guards
 
 _GUARD_INSTALL = 102  # MADV_GUARD_INSTALL of asm-generic/mman-common.h
 _KERNELS = 1 << 63
@@ -18,7 +18,7 @@ def has_guards(pid: int) -> bool:
     """Whether a process has guard pages; no where it has ended, or the kernel does not tell (before 6.15)."""
     if not tells_guards():
         return False
-    query = Query(Category.GUARD, Category(0), Category(0), Category.GUARD)
+    query = ScanQuery(Category.GUARD, Category(0), Category(0), Category.GUARD)
     try:
         windows = [(area.start, area.end) for area in read_areas(pid) if area.start < _KERNELS]
         pagemap = open_pagemap(pid)

@@ -66,7 +66,7 @@ HELD = Category.PRESENT | Category.SWAPPED
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class ScanQuery:
     """What a scan looks for.
 
     A page counts if, after flipping its bits in `inverted`, it has all of `mask` and (if given) one of `anyof`.
@@ -107,7 +107,7 @@ class Scanner:
     def __init__(self) -> None:
         self._vector = array("Q", bytes(_REGIONS * _WORDS * 8))
 
-    def scan(self, pagemap: int, windows: Iterable[tuple[int, int]], query: Query) -> Regions:
+    def scan(self, pagemap: int, windows: Iterable[tuple[int, int]], query: ScanQuery) -> Regions:
         """The pages of `windows`, ascending disjoint runs of page-aligned addresses, that `query` asks for.
 
         A process that has ended has no pages. Raises OSError.
@@ -131,10 +131,10 @@ class Scanner:
     def present(self, pagemap: int, windows: Iterable[tuple[int, int]]) -> Runs:
         """The pages of `windows` that hold something to copy: there, or in swap, and not the zero page."""
         skipped = unreadable()
-        query = Query(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
+        query = ScanQuery(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
         return self.scan(pagemap, windows, query).all()
 
-    def _call(self, pagemap: int, start: int, end: int, query: Query) -> tuple[int, int]:
+    def _call(self, pagemap: int, start: int, end: int, query: ScanQuery) -> tuple[int, int]:
         argument = bytearray(
             _ARGUMENT.pack(
                 _ARGUMENT.size,
@@ -187,7 +187,7 @@ def has_scan() -> bool:
 def _knows(category: Category) -> bool:
     pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        Scanner().scan(pagemap, [(0, PAGE)], Query(category, Category(0), Category(0), category))
+        Scanner().scan(pagemap, [(0, PAGE)], ScanQuery(category, Category(0), Category(0), category))
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL):
             return False

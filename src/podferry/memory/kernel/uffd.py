@@ -3,7 +3,7 @@
 Constants and layouts are those of the kernel's `include/uapi/linux/userfaultfd.h`; behaviour is that of
 `fs/userfaultfd.c` and `mm/userfaultfd.c`; see also userfaultfd(2) and ioctl_userfaultfd(2). Addresses and lengths are
 bytes and multiples of the page size. A failed call raises `OSError`, except where an error is an everyday answer
-(`copy`, `zeropage`): these return an `Outcome`. The GIL is not held during an ioctl.
+(`copy`, `zeropage`): these return an `CopyOutcome`. The GIL is not held during an ioctl.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Feature(IntFlag):
     MOVE = 1 << 16
 
 
-class Mode(IntFlag):
+class RegisterMode(IntFlag):
     """`UFFDIO_REGISTER_MODE_*`: which faults of a range are reported."""
 
     MISSING = 1 << 0
@@ -120,7 +120,7 @@ class Unmap:
 Message = PageFault | Fork | Remap | Remove | Unmap
 
 
-class Outcome(NamedTuple):
+class CopyOutcome(NamedTuple):
     """How far a copy came: `done` bytes, then `error` (an errno; 0 if nothing stopped it).
 
     The kernel does not say why it stopped in the middle of a copy: `error` is then 0 with `done` short of the length,
@@ -154,7 +154,7 @@ def api(fd: int, features: int = 0) -> Feature:
     return Feature(struct.unpack("=QQQ", argument)[1])
 
 
-def register(fd: int, start: int, length: int, mode: Mode) -> int:
+def register(fd: int, start: int, length: int, mode: RegisterMode) -> int:
     """Watch a range for `mode`; returns the ioctls it allows as a mask. EBUSY: another descriptor watches it."""
     argument = bytearray(struct.pack("=QQQQ", start, length, int(mode), 0))
     fcntl.ioctl(fd, _REGISTER, argument)
@@ -171,13 +171,13 @@ def wake(fd: int, start: int, length: int) -> None:
     fcntl.ioctl(fd, _WAKE, bytearray(struct.pack("=QQ", start, length)))
 
 
-def copy(fd: int, to: int, source: int, length: int) -> Outcome:
+def copy(fd: int, to: int, source: int, length: int) -> CopyOutcome:
     """Fill `length` missing bytes at `to` from our own memory at `source`, each page whole, and wake waiters."""
     argument = bytearray(struct.pack("=QQQQq", to, source, length, 0, 0))
     return _fill(fd, _COPY, argument)
 
 
-def zeropage(fd: int, start: int, length: int) -> Outcome:
+def zeropage(fd: int, start: int, length: int) -> CopyOutcome:
     """Fill missing bytes with the zero page and wake waiters."""
     return _fill(fd, _ZEROPAGE, bytearray(struct.pack("=QQQq", start, length, 0, 0)))
 
@@ -207,13 +207,13 @@ def read(fd: int) -> list[Message]:
     return [_decode(fields) for fields in _MESSAGE.iter_unpack(data)]
 
 
-def _fill(fd: int, request: int, argument: bytearray) -> Outcome:
+def _fill(fd: int, request: int, argument: bytearray) -> CopyOutcome:
     try:
         fcntl.ioctl(fd, request, argument)
     except OSError as error:
         done = _last_word(argument)
-        return Outcome(done, 0) if done > 0 else Outcome(0, error.errno or errno.EIO)
-    return Outcome(_last_word(argument), 0)
+        return CopyOutcome(done, 0) if done > 0 else CopyOutcome(0, error.errno or errno.EIO)
+    return CopyOutcome(_last_word(argument), 0)
 
 
 def _last_word(argument: bytearray) -> int:

@@ -3,7 +3,7 @@
     python -SI inject.py FD        FD: one end of a SOCK_SEQPACKET socketpair
 
 It is started ahead of need and waits. Each packet it gets names a process. It answers by a packet with the descriptor
-(SCM_RIGHTS), if there is one, and then, when it holds no copy of that any more, by an `Outcome`, the nanoseconds for
+(SCM_RIGHTS), if there is one, and then, when it holds no copy of that any more, by an `InjectionOutcome`, the nanoseconds for
 which a thread of the process stood still, and a sentence if it went wrong. The end of the socket is its end.
 
 It is a process of its own because nobody may die while a job's thread has registers that are not its own: whatever
@@ -56,7 +56,7 @@ MACHINE = os.uname().machine
 ARCHITECTURE = ARCHITECTURES.get(MACHINE, X86_64)  # `inject` refuses others
 
 
-class Outcome(IntEnum):
+class InjectionOutcome(IntEnum):
     """How an injection ended."""
 
     OPENED = 0
@@ -75,7 +75,7 @@ class Outcome(IntEnum):
 class Failure(Exception):
     """An injection that did not come off; the process goes on as if nothing had been."""
 
-    def __init__(self, outcome: Outcome, why: str) -> None:
+    def __init__(self, outcome: InjectionOutcome, why: str) -> None:
         super().__init__(why)
         self.outcome = outcome
         self.why = why
@@ -138,7 +138,7 @@ class Thread:
             elif signal_number in STOPPING:
                 deliver = signal_number
             else:
-                raise Failure(Outcome.REFUSED, f"the call ended in {signal.Signals(signal_number).name}")
+                raise Failure(InjectionOutcome.REFUSED, f"the call ended in {signal.Signals(signal_number).name}")
         return ARCHITECTURE.result_of(self.registers())
 
     def release(self) -> None:
@@ -181,14 +181,14 @@ class Thread:
             try:
                 waited, status = os.waitpid(self.tid, WALL | os.WNOHANG)
             except ChildProcessError:
-                raise Failure(Outcome.GONE, "the thread is gone") from None
+                raise Failure(InjectionOutcome.GONE, "the thread is gone") from None
             if waited and not os.WIFSTOPPED(status):
-                raise Failure(Outcome.GONE, "the process ended")
+                raise Failure(InjectionOutcome.GONE, "the process ended")
             if waited:
                 return status >> 16, (status >> 8) & 0xFF
             left = 60.0 if deadline is None else deadline - time.monotonic()
             if left <= 0:
-                raise Failure(Outcome.STUCK, "no thread of it stopped in time")
+                raise Failure(InjectionOutcome.STUCK, "no thread of it stopped in time")
             signal.sigtimedwait({signal.SIGCHLD}, left)
 
 
@@ -198,7 +198,7 @@ def inject(pid: int, seconds: float) -> tuple[int, int]:
     The copy in the process is closed again. Raises `Failure`.
     """
     if MACHINE not in ARCHITECTURES:
-        raise Failure(Outcome.FOREIGN_CODE, f"unknown processor {MACHINE}")
+        raise Failure(InjectionOutcome.FOREIGN_CODE, f"unknown processor {MACHINE}")
     try:
         pidfd = os.pidfd_open(pid)
         try:
@@ -209,13 +209,13 @@ def inject(pid: int, seconds: float) -> tuple[int, int]:
         finally:
             os.close(pidfd)
     except (ProcessLookupError, FileNotFoundError):
-        raise Failure(Outcome.GONE, "no such process") from None
+        raise Failure(InjectionOutcome.GONE, "no such process") from None
     except PermissionError as error:
         if tracer := _status(pid, "TracerPid"):
-            raise Failure(Outcome.TRACED, f"process {tracer} traces it") from None
-        raise Failure(Outcome.REFUSED, f"no permission: {error}") from None
+            raise Failure(InjectionOutcome.TRACED, f"process {tracer} traces it") from None
+        raise Failure(InjectionOutcome.REFUSED, f"no permission: {error}") from None
     except UnsupportedCode as error:
-        raise Failure(Outcome.FOREIGN_CODE, str(error)) from None
+        raise Failure(InjectionOutcome.FOREIGN_CODE, str(error)) from None
 
 
 def _inject(tid: int, pidfd: int, mem: int, where: int, *, seconds: float) -> tuple[int, int]:
@@ -227,16 +227,16 @@ def _inject(tid: int, pidfd: int, mem: int, where: int, *, seconds: float) -> tu
         if _ended(
             pidfd
         ):  # while it lives nobody else has its pid, and so the memory, the thread and the descriptors are its own
-            raise Failure(Outcome.GONE, "the process ended")
+            raise Failure(InjectionOutcome.GONE, "the process ended")
         before = thread.registers()
         ARCHITECTURE.check(before)
         if os.pread(mem, len(ARCHITECTURE.syscall_instruction), where) != ARCHITECTURE.syscall_instruction:
-            raise Failure(Outcome.GONE, "it became another program meanwhile")
+            raise Failure(InjectionOutcome.GONE, "it became another program meanwhile")
         with _undisturbed(thread, before, mem):
             flags = os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY
             theirs = thread.syscall(before, ARCHITECTURE.userfaultfd, where, flags)
             if theirs < 0:
-                raise Failure(Outcome.REFUSED, f"userfaultfd: {os.strerror(-theirs)}")
+                raise Failure(InjectionOutcome.REFUSED, f"userfaultfd: {os.strerror(-theirs)}")
             try:
                 ours = _take(pidfd, theirs)
             finally:
@@ -297,7 +297,7 @@ def choose_thread(pid: int) -> int:
         for tid, state in states.items():
             if state == kind:
                 return tid
-    raise Failure(Outcome.GONE, "the process has ended")
+    raise Failure(InjectionOutcome.GONE, "the process has ended")
 
 
 def find_syscall(pid: int, mem: int) -> int:
@@ -316,14 +316,14 @@ def find_syscall(pid: int, mem: int) -> int:
             if offset >= 0:
                 return position + offset
     if not lines:
-        raise Failure(Outcome.GONE, "the process has ended")
-    raise Failure(Outcome.REFUSED, "no system call instruction in its code")
+        raise Failure(InjectionOutcome.GONE, "the process has ended")
+    raise Failure(InjectionOutcome.REFUSED, "no system call instruction in its code")
 
 
 def _take(pidfd: int, theirs: int) -> int:
     ours = int(_libc.syscall(ctypes.c_long(ARCHITECTURE.pidfd_getfd), pidfd, theirs, 0))
     if ours < 0:
-        raise Failure(Outcome.REFUSED, f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+        raise Failure(InjectionOutcome.REFUSED, f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
     return ours
 
 
@@ -339,21 +339,21 @@ def serve(sock: socket.socket) -> None:
     """Answer requests until the other end is closed, or a thread is stuck: only our end lets go of such a one."""
     while packet := sock.recv(REQUEST.size):
         pid, seconds = REQUEST.unpack(packet)
-        outcome, text, fds, stopped = Outcome.OPENED, "", [], 0
+        outcome, text, fds, stopped = InjectionOutcome.OPENED, "", [], 0
         try:
             fd, stopped = inject(pid, seconds)
             fds = [fd]
         except Failure as failure:
             outcome, text = failure.outcome, failure.why
         except OSError as error:
-            outcome, text = Outcome.REFUSED, str(error)
+            outcome, text = InjectionOutcome.REFUSED, str(error)
         with contextlib.suppress(BrokenPipeError):
             socket.send_fds(sock, [b"-"], fds)
         for fd in fds:
             os.close(fd)
         with contextlib.suppress(BrokenPipeError):
             sock.send(ANSWER.pack(outcome, stopped) + text.encode()[: MAX_ANSWER - ANSWER.size])
-        if outcome is Outcome.STUCK:
+        if outcome is InjectionOutcome.STUCK:
             return
 
 

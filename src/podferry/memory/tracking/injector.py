@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from podferry.errors import Failed
-from podferry.memory.tracking.inject import ANSWER, MAX_ANSWER, REQUEST, Outcome
+from podferry.memory.tracking.inject import ANSWER, MAX_ANSWER, REQUEST, InjectionOutcome
 from podferry.node import outside
 from podferry.node.process import spawn
 
@@ -31,7 +31,7 @@ class NotInjected(Failed):
     """A process could not be given a userfaultfd; it goes on unharmed. `outcome` says which kind of reason."""
 
     code = "PF265"
-    outcome = Outcome.REFUSED
+    outcome = InjectionOutcome.REFUSED
 
 
 class Injector:
@@ -64,10 +64,10 @@ class Injector:
         outcome, stopped = ANSWER.unpack_from(answer)
         if fds:
             return Opened(fds[0], stopped / 1e9)
-        if outcome == Outcome.STUCK:
+        if outcome == InjectionOutcome.STUCK:
             self.close()
             self._start()
-        raise _not_injected(pid, Outcome(outcome), answer[ANSWER.size :].decode())
+        raise _not_injected(pid, InjectionOutcome(outcome), answer[ANSWER.size :].decode())
 
     def close(self) -> None:
         """Have the program end, after what it is about to do, and wait for that."""
@@ -84,10 +84,10 @@ class Injector:
         with contextlib.suppress(OSError):
             self.close()
         self._start()
-        raise _not_injected(pid, Outcome.REFUSED, why)
+        raise _not_injected(pid, InjectionOutcome.REFUSED, why)
 
 
-def _not_injected(pid: int, outcome: Outcome, why: str) -> NotInjected:
+def _not_injected(pid: int, outcome: InjectionOutcome, why: str) -> NotInjected:
     error = NotInjected(f"process {pid} cannot be given a userfaultfd", why=why)
     error.outcome = outcome
     return error

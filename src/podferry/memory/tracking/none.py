@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from podferry.memory.kernel.pagemap import Scanner, has_scan, read_entries
 from podferry.memory.tracking.spaces import FollowingTracker, Look, Space
-from podferry.memory.tracking.tracker import Kind, Pids
+from podferry.memory.tracking.tracker import Pids, TrackerKind
 from podferry.memory.tracking.userfaultfd_owner import owns_userfaultfd
 
 
 class NoTracker(FollowingTracker):
     """See the module. Needs root and any kernel."""
 
-    kind = Kind.NONE
+    kind = TrackerKind.NONE
 
     def __init__(self, pids: Pids) -> None:
         super().__init__(pids)

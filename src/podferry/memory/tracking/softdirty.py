@@ -16,7 +16,7 @@ from pathlib import Path
 
 from podferry.memory.kernel.pagemap import read_entries
 from podferry.memory.tracking.spaces import FollowingTracker, Look, Space
-from podferry.memory.tracking.tracker import Kind, Pause, Pids, Round, no_pause
+from podferry.memory.tracking.tracker import DirtyScan, Pause, Pids, TrackerKind, no_pause
 from podferry.memory.tracking.userfaultfd_owner import owns_userfaultfd
 
 _SOFT_DIRTY = "4"
@@ -25,13 +25,13 @@ _SOFT_DIRTY = "4"
 class SoftDirtyTracker(FollowingTracker):
     """See the module. Needs root and CONFIG_MEM_SOFT_DIRTY."""
 
-    kind = Kind.SOFT_DIRTY
+    kind = TrackerKind.SOFT_DIRTY
 
     def __init__(self, pids: Pids, pause: Pause) -> None:
         super().__init__(pids)
         self._pause = pause
 
-    def _round(self, *, final: bool, dropped: bool) -> Round:
+    def _round(self, *, final: bool, dropped: bool) -> DirtyScan:
         with no_pause() if final else self._pause():
             return super()._round(final=final, dropped=dropped)
 

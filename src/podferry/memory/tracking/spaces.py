@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from podferry.memory.kernel.maps import Layout, read_layout
 from podferry.memory.kernel.pagemap import Entries, is_alive, open_pagemap
 from podferry.memory.ranges import EMPTY, Runs, union
-from podferry.memory.tracking.tracker import Kind, Pids, Round, SpaceRound
+from podferry.memory.tracking.tracker import DirtyScan, Pids, SpaceRound, TrackerKind
 from podferry.memory.tracking.userfaultfd_owner import share_memory, uses_direct_io
 
 _ATTEMPTS = 3  # to look at a process that execs again and again
@@ -61,18 +61,18 @@ class Look:
 class FollowingTracker(ABC):
     """A `Tracker` that asks its subclass how to attach to a space and how to look at one."""
 
-    kind: Kind
+    kind: TrackerKind
 
     def __init__(self, pids: Pids) -> None:
         self._pids = pids
         self._spaces: dict[int, Space] = {}
         self._shared: dict[int, int] = {}
 
-    def collect(self, *, dropped: bool = True) -> Round:
+    def collect(self, *, dropped: bool = True) -> DirtyScan:
         """See `Tracker.collect`."""
         return self._round(final=False, dropped=dropped)
 
-    def final(self, *, dropped: bool = True) -> Round:
+    def final(self, *, dropped: bool = True) -> DirtyScan:
         """See `Tracker.final`."""
         return self._round(final=True, dropped=dropped)
 
@@ -89,7 +89,7 @@ class FollowingTracker(ABC):
     def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
         """Find what was written in a space, laid out as `space.layout` says. Raises OSError if it is gone."""
 
-    def _round(self, *, final: bool, dropped: bool) -> Round:
+    def _round(self, *, final: bool, dropped: bool) -> DirtyScan:
         listed = set(self._pids())
         before = set(self._spaces)
         self._forget_false_sharing(listed)
@@ -103,7 +103,7 @@ class FollowingTracker(ABC):
             elif pid in self._spaces:
                 self._release(self._spaces.pop(pid))
         now = set(spaces)
-        return Round(spaces, new=frozenset(now - before), gone=frozenset(before - now), shared=dict(self._shared))
+        return DirtyScan(spaces, new=frozenset(now - before), gone=frozenset(before - now), shared=dict(self._shared))
 
     def _visit(self, pid: int, *, final: bool, dropped: bool) -> SpaceRound | None:
         """Look at one process; None if it has ended, has no memory of its own, or changes faster than we look."""

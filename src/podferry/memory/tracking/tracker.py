@@ -31,7 +31,7 @@ Pause = Callable[[], AbstractContextManager[object]]
 """Holds all of these processes still for as long as the context lasts."""
 
 
-class Kind(StrEnum):
+class TrackerKind(StrEnum):
     """How written pages are found."""
 
     UFFD = "uffd"
@@ -65,7 +65,7 @@ class SpaceRound:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class DirtyScan:
     """What one look at all processes found."""
 
     spaces: dict[int, SpaceRound]
@@ -86,11 +86,11 @@ class Tracker(Protocol):
     """Use from one thread at a time. Errors of single processes are no errors: they show in the round."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> TrackerKind:
         """How it tracks."""
         ...
 
-    def collect(self, *, dropped: bool = True) -> Round:
+    def collect(self, *, dropped: bool = True) -> DirtyScan:
         """Look at the running processes: attach to new ones, and find what changed since the last look.
 
         Read what is reported after this returns; what is written from then on, the next round reports. `dropped` says
@@ -98,7 +98,7 @@ class Tracker(Protocol):
         """
         ...
 
-    def final(self, *, dropped: bool = True) -> Round:
+    def final(self, *, dropped: bool = True) -> DirtyScan:
         """Look for the last time at processes that are frozen. Nothing is attached, protected or cleared.
 
         Deferred areas count as written. After a rollback `collect` goes on from there, and loses nothing.
@@ -128,7 +128,7 @@ class TrackerFacts:
 class Choice:
     """A kind of tracker, and in a sentence why it is this one."""
 
-    kind: Kind
+    kind: TrackerKind
     reason: str
 
 
@@ -136,7 +136,7 @@ def choose(facts: TrackerFacts) -> Choice:
     """The best tracker that a kernel allows."""
     known = facts.machine in ARCHITECTURES
     if facts.pagemap_scan and facts.wp_async and known:
-        return Choice(Kind.UFFD, "the kernel has PAGEMAP_SCAN and asynchronous userfaultfd protection")
+        return Choice(TrackerKind.UFFD, "the kernel has PAGEMAP_SCAN and asynchronous userfaultfd protection")
     lacks = ", ".join(
         what
         for what, there in (
@@ -147,8 +147,8 @@ def choose(facts: TrackerFacts) -> Choice:
         if not there
     )
     if facts.soft_dirty:
-        return Choice(Kind.SOFT_DIRTY, f"the kernel has soft-dirty bits, but no {lacks}")
-    return Choice(Kind.NONE, f"the kernel has no {lacks}, and no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
+        return Choice(TrackerKind.SOFT_DIRTY, f"the kernel has soft-dirty bits, but no {lacks}")
+    return Choice(TrackerKind.NONE, f"the kernel has no {lacks}, and no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
 
 
 def probe() -> TrackerFacts:
@@ -158,20 +158,20 @@ def probe() -> TrackerFacts:
     )
 
 
-def create(kind: Kind, pids: Pids, *, pause: Pause | None = None) -> Tracker:
+def create(kind: TrackerKind, pids: Pids, *, pause: Pause | None = None) -> Tracker:
     """A tracker for the processes that `pids` lists, each time anew. `pause` is needed for soft-dirty only."""
     from podferry.memory.tracking.none import NoTracker
     from podferry.memory.tracking.softdirty import SoftDirtyTracker
     from podferry.memory.tracking.write_protect import UffdTracker
 
     match kind:
-        case Kind.UFFD:
+        case TrackerKind.UFFD:
             return UffdTracker(pids)
-        case Kind.SOFT_DIRTY:
+        case TrackerKind.SOFT_DIRTY:
             if pause is None:
                 raise UsageError("soft-dirty tracking needs a way to pause the job", why="writes would be missed")
             return SoftDirtyTracker(pids, pause)
-        case Kind.NONE:
+        case TrackerKind.NONE:
             return NoTracker(pids)
 
 

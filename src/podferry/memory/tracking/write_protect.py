@@ -17,12 +17,12 @@ from collections.abc import Iterable
 
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.maps import Area, covered
-from podferry.memory.kernel.pagemap import HELD, Category, Query, Scanner, is_alive, unreadable
+from podferry.memory.kernel.pagemap import HELD, Category, Scanner, ScanQuery, is_alive, unreadable
 from podferry.memory.ranges import EMPTY, Runs
-from podferry.memory.tracking.inject import Outcome
+from podferry.memory.tracking.inject import InjectionOutcome
 from podferry.memory.tracking.injector import Injector, NotInjected
 from podferry.memory.tracking.spaces import FollowingTracker, Look, Space
-from podferry.memory.tracking.tracker import Kind, Pids
+from podferry.memory.tracking.tracker import Pids, TrackerKind
 from podferry.memory.tracking.userfaultfd_owner import owns_userfaultfd
 
 _FEATURES = uffd.Feature.WP_ASYNC | uffd.Feature.WP_UNPOPULATED
@@ -31,7 +31,7 @@ _FEATURES = uffd.Feature.WP_ASYNC | uffd.Feature.WP_UNPOPULATED
 class UffdTracker(FollowingTracker):
     """See the module. Needs root, Linux 6.7; holds two descriptors for each process and one helper process."""
 
-    kind = Kind.UFFD
+    kind = TrackerKind.UFFD
 
     def __init__(self, pids: Pids) -> None:
         super().__init__(pids)
@@ -61,7 +61,7 @@ class UffdTracker(FollowingTracker):
         try:
             opened = self._injector.open_userfaultfd(space.pid)
         except NotInjected as failure:
-            space.retry, space.untracked = failure.outcome is not Outcome.FOREIGN_CODE, failure.why
+            space.retry, space.untracked = failure.outcome is not InjectionOutcome.FOREIGN_CODE, failure.why
             return
         space.uffd, space.stopped, space.untracked = opened.uffd, opened.stopped, ""
         if not is_alive(space.pagemap):
@@ -70,7 +70,7 @@ class UffdTracker(FollowingTracker):
 
     def _is_tracked(self, space: Space) -> bool:
         """Whether somebody protects pages asynchronously already: to share that would lose writes for both."""
-        query = Query(Category.WPALLOWED, Category(0), HELD, Category.WPALLOWED)
+        query = ScanQuery(Category.WPALLOWED, Category(0), HELD, Category.WPALLOWED)
         return bool(self._scanner.scan(space.pagemap, space.layout.windows, query).starts)
 
     def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
@@ -95,14 +95,14 @@ class UffdTracker(FollowingTracker):
     def _untracked(self, space: Space) -> Runs:
         """The pages that are there in areas that are not registered."""
         skipped = unreadable() | Category.WPALLOWED
-        query = Query(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
+        query = ScanQuery(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
         return self._scanner.scan(space.pagemap, space.layout.windows, query).all()
 
     def _tracked(self, space: Space, *, final: bool, dropped: bool) -> tuple[Runs, Runs | None]:
         """What was written in registered areas, and if `dropped` all that is there."""
         skipped = unreadable()
         mask = skipped | Category.WPALLOWED | (Category(0) if dropped else Category.WRITTEN)
-        query = Query(mask=mask, inverted=skipped, anyof=HELD, returned=Category.WRITTEN, protect=not final)
+        query = ScanQuery(mask=mask, inverted=skipped, anyof=HELD, returned=Category.WRITTEN, protect=not final)
         regions = self._scanner.scan(space.pagemap, space.layout.windows, query)
         if dropped:
             return regions.having(Category.WRITTEN), regions.all()
@@ -119,7 +119,7 @@ def _register(descriptor: int, areas: Iterable[Area], untracked: Runs) -> tuple[
         if not untracked.clip(area.start, area.end):
             continue
         try:
-            uffd.register(descriptor, area.start, area.size, uffd.Mode.WP)
+            uffd.register(descriptor, area.start, area.size, uffd.RegisterMode.WP)
         except OSError as error:
             foreign |= error.errno == errno.EBUSY
             refused.append(area)

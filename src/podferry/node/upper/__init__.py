@@ -1,6 +1,6 @@
 """A container's own changes over its image, as they move: whole, in passes, the last one while it is frozen.
 
-`Source` looks at the tree and sends; `Receiver` carries out what arrives. The parts below them can be used alone:
+`TreeSource` looks at the tree and sends; `Receiver` carries out what arrives. The parts below them can be used alone:
 `scan` lists a tree, `diff` compares two listings. Any tree can be moved so, an emptyDir volume as well.
 
 Not carried: inode flags (`chattr +i`), project quotas, and open files without a name, which CRIU brings itself.
@@ -10,21 +10,21 @@ from podferry.node.upper.copy import copy
 from podferry.node.upper.entries import Entry, Manifest
 from podferry.node.upper.mappings import shared_files
 from podferry.node.upper.overlay import refresh_root
-from podferry.node.upper.plan import Plan, diff
+from podferry.node.upper.plan import TreePlan, diff
 from podferry.node.upper.receive import Receiver
 from podferry.node.upper.records import MAX_CHUNK, Summary
 from podferry.node.upper.scan import scan
-from podferry.node.upper.send import Policy, Source
+from podferry.node.upper.send import TreePolicy, TreeSource
 
 __all__ = [
     "MAX_CHUNK",
     "Entry",
     "Manifest",
-    "Plan",
-    "Policy",
     "Receiver",
-    "Source",
     "Summary",
+    "TreePlan",
+    "TreePolicy",
+    "TreeSource",
     "copy",
     "diff",
     "refresh_root",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from podferry.node.upper.receive import Receiver
-from podferry.node.upper.send import Source
+from podferry.node.upper.send import TreeSource
 
 
 def copy(source: Path, target: Path) -> None:
@@ -13,7 +13,7 @@ def copy(source: Path, target: Path) -> None:
 
     The two may be on different file systems. Nothing may write to `source` meanwhile.
     """
-    with Source(source) as sender, Receiver(target) as receiver:
+    with TreeSource(source) as sender, Receiver(target) as receiver:
         for chunk in sender.send(sender.plan(frozen=True)):
             receiver.feed(memoryview(chunk))
         receiver.finish()

@@ -18,7 +18,7 @@ from podferry.node.upper.entries import Entry, Manifest, parent_of
 Identity = tuple[int, int, int, int, bytes]
 
 
-class Verb(Enum):
+class LinkVerb(Enum):
     """How a name comes to stand for its inode on the target."""
 
     KEEP = "keep"
@@ -27,10 +27,10 @@ class Verb(Enum):
     LINK = "link"
 
 
-class Step(NamedTuple):
+class TreeStep(NamedTuple):
     """One name to fill. After KEEP, MAKE and UNPARK the inode's content and attributes follow; after LINK nothing."""
 
-    verb: Verb
+    verb: LinkVerb
     path: bytes
     entry: Entry
     slot: int = 0
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TreePlan:
     """One pass. `parks`, `removes`, `steps` and `seals` are carried out in this order."""
 
     fresh: bool
@@ -50,7 +50,7 @@ class Plan:
     parks: tuple[tuple[bytes, int], ...]
     removes: tuple[bytes, ...]
     """Names that go; a directory goes with all below it."""
-    steps: tuple[Step, ...]
+    steps: tuple[TreeStep, ...]
     """Parents before children."""
     seals: tuple[bytes, ...]
     """Directories whose attributes are set when everything else is done, because filling them changes their times."""
@@ -64,7 +64,7 @@ class Plan:
         return not (self.fresh or self.parks or self.removes or self.steps or self.seals)
 
 
-def diff(old: Manifest | None, new: Manifest, *, frozen: bool = False) -> Plan:
+def diff(old: Manifest | None, new: Manifest, *, frozen: bool = False) -> TreePlan:
     """The plan that makes a tree described by `old` (None: any tree) equal to `new`.
 
     An entry counts as unchanged only if it is the same object in both, which is how `scan` says so: an equal size and
@@ -82,7 +82,7 @@ class _Diff:
         self.removes: set[bytes] = set()
         self.seals: set[bytes] = set()
 
-    def plan(self, *, fresh: bool, frozen: bool, manifest: Manifest) -> Plan:
+    def plan(self, *, fresh: bool, frozen: bool, manifest: Manifest) -> TreePlan:
         leaders = self._kept()
         movable = self._movable(leaders)
         kept: set[Identity] = set()
@@ -92,26 +92,26 @@ class _Diff:
             if entry.is_directory:
                 self.seals.add(path)
                 if path and (before is None or not before.is_directory):
-                    steps.append(Step(Verb.MAKE, path, entry))
+                    steps.append(TreeStep(LinkVerb.MAKE, path, entry))
                 continue
             identity = entry.identity
             if before is not None and before.identity == identity:
                 if identity not in kept:
                     kept.add(identity)
-                    steps.append(Step(Verb.KEEP, path, entry))
+                    steps.append(TreeStep(LinkVerb.KEEP, path, entry))
             elif identity in leaders:
-                steps.append(Step(Verb.LINK, path, entry, leader=leaders[identity]))
+                steps.append(TreeStep(LinkVerb.LINK, path, entry, leader=leaders[identity]))
             elif identity in movable:
                 slot = self.parks[movable[identity]] = len(self.parks)
-                steps.append(Step(Verb.UNPARK, path, entry, slot=slot))
+                steps.append(TreeStep(LinkVerb.UNPARK, path, entry, slot=slot))
                 leaders[identity] = path
             else:
-                steps.append(Step(Verb.MAKE, path, entry))
+                steps.append(TreeStep(LinkVerb.MAKE, path, entry))
                 leaders[identity] = path
         for path in self._displaced():
             if path not in self.parks:
                 self.removes.add(path)
-        return Plan(
+        return TreePlan(
             fresh=fresh,
             frozen=frozen,
             parks=tuple(self.parks.items()),
@@ -121,7 +121,7 @@ class _Diff:
             bytes=sum(
                 min(step.entry.size, step.entry.allocated)
                 for step in steps
-                if step.entry.is_regular and step.verb is not Verb.LINK
+                if step.entry.is_regular and step.verb is not LinkVerb.LINK
             ),
             manifest=manifest,
         )
@@ -165,9 +165,9 @@ class _Diff:
                 movable[entry.identity] = path
         return movable
 
-    def _seals(self, steps: list[Step]) -> Iterator[bytes]:
+    def _seals(self, steps: list[TreeStep]) -> Iterator[bytes]:
         touched = {parent_of(path) for path in self.removes} | {parent_of(path) for path in self.parks}
-        touched |= {parent_of(step.path) for step in steps if step.verb is not Verb.KEEP}
+        touched |= {parent_of(step.path) for step in steps if step.verb is not LinkVerb.KEEP}
         if self.parks:
             touched.add(b"")  # parked inodes lie there
         for path in self.seals | touched:

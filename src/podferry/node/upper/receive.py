@@ -31,7 +31,7 @@ from podferry.fs.beneath import empty, open_beneath, reached, remove
 from podferry.node.upper.entries import carried
 from podferry.node.upper.linux import punch_hole, write_all
 from podferry.node.upper.records import Attributes, Body, How, Summary, Verb, misbehaved, parse
-from podferry.node.upper.send import Policy
+from podferry.node.upper.send import TreePolicy
 
 _CONTRADICTS_THE_TREE = (
     errno.ENOENT,
@@ -76,8 +76,8 @@ class Receiver:
     a fresh pass.
     """
 
-    def __init__(self, root: Path, policy: Policy | None = None) -> None:
-        self.policy = policy or Policy()
+    def __init__(self, root: Path, policy: TreePolicy | None = None) -> None:
+        self.policy = policy or TreePolicy()
         self._entry: _OpenEntry | None = None
         self._parent: tuple[bytes, int] | None = None
         self._parked: set[int] = set()

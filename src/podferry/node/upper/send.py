@@ -31,13 +31,13 @@ from podferry.node.upper import plan as plans
 from podferry.node.upper import records
 from podferry.node.upper.blocks import BLOCK, HOLE, Blocks, Shrunk, read_blocks
 from podferry.node.upper.entries import Entry, Manifest
-from podferry.node.upper.plan import Plan, Step, diff
+from podferry.node.upper.plan import TreePlan, TreeStep, diff
 from podferry.node.upper.records import How, Record, Summary
 from podferry.node.upper.scan import VANISHED, scan
 
 
 @dataclass(frozen=True)
-class Policy:
+class TreePolicy:
     """What a tree may hold and cost; both sides hold to it."""
 
     devices: bool = False
@@ -46,11 +46,11 @@ class Policy:
     """Content of all passes together."""
 
 
-class Source:
+class TreeSource:
     """The tree below `root`, and what the target has of it. Belongs to one thread at a time; closes with `close`."""
 
-    def __init__(self, root: Path, policy: Policy | None = None) -> None:
-        self.policy = policy or Policy()
+    def __init__(self, root: Path, policy: TreePolicy | None = None) -> None:
+        self.policy = policy or TreePolicy()
         self.summary: Summary | None = None
         """Of the last pass that was sent to its end."""
         self._manifest: Manifest | None = None
@@ -76,7 +76,7 @@ class Source:
     ) -> None:
         self.close()
 
-    def plan(self, *, suspects: Collection[bytes] = (), frozen: bool = False) -> Plan:
+    def plan(self, *, suspects: Collection[bytes] = (), frozen: bool = False) -> TreePlan:
         """Look at the tree and compare it with what the target has. Raises `Refused` and `Failed`.
 
         `suspects` are the paths that some process of the container has mapped shared (`shared_files`): their content
@@ -96,7 +96,7 @@ class Source:
                     )
         return plan
 
-    def send(self, plan: Plan) -> Iterator[bytes]:
+    def send(self, plan: TreePlan) -> Iterator[bytes]:
         """Carry out `plan`: chunks of at most `records.MAX_CHUNK` bytes for `Receiver.feed`, in order.
 
         A pass that is not taken to its end leaves the target in a state nobody knows; the plan after it starts afresh.
@@ -115,7 +115,7 @@ class Source:
         self._manifest = self._settle(plan.manifest)
         self.summary = summary
 
-    def _records(self, plan: Plan) -> Iterator[Record]:
+    def _records(self, plan: TreePlan) -> Iterator[Record]:
         entries = plan.manifest.entries
         yield records.begin(fresh=plan.fresh)
         for path, slot in plan.parks:
@@ -128,24 +128,24 @@ class Source:
             self._entries += 1
             yield records.attributes(path, entries[path])
 
-    def _step(self, step: Step, *, frozen: bool) -> Iterator[Record]:
+    def _step(self, step: TreeStep, *, frozen: bool) -> Iterator[Record]:
         verb, path, entry = step.verb, step.path, step.entry
-        if verb is plans.Verb.LINK:
+        if verb is plans.LinkVerb.LINK:
             self._entries += 1
             yield records.link(path, step.leader)
             return
-        if verb is plans.Verb.UNPARK:
+        if verb is plans.LinkVerb.UNPARK:
             yield records.unpark(step.slot, path)
         if entry.is_regular:
             yield from self._content(step, frozen=frozen)
-        elif verb is plans.Verb.MAKE:
+        elif verb is plans.LinkVerb.MAKE:
             yield records.make(path, entry)
         if not entry.is_directory:
             self._entries += 1
             yield records.attributes(path, entry)
 
-    def _content(self, step: Step, *, frozen: bool) -> Iterator[Record]:
-        create = step.verb is plans.Verb.MAKE
+    def _content(self, step: TreeStep, *, frozen: bool) -> Iterator[Record]:
+        create = step.verb is plans.LinkVerb.MAKE
         try:
             fd = self._open(step.path, step.entry)
         except OSError as error:
@@ -181,7 +181,7 @@ class Source:
         finally:
             os.close(handle)
 
-    def _blocks_of(self, fd: int, step: Step, *, create: bool) -> Iterator[Record]:
+    def _blocks_of(self, fd: int, step: TreeStep, *, create: bool) -> Iterator[Record]:
         """The blocks that the target lacks, and holes where it has data that is gone."""
         key = step.entry.dev, step.entry.ino
         found = os.fstat(fd)
@@ -231,7 +231,7 @@ def _unchanged(fd: int, entry: Entry) -> bool:
     return (found.st_size, found.st_ctime_ns) == (entry.size, entry.ctime_ns)
 
 
-def _moved(step: Step) -> Failed:
+def _moved(step: TreeStep) -> Failed:
     return Failed(
         f"{os.fsdecode(step.path)} of the upper layer changed while its container was frozen",
         why="a process outside the container writes to it",

@@ -17,7 +17,7 @@ from podferry.criu.checkpoint import CRIU_CONF, Process
 from podferry.criu.incoming import Incoming
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Bug, Failed, PodferryError, Refused
-from podferry.node.containerd import AlreadyExists, Containerd, NotFound
+from podferry.node.containerd import Containerd, ContainerdAlreadyExists, ContainerdNotFound
 from podferry.node.network import is_own
 from podferry.node.newfile import check_new, create_new
 from podferry.node.records import Container, upper_dir
@@ -51,9 +51,9 @@ class ContainerdOwner(Owner):
         remove_task(self._containerd, record.id)
         if killed.group is not None:
             killed.group.remove()
-        with suppress(NotFound):
+        with suppress(ContainerdNotFound):
             self._containerd.delete_container(record.id)
-        with suppress(NotFound):
+        with suppress(ContainerdNotFound):
             self._containerd.remove_snapshot(record.snapshotter, record.snapshot_key)
         if self._log is not None:
             self._log.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ class ContainerdContainer:
         journal.acquire("container", id=record.id)
         try:
             self._containerd.create_container(record)
-        except AlreadyExists as there:
+        except ContainerdAlreadyExists as there:
             journal.release("container")
             raise Refused(
                 f"there is a container named {record.id} here already", remedy="remove or rename it"
@@ -158,7 +158,7 @@ class ContainerdContainer:
         """Whether containerd has a task of it, running or ended."""
         try:
             await at_once(self._containerd.task, self._offered.record.id)
-        except NotFound:
+        except ContainerdNotFound:
             return False
         return True
 
@@ -204,7 +204,7 @@ def target_handlers(config: Config, containerd: Containerd) -> dict[str, Handler
 
     def gone(function: Callable[..., object]) -> Callable[..., None]:
         def call(*args: Any) -> None:
-            with suppress(NotFound):
+            with suppress(ContainerdNotFound):
                 function(*args)
 
         return call

@@ -31,13 +31,13 @@ from podferry.fs.private import private_directory
 from podferry.node import cri, network, outside
 from podferry.node import payloads as volume_payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
-from podferry.node.containerd import Containerd, NotFound
+from podferry.node.containerd import Containerd, ContainerdNotFound
 from podferry.node.cri import LOG_ROOT, Volume, log_of, termination_message
 from podferry.node.netlock import Namespace, joined
 from podferry.node.newfile import small_file
 from podferry.node.payloads import OPEN_FILES
 from podferry.node.process import spawn
-from podferry.node.records import Container, Status, upper_dir
+from podferry.node.records import Container, TaskStatus, upper_dir
 from podferry.node.staging import Staged, discard
 from podferry.workload import frozen
 from podferry.workload.account import Promise
@@ -279,9 +279,9 @@ class KubeletContainer:
         """Wait a while until containerd has made a task of what `runc restore` left. One that has ended may be gone already."""
         with anyio.move_on_after(START_TIMEOUT):
             while True:
-                with suppress(NotFound):
+                with suppress(ContainerdNotFound):
                     task = await at_once(self._containerd.task, self._journal.facts["container"])
-                    if task.status in (Status.RUNNING, Status.STOPPED):
+                    if task.status in (TaskStatus.RUNNING, TaskStatus.STOPPED):
                         return
                 await anyio.sleep(LOOK_EVERY)
 
@@ -294,8 +294,8 @@ class KubeletContainer:
         if self._id is None:
             return True
         try:
-            return (await at_once(self._containerd.task, self._id)).status is Status.STOPPED
-        except NotFound:
+            return (await at_once(self._containerd.task, self._id)).status is TaskStatus.STOPPED
+        except ContainerdNotFound:
             return True
 
     async def crash(self) -> None:
@@ -315,7 +315,7 @@ class KubeletContainer:
 
 
 def _kill(containerd: Containerd, id: str) -> None:
-    with suppress(NotFound, CgroupFailed):
+    with suppress(ContainerdNotFound, CgroupFailed):
         Cgroup.of_container(containerd.runc_root(containerd.container(id)), id).kill()
 
 

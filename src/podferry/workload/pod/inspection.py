@@ -14,11 +14,11 @@ from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import ContainerBound, Question, refusals, unthrottled, warnings
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
-from podferry.memory.tracking.tracker import Choice, Kind, choose, probe
+from podferry.memory.tracking.tracker import Choice, TrackerKind, choose, probe
 from podferry.model import Mode
 from podferry.node import cri, payloads
 from podferry.node.cgroup import Cgroup
-from podferry.node.containerd import Containerd, NotFound
+from podferry.node.containerd import Containerd, ContainerdNotFound
 from podferry.node.cri import PodContainer, Volume
 from podferry.node.jobfacts import container_facts, deleted_but_open, disk_usage
 from podferry.node.records import Task, upper_dir
@@ -91,14 +91,14 @@ class PodView:
         """How it will be tracked in `mode`. Raises the first reason for which it cannot move."""
         for refusal in self.refusals(mode):
             raise refusal
-        return self.tracker if mode is Mode.LIVE else Choice(Kind.NONE, f"mode {mode} tracks nothing")
+        return self.tracker if mode is Mode.LIVE else Choice(TrackerKind.NONE, f"mode {mode} tracks nothing")
 
     def source(
         self,
         config: Config,
         containerd: Containerd,
         journal: Journal,
-        kind: Kind,
+        kind: TrackerKind,
         hand_over: HandOver,
         probes: Sequence[Probe] = (),
     ) -> SourceWorkload:
@@ -176,12 +176,12 @@ class PodInspection:
         record = container.record
         try:
             task = self._containerd.task(record.id)
-        except NotFound:
+        except ContainerdNotFound:
             task = None
         if (why := why_not(record, task)) is not None or task is None:
             raise Refused.because(
                 f"the container {name} of {pod} cannot move",
-                why or NotFound("no task"),
+                why or ContainerdNotFound("no task"),
                 remedy=why.remedy if why else "",
             )
         upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))

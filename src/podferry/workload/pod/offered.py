@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from podferry.core.strict import Limit, NotStrict, from_json, to_json
+from podferry.core.strict import AllowedRange, NotStrict, from_json, to_json
 from podferry.criu.checkpoint import FLAGS
 from podferry.errors import PeerMisbehaved
 from podferry.node.cri import CONTAINER_NAME, UID, Volume
@@ -24,8 +24,8 @@ PAYLOADS = "podferry-payloads"
 class PodPart:
     """A container of the pod. `id` is its own on the source; `flags` are those of the dump and the restore."""
 
-    name: Annotated[str, Limit(1, 63)]
-    id: Annotated[str, Limit(1, 200)]
+    name: Annotated[str, AllowedRange(1, 63)]
+    id: Annotated[str, AllowedRange(1, 200)]
     flags: tuple[str, ...]
 
 
@@ -34,8 +34,8 @@ class OfferedPod:
     """A pod as it is offered. `containers` are in the order in which the kubelet starts them."""
 
     pod: PodName
-    containers: Annotated[tuple[PodPart, ...], Limit(1, MOST_CONTAINERS)]
-    volumes: Annotated[tuple[Volume, ...], Limit(0, 128)]
+    containers: Annotated[tuple[PodPart, ...], AllowedRange(1, MOST_CONTAINERS)]
+    volumes: Annotated[tuple[Volume, ...], AllowedRange(0, 128)]
 
     def for_journal(self) -> dict[str, Any]:
         """As a journal keeps it: names alone."""
