@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from node_job import Arrival, Job
-from test_feeder_criu import PROCESSES, WILD
+from test_lazypages_criu import PROCESSES, WILD
 
 from podferry.criu.images import missing
 from podferry.criu.restored_group import group_to_tell
@@ -34,7 +34,7 @@ from podferry.workload.source_container import Output, RunningContainer, SourceC
 
 KIND = choose(probe()).kind
 ROUNDS = 4
-# As in test_feeder_criu.py, with an eighth of the memory.
+# As in test_lazypages_criu.py, with an eighth of the memory.
 SMALL_AND_WILD = WILD.replace("8192", "1024").replace("5120", "640").replace("ATTEMPT", "tracked")
 
 pytestmark = [pytest.mark.node, pytest.mark.anyio]

@@ -68,11 +68,11 @@ def of_status(status: int, body: dict[str, Any], what: str) -> ApiFailed:
     """The error of an answer with HTTP status `status` whose body is a `Status` object (or nothing that helps)."""
     reason, message = str(body.get("reason", "")), str(body.get("message", "")) or f"HTTP {status}"
     kind = {404: NotServed, 403: Forbidden, 410: Expired, 422: ApiFailed}.get(status, ApiFailed)
-    if status == 404 and reason == "ObjectNotFound" and (body.get("details") or {}).get("name"):
+    if status == 404 and reason == "NotFound" and (body.get("details") or {}).get("name"):
         kind = ObjectNotFound  # the API server itself says so, and of which object
     causes = (body.get("details") or {}).get("causes") or []
     if status == 409:
-        kind = ObjectAlreadyExists if reason == "ObjectAlreadyExists" else Conflict
+        kind = ObjectAlreadyExists if reason == "AlreadyExists" else Conflict
     elif status == 422 and any(one.get("field") == "metadata.uid" for one in causes):
         kind = Conflict  # how the API server says that a patch was meant for another object of the name
     error = kind(what, why=message)
