@@ -21,6 +21,7 @@ from podferry.errors import Refused
 from podferry.install import criu, daemon, files, node, remains, settings
 from podferry.install.settings import CRI, ContainerdSettings
 from podferry.node import outside
+from podferry.node.process import spawn
 
 pytestmark = pytest.mark.unit
 
@@ -475,3 +476,32 @@ def test_imports_written_in_a_way_that_is_not_understood() -> None:
     main = ContainerdSettings(CONFIG, 'version = 2\n"imports" = ["/x.toml"]\n')
     with pytest.raises(Refused, match="cannot add an import"):
         settings.with_import(main, 1, DROP_IN)
+
+
+MOUNTED = """
+set -e
+mount -t tmpfs none "$1"
+echo ready
+read -r _
+"""
+
+
+def test_a_directory_that_the_node_has_a_mount_on_is_not_removed_from_a_container(tmp_path: Path) -> None:
+    """`rmdir` would succeed here, and unmount it there."""
+    (state := tmp_path / "state").mkdir()
+    (left := tmp_path / "left").mkdir()
+    argv = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNTED, "sh", state]
+    node_ = spawn(argv, stdin=PIPE, stdout=PIPE)
+    try:
+        assert node_.stdout is not None
+        if node_.stdout.readline() != b"ready\n":
+            pytest.skip("this user may not make mount namespaces here")
+        root = files.Root(Path(f"/proc/{node_.pid}/root"))
+        root.remove_empty(str(state))
+        root.remove_empty(str(left))
+        assert f" {state} " in Path(f"/proc/{node_.pid}/mountinfo").read_text()
+        assert state.is_dir()
+        assert not left.exists()
+    finally:
+        node_.kill()
+        node_.wait()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from podferry.errors import Failed
+from podferry.fs.beneath import DIRECTORY, open_beneath
 from podferry.fs.private import private_directory
 
 LEDGER = "/var/lib/podferry/install"
@@ -59,6 +61,21 @@ class Root:
         new.write_bytes(content)
         new.chmod(mode)
         new.replace(place)
+
+    def remove_empty(self, path: str) -> None:
+        """Remove a directory in which nothing is left; one that something is mounted on stays.
+
+        `rmdir` of a directory that is a mount point in another mount namespace succeeds, and takes the mount away there
+        (`detach_mounts` of fs/namespace.c): called from a container it would unmount the node's own file system.
+        """
+        place = self.path(path)
+        with suppress(OSError):
+            parent = os.open(place.parent, DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.close(open_beneath(parent, os.fsencode(place.name), DIRECTORY))  # EXDEV for a mount point
+                os.rmdir(place.name, dir_fd=parent)
+            finally:
+                os.close(parent)
 
 
 @dataclass(frozen=True)

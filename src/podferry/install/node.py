@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -217,5 +216,4 @@ def _remove_empty(root: Root, directories: list[str]) -> None:
     every = {parent for one in directories for parent in (PurePosixPath(one), *PurePosixPath(one).parents)}
     for directory in sorted(every, key=lambda one: len(one.parts), reverse=True):
         if directory.is_relative_to("/opt/podferry") or directory.name == "conf.d":
-            with suppress(OSError):
-                root.path(str(directory)).rmdir()
+            root.remove_empty(str(directory))

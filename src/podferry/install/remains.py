@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 
 from podferry.engine.journal import unfinished
 from podferry.install.daemon import listener
@@ -48,8 +47,7 @@ def remove(root: Root, tell: Callable[[str], None]) -> list[str]:
                 continue
             gone.append(f"{directory}/{name}")
         if len(gone) > before:
-            with suppress(OSError):  # somebody else's is in it
-                root.path(directory).rmdir()
+            root.remove_empty(directory)  # somebody else's may be in it
     if gone:
         tell(f"removed {', '.join(gone)}")
     return gone

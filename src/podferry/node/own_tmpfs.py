@@ -15,9 +15,12 @@ from podferry.node import outside
 from podferry.node.process import run
 
 RUN = "/run/podferry"
+SOURCE = "podferry"
+"""By which ours is known in the list of mounts."""
 SIZE = "80%"
 """Of the node's memory. What may really come is decided by what is available (`podferry.workload.account`)."""
 MOUNT_TIMEOUT = 20.0  # seconds
+UNMOUNT = f'grep -q " $1 .* - tmpfs {SOURCE} " /proc/self/mountinfo; umount --lazy "$1"'
 _SOCKETS = frozenset({"agent.sock"})
 
 
@@ -38,7 +41,7 @@ def ensure(directory: Path, size: str = SIZE) -> str:
     for options in (f"mode=700,size={size},noswap", f"mode=700,size={size}"):
         try:
             done = run(
-                outside.on_node(["mount", "-t", "tmpfs", "-o", options, "podferry", directory]),
+                outside.on_node(["mount", "-t", "tmpfs", "-o", options, SOURCE, directory]),
                 check=False,
                 timeout=MOUNT_TIMEOUT,
             )
@@ -57,9 +60,9 @@ def ensure_on_node(tell: Callable[[str], None]) -> None:
 
 
 def remove_from_node(tell: Callable[[str], None]) -> None:
-    """The way back. Who still works there keeps it until its end."""
+    """The way back, where what is mounted there is ours. Who still works there keeps it until its end."""
     try:
-        done = run(outside.on_node(["umount", "--lazy", RUN]), check=False, timeout=MOUNT_TIMEOUT)
+        done = run(outside.on_node(["sh", "-ec", UNMOUNT, "sh", RUN]), check=False, timeout=MOUNT_TIMEOUT)
     except (CommandFailed, TimedOut, OSError):
         return
     if done.returncode == 0:
