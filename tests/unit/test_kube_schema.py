@@ -20,9 +20,10 @@ from podferry.core.migration import (
     migration_machine,
 )
 from podferry.errors import Bug
+from podferry.kube import migration
 from podferry.kube.migration import Migration, duration, quantity, seconds
 from podferry.kube.schema import definition, definition_yaml, policies_yaml, reference, structural
-from podferry.kube.writers import MIGRATION_STATUS
+from podferry.kube.writers import MIGRATION_CONDITIONS, MIGRATION_STATUS
 
 pytestmark = pytest.mark.unit
 ROOT = Path(podferry.__file__).parents[2]
@@ -158,3 +159,10 @@ def test_every_trouble_is_in_the_table_of_what_goes_wrong() -> None:
     words += [troubles.JOB_SUSPENDED, troubles.CANCEL_REQUESTED, troubles.TIMED_OUT, troubles.VOLUME_MISSING]
     words += [troubles.TARGET_POD_STUCK, troubles.NAME_TAKEN, troubles.JOB_DIED, troubles.SOURCE_NODE_LOST]
     assert [one for one in words if f"`{one}`" not in page] == []
+
+
+def test_the_policy_lets_agents_say_the_conditions_that_they_say() -> None:
+    """What it denies, an agent cannot tell: the controller would wait for the end of a move that is over."""
+    agent = Path(migration.__file__).parents[1] / "agent"
+    said = {name for path in agent.glob("*.py") for name in re.findall(r"status\.say\(\s*([A-Z_]+)", path.read_text())}
+    assert {getattr(migration, name) for name in said} == set(MIGRATION_CONDITIONS)

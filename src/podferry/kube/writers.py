@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-from podferry.kube.migration import GROUP, POISED, RESUMED, TARGET_REQUESTED
+from podferry.kube.migration import GROUP, INTACT, POISED, RESUMED, TARGET_REQUESTED
 
 Json = dict[str, Any]
 
@@ -54,6 +54,7 @@ MIGRATION_CONDITIONS: Mapping[str, Writers] = {
     TARGET_REQUESTED: BY_TARGET,
     POISED: BY_TARGET,
     RESUMED: BY_SOURCE | BY_TARGET,
+    INTACT: BY_SOURCE,
 }
 """The conditions that agents set; all others are the controller's."""
 
