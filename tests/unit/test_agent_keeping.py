@@ -16,7 +16,7 @@ from podferry.criu.incoming import STOPPED, Incoming
 from podferry.errors import Failed
 from podferry.kube.migration import INTACT, Migration
 from podferry.node import inventory
-from podferry.workload.keeping import INVENTORY, Kept, keeping
+from podferry.workload.keeping import INVENTORY, Kept, keeping, let_run_late
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -129,3 +129,18 @@ def test_a_migration_says_whether_the_job_has_what_it_had() -> None:
     said = migration.status.condition(INTACT)
     assert said is not None
     assert (said.status, said.message) == ("False", "affinity of 1/1: was 0, is anywhere")
+
+
+async def test_who_is_restored_after_the_time_is_up_is_let_run_and_does_not_wait_for_nobody(
+    incoming: Incoming, job: int
+) -> None:
+    kept = Kept()
+    with anyio.move_on_after(0.01):
+        async with keeping(incoming, kept):
+            await anyio.sleep_forever()
+    late = script(incoming, job)
+    await anyio.sleep(0.05)
+    assert late.poll() is None, "nobody looks at it"
+    let_run_late(incoming, kept)
+    assert await ended(late) == 0
+    assert kept.since > 0

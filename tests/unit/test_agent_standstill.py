@@ -83,7 +83,7 @@ def test_whatever_hangs_the_job_is_given_back_in_time(
 def test_in_mode_stop_the_job_is_given_back_when_nothing_is_sent_any_more(
     side: str, name: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig, timed = slow_rig(tmp_path, side, name, order=order())
+    rig, timed = slow_rig(tmp_path, side, name, order=type(order())(timeout=2 * STALLED))
     rig.move(Mode.STOP, monkeypatch)
     assert rig.phase("a") == SourcePhase.ROLLED_BACK
     assert timed.stood_still <= STALLED + 2.0

@@ -501,7 +501,9 @@ async def test_a_server_that_takes_nothing_is_lost_while_we_send(pki: Path) -> N
 async def test_a_living_peer_is_not_lost_while_we_do_not_read(pki: Path) -> None:
     async with serving(pki / "b", timing=LIVELY) as target:
         async with dial("node-b", target.address, Credentials.load(pki / "a"), timing=LIVELY) as channel:
+            before = channel.traffic.sent
             await anyio.sleep(LIVELY.silence * 1.5)
+            assert channel.traffic.sent == before, "a beat is no progress"
             await channel.send(OFFER)
             assert isinstance(await channel.receive(), Accept)
         assert isinstance(await target.reported(), PeerLost)

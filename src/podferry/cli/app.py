@@ -138,7 +138,7 @@ def migrate(
             metavar="S",
             min=0.1,
             help="Give the job back where it has stood still for S seconds and cannot go on yet. Default: 5 s beyond "
-            "--max-downtime; in mode stop, when nothing could be sent for 30 s.",
+            "--max-downtime; in mode stop, when nothing could be sent for 2 min.",
         ),
     ] = None,
     bandwidth: Annotated[

@@ -109,7 +109,7 @@ def migrate(
         typer.Option(
             metavar="TIME",
             help="Give the job back where it has stood still for so long and cannot go on yet. Default: 5s beyond --max-downtime; "
-            "in mode stop, when nothing could be sent for 30s.",
+            "in mode stop, when nothing could be sent for 2m.",
         ),
     ] = None,
     bandwidth: Annotated[

@@ -341,7 +341,8 @@ class Reconciler:
         assert end is not None
         source, target = await self._books.source(migration), await self._books.target(migration)
         mine, _ = await self._api.list(PODS, migration.namespace, labels={UID_LABEL: migration.uid})
-        kept = target if target is not None and pods.took_place(target, migration) else None
+        # Of the API server's pods first: the cache may lag behind an answer that was lost.
+        kept = next((one for one in (*mine, target) if one is not None and pods.took_place(one, migration)), None)
         away = [
             one
             for one in mine

@@ -18,7 +18,7 @@ from podferry.model import Mode
 
 BEYOND_DOWNTIME = 5.0
 """Seconds beyond the downtime that was asked for, in `live` and `postcopy`."""
-STALLED = 30.0
+STALLED = 120.0
 """Seconds for which in `stop` nothing is sent."""
 GRACE = 0.25
 """Seconds within which a send that is under way may end in order; then the link is broken, since a send cannot be cancelled."""

@@ -280,8 +280,10 @@ class Snapshotter:
             finally:
                 os.close(descriptor)
 
+        unmount(
+            at
+        )  # of a share that has gone; who still runs from it keeps it. First: `at` is its root, and may be read-only
         private_directory(at, below=self.root)
-        unmount(at)  # of a share that has gone; who still runs from it keeps it
         try:
             self._share.at(f"mount {path}", mount)
         except FileNotFoundError as gone:

@@ -144,7 +144,7 @@ class MigrationSpec(ObjectPart):
         Field(
             description="Give the job back and fail where it has stood still for so long before the right to run passes to the "
             "target. Without it, in modes live and postcopy, 5s beyond maxDowntime; in mode stop, which copies all memory in that "
-            "time, only when nothing could be sent for 30s.",
+            "time, only when nothing could be sent for 2m.",
             pattern=DURATION,
         ),
     ] = None

@@ -63,10 +63,12 @@ class Channel:
         self._sending = anyio.Lock(fast_acquire=True)
         self._receiving = anyio.ResourceGuard("receiving from")
         self._bucket: TokenBucket | None = None
+        self._beats = 0
+        """Bytes that only say that we are alive: they are no progress."""
 
     @property
     def traffic(self) -> Traffic:
-        return Traffic(self._link.sent, self._link.received, self._link.waited)
+        return Traffic(self._link.sent - self._beats, self._link.received, self._link.waited)
 
     def limit(self, rate: float | None) -> None:
         """Cap what data frames may use of the link, in bytes per second; None lifts the cap. Messages always pass."""
@@ -145,6 +147,7 @@ class Channel:
                 continue  # somebody is writing
             try:
                 await self._write(*beat)
+                self._beats += sum(map(len, beat))
             except PodferryError:
                 return  # the link remembers it for those who use it
             finally:

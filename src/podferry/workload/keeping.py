@@ -51,6 +51,13 @@ async def keeping(incoming: Incoming | None, kept: Kept) -> AsyncIterator[None]:
         raise failed
 
 
+def let_run_late(incoming: Incoming | None, kept: Kept) -> None:
+    """Let a job run that took so long to be restored that nobody watches it any more: it runs here or nowhere by now."""
+    if incoming is not None and incoming.stopped() >= 0 and not kept.since:
+        incoming.let_run()
+        kept.since = time.monotonic()
+
+
 async def _keep(incoming: Incoming, kept: Kept) -> None:
     await anyio.wait_readable(incoming.stopped())
     lost: dict[int, dict[str, str]] = {}

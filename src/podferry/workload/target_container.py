@@ -37,7 +37,7 @@ from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.feeder_process import FeederProcess
 from podferry.workload.helpers import kill_helper
-from podferry.workload.keeping import INVENTORY, Kept, keeping
+from podferry.workload.keeping import INVENTORY, Kept, keeping, let_run_late
 from podferry.workload.nodefacts import version
 from podferry.workload.numbers import container_of_space, directory_of, space_of
 from podferry.workload.received_images import ReceivedImages
@@ -286,6 +286,7 @@ class TargetContainer:
             # containerd refuses to start what has ended already; what CRIU has resumed has run all the same.
             if not await self.has_run():
                 raise self._not_restored(error) from error
+            let_run_late(self._incoming, self._kept)
         await self.maker.started(self)
         return max(await self._feeder.since(), self._kept.since)
 
