@@ -144,3 +144,14 @@ async def test_who_is_restored_after_the_time_is_up_is_let_run_and_does_not_wait
     let_run_late(incoming, kept)
     assert await ended(late) == 0
     assert kept.since > 0
+
+
+async def test_that_nothing_was_compared_is_not_that_nothing_differs(incoming: Incoming, job: int) -> None:
+    kept = Kept()
+    assert kept.told() == ("nothing was compared: the job did not wait to be looked at",)
+    (incoming.images / INVENTORY).write_bytes(b"torn")
+    async with keeping(incoming, kept):
+        assert await ended(script(incoming, job)) == 0
+    (why,) = kept.told()
+    assert why.startswith("nothing was compared: ")
+    assert "did not wait" not in why

@@ -33,6 +33,12 @@ class Kept:
     since: float = 0.0
     put_right: int = 0
     differences: list[Difference] = field(default_factory=list)
+    unknown: str = "the job did not wait to be looked at"
+    """Why nothing was compared; empty where it was."""
+
+    def told(self) -> tuple[str, ...]:
+        """What is said of the job. That nothing is known of it is not that nothing differs."""
+        return (f"nothing was compared: {self.unknown}",) if self.unknown else tuple(map(str, self.differences))
 
 
 @asynccontextmanager
@@ -83,7 +89,9 @@ def _inspect(incoming: Incoming, kept: Kept) -> dict[int, dict[str, str]]:
         kept.put_right = inventory.put_right(before, init, pids, cpuset)
         kept.differences = differences(before, inventory.take(init, pids, cpuset))
         lost = inventory.left_to_them(before, init, pids)
+        kept.unknown = ""
     except Exception as error:  # noqa: BLE001
+        kept.unknown = str(error) or type(error).__name__
         log.error("what the job has here was not compared", key=incoming.key, error=str(error))
         return {}
     log.info(

@@ -292,7 +292,7 @@ class TargetContainer:
 
     def differences(self) -> tuple[str, ...]:
         """After `release`: what the job has not here as it had it on the source."""
-        return tuple(map(str, self._kept.differences))
+        return self._kept.told()
 
     async def _let_it_be_restored(self) -> None:
         record = await self.make(RESTORE_TIMEOUT)
