@@ -252,6 +252,11 @@ async def test_the_controllers_metrics_tell_what_waits_and_how_moves_ended(world
         (second,) = begun(await migrations(world)) - {first}
         await world.patch(MIGRATIONS, second, {"spec": {"cancel": True}}, world.namespace)
         await world.ended(second)
+
+        async def both_are_counted() -> bool:  # after they are written
+            return value("podferry_migrations_ended_total", phase="Cancelled", reason="CancelRequested") == 1
+
+        await world.until(both_are_counted)
         own.cancel_scope.cancel()
     assert value("podferry_controller_leading") == 1
     assert value("podferry_migrations_ended_total", phase="Completed", reason="Moved") == 1
