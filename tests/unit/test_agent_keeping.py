@@ -155,3 +155,12 @@ async def test_that_nothing_was_compared_is_not_that_nothing_differs(incoming: I
     (why,) = kept.told()
     assert why.startswith("nothing was compared: ")
     assert "did not wait" not in why
+
+
+async def test_what_is_too_large_to_be_looked_at_is_not_and_says_so(incoming: Incoming, job: int) -> None:
+    assert inventory.may_be_taken([job])
+    assert not inventory.may_be_taken([job], most=3), "a thread and three descriptors"
+    kept = Kept()
+    async with keeping(incoming, kept):
+        assert await ended(script(incoming, job)) == 0
+    assert "the source took no inventory" in kept.told()[0]

@@ -82,6 +82,9 @@ def _inspect(incoming: Incoming, kept: Kept) -> dict[int, dict[str, str]]:
     whatever fails here is said, and the job runs."""
     log = structlog.get_logger()
     began = time.monotonic()
+    if not (incoming.images / INVENTORY).exists():
+        kept.unknown = "the source took no inventory, which would have kept so large a job standing still"
+        return {}
     try:
         init = incoming.first_process()
         before = decode((incoming.images / INVENTORY).read_bytes())

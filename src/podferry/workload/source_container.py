@@ -261,7 +261,9 @@ class SourceContainer(FrozenContainer):
         return hold
 
     def _dump(self, stop: int) -> Images:
-        had = inventory.take(self._task.pid, self.cgroup.pids(), inventory.cpuset(self.cgroup.freezer))
+        had = None
+        if inventory.may_be_taken(pids := self.cgroup.pids()):
+            had = inventory.take(self._task.pid, pids, inventory.cpuset(self.cgroup.freezer))
         locked = self._hold_loopback()
         hold = self._hold or self._start_dump(wait=False)
         if hold.waits and not hold.may_go_on():
@@ -286,7 +288,8 @@ class SourceContainer(FrozenContainer):
             self.dumped = Dump.THIN
         put_right(directory)
         images: dict[str, bytes | Path] = {path.name: path for path in sorted(directory.iterdir())}
-        images[INVENTORY] = encode(had)
+        if had is not None:
+            images[INVENTORY] = encode(had)
         for name, path in self._running.enclosed.items():
             with suppress(OSError):
                 images[name] = small_file(path, TERMINATION_MESSAGE)
