@@ -148,6 +148,7 @@ class Arrival:
         self.job = Job(source.client, id, source.place)
         self.source = source
         self.incoming = Incoming.prepare(id)
+        self.incoming.let_run()  # nobody looks at what is restored before it runs
         self._pool = ThreadPoolExecutor(2)
         self.created: Future[int] | None = None
         self._told = False
