@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 
 from podferry.kube.client import Api, Fields, Json, Labels, ResourceKind
 from podferry.kube.watch import Change, follow
@@ -71,7 +71,8 @@ class Cache(Api):
         self, api: Api, stores: Iterable[Store], *, briefly: Collection[ResourceKind] = (), seconds: float = 5.0
     ) -> None:
         """Kinds in `briefly` are asked for, and what was answered is used again for so many `seconds`."""
-        self._api, self.namespace, self.server = api, api.namespace, api.server
+        super().__init__(api._http, api.namespace, api.server)
+        self._api = api
         self._stores = {one.kind: one for one in stores}
         self._briefly, self._seconds = frozenset(briefly), seconds
         self._told: dict[tuple[ResourceKind, Key], tuple[float, Json | None]] = {}
@@ -131,35 +132,6 @@ class Cache(Api):
     ) -> Json:
         """As `Api.patch`."""
         return self._learn(kind, await self._api.patch(kind, name, patch, namespace, uid=uid, part=part))
-
-    async def delete(
-        self,
-        kind: ResourceKind,
-        name: str,
-        namespace: str = "",
-        *,
-        uid: str | None = None,
-        version: str | None = None,
-        grace: int | None = None,
-    ) -> bool:
-        """As `Api.delete`."""
-        return await self._api.delete(kind, name, namespace, uid=uid, version=version, grace=grace)
-
-    async def evict(self, name: str, namespace: str, *, uid: str) -> None:
-        """As `Api.evict`."""
-        await self._api.evict(name, namespace, uid=uid)
-
-    def watch(
-        self,
-        kind: ResourceKind,
-        version: str,
-        namespace: str = "",
-        *,
-        labels: Labels | None = None,
-        fields: Fields | None = None,
-    ) -> AsyncGenerator[tuple[str, Json], None]:
-        """As `Api.watch`."""
-        return self._api.watch(kind, version, namespace, labels=labels, fields=fields)
 
     def _learn(self, kind: ResourceKind, body: Json) -> Json:
         if kind in self._stores:
