@@ -10,7 +10,7 @@ import anyio
 from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Cancelled, PodferryError, Refused
-from podferry.workload.pod.ports import PodCheck, PodMigration, PodName, PodOrder
+from podferry.workload.pod.ports import PodMigration, PodName, PodOrder
 
 Json = dict[str, Any]
 
@@ -78,9 +78,6 @@ class Engine:
         self.halves: dict[str, Half] = {}
         self.orders: list[PodOrder] = []
         self.refuses: PodferryError | None = None
-
-    async def check(self, pod: PodName, containers: tuple[str, ...]) -> PodCheck:
-        return PodCheck((), (), 0, 0)
 
     async def move(self, order: PodOrder) -> PodMigration:
         if self.refuses is not None:

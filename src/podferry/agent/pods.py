@@ -32,7 +32,7 @@ from podferry.workload.makers import kubelet
 from podferry.workload.makers.kubelet import KubeletOwner
 from podferry.workload.pod.inspection import PodInspection
 from podferry.workload.pod.offered import OfferedPod
-from podferry.workload.pod.ports import Cluster, PodCheck, PodMigration, PodName, PodOrder
+from podferry.workload.pod.ports import Cluster, PodMigration, PodName, PodOrder
 from podferry.workload.source import FrozenWorkload, SourceWorkload
 from podferry.workload.threads import run
 
@@ -155,15 +155,6 @@ class PodEngine:
         return self._given_cluster
 
     # What the Kubernetes side asks.
-
-    async def check(self, pod: PodName, containers: tuple[str, ...]) -> PodCheck:
-        """May this pod, which runs here, move at all?"""
-        try:
-            view = await run(self._inspection.pod, pod, containers)
-        except Refused as refusal:
-            return PodCheck((refusal,), (), 0, 0)
-        reasons, notes = tuple(view.refusals(Mode.LIVE)), tuple(view.warnings(Mode.LIVE))
-        return PodCheck(reasons, notes, view.facts.anonymous, view.facts.upper)
 
     async def move(self, order: PodOrder) -> PodMigration:
         """Set out, unless this migration was here before."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from podferry.engine.source import Order
-from podferry.errors import PodferryError
 from podferry.model import Mode
 from podferry.workload.pod.probes import Probe
 
@@ -47,16 +46,6 @@ class PodOrder:
     target: str
     order: Order = field(default_factory=Order)
     probes: tuple[Probe, ...] = ()
-
-
-@dataclass(frozen=True)
-class PodCheck:
-    """What stands in the way of a move, in words, and what there is to move (bytes)."""
-
-    refusals: tuple[PodferryError, ...]
-    warnings: tuple[str, ...]
-    memory_bytes: int
-    file_bytes: int
 
 
 class Cluster(Protocol):
@@ -139,10 +128,6 @@ class PodMigration(Protocol):
 
 class Pods(Protocol):
     """What the engine offers: `podferry.agent.service.Agent.pods`."""
-
-    async def check(self, pod: PodName, containers: tuple[str, ...]) -> PodCheck:
-        """May this pod, which runs here, move at all? Nothing is touched. Raises `UsageError` where it is not here."""
-        ...
 
     async def move(self, order: PodOrder) -> PodMigration:
         """Set out. Returns at once; whether it may move at all is the first thing that is found out, and ends as `refused`.
