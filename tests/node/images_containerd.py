@@ -23,7 +23,8 @@ from pathlib import Path
 
 import grpc
 
-from podferry.images.mounts import mount_points, unmount
+from podferry.fs.mounts import unmount
+from podferry.images.mounts import mount_points
 from podferry.node.process import Completed, run, spawn
 
 NAMESPACE = "k8s.io"

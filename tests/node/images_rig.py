@@ -14,13 +14,14 @@ from pathlib import Path
 
 import grpc
 
+from podferry.fs.mounts import unmount
 from podferry.images import layout
 from podferry.images.erofs import ErofsForm
 from podferry.images.guard import Guard
 from podferry.images.layout import FormName
 from podferry.images.leases import Leases
 from podferry.images.metadata import Metadata
-from podferry.images.mounts import mount_points, unmount
+from podferry.images.mounts import mount_points
 from podferry.images.opening import initialise, open_share
 from podferry.images.ports import SystemClock
 from podferry.images.posix import PosixShare

@@ -18,8 +18,8 @@ from images_containerd import NAMESPACE, ContainerdNode, Image, Registry, file, 
 from images_rig import LOCAL, NETWORK, picture, scratch
 
 from podferry.errors import CommandFailed
+from podferry.fs.mounts import unmount
 from podferry.images import images_report, layout
-from podferry.images.mounts import unmount
 from podferry.node.containerd import Containerd
 from podferry.node.process import run
 

@@ -14,10 +14,11 @@ import pytest
 from images_containerd import ContainerdNode, Image, Registry, file, make_image, program
 from images_rig import LOCAL, Rig, refused, scratch, some_chain
 
+from podferry.fs.mounts import unmount
 from podferry.images import check_layers, images_report, layout
 from podferry.images.layout import FormName
 from podferry.images.metadata import Home
-from podferry.images.mounts import mount_points, unmount
+from podferry.images.mounts import mount_points
 from podferry.images.snapshotter import REF
 from podferry.node.process import run, spawn
 from podferry.protos import snapshots_pb2 as pb

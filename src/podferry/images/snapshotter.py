@@ -26,6 +26,7 @@ import structlog
 
 from podferry.errors import PodferryError
 from podferry.fs.beneath import DIRECTORY, Beneath
+from podferry.fs.mounts import unmount
 from podferry.fs.private import private_directory
 from podferry.images import layout
 from podferry.images.erofs import IMAGE
@@ -34,7 +35,7 @@ from podferry.images.kept import NodeDigests
 from podferry.images.layout import FormName
 from podferry.images.leases import Lease
 from podferry.images.metadata import Home, Metadata, SnapshotExists, SnapshotInUse, SnapshotKind, SnapshotRow
-from podferry.images.mounts import mount_directory, mount_image, mount_points, unmount
+from podferry.images.mounts import mount_directory, mount_image, mount_points
 from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
 from podferry.images.store import Layer, LayerStore

@@ -8,7 +8,6 @@ meanwhile; they are copied where that is another file system.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -17,20 +16,17 @@ from pathlib import Path
 
 from podferry.errors import Failed
 from podferry.fs.beneath import empty, reached, remove
+from podferry.fs.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, bind, unmount
 from podferry.fs.private import private_directory
 from podferry.node.outside import among_node_mounts
 from podferry.node.upper import Receiver, copy
 from podferry.node.upper.receive import set_xattrs
 from podferry.node.upper.scan import read_xattrs
 
-MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 0x2, 0x4, 0x8, 0x20, 0x1000  # linux/mount.h
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 CLOSED = MS_NOSUID | MS_NODEV | MS_NOEXEC
 SELINUX = Path("/sys/fs/selinux/enforce")
 
 _TREE = "tree"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Staged:
@@ -71,7 +67,7 @@ class Staged:
 def discard(directory: Path) -> None:
     """Remove a staged tree, also one that an agent left which was killed; nothing there is no error."""
     with suppress(OSError):
-        among_node_mounts(lambda: _detach(directory / _TREE))
+        among_node_mounts(lambda: unmount(directory / _TREE))
     with suppress(OSError):
         above = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -96,26 +92,7 @@ def _seen_on_node(tree: Path, identity: tuple[int, int]) -> bool:
 def _close_to_programs(tree: Path, identity: tuple[int, int]) -> None:
     if not _seen_on_node(tree, identity):
         return  # nobody but us reaches it
-    name = os.fsencode(tree)
-    _check(_libc.mount(name, name, None, ctypes.c_ulong(MS_BIND), None), tree)
-    try:
-        _check(_libc.mount(None, name, None, ctypes.c_ulong(MS_REMOUNT | MS_BIND | CLOSED), None), tree)
-    except OSError:
-        _detach(tree)
-        raise
-
-
-def _detach(tree: Path) -> None:
-    if _libc.umount2(os.fsencode(tree), MNT_DETACH | UMOUNT_NOFOLLOW) != 0:
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOENT):  # not mounted, or not there
-            raise OSError(code, os.strerror(code), str(tree))
-
-
-def _check(result: int, tree: Path) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(tree))
+    bind(tree, tree, CLOSED)
 
 
 def _rename_entries(tree: Path, identity: tuple[int, int], place: Path) -> bool:
@@ -123,7 +100,7 @@ def _rename_entries(tree: Path, identity: tuple[int, int], place: Path) -> bool:
     if not _seen_on_node(tree, identity) or SELINUX.exists():  # a renamed file keeps the label of where it was made
         return False
     if os.geteuid() == 0:
-        _detach(tree)  # nothing is renamed across a mount, be it of the same file system
+        unmount(tree)  # nothing is renamed across a mount, be it of the same file system
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     source = os.open(tree, flags | os.O_NOFOLLOW)
     try:
