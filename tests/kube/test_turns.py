@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import anyio
@@ -154,8 +156,9 @@ class Counting(httpx2.AsyncBaseTransport):
         return await self.inner.handle_async_request(request)
 
 
-async def test_progress_makes_no_requests(world: World) -> None:
-    """Agents tell several times a second how far they are."""
+@asynccontextmanager
+async def counted_requests(world: World) -> AsyncIterator[list[str]]:
+    """What a controller asks of the API server, while a Migration of a pod is under way."""
     if world.fake is None:
         pytest.skip("requests are counted where the API server is ours")
     await world.pod()
@@ -163,9 +166,16 @@ async def test_progress_makes_no_requests(world: World) -> None:
     async with httpx2.AsyncClient(transport=counting, base_url="http://fake") as http, anyio.create_task_group() as own:
         own.start_soon(Controller(Api(http), world.namespace, QUICK).run)
         await world.migrate()
+        yield counting.seen
+        own.cancel_scope.cancel()
+
+
+async def test_progress_makes_no_requests(world: World) -> None:
+    """Agents tell several times a second how far they are."""
+    async with counted_requests(world) as requests:
         await world.agents_poise()
         await anyio.wait_all_tasks_blocked()
-        counting.seen.clear()
+        requests.clear()
         ticks = 60
         for number in range(ticks):
 
@@ -175,24 +185,16 @@ async def test_progress_makes_no_requests(world: World) -> None:
 
             await world.set(tick)
             await anyio.wait_all_tasks_blocked()  # until the controller has heard of it
-        seen = list(counting.seen)
-        own.cancel_scope.cancel()
+        seen = list(requests)
     assert len(seen) < ticks / 10, seen
 
 
 async def test_steps_read_from_memory(world: World) -> None:
     """A whole move: what is read from the API server is what the watches do not bring."""
-    if world.fake is None:
-        pytest.skip("requests are counted where the API server is ours")
-    await world.pod()
-    counting = Counting(world.fake)
-    async with httpx2.AsyncClient(transport=counting, base_url="http://fake") as http, anyio.create_task_group() as own:
-        own.start_soon(Controller(Api(http), world.namespace, QUICK).run)
-        await world.migrate()
+    async with counted_requests(world) as requests:
         await world.agents_move()
         await world.ended()
-        seen = list(counting.seen)
-        own.cancel_scope.cancel()
+        seen = list(requests)
     nodes = [one for one in seen if one.startswith("GET /api/v1/nodes/")]
     assert nodes == [], "nodes are followed"
     of_move = [one for one in seen if one.startswith("GET") and one.endswith("/migrations/move")]

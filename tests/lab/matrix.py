@@ -19,7 +19,7 @@ class Situation:
     refused: str = ""
     remedy: str = ""
     sockets: bool = False
-    job: str = "situations"
+    job: str = "counting situations"
     differs: str = ""
 
 

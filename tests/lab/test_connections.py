@@ -47,7 +47,7 @@ def test_a_pair_goes_on_where_it_was_after_the_dump_was_for_nothing(
     cluster: Cluster, name: str, situation: str, killed: str
 ) -> None:
     """Everything is on the target when an agent dies; the dumped and locked connections are let go again."""
-    cluster.start(name, "situations", situation)
+    cluster.start(name, "counting situations", situation)
     with Witness(cluster, name) as witness:
         gate = f"target-{TargetPhase.READY}-{name}"
         cluster.close_gate(gate)
@@ -65,7 +65,7 @@ def test_a_pair_goes_on_where_it_was_after_the_dump_was_for_nothing(
 
 
 def test_who_waits_for_another_finds_the_connection_closed(cluster: Cluster, name: str) -> None:
-    cluster.start(name, "situations", "tcp_client_that_is_none_of_ours")
+    cluster.start(name, "counting situations", "tcp_client_that_is_none_of_ours")
     pid = cluster.containerd(A).task(name).pid
     with ThreadPoolExecutor(1) as pool:
         argv = ["nsenter", f"--net=/proc/{pid}/ns/net", "python3", "-c", CLIENT]

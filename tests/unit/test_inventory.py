@@ -70,16 +70,6 @@ def test_what_is_none_is_refused(data: bytes) -> None:
         decode(data)
 
 
-@pytest.fixture
-def process() -> Iterator[int]:
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(b".")
-        assert child.stdout.read(1) == b"."  # it is `cat` by now
-        yield child.pid
-        child.kill()
-
-
 BREAK = {
     "affinity": lambda pid: os.sched_setaffinity(pid, {min(CPUS)}),
     "scheduler": lambda pid: os.sched_setscheduler(pid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0)),

@@ -1,5 +1,9 @@
-"""A job in one situation, by name: it counts, `COUNT TIME` on a line, while all is well; else it says why, and exits 7."""
+"""A job in one situation, by name: it counts, `COUNT TIME` on a line, while all is well; else it says why, and exits 7.
 
+Put after counting.py.
+"""
+
+# ruff: noqa: F821
 import contextlib
 import ctypes
 import mmap
@@ -13,32 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-libc = ctypes.CDLL(None, use_errno=True)
-SITUATIONS = {}
 INTERVAL = 0.01
-
-
-def situation(function):
-    SITUATIONS[function.__name__] = function
-    return function
-
-
-def bad(*why):
-    print("BAD", *why, flush=True)
-    os._exit(7)
-
-
-def count(step, gap=0.02):
-    number = 0
-    while True:
-        step(number)
-        print(number, time.monotonic_ns(), flush=True)
-        number += 1
-        time.sleep(gap)
-
-
-def nothing(number):
-    pass
 
 
 # Timers.
@@ -435,5 +414,4 @@ def mptcp_listener():
         count(nothing)
 
 
-if __name__ == "__main__":
-    SITUATIONS[sys.argv[1]]()
+SITUATIONS[sys.argv[1]]()
