@@ -99,7 +99,7 @@ def test_what_can_be_given_from_outside_is_put_right(process: int, attribute: st
 def test_a_job_that_may_run_anywhere_may_run_anywhere_on_more_processors(process: int) -> None:
     found = inventory.take(process, [process], CPUS)
     assert [one["affinity"] for one in found.values()] == [inventory.ANYWHERE]
-    assert inventory.put_right(found, process, [process], CPUS) == 0
+    assert inventory.put_right(found, process, [process], CPUS) == (0, {})
 
 
 def test_lists_of_processors() -> None:
@@ -138,7 +138,7 @@ def test_options_of_sockets_and_sizes_of_pipes_are_put_right() -> None:
         assert chosen[f"descriptor {udp} options"] == "1:29=1 0:8=1"
         assert (chosen[f"descriptor {pipe} pipe"], plain[f"descriptor {pipe} pipe"]) == (str(1 << 18), str(1 << 16))
         (name,) = inventory.take(other, [other], CPUS)
-        assert inventory.put_right({name: chosen}, other, [other], CPUS) == 4  # the pipe by either end
+        assert inventory.put_right({name: chosen}, other, [other], CPUS).times == 4  # the pipe by either end
         assert descriptors.take(other) == chosen
 
 

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from podferry.core import mempolicy
 from podferry.core.inventory import Attributes, Inventory, may_be_given
@@ -23,9 +24,9 @@ from podferry.node import descriptors
 
 ANYWHERE = "anywhere"
 THEIRS = ("memory-policy", "personality")
-MOST = 20_000
-"""Threads and descriptors of a job that are looked at while it stands still: 20 to 55 us each, four times."""
 """Attributes that only a thread itself can set."""
+MOST = 20_000
+"""Threads and descriptors of a job that are looked at while it stands still: 20 to 55 us each, three times."""
 _NUMBERS = {  # ioprio_set, ioprio_get, sched_setattr, sched_getattr
     "x86_64": (251, 252, 314, 315),
     "aarch64": (30, 31, 274, 275),
@@ -76,16 +77,6 @@ def cpuset(freezer: Path) -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-def left_to_them(before: Inventory, init: int, pids: Iterable[int]) -> dict[int, dict[str, str]]:
-    """What threads of these processes had and have not, by tid, and they alone can set, when they run."""
-    found: dict[int, dict[str, str]] = {}
-    for _, tid, name, has in _threads(init, pids, frozenset()):
-        had = before.get(name, {})
-        if lost := {one: had[one] for one in THEIRS if had.get(one) and had[one] != has.get(one, had[one])}:
-            found[tid] = lost
-    return found
-
-
 def descendants(init: int) -> list[int]:
     """A container's processes by who started whom: all of a pid namespace's, wherever in nested groups they are."""
     found = [init]
@@ -96,11 +87,20 @@ def descendants(init: int) -> list[int]:
     return found
 
 
-def put_right(before: Inventory, init: int, pids: Iterable[int], cpuset: frozenset[int]) -> int:
-    """Give the threads of these processes what they had, as far as it can be given from outside and may be; how often it was."""
-    done = 0
+class PutRight(NamedTuple):
+    """How often a thread was given what it had, and what threads have not and they alone can set, when they run, by tid."""
+
+    times: int
+    left_to_them: dict[int, dict[str, str]]
+
+
+def put_right(before: Inventory, init: int, pids: Iterable[int], cpuset: frozenset[int]) -> PutRight:
+    """Give the threads of these processes what they had, as far as it can be given from outside and may be."""
+    done, left = 0, dict[int, dict[str, str]]()
     for pid, tid, name, has in _threads(init, pids, cpuset):
         had = before.get(name, {})
+        if lost := {one: had[one] for one in THEIRS if had.get(one) and had[one] != has.get(one, had[one])}:
+            left[tid] = lost
         for attribute in filter(descriptors.may_be_set, had):
             value = has.get(attribute, "")
             with suppress(OSError, ValueError):
@@ -112,7 +112,7 @@ def put_right(before: Inventory, init: int, pids: Iterable[int], cpuset: frozens
                 if value and value != has.get(attribute) and may_be_given(attribute, value, has):
                     give(tid, value)
                     done += 1
-    return done
+    return PutRight(done, left)
 
 
 def _threads(init: int, pids: Iterable[int], cpuset: frozenset[int]) -> Iterator[tuple[int, int, str, dict[str, str]]]:

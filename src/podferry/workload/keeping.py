@@ -89,9 +89,8 @@ def _inspect(incoming: Incoming, kept: Kept) -> dict[int, dict[str, str]]:
         init = incoming.first_process()
         before = decode((incoming.images / INVENTORY).read_bytes())
         pids, cpuset = inventory.descendants(init), inventory.cpuset(Cgroup.of(init).freezer)
-        kept.put_right = inventory.put_right(before, init, pids, cpuset)
+        kept.put_right, lost = inventory.put_right(before, init, pids, cpuset)
         kept.differences = differences(before, inventory.take(init, pids, cpuset))
-        lost = inventory.left_to_them(before, init, pids)
         kept.unknown = ""
     except Exception as error:  # noqa: BLE001
         kept.unknown = str(error) or type(error).__name__
