@@ -50,8 +50,9 @@ def installed(cluster: Lab, before: dict[str, str]) -> Lab:
 
 
 @pytest.fixture(scope="module")
-def bare(cluster: Lab) -> Lab:
+def bare(cluster: Lab, before: dict[str, str]) -> Lab:
     """The cluster without podferry, for tests that bring agents of their own."""
+    assert len(before) == len(NODES)
     if is_installed(cluster):
         uninstall(cluster)
     return cluster

@@ -25,6 +25,7 @@ PATIENCE = 120.0
 STANDIN = Path(__file__).with_name("standin.py")
 DIRECTORY = "run/podferry-standin"
 GATES = "run/podferry-gates"
+SETTINGS = "etc/podferry/standin.json"
 PATHS = "PYTHONPATH=/opt/podferry/src:/opt/podferry/site PYTHONPYCACHEPREFIX=/var/lib/podferry/pycache"
 PYTHON = f"PODFERRY_GATES=/{GATES} {PATHS} python3 -P"
 
@@ -94,9 +95,10 @@ class Movers:
     def _install(self, node: str, criu: Path) -> None:
         """What the DaemonSet's installer does."""
         shutil.copytree(criu, self.root(node) / "tmp/criu", symlinks=True, dirs_exist_ok=True)
-        program = (
-            "from pathlib import Path; from podferry.install import install; install(print, bundle=Path('/tmp/criu'))"
-        )
+        self._run(node, "from pathlib import Path; install(print, bundle=Path('/tmp/criu'))")
+
+    def _run(self, node: str, program: str) -> None:
+        program = f"from podferry.install import install, uninstall; {program}"
         self.lab.exec(node, ["sh", "-c", f'{PYTHON} -c "{program}"'])
 
     def root(self, node: str) -> Path:
@@ -113,14 +115,14 @@ class Movers:
             "certificates": "/etc/podferry/pki",
             "peers": others,
         }
-        (self.root(node) / "etc/podferry/standin.json").write_text(json.dumps(config))
+        (self.root(node) / SETTINGS).write_text(json.dumps(config))
 
     def start(self, node: str) -> None:
         """Start the agent of a node and wait until it answers."""
         shutil.copy(STANDIN, self.root(node) / "tmp/standin.py")
         with suppress(FileNotFoundError):
             (self.root(node) / DIRECTORY / "agent.ready").unlink()
-        line = f"{PYTHON} /tmp/standin.py /etc/podferry/standin.json /{DIRECTORY} >> /var/log/podferry/standin.log 2>&1"
+        line = f"{PYTHON} /tmp/standin.py /{SETTINGS} /{DIRECTORY} >> /var/log/podferry/standin.log 2>&1"
         self.lab.exec(node, ["sh", "-c", f"setsid sh -c '{line}' < /dev/null > /dev/null 2>&1 &"])
         self.hear(node, "agent", "ready")
 
@@ -139,8 +141,11 @@ class Movers:
         self.lab.exec(node, ["kill", "-9", str(pid)], check=False)
 
     def stop(self) -> None:
+        """End the agents; the nodes are as they were before."""
         for node in NODES:
             self.kill(node)
+            self._run(node, "uninstall(print, force=True)")
+            (self.root(node) / SETTINGS).unlink()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # What is said through the directory.
