@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from podferry.node.records import Container
 from podferry.workload.helpers import reap, runs
 from podferry.workload.numbers import space_of
 from podferry.workload.source_memory import Left, pid_inside
-from podferry.workload.threads import at_once, run
+from podferry.workload.threads import at_once, run, threaded
 
 
 class FrozenContainer:
@@ -127,9 +127,6 @@ def unless_gone(cgroup: Cgroup) -> Iterator[None]:
 
 def handlers() -> dict[str, Handler]:
     """How each thing that the ledger of a container on the source may hold is taken back."""
-
-    def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
-        return lambda facts: at_once(function, facts)
 
     def roll_back(facts: Mapping[str, Any]) -> None:
         hold = Hold.from_dict(dict(facts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ from podferry.workload.keeping import INVENTORY, Kept, keeping, let_run_late
 from podferry.workload.nodefacts import version
 from podferry.workload.numbers import container_of_space, directory_of, space_of
 from podferry.workload.received_images import ReceivedImages
-from podferry.workload.threads import at_once, run
+from podferry.workload.threads import at_once, run, threaded
 
 POISE_TIMEOUT = 60.0
 RESTORE_TIMEOUT = 60.0
@@ -387,9 +387,6 @@ def demand_whole(receiver: Receiver | None, number: int, end: StateEnd, what: st
 
 def handlers(config: Config) -> dict[str, Handler]:
     """How each thing that the ledger of a container on the target may hold, whoever makes it, is taken back."""
-
-    def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
-        return lambda facts: at_once(function, facts)
 
     def remove_mark(facts: Mapping[str, Any]) -> None:
         with suppress(FileNotFoundError):

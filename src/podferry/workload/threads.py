@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import anyio
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
+
+from podferry.core.undo import Handler
 
 T = TypeVar("T")
 
@@ -57,6 +59,11 @@ async def patiently(function: Callable[..., T], *args: object, abandon_on_cancel
 async def run(function: Callable[..., T], *args: object) -> T:
     """Call `function` in a thread of the default pool."""
     return await to_thread.run_sync(function, *args)
+
+
+def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
+    """The handler of an undo ledger that calls `function` in a thread, whatever else is going on."""
+    return lambda facts: at_once(function, facts)
 
 
 class Looks:

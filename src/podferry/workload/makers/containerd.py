@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -30,7 +30,7 @@ from podferry.workload.offered import Offered
 from podferry.workload.source import Owner
 from podferry.workload.target import Maker, TargetWorkload, handlers
 from podferry.workload.target_container import TargetContainer
-from podferry.workload.threads import at_once, patiently, run
+from podferry.workload.threads import at_once, patiently, run, threaded
 
 STATE_TIMEOUT = 7200.0
 
@@ -198,9 +198,6 @@ def target(
 
 def target_handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:
     """How what a container alone holds on the target is taken back."""
-
-    def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
-        return lambda facts: at_once(function, facts)
 
     def gone(function: Callable[..., object]) -> Callable[..., None]:
         def call(*args: Any) -> None:
