@@ -14,7 +14,7 @@ from podferry.criu import network_setup
 from podferry.criu.incoming import Incoming
 from podferry.errors import Failed, PeerMisbehaved, Refused
 from podferry.lab.state import CACHE
-from podferry.node import network
+from podferry.node import netns, network
 from podferry.node.netlock import Namespace
 from podferry.node.network import DEFAULT, Network
 from podferry.node.process import spawn
@@ -143,9 +143,9 @@ def test_an_agent_that_takes_over_answers_as_well(tmp_path: Path, made: list[tup
 def test_a_container_that_joins_a_network_needs_no_script(tmp_path: Path) -> None:
     with Incoming.prepare("job", run=tmp_path) as incoming:
         assert str(network_setup.SCRIPT) not in (incoming.path / "criu.conf").read_text()
-    assert network.is_own({"linux": {"namespaces": [{"type": "network"}]}})
-    assert not network.is_own({"linux": {"namespaces": [{"type": "network", "path": "/proc/1/ns/net"}]}})
-    assert not network.is_own({"linux": {"namespaces": [{"type": "pid"}]}})
+    assert netns.is_own({"linux": {"namespaces": [{"type": "network"}]}})
+    assert not netns.is_own({"linux": {"namespaces": [{"type": "network", "path": "/proc/1/ns/net"}]}})
+    assert not netns.is_own({"linux": {"namespaces": [{"type": "pid"}]}})
 
 
 def test_a_node_whose_script_cannot_be_run_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

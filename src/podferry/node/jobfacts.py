@@ -15,7 +15,7 @@ from typing import Any
 from podferry.core.facts import Bind, ContainerFacts
 from podferry.core.preflight import INTERFACE, TRACED, USER_NAMESPACE
 from podferry.errors import Failed
-from podferry.node import network
+from podferry.node import netns, network
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
 from podferry.node.sockets import to_others, unsaved_sockets
@@ -134,7 +134,7 @@ def deleted_but_open(pids: Iterable[int], mounted: Collection[str]) -> tuple[str
 
 def _interfaces(pid: int, spec: dict[str, Any]) -> Iterator[str]:
     """Interfaces beside loopback that are up in a network namespace that runc has made, and that nobody makes on the target."""
-    if network.is_own(spec):
+    if netns.is_own(spec):
         with contextlib.suppress(OSError, Failed):
             for name in network.interfaces(pid):
                 yield f"{INTERFACE} {name}"

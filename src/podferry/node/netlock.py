@@ -19,7 +19,7 @@ from typing import Any
 from podferry.errors import Failed
 from podferry.node import netlink
 from podferry.node.netlink import ACK, CREATE, REQUEST, attribute, message
-from podferry.node.netns import in_network_at, on_node
+from podferry.node.netns import in_network_at, joined, on_node
 
 NETFILTER = 12  # NETLINK_NETFILTER
 TABLE = b"podferry\0"
@@ -70,12 +70,6 @@ class Namespace:
         except OSError as error:
             remedy = "the node's kernel needs nf_tables (CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET)"
             raise Failed.because(f"cannot {what}", error, remedy=remedy) from error
-
-
-def joined(spec: Mapping[str, Any]) -> str:
-    """The network namespace that a container of this OCI spec joins; empty where it gets its own."""
-    namespaces = (spec.get("linux") or {}).get("namespaces") or []
-    return next((str(one["path"]) for one in namespaces if one.get("type") == "network" and one.get("path")), "")
 
 
 def _message(kind: int, flags: int, body: bytes) -> bytes:

@@ -11,9 +11,9 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from podferry.errors import Failed
 from podferry.node import outside
@@ -31,7 +31,7 @@ def in_new_network(function: Callable[[], Result]) -> Result:
 
     def enter() -> None:
         _check(_libc.unshare(CLONE_NEWNET), "make a network namespace")
-        _loopback_up()
+        loopback_up()
 
     return _in_thread(enter, function)
 
@@ -63,6 +63,37 @@ def on_node(path: str) -> Path:
     return Path(path) if path.startswith("/proc/") else outside.root() / path.lstrip("/")
 
 
+def is_own(spec: Mapping[str, Any]) -> bool:
+    """Whether runc makes a network namespace for a container of this OCI spec, which otherwise shares or joins one."""
+    return "" in _named(spec)
+
+
+def joined(spec: Mapping[str, Any]) -> str:
+    """The network namespace that a container of this OCI spec joins; empty where it gets its own."""
+    return next(filter(None, _named(spec)), "")
+
+
+def interface_request(what: int, request: bytes) -> bytes:
+    """A request of netdevice(7) about an interface of the namespace that this thread is in: `struct ifreq`. Raises `OSError`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        return fcntl.ioctl(control, what, request)
+
+
+def interface_flags(name: str) -> int:
+    """An interface's flags, IFF_UP among them. Raises `OSError`."""
+    return int(struct.unpack_from("16xH", interface_request(SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0)))[0])
+
+
+def loopback_up() -> None:
+    """Bring loopback up. Raises `OSError`."""
+    interface_request(SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", interface_flags("lo") | IFF_UP))
+
+
+def _named(spec: Mapping[str, Any]) -> list[str]:
+    namespaces = (spec.get("linux") or {}).get("namespaces") or []
+    return [str(one.get("path") or "") for one in namespaces if one.get("type") == "network"]
+
+
 def _in_thread(enter: Callable[[], None], function: Callable[[], Result]) -> Result:
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -80,13 +111,6 @@ def _in_thread(enter: Callable[[], None], function: Callable[[], Result]) -> Res
     if errors:
         raise errors[0]
     return results[0]
-
-
-def _loopback_up() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        request = struct.pack("16sh14x", b"lo", 0)
-        flags = struct.unpack_from("16sh", fcntl.ioctl(control, SIOCGIFFLAGS, request))[1]
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
 
 
 def _check(result: int, doing: str) -> None:

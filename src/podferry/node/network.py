@@ -11,7 +11,6 @@ differs from a new one of the same node. Settings that the target's kernel has n
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import json
 import os
@@ -22,17 +21,25 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from podferry.errors import PeerMisbehaved
 from podferry.node import netlink
-from podferry.node.netns import in_network_at, in_network_of, in_new_network, on_node
+from podferry.node.netns import (
+    IFF_UP,
+    in_network_at,
+    in_network_of,
+    in_new_network,
+    interface_flags,
+    interface_request,
+    loopback_up,
+    on_node,
+)
 
 IMAGE = "network.json"
 """Its name among CRIU's images."""
 SETTINGS = Path("/proc/sys/net")
 LARGEST = 1 << 20
-SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCGIFMTU, SIOCSIFMTU, IFF_UP = 0x8913, 0x8914, 0x8921, 0x8922, 1
+SIOCGIFMTU, SIOCSIFMTU = 0x8921, 0x8922
 _LOCAL = frozenset({"127.0.0.1/8", "::1/128"})
 """What loopback has once it is up."""
 _SECRETIVE = {"ipv4/conf/all/arp_ignore": "1", "ipv4/conf/all/arp_announce": "2"}
@@ -78,12 +85,6 @@ class Network:
 DEFAULT = Network()
 
 
-def is_own(spec: Mapping[str, Any]) -> bool:
-    """Whether runc makes a network namespace for a container of this OCI spec, which otherwise shares or joins one."""
-    namespaces = (spec.get("linux") or {}).get("namespaces") or []
-    return any(one.get("type") == "network" and not one.get("path") for one in namespaces)
-
-
 def look(pid: int) -> Network:
     """The network namespace of process `pid`. Raises `Failed` where it has ended, and `OSError`."""
     here, new = in_network_of(pid, _here), in_new_network(_here)
@@ -94,7 +95,7 @@ def look(pid: int) -> Network:
 def interfaces(pid: int) -> tuple[str, ...]:
     """The interfaces of a process' network namespace that are up, but loopback. Raises `Failed` and `OSError`."""
     return in_network_of(
-        pid, lambda: tuple(name for _, name in socket.if_nameindex() if name != "lo" and _flags(name) & IFF_UP)
+        pid, lambda: tuple(name for _, name in socket.if_nameindex() if name != "lo" and interface_flags(name) & IFF_UP)
     )
 
 
@@ -125,7 +126,7 @@ def _lend(wanted: list[netlink.Interface]) -> None:
 def _here() -> Network:
     found = [str(one) for one in netlink.addresses().get(netlink.LOOPBACK, [])]
     return Network(
-        bool(_flags("lo") & IFF_UP),
+        bool(interface_flags("lo") & IFF_UP),
         _mtu("lo"),
         tuple(one for one in found if one not in _LOCAL),
         dict(_settings()),
@@ -134,9 +135,9 @@ def _here() -> Network:
 
 def _make(network: Network) -> None:
     if _mtu("lo") != network.mtu:
-        _request(SIOCSIFMTU, struct.pack("16si20x", b"lo", network.mtu))
+        interface_request(SIOCSIFMTU, struct.pack("16si20x", b"lo", network.mtu))
     if network.up:
-        _request(SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", _flags("lo") | IFF_UP))
+        loopback_up()
     for address in network.addresses:
         netlink.add_address(ipaddress.ip_interface(address))
     # What is set for all interfaces, and for those to come, is set for each as well: theirs comes after it.
@@ -157,15 +158,5 @@ def _settings() -> dict[str, str]:
     return {name: value for name, value in found.items() if _NAME.fullmatch(name) and _VALUE.fullmatch(value)}
 
 
-def _flags(name: str) -> int:
-    answer = _request(SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))
-    return int(struct.unpack_from("16xH", answer)[0])
-
-
 def _mtu(name: str) -> int:
-    return int(struct.unpack_from("16xi", _request(SIOCGIFMTU, struct.pack("16s24x", name.encode())))[0])
-
-
-def _request(what: int, request: bytes) -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        return fcntl.ioctl(control, what, request)
+    return int(struct.unpack_from("16xi", interface_request(SIOCGIFMTU, struct.pack("16s24x", name.encode())))[0])

@@ -31,7 +31,7 @@ from podferry.errors import Failed, PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
-from podferry.node import inventory, network, watched
+from podferry.node import inventory, netns, network, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
 from podferry.node.containerd import Containerd
 from podferry.node.guests import guests, show_out
@@ -212,7 +212,7 @@ class SourceContainer(FrozenContainer):
         await run(self._stand_by)
 
     def _stand_by(self) -> None:
-        if network.is_own(self.record.spec_json()):
+        if netns.is_own(self.record.spec_json()):
             self._network = network.look(self._task.pid)
         if Gate.usable():
             self._start_dump(wait=True, thin=possible())

@@ -18,7 +18,7 @@ from podferry.criu.incoming import Incoming
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.node.containerd import Containerd, ContainerdAlreadyExists, ContainerdNotFound
-from podferry.node.network import is_own
+from podferry.node.netns import is_own
 from podferry.node.newfile import check_new, create_new
 from podferry.node.records import Container, upper_dir
 from podferry.node.upper import Receiver

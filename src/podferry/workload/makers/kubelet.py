@@ -33,7 +33,8 @@ from podferry.node import payloads as volume_payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.containerd import Containerd, ContainerdNotFound
 from podferry.node.cri import LOG_ROOT, Volume, log_of, termination_message
-from podferry.node.netlock import Namespace, joined
+from podferry.node.netlock import Namespace
+from podferry.node.netns import joined
 from podferry.node.newfile import small_file
 from podferry.node.payloads import OPEN_FILES
 from podferry.node.process import spawn
