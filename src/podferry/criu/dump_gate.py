@@ -8,7 +8,7 @@ request to dump until the agent opens the gate.
 The gate is a FIFO of which the agent holds the writing end: one byte opens it, and its end without one (the agent is dead)
 ends the attempt, as does the end of runc. Nothing has happened to the job then.
 
-A thin dump (`thin.py`) needs CRIU to see some files otherwise than everybody else does: that, too, is done there.
+A thin dump (`memory_skipping.py`) needs CRIU to see some files otherwise than everybody else does: that, too, is done there.
 
 An agent in a pod is among other files than runc is. So `gated/criu` is put on the node (`podferry.install`), and runs the
 gatekeeper by the Python of the agent's container.

@@ -1,4 +1,4 @@
-"""The `criu` that runc finds first while a dump is being prepared. `gate.py` tells what for; this is the program behind it.
+"""The `criu` that runc finds first while a dump is being prepared. `dump_gate.py` tells what for; this is the program behind it.
 
 Run by `gated/criu` with nothing but the standard library: `python -SI gatekeeper.py HOME WORDS...`.
 
