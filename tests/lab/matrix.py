@@ -1,4 +1,4 @@
-"""The situations of `jobs/`, and what becomes of each when it is to move. docs/what-moves.md is made of this list."""
+"""The situations of `jobs/`, and what becomes of each when it is to move."""
 
 from __future__ import annotations
 
