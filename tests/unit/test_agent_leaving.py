@@ -274,7 +274,7 @@ async def test_a_signal_that_was_refused_while_the_job_stood_still_is_sent_when_
     word: str, number: int, same: bool, tmp_path: Path
 ) -> None:
     """To the container's first process, and to no other that has its pid by now."""
-    child = spawn(["sleep", "60"])
+    child = spawn(["env", f"--default-signal={number}", "sleep", "60"])  # a run under nohup ignores HUP
     try:
         init = Process.of(child.pid)
         assert init is not None
