@@ -28,6 +28,7 @@ lint: $(STAMP)  ## formatting, lints, types, import contracts
 	$(VENV)/bin/ruff format --check src tests
 	$(VENV)/bin/ruff check src tests
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file tests/mypy.ini tests
 	$(VENV)/bin/lint-imports
 
 unit: $(STAMP)  ## the unit tests alone

@@ -93,11 +93,6 @@ async def follow(agent: Agent, cluster: Directory) -> None:
                     await agent.pods.move(what)
                 except PodferryError as error:
                     cluster.say(path.stem, "source", {"outcome": "not begun", "error": error.to_dict()})
-            for path in cluster.path.glob("[!.]*.check"):
-                asked = json.loads(path.read_text())
-                path.unlink()
-                found = await agent.pods.check(PodName(**asked["pod"]), tuple(asked["containers"]))
-                cluster.say(path.stem, "checked", {"refusals": [str(one) for one in found.refusals]})
             for path in cluster.path.glob("[!.]*.cancel"):
                 path.unlink()
                 agent.pods.migrations()[path.stem].cancel()

@@ -34,6 +34,7 @@ from podferry.images.tree import TreeForm
 from podferry.node.process import run
 from podferry.protos import snapshots_pb2 as pb
 from podferry.protos import snapshots_pb2_grpc
+from podferry.protos.types_pb2 import Mount
 
 KINDS = {"view": pb.VIEW, "active": pb.ACTIVE, "committed": pb.COMMITTED}
 GC = {"containerd.io/gc.root": "2026"}
@@ -116,10 +117,10 @@ class Rig:
 
     # -- containerd's calls --------------------------------------------------------------------------------------------
 
-    def prepare(self, key: str, parent: str = "", labels: dict[str, str] | None = None) -> list[pb.types__pb2.Mount]:
+    def prepare(self, key: str, parent: str = "", labels: dict[str, str] | None = None) -> list[Mount]:
         return list(self.stub.Prepare(pb.PrepareSnapshotRequest(key=key, parent=parent, labels=labels or GC)).mounts)
 
-    def view(self, key: str, parent: str = "", labels: dict[str, str] | None = None) -> list[pb.types__pb2.Mount]:
+    def view(self, key: str, parent: str = "", labels: dict[str, str] | None = None) -> list[Mount]:
         return list(self.stub.View(pb.ViewSnapshotRequest(key=key, parent=parent, labels=labels or GC)).mounts)
 
     def commit(self, name: str, key: str, labels: dict[str, str] | None = None) -> None:
@@ -150,7 +151,7 @@ class Rig:
     # -- files -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def mounted(self, mounts: list[pb.types__pb2.Mount]) -> Iterator[Path]:
+    def mounted(self, mounts: list[Mount]) -> Iterator[Path]:
         """Mount what the service gave, as containerd would."""
         at = self.home / "mounted" / secrets.token_hex(4)
         at.mkdir(parents=True)

@@ -14,7 +14,7 @@ from podferry.images.layout import FormName
 from podferry.node.process import run
 
 pytestmark = [pytest.mark.node, pytest.mark.slow, pytest.mark.kernel("bookworm")]
-del test_a_hundred_and_twenty_eight_layers_are_mounted  # noqa: F821  the emulated machine takes ten minutes for it
+del test_a_hundred_and_twenty_eight_layers_are_mounted  # type: ignore[name-defined]  # noqa: F821  the emulated machine takes ten minutes for it
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.unit
 
 def written(directory: Path) -> Journal:
     journal = Journal(directory)
-    journal.note(role="source", peer="b")
+    journal.note(role="source", target_pod="b")
     journal.enter("check")
     journal.acquire("freeze", cgroup="/a")
     journal.acquire("hold", work="/w")
@@ -45,7 +45,7 @@ def written(directory: Path) -> Journal:
 def test_a_journal_is_read_as_it_was_written(tmp_path: Path) -> None:
     written(tmp_path / "m").close()
     again = Journal(tmp_path / "m")
-    assert (again.phase, again.facts) == ("resume", {"role": "source", "peer": "b"})
+    assert (again.phase, again.facts) == ("resume", {"role": "source", "target_pod": "b"})
     assert [(one.kind, one.facts) for one in again.ledger.entries] == [("freeze", {"cgroup": "/b"})]
     again.close()
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -246,7 +247,7 @@ def test_a_container_of_kubernetes_is_found_by_its_pod(bench: Bench) -> None:
     bundle = bench.path / "bundle"
     bundle.mkdir()
     uid = "0f8a1c9e-1111-4222-8333-444455556666"
-    spec = {
+    spec: dict[str, Any] = {
         "process": {
             "env": ['X="io.kubernetes.cri.sandbox-uid":"elsewhere","io.kubernetes.cri.container-name":"other"']
         },

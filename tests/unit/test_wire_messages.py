@@ -70,7 +70,8 @@ SAMPLES: list[Message] = [
     GaveUp("m-1", REPORT),
     Abort("m-1", "grün"),
 ]
-SAMPLES += [kind(migration="m-1") for kind in MESSAGES.values() if set(fields_of(kind)) == {"migration"}]
+BARE: list[Any] = [kind for kind in MESSAGES.values() if set(fields_of(kind)) == {"migration"}]
+SAMPLES += [kind(migration="m-1") for kind in BARE]
 BY_NAME = {type(sample).__name__: sample for sample in SAMPLES}
 
 
