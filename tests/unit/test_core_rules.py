@@ -175,6 +175,7 @@ def test_what_fits_may_move() -> None:
         ({"unsaved": ("internet sockets",)}, {}, {}, "PF110"),
         ({"unsaved": ("corked UDP socket",)}, {}, {}, "PF113"),
         ({"unsaved": ("MPTCP socket",)}, {}, {}, "PF113"),
+        ({"unsaved": ("lock on a network file system",)}, {}, {}, "PF113"),
         ({"unsaved": ("SCTP socket",)}, {}, {}, "PF113"),
         ({"unsaved": ("network interface eth0",)}, {}, {}, "PF113"),
         ({"unsaved": ("limits of other users",)}, {}, {}, "PF110"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from podferry.core.preflight import CONTROLLING, PACKET_PIPE, SEMAPHORE
+from podferry.core.preflight import CONTROLLING, PACKET_PIPE, SEMAPHORE, SHARED_LOCK
 from podferry.node import unsaved_files, watched
 
 pytestmark = pytest.mark.unit
@@ -110,3 +110,34 @@ def test_a_file_whose_name_is_gone_and_that_has_another_is_told(tmp_path: Path, 
     script = "import os, sys; f = open(sys.argv[1]); os.unlink(sys.argv[1]); print('.', flush=True); sys.stdin.read()"
     with job(script, str(path)) as pid:
         assert unsaved_files.names_gone([pid]) is gone
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "what", "found"),
+    [
+        ("nfs4", "rw,vers=4.2,local_lock=none", "fcntl.flock(held, fcntl.LOCK_SH)", [SHARED_LOCK]),
+        ("ceph", "rw", "fcntl.lockf(held, fcntl.LOCK_EX, 1, 7)", [SHARED_LOCK]),
+        ("nfs4", "rw,local_lock=none", "held.write(b'.')", []),
+        ("nfs", "rw,vers=3,nolock,local_lock=all", "fcntl.flock(held, fcntl.LOCK_EX)", []),
+        ("ext4", "rw", "fcntl.flock(held, fcntl.LOCK_EX)", []),
+        ("fuse.glusterfs", "rw", "fcntl.flock(held, fcntl.LOCK_EX)", []),
+    ],
+)
+def test_a_lock_that_a_server_keeps_is_told(
+    kind: str, options: str, what: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    mounted = (kind, (tmp_path / "file").stat().st_dev, "/claim", options.split(","))
+    monkeypatch.setattr(unsaved_files, "_mounts", lambda init: iter([mounted]))
+    script = f"import fcntl, sys; held = open(sys.argv[1], 'r+b'); {what}; print('.', flush=True); sys.stdin.read()"
+    with job(script, str(tmp_path / "file")) as pid:
+        assert list(unsaved_files.unsaved_files(pid, [pid])) == found
+
+
+def test_mounts_are_told_with_the_options_of_their_file_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "36 35 0:61 / /claim rw,noatime shared:1 - nfs4 server:/some\\040place rw,vers=4.2,local_lock=none,addr=10.0.0.1\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: line * (path == Path("/proc/7/mountinfo")))
+    options = ["rw", "vers=4.2", "local_lock=none", "addr=10.0.0.1"]
+    assert list(unsaved_files._mounts(7)) == [("nfs4", os.makedev(0, 61), "/claim", options)]

@@ -33,6 +33,8 @@ CORKED = "corked UDP socket"
 """As `ContainerFacts.unsaved` names datagram sockets with a datagram that is not sent yet."""
 MPTCP = "MPTCP socket"
 """As `ContainerFacts.unsaved` names them, which no CRIU saves."""
+SHARED_LOCK = "lock on a network file system"
+"""As `ContainerFacts.unsaved` names locks that a server keeps, for all nodes that have the file system mounted."""
 INTERFACE = "network interface"
 """As `ContainerFacts.unsaved` names, before their names, interfaces in a network namespace that runc has made."""
 PIPE_BYTES = 4 << 20
@@ -259,7 +261,13 @@ def _bound(question: Question) -> Iterator[Refused]:
             remedy="run the agent with all capabilities; where the node itself has not this one, run the job as root",
         )
     yield from _network(container, question.source)
-    judged = {LIMITS, SOCKETS, CORKED, MPTCP} | (set() if old else {GUARDS})
+    if SHARED_LOCK in container.unsaved:
+        yield ContainerBound(
+            "the container holds locks on files of a network file system",
+            why="its server gives them to nobody else, the target's restore either, as long as the frozen job holds them",
+            remedy="try again when the job has given them up; NFS keeps locks to the node where it is mounted with local_lock=all",
+        )
+    judged = {LIMITS, SOCKETS, CORKED, MPTCP, SHARED_LOCK} | (set() if old else {GUARDS})
     if lost := [one for one in container.unsaved if one not in judged and not one.startswith(INTERFACE)]:
         yield ContainerBound(
             "the container has something that CRIU cannot save",

@@ -9,17 +9,21 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-from podferry.core.preflight import CONTROLLING, MESSAGE_QUEUE, PACKET_PIPE, SEMAPHORE, WATCHED
+from podferry.core.preflight import CONTROLLING, MESSAGE_QUEUE, PACKET_PIPE, SEMAPHORE, SHARED_LOCK, WATCHED
 from podferry.node.watched import unfindable, watched
 
 _CONTROLLING, _MASTER = (5, 0), (5, 2)
 """/dev/tty and /dev/ptmx."""
+_LOCKED_BY_A_SERVER = frozenset(
+    {"nfs", "nfs4", "ceph", "cifs", "smb3", "9p", "lustre", "gfs2", "ocfs2", "orangefs", "afs"}
+)
+"""File systems whose locks all nodes see, and this node's kernel tells of. What FUSE passes on to a daemon, no kernel tells."""
 
 
 def unsaved_files(init: int, pids: Iterable[int]) -> Iterator[str]:
     """As `ContainerFacts.unsaved` names it. What ends meanwhile is left out. The container's first process is `init`."""
     pids = list(pids)
-    queues = _queues(init)
+    queues, servers = _queues(init), _served(init)
     terminals: dict[tuple[int, int], set[int]] = {_MASTER: set(), _CONTROLLING: set()}
     for pid in pids:
         with suppress(OSError):
@@ -33,6 +37,8 @@ def unsaved_files(init: int, pids: Iterable[int]) -> Iterator[str]:
                     found = descriptor.stat()
                     if found.st_dev in queues:
                         yield MESSAGE_QUEUE
+                    if found.st_dev in servers and _told(pid, descriptor.name, "lock") != "0":
+                        yield SHARED_LOCK  # CRIU would wait for it in the restore
                     if stat.S_ISCHR(found.st_mode):
                         terminals.get((os.major(found.st_rdev), os.minor(found.st_rdev)), set()).add(pid)
     if any(queues.values()):
@@ -71,15 +77,31 @@ def _mappings(pid: int) -> Iterator[Path]:
 def _queues(init: int) -> dict[int, bool]:
     """The container's file systems of POSIX message queues, and whether there is a queue in each."""
     found = {}
+    for kind, device, place, _ in _mounts(init):
+        if kind == "mqueue":
+            with suppress(OSError):
+                found[device] = any(Path(f"/proc/{init}/root{place}").iterdir())
+    return found
+
+
+def _served(init: int) -> frozenset[int]:
+    """The container's file systems whose locks a server keeps."""
+    mounted = _mounts(init)
+    return frozenset(
+        device
+        for kind, device, _, options in mounted
+        if kind in _LOCKED_BY_A_SERVER and "local_lock=all" not in options
+    )
+
+
+def _mounts(init: int) -> Iterator[tuple[str, int, str, list[str]]]:
+    """Type, device, place and the file system's own options of what is mounted in the container (proc_pid_mountinfo(5))."""
     with suppress(OSError):
         for line in Path(f"/proc/{init}/mountinfo").read_text().splitlines():
             left, _, right = line.partition(" - ")
-            if right.startswith("mqueue "):
-                words = left.split()
-                major, minor = map(int, words[2].split(":"))
-                with suppress(OSError):
-                    found[os.makedev(major, minor)] = any(Path(f"/proc/{init}/root{words[4]}").iterdir())
-    return found
+            words, (kind, _, options) = left.split(), right.split(" ", 2)
+            major, minor = map(int, words[2].split(":"))
+            yield kind, os.makedev(major, minor), words[4], options.split(",")
 
 
 def _told(pid: int, number: str, field: str) -> str:
