@@ -27,6 +27,7 @@ from podferry.lab import Lab, cgroups, containers, images, inside, list_labs, si
 from podferry.lab.progress import phases
 from podferry.lab.state import CACHE, INSIDE
 
+pytest.register_assert_rewrite("contracts")
 settings.register_profile("podferry", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("podferry")  # a busy machine is no failure
 

@@ -16,8 +16,11 @@ from typing import Any
 import anyio
 import httpx2
 
+from podferry.kube import client
+
 Json = dict[str, Any]
 Path = tuple[str, ...]
+SERVED = {one.api for one in vars(client).values() if isinstance(one, client.ResourceKind)} | {"policy/v1"}
 
 
 class FakeApiServer(httpx2.AsyncBaseTransport):
@@ -31,9 +34,18 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
         self.refuse: list[tuple[str, str, int, Json]] = []
         """(verb, part of the path, status, body): what to refuse, once each."""
         self._news = anyio.Event()
+        self._away = False
+
+    def go(self, *, away: bool) -> None:
+        """Answer nobody any more, and break off what is under way; or come back."""
+        self._away = away
+        self._news.set()
+        self._news = anyio.Event()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         await anyio.lowlevel.checkpoint()
+        if self._away:
+            raise httpx2.ConnectError("the server is away", request=request)
         verb, query = request.method, dict(request.url.params)
         parts = tuple(request.url.path.strip("/").split("/"))
         body = json.loads(request.content) if request.content else None
@@ -41,6 +53,8 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
             if on == verb and part in request.url.path:
                 del self.refuse[number]
                 return httpx2.Response(status, json=answer, request=request)
+        if "/".join(parts[1:2] if parts[0] == "api" else parts[1:3]) not in SERVED:
+            return httpx2.Response(404, text="404 page not found", request=request)
         if verb == "GET" and query.get("watch") == "true":
             return self._watch(request, parts, query)
         try:
@@ -120,6 +134,8 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
         for name in ("uid", "creationTimestamp", "deletionTimestamp"):
             if name in old["metadata"]:
                 new["metadata"][name] = old["metadata"][name]
+        if _apart_from_version(new) == _apart_from_version(old):
+            return copy.deepcopy(old)
         if new.get("spec") != old.get("spec"):
             new["metadata"]["generation"] = old["metadata"].get("generation", 1) + 1
         if "deletionTimestamp" in new["metadata"] and not new["metadata"].get("finalizers") and key[-2] != "pods":
@@ -136,6 +152,8 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
         if old["metadata"].get("finalizers") or waits:
             new = copy.deepcopy(old)
             new["metadata"].setdefault("deletionTimestamp", datetime.datetime.now(datetime.UTC).isoformat())
+            if key[-2] == "pods":
+                new["metadata"]["deletionGracePeriodSeconds"] = grace
             return self._store(key, new, "MODIFIED")
         return self._drop(key, old)
 
@@ -179,9 +197,13 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
                     selected = _selected(one, query)
                     if selected or key in matched:
                         told = what if selected else "DELETED"
+                        if told == "MODIFIED" and key not in matched:
+                            told = "ADDED"
                         (matched.add if selected and what != "DELETED" else matched.discard)(key)
                         yield json.dumps({"type": told, "object": one}).encode() + b"\n"
                 await news.wait()
+                if self._away:
+                    raise httpx2.ReadError("the server is away", request=request)
 
         return httpx2.Response(200, content=lines(), request=request)
 
@@ -221,6 +243,11 @@ def _selected(one: Json, query: dict[str, str]) -> bool:
         if (found or "") != value:
             return False
     return True
+
+
+def _apart_from_version(one: Json) -> Json:
+    about = {name: value for name, value in one["metadata"].items() if name != "resourceVersion"}
+    return {**{name: value for name, value in one.items() if value is not None}, "metadata": about}
 
 
 def _guard(old: Json, new: Json) -> None:

@@ -17,7 +17,7 @@ import anyio
 import xxhash
 
 from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
-from podferry.errors import Bug, Failed, PodferryError
+from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
@@ -338,7 +338,10 @@ class FakePages:
         return sum(runs.size for runs in self._left.values())
 
     def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
-        yield self._take(space, address)
+        if address not in self._all.get(space, EMPTY):
+            yield Drop(space, ((address, address + PAGE),))
+        elif address in self._left[space]:
+            yield self._take(space, address)
 
     def rest(self) -> Iterator[Pages | Drop]:
         for space, runs in list(self._left.items()):
@@ -348,7 +351,7 @@ class FakePages:
                         yield self._take(space, at)
 
     def _take(self, space: int, at: int) -> Pages | Drop:
-        node = self._nodes.get(space) or next(iter(self._nodes.values()))
+        node = self._nodes[space]
         if not node.alive:
             raise OriginalGone("the frozen original has ended")
         data = spaces(node).get(space, {}).get(at, ZERO)
@@ -441,16 +444,24 @@ class FakeChannel:
     """`podferry.workload.feeder_channel.FeederChannel` without sockets: `nodes` stand in for their paths."""
 
     def __init__(self, nodes: Sequence[TargetNode]) -> None:
+        if not all(node.feeder for node in nodes):
+            raise Failed("the page feeder takes no connection")
         self._nodes = nodes
         self._asked: set[tuple[int, int]] = set()
 
     def arrived(self, space: int, start: int, end: int) -> None:
-        number, pid = container_of_space(space)
-        self._nodes[number].arrived(pid, start, end)
+        node, pid = self._node(space)
+        node.arrived(pid, start, end)
 
     def zero(self, space: int, start: int, end: int) -> None:
+        node, pid = self._node(space)
+        node.arrived(pid, start, end, zero=True)
+
+    def _node(self, space: int) -> tuple[TargetNode, int]:
         number, pid = container_of_space(space)
-        self._nodes[number].arrived(pid, start, end, zero=True)
+        if number >= len(self._nodes):
+            raise PeerMisbehaved(f"memory of container {number}, which the workload has not")
+        return self._nodes[number], pid
 
     async def flush(self) -> None:
         await anyio.lowlevel.checkpoint()
