@@ -101,7 +101,8 @@ def test_a_slowed_job_gets_its_share_of_what_it_used_not_of_all_processors(job: 
 
 
 def test_a_kill_leaves_nothing(job: Job) -> None:
-    job.start("import os, time\nfor _ in range(5): os.fork()\ntime.sleep(1000)")
+    job.start("import os, time\nfor _ in range(5): os.fork()\nprint(1, flush=True)\ntime.sleep(1000)")
+    job.wait_lines(32)  # until then it may wait for its program, uninterruptibly, on the share
     cgroup = job.cgroup
     cgroup.kill()
     assert job.client.wait_task(job.id, 20) == 137

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -163,3 +164,18 @@ def test_a_group_is_removed_once_it_is_empty(tmp_path: Path) -> None:
     end.join()
     assert not group.exists()
     Cgroup(group).remove()
+
+
+def test_what_does_not_freeze_is_killed_all_the_same(
+    tmp_path: Path, process: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that waits for a file server, say: it cannot be frozen, and runs nothing of its own before its SIGKILL."""
+
+    def never(self: Cgroup, timeout: float = 0.0) -> None:
+        raise TimedOut("the container does not freeze")
+
+    monkeypatch.setattr(Cgroup, "freeze", never)
+    cgroup = v1(tmp_path)
+    (tmp_path / "cgroup.procs").write_text(f"{process}\n")
+    cgroup.kill()
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL

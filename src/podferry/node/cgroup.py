@@ -273,7 +273,8 @@ class Cgroup:
             once_sent()
             return
         if self.state() is not Frozen.FROZEN:
-            self.freeze()
+            with contextlib.suppress(TimedOut):  # who sleeps uninterruptibly runs nothing more before its SIGKILL
+                self.freeze()
         with killed(self.pids) as ends:
             with contextlib.suppress(CgroupFailed):  # v2 kills the frozen: its directory may be gone already
                 self.thaw()
