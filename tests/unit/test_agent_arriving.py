@@ -13,8 +13,9 @@ import pytest
 from podferry.criu.checkpoint import Process
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
-from podferry.node.containerd import ContainerdNotFound
+from podferry.node.containerd import ContainerdNotFound, ContainerdUnreachable
 from podferry.node.records import Container, Opaque, Task, TaskStatus
+from podferry.workload import helpers
 from podferry.workload.config import Config
 from podferry.workload.feeder_process import FEEDER_STATUS
 from podferry.workload.makers.containerd import ContainerdContainer
@@ -32,11 +33,15 @@ def anyio_backend() -> str:
 
 @dataclass
 class Containerd:
-    """Knows a task of this status, or none."""
+    """Knows a task of this status, or none. It does not answer `away` times."""
 
     status: TaskStatus | None
+    away: int = 0
 
     def task(self, id: str) -> Task:
+        if self.away:
+            self.away -= 1
+            raise ContainerdUnreachable("nothing answers")
         if self.status is None:
             raise ContainerdNotFound(f"no task {id}")
         return Task(id, 1, self.status)
@@ -77,6 +82,22 @@ async def test_a_job_that_is_gone_before_it_has_all_its_memory_has_died(tmp_path
         await job.filled()
     assert len(held(journal)) == 6
     assert "filled" not in journal.facts
+
+
+async def test_a_job_of_which_containerd_says_nothing_is_not_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restarted agent asks for it, and containerd starts anew, too: what runs here is the only copy."""
+    monkeypatch.setattr(helpers, "ASK_AGAIN", 0.0)
+    job, _ = arriving(tmp_path, TaskStatus.RUNNING, postcopy=True)
+    (job.scratch / FEEDER_STATUS).write_text(json.dumps({"state": "done", "resumed_ns": 5_000_000_000}))
+    job.maker._containerd.away = 3  # type: ignore[attr-defined]
+    assert await job.resumed() == 5.0
+    job.maker._containerd.away = 3  # type: ignore[attr-defined]
+    assert (await job.filled())["resumed_ns"] == 5_000_000_000
+    job.maker._containerd.away, job.maker._containerd.status = 3, None  # type: ignore[attr-defined]
+    with pytest.raises(Failed, match="is gone"):
+        await job.resumed()
 
 
 @pytest.mark.parametrize("status", [None, TaskStatus.STOPPED])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import anyio
+import structlog
 
 from podferry.criu.checkpoint import Process
 from podferry.engine.journal import Part
@@ -20,7 +21,11 @@ from podferry.node.outside import IN_POD, surviving
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import TaskStatus
 
+log = structlog.get_logger()
+
 END_TIMEOUT = 10.0
+ASK_AGAIN = 0.5
+"""Seconds."""
 Found = TypeVar("Found")
 
 INHERITED = ("PYTHONPATH", "PYTHONPYCACHEPREFIX", "PODFERRY_RUN", IN_POD)
@@ -90,6 +95,17 @@ def runs(containerd: Containerd, id: str) -> bool:
         return False
     except ContainerdFailed:
         return True
+
+
+async def answered(question: Callable[[], Awaitable[bool]]) -> bool:
+    """Ask until containerd answers. A container of which it says nothing, since it starts anew or is busy, is not gone: what runs
+    here may be the only copy."""
+    while True:
+        try:
+            return await question()
+        except ContainerdFailed as error:
+            log.warning("containerd does not answer", error=str(error))
+            await anyio.sleep(ASK_AGAIN)
 
 
 def remove_task(containerd: Containerd, id: str) -> None:

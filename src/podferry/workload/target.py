@@ -26,7 +26,7 @@ from podferry.workload import target_container
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.feeder_channel import FeederChannel
-from podferry.workload.helpers import gathered
+from podferry.workload.helpers import answered, gathered
 from podferry.workload.numbers import container_of_directory, container_of_space, demand_known
 from podferry.workload.target_container import TargetContainer, demand_whole
 from podferry.workload.threads import at_once, run
@@ -203,7 +203,7 @@ class TargetWorkload:
             try:
                 since.append(await one.release())
             except PodferryError as error:
-                if any([await before.maker.has_ended() for before in self._containers[: len(since)]]):
+                if any([await answered(before.maker.has_ended) for before in self._containers[: len(since)]]):
                     what = "a container has run here to its end, and another cannot be restored"
                     raise JobDied.because(what, error) from error
                 raise

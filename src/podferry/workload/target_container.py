@@ -36,7 +36,7 @@ from podferry.wire.messages import StateEnd, TreeSum
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.feeder_process import FeederProcess
-from podferry.workload.helpers import kill_helper
+from podferry.workload.helpers import answered, kill_helper
 from podferry.workload.keeping import INVENTORY, Kept, keeping, let_run_late
 from podferry.workload.nodefacts import version
 from podferry.workload.numbers import container_of_space, directory_of, space_of
@@ -328,7 +328,7 @@ class TargetContainer:
     async def resumed(self) -> float:
         """Since when it runs, as `release` returns it, for an agent that was restarted. Raises where it is gone."""
         status = await self._feeder.status("filling", "done")
-        if not await self.maker.is_here():
+        if not await answered(self.maker.is_here):
             raise Failed(f"the container {self.maker.name} is gone", evidence=self._feeder.log())
         return float(status["resumed_ns"]) / 1e9
 
@@ -336,7 +336,9 @@ class TargetContainer:
         """Wait until the page feeder has put every page in its place."""
         if (figures := self.journal.facts.get("filled")) is None:
             status = await self._fed()
-            if self.journal.facts.get("postcopy") and not await self.maker.is_here():  # whoever is gone lacks no page
+            if self.journal.facts.get("postcopy") and not await answered(
+                self.maker.is_here
+            ):  # whoever is gone lacks no page
                 raise Failed("the job is gone, and had not all its memory yet")
             figures = {name: value for name, value in status.items() if name != "state"}
             self.journal.note(filled=figures)
@@ -352,7 +354,7 @@ class TargetContainer:
         while True:
             with anyio.move_on_after(LOOK_AT_JOB_EVERY):
                 return await self._feeder.status("done")
-            if await self.maker.has_ended():
+            if await answered(self.maker.has_ended):
                 return {}
 
     def entrust(self) -> None:
