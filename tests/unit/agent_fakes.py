@@ -17,7 +17,7 @@ import anyio
 import xxhash
 
 from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
-from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError
+from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
@@ -57,7 +57,7 @@ class SourceNode:
         self.files = {"data": b"first", "idle": b"never written again"}
         self.log = b"it begins\n"
         self.alive, self.frozen, self.held, self.scratch, self.quota = True, False, False, False, 1.0
-        self.door_shut = False
+        self.door_shut = self.spoilt = False
         self.ended = anyio.Event()
         self.ticks = 0
         self.written: dict[int, set[int]] = {}
@@ -272,7 +272,9 @@ class FakeSource(FakeFrozen):
         return self.memory.scan()
 
     def left(self) -> Left:
-        return self.memory.left or super().left()
+        if self.memory.left is None:
+            raise Bug("nothing was left for later")
+        return self.memory.left
 
     async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
         offset, self._log_sent = self._log_sent, len(self.node.log)
@@ -301,7 +303,7 @@ class FakeSource(FakeFrozen):
         self.journal.acquire("outgoing", node=self.node.number)
         self.node.scratch = True
         self.journal.acquire("hold", node=self.node.number)
-        if not self.node.alive:
+        if not self.node.alive or self.node.spoilt:
             raise Failed("there is nothing to dump")
         if not self.node.frozen:
             raise Bug("the dump of a job that executes")
@@ -369,7 +371,7 @@ class TargetNode:
         self.number = number
         self.container = self.scratch = self.task = self.feeder = False
         self.running = self.released = self.postcopy = self.died = False
-        self.crashed = self.marked = False
+        self.crashed = self.marked = self.taken = False
         self.store: Memory = {}
         self.files: dict[str, bytes] = {}
         self.log = b""
@@ -404,6 +406,11 @@ class TargetNode:
                     self.memory.setdefault(space, {})[at] = self.store[space][at]
         self.wants = [want for want in self.wants if want in self.absent]
         self.tell()
+
+    def lose(self) -> None:
+        """podferry-runc is killed while it waits for the state."""
+        self.task = False
+        self.lost.set()
 
     def crash(self) -> None:
         """The job's shim is killed, and the job with it: who is gone lacks no page, so the page feeder is done."""
@@ -506,10 +513,14 @@ class FakeTarget:
     def __init__(self, node: TargetNode, journal: Any) -> None:
         self.node, self.journal = node, journal
         self.maker = FakeContainerMaker(node)
-        self._closed = self._watched = False
+        self._closed = self._watched = self._made = self._prepared = False
 
     async def prepare(self) -> None:
         self.journal.acquire("container", node=self.node.number)
+        if self.node.taken:
+            self.journal.release("container")
+            raise Refused("there is a container of this name here already")
+        self._prepared = True
         self.node.container = True
         self.journal.acquire("scratch", node=self.node.number)
         self.node.scratch = True
@@ -523,10 +534,13 @@ class FakeTarget:
         self.node.postcopy = postcopy
 
     async def make(self, timeout: float) -> None:
+        if self._made:
+            return
         if not self.node.task:
             self.journal.acquire("task", node=self.node.number)
             await anyio.sleep(0.05)
-            self.node.task = True
+            self.node.task, self.node.lost = True, anyio.Event()
+        self._made = True
 
     async def lost(self) -> PodferryError:
         if self._watched:
@@ -539,8 +553,8 @@ class FakeTarget:
         return Failed("nobody waits for the state any more")
 
     def pages(self, round: int, pid: int, address: int, data: memoryview) -> None:
-        if self._closed:
-            raise Bug("pages came after the store was closed")
+        if self._closed or not self._prepared:
+            raise Bug("pages came when there was no store")
         for offset in range(0, len(data), PAGE):
             self.node.store.setdefault(pid, {})[address + offset] = bytes(data[offset : offset + PAGE])
 
@@ -549,12 +563,14 @@ class FakeTarget:
             self.node.store.get(pid, {}).pop(at, None)
 
     def tree(self, record: memoryview) -> None:
+        if not self._prepared:
+            raise Bug("a record of the upper layer came before the container was prepared")
         name, data = json.loads(bytes(record))
         self.node.files[name] = bytes.fromhex(data)
 
     def log(self, offset: int, data: memoryview) -> None:
-        if offset != len(self.node.log):
-            raise Failed("the log came out of order")
+        if not self._prepared or offset != len(self.node.log):
+            raise PeerMisbehaved("the log came out of order")
         self.node.log += bytes(data)
 
     def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
@@ -588,8 +604,10 @@ class FakeTarget:
                 node.absent = {(space, at) for space, at in listed if at not in node.store.get(space, {})}
                 node.wants = sorted(node.absent)[:1]
                 node.tell()
-        while node.wants and not node.running:
+        while node.wants and node.feeder and not node.running:
             await node.news.wait()
+        if not (node.feeder or node.running):
+            raise Failed("the page feeder died")
         if not node.task:
             raise Failed("there is no task")
         node.running = True
@@ -601,6 +619,7 @@ class FakeTarget:
         return ("comm of 1/1: was a, is b",)
 
     def feeder_socket(self) -> TargetNode:
+        self._prepared = True
         return self.node
 
     def all_owed_came(self, channel: FakeChannel) -> None:
@@ -617,6 +636,8 @@ class FakeTarget:
 
     async def filled(self) -> dict[str, Any]:
         while self.node.absent:
+            if not self.node.feeder:
+                raise Failed("the page feeder died")
             await self.node.news.wait()
         if self.node.postcopy and not (self.node.marked or await self.maker.is_here()):
             raise Failed("the job is gone, and had not all its memory yet")
