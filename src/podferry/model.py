@@ -29,10 +29,12 @@ class Dump(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a migration ended; the values are part of the JSON contract."""
+    """How a migration ended; the values are part of the JSON contract. `rehearsed`: it was a rehearsal, and
+    nothing speaks against a move; the job runs on where it was."""
 
     COMPLETED = "completed"
     REFUSED = "refused"
     ROLLED_BACK = "rolled-back"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    REHEARSED = "rehearsed"

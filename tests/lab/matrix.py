@@ -38,7 +38,10 @@ TIMERS = (
     Situation("posix_timer_boottime", "a periodic timer_create on CLOCK_BOOTTIME"),
 )
 
-MEMORY = (Situation("shared_mappings_by_the_thousand", "6000 shared anonymous mappings"),)
+MEMORY = (
+    Situation("shared_mappings_by_the_thousand", "6000 shared anonymous mappings"),
+    Situation("idle_with_shared_memory", "192 MiB of shared anonymous memory"),
+)
 
 PROCESSES = (Situation("starts_programs_all_the_time", "threads that start programs, one after another"),)
 

@@ -576,6 +576,14 @@ class FakeTarget:
     def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         self.node.images[name] = self.node.images.get(name, b"")[:offset] + bytes(data)
 
+    async def judge(self, end: StateEnd) -> None:
+        images = directory_of(self.node.number, IMAGES)
+        announced = {one.name: one.size for one in end.files if one.directory == images}
+        if announced != {name: len(data) for name, data in self.node.images.items()}:
+            raise Failed("images did not arrive whole")
+        if self.node.store or self.node.files:
+            raise Bug("memory or files came in a rehearsal")
+
     async def verify(self, end: StateEnd) -> None:
         node, number = self.node, self.node.number
         images, log = directory_of(number, IMAGES), directory_of(number, LOG)

@@ -14,6 +14,7 @@ CHECK = {
     *("name", "source", "target", "movable", "refusals", "warnings", "tracker", "tracker_reason"),
     *("memory_bytes", "upper_bytes"),
 }
+REHEARSAL = {"id", "outcome", "stood_still_ms", "forecast_ms", "written_bytes"}
 EVENT = {"id", "phase", "t_ms", "bytes", "total_bytes", "rate", "eta_s", "round", "note"}
 RESULT = {
     *("id", "name", "source", "target", "mode", "outcome", "reason", "downtime_ms", "total_ms", "wire_bytes"),
@@ -34,6 +35,11 @@ def agent_keeps_the_contract(client: AgentClient, name: str, to: str) -> Record:
     check = client.call("check", name=name, to=to)
     assert set(check) >= CHECK
     assert (check["source"], check["target"], check["movable"]) == (node, to, True)
+
+    rehearsed = client.call("check", timeout=None, name=name, to=to, rehearse=True)
+    assert set(rehearsed) >= {*CHECK, "rehearsal"}
+    assert set(rehearsed["rehearsal"]) >= REHEARSAL
+    assert (rehearsed["movable"], rehearsed["rehearsal"]["outcome"]) == (True, "rehearsed")
 
     events: list[dict[str, Any]] = []
     request = {"name": name, "to": to, "mode": "live", "timeout_s": 120.0, "max_downtime_ms": None}

@@ -68,9 +68,11 @@ class FakeAgent:
     async def node(self, emit: Emit) -> dict[str, Any]:
         return {"node": self.node_name, "version": "0"}
 
-    async def check(self, emit: Emit, name: str, to: str) -> dict[str, Any]:
+    async def check(self, emit: Emit, name: str, to: str, *, rehearse: bool = False) -> dict[str, Any]:
         self._known(name)
-        refusals = [io_uring().to_dict()] if name == "greedy" else []
+        refusals = [io_uring().to_dict()] if name == "greedy" or (rehearse and name == "weak") else []
+        rehearsal = {"id": "m1", "outcome": "rolled-back" if refusals else "rehearsed"}
+        rehearsal |= {} if refusals else {"stood_still_ms": 104.0, "forecast_ms": 222.0, "written_bytes": 4096}
         return {
             "name": name,
             "source": self.node_name,
@@ -82,6 +84,7 @@ class FakeAgent:
             "tracker_reason": "kernel 6.18 has PAGEMAP_SCAN",
             "memory_bytes": 512 * MIB,
             "upper_bytes": 3 * MIB,
+            **({"rehearsal": rehearsal} if rehearse else {}),
         }
 
     async def migrate(

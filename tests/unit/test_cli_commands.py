@@ -72,6 +72,18 @@ def test_check(podferry: Podferry, agent: FakeAgent) -> None:
     assert "the clock of [b]node-b[/b]" in ran.out, "what an agent says is not markup"
 
 
+def test_a_rehearsal_says_what_it_found(podferry: Podferry, agent: FakeAgent) -> None:
+    ran = podferry("check", "train", "--to", "node-b", "--rehearse")
+    assert ran.code == 0
+    assert "stood still for 104 ms" in ran.out
+    assert "about 222 ms" in ran.out
+    assert podferry("check", "weak", "--to", "node-b").code == 0
+    ran = podferry("check", "weak", "--to", "node-b", "--rehearse", "--json")
+    assert ran.code == 3
+    [answer] = [json.loads(ran.out)]
+    assert (answer["movable"], answer["rehearsal"]["outcome"]) == (False, "rolled-back")
+
+
 @pytest.mark.parametrize(
     ("name", "outcome", "code"),
     [

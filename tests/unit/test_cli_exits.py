@@ -50,7 +50,8 @@ def test_the_document_lists_them() -> None:
 
 def test_outcomes_differ() -> None:
     assert set(OF_OUTCOME) == set(Outcome)
-    assert len(set(OF_OUTCOME.values())) == len(Outcome)
+    ends = [code for outcome, code in OF_OUTCOME.items() if outcome is not Outcome.REHEARSED]  # well, as a move does
+    assert len(set(ends)) == len(Outcome) - 1
 
 
 @pytest.mark.parametrize(

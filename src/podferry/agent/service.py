@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.attempt import Attempt, leaves
 from podferry.engine.journal import Journal, Part, forget_old, journals
 from podferry.engine.letters import Letters
+from podferry.engine.rehearsal import MAX_FREEZE, Rehearsal, told
 from podferry.engine.source import Order, Source
 from podferry.engine.story import Story
 from podferry.engine.target import Target
@@ -54,6 +56,7 @@ from podferry.workload.threads import run
 
 KEEP_RECORDS = 200
 FORGET_EVERY = 3600.0  # seconds
+REHEARSAL_TIMEOUT = 120.0  # seconds
 
 Record = dict[str, Any]
 
@@ -196,8 +199,17 @@ class Agent:
         facts = await run(self.inspection.node_facts)
         return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers), **facts.to_dict()}
 
-    async def op_check(self, emit: Emit, name: str, to: str) -> Record:
-        """Could this container move there? Nothing is touched."""
+    async def op_check(self, emit: Emit, name: str, to: str, *, rehearse: bool = False) -> Record:
+        """Could this container move there? Nothing is touched, unless it is to be rehearsed as well."""
+        answer = await self._check(name, to)
+        if rehearse and answer["movable"]:
+            order = Order(Mode.STOP, timeout=REHEARSAL_TIMEOUT, max_freeze=MAX_FREEZE)
+            source, story = await self._set_out(name, to, order, Rehearsal)
+            await source.ended.wait()
+            answer |= told(story.to_dict())
+        return answer
+
+    async def _check(self, name: str, to: str) -> Record:
         self._check_names(name, to)
         view = await run(partial(self.inspection.container, name))
         reasons: list[PodferryError] = []
@@ -320,22 +332,24 @@ class Agent:
 
     # Setting out.
 
-    async def _set_out(self, name: str, to: str, order: Order) -> tuple[Source, Story]:
+    async def _set_out(self, name: str, to: str, order: Order, half: type[Source] = Source) -> tuple[Source, Story]:
         self._refuse_second(name)
         id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         journal = Journal(self.config.migrations / id)
         story = Story(id, name, self.config.node, to, order.mode)
         journal.note(role="source", record=story.to_dict())
-        source = Source(order, partial(self._dial, to), journal, story, frozen.handlers())
+        source = half(order, partial(self._dial, to), journal, story, frozen.handlers())
         self._sources[id] = source
+        rehearsal = half is Rehearsal  # which is offered, and tracked, as the move would be that it stands for
+        mode = Mode.LIVE if rehearsal else order.mode
 
         async def propose() -> tuple[Offer, SourceWorkload]:
             view = await run(partial(self.inspection.container, name))
-            choice = view.demand_movable(order.mode)
+            choice = view.demand_movable(mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
             journal.note(offered=view.offered.for_journal(), record=story.to_dict())
             job = view.source(self.config, self.containerd, journal, choice.kind)
-            return view.offer(id, order.mode), job
+            return replace(view.offer(id, mode), rehearsal=rehearsal), job
 
         self._start(partial(source.run, propose))
         return source, story
@@ -432,7 +446,11 @@ class Agent:
         journal = Journal(self.config.migrations / offer.migration)
         story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
         journal.note(
-            role="target", offered=offered.for_journal(), record=story.to_dict(), promise=promise.room.to_dict()
+            role="target",
+            offered=offered.for_journal(),
+            record=story.to_dict(),
+            promise=promise.room.to_dict(),
+            rehearsal=offer.rehearsal,
         )
         if isinstance(offered, OfferedPod):
             target = self.pods.target(journal, story, offered, promise)

@@ -102,15 +102,33 @@ def ps(context: typer.Context, json: Json = False, lab: Lab = None, agent: Agent
 
 @app.command()
 def check(
-    context: typer.Context, *, name: Name, to: To, json: Json = False, lab: Lab = None, agent: Agent = None
+    context: typer.Context,
+    *,
+    name: Name,
+    to: To,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Have CRIU dump the container without its memory, and the target judge the images. The job stands still for "
+            "about 0.1 s and goes on; what `exec` started in it ends, as in a move.",
+        ),
+    ] = False,
+    json: Json = False,
+    lab: Lab = None,
+    agent: Agent = None,
 ) -> None:
-    """Ask whether a container can move, and what stands in the way. Nothing is touched.
+    """Ask whether a container can move, and what stands in the way. Nothing is touched, unless it is to be rehearsed.
 
     Exit code 0 means that it can, 3 that it cannot.
 
-    Example: [bold]podferry check train --to node-b[/]
+    Examples:
+
+    [bold]podferry check train --to node-b[/]
+
+    [bold]podferry check train --to node-b --rehearse[/]
     """
-    result = _fleet(context, lab, agent).holder(name).call("check", name=name, to=to)
+    result = _fleet(context, lab, agent).holder(name).call("check", timeout=None, name=name, to=to, rehearse=rehearse)
     if json:
         print_json(result)
     else:

@@ -23,6 +23,7 @@ STYLE = {
     Outcome.ROLLED_BACK: "bold yellow",
     Outcome.CANCELLED: "bold yellow",
     Outcome.FAILED: "bold red",
+    Outcome.REHEARSED: "bold green",
 }
 
 

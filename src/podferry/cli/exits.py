@@ -30,6 +30,7 @@ OF_OUTCOME = {
     Outcome.ROLLED_BACK: Exit.ROLLED_BACK,
     Outcome.FAILED: Exit.FAILED,
     Outcome.CANCELLED: Exit.CANCELLED,
+    Outcome.REHEARSED: Exit.OK,
 }
 
 # From the particular to the general: the first kind that fits counts.

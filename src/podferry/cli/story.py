@@ -18,19 +18,16 @@ _DUMPS = {
 def headline(record: Record) -> str:
     """What happened, in one sentence."""
     way = f"from {record.source} to {record.target}"
-    match record.outcome:
-        case None:
-            return f"{record.name} is being moved {way}: {record.phase}."
-        case Outcome.COMPLETED:
-            return f"{record.name} moved {way} and stood still for {units.duration(record.downtime_ms)}."
-        case Outcome.REFUSED:
-            return f"{record.name} could not be moved {way}; nothing was touched."
-        case Outcome.ROLLED_BACK:
-            return f"{record.name} was not moved {way}; it keeps running on {record.source}."
-        case Outcome.CANCELLED:
-            return f"The move of {record.name} {way} was cancelled; it keeps running on {record.source}."
-        case Outcome.FAILED:
-            return f"The move of {record.name} {way} failed."
+    told = {
+        None: f"{record.name} is being moved {way}: {record.phase}.",
+        Outcome.COMPLETED: f"{record.name} moved {way} and stood still for {units.duration(record.downtime_ms)}.",
+        Outcome.REFUSED: f"{record.name} could not be moved {way}; nothing was touched.",
+        Outcome.ROLLED_BACK: f"{record.name} was not moved {way}; it keeps running on {record.source}.",
+        Outcome.CANCELLED: f"The move of {record.name} {way} was cancelled; it keeps running on {record.source}.",
+        Outcome.FAILED: f"The move of {record.name} {way} failed.",
+        Outcome.REHEARSED: f"The move of {record.name} {way} was rehearsed: it can move, and keeps running on {record.source}.",
+    }
+    return told[record.outcome]
 
 
 def paragraphs(record: Record) -> list[str]:
@@ -40,7 +37,7 @@ def paragraphs(record: Record) -> list[str]:
 
 
 def _reason(record: Record) -> str:
-    if record.outcome in (None, Outcome.COMPLETED) or not record.reason:
+    if record.outcome in (None, Outcome.COMPLETED, Outcome.REHEARSED) or not record.reason:
         return ""
     return f"The reason: {_sentence(record.reason)}"
 

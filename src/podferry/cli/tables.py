@@ -72,7 +72,17 @@ def print_check(result: dict[str, Any]) -> None:
         print_error(PodferryError.from_dict(refusal))
     for warning in result.get("warnings") or []:
         console.print(words(f"mind: {warning}", "yellow"))
+    _rehearsal(console, result.get("rehearsal") or {})
     _facts(console, result)
+
+
+def _rehearsal(console: Console, rehearsal: dict[str, Any]) -> None:
+    if (stood := rehearsal.get("stood_still_ms")) is not None:
+        console.print(words(f"It was rehearsed, and stood still for {units.duration(stood)}."))
+    if (forecast := rehearsal.get("forecast_ms")) is not None:
+        console.print(
+            words(f"In a move it would stand still for about {units.duration(forecast)}, and what its last pages take.")
+        )
 
 
 def _facts(console: Console, result: dict[str, Any]) -> None:

@@ -54,6 +54,8 @@ class Facts(TypedDict, total=False):
     """Whether memory comes after the resume, once that is decided."""
     frozen_at: float
     """On the source: when the job was frozen, in seconds of this node's monotonic clock."""
+    rehearsal: bool
+    """The target judges images, and nothing is to run there."""
     go: bool
     """On the target: the right to run has come."""
     target_pod: str

@@ -10,7 +10,7 @@ import xxhash
 
 from podferry.core.limits import of_image
 from podferry.engine.pages import PageSender
-from podferry.engine.ports import LOG, Change, LeavingJob
+from podferry.engine.ports import LOG, Change, Images, LeavingJob
 from podferry.engine.story import Story
 from podferry.errors import Failed
 from podferry.wire.channel import Channel
@@ -54,19 +54,27 @@ class Sender:
 
     async def images(self, job: LeavingJob) -> None:
         """Have CRIU dump the frozen job, and send its images."""
+        await self.send_images(await self.dump(job))
+
+    async def dump(self, job: LeavingJob) -> Images:
+        """Have CRIU dump the frozen job."""
         with self._story.span("dump", detail="CRIU, all but private memory"):
             images = await job.dump()
         if closed := job.closed_connections():
             self._story.extra["closed_connections"] = closed
         self._story.extra["dump"] = str(job.dumped())
-        total = sum(map(_size, images.values()))
+        return images
+
+    async def send_images(self, images: Images) -> None:
+        """Send what `dump` returned."""
+        total = sum(map(size_of, images.values()))
         with self._story.span("send images", detail=f"{total >> 10} KiB"):
             for (directory, name), content in images.items():
                 await self._image(directory, name, content)
 
     async def _image(self, directory: int, name: str, content: bytes | Path) -> None:
         """Send one image piece by piece: of a job with much shared memory it may be larger than this node's memory is."""
-        size, digest, offset = _size(content), xxhash.xxh3_128(), 0
+        size, digest, offset = size_of(content), xxhash.xxh3_128(), 0
         of_image(name).demand(size, f"the job, in its image {name}")
         with content.open("rb", buffering=0) if isinstance(content, Path) else BytesIO(content) as file:
             while True:
@@ -82,16 +90,17 @@ class Sender:
                     break
         self._files.append(FileSum(directory, name, offset, digest.hexdigest()))
 
-    async def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...]) -> None:
-        """Say what the target must have when everything has arrived."""
+    async def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...], *, trees: bool = True) -> None:
+        """Say what the target must have when everything has arrived; in a rehearsal no `trees` have."""
         logs = (FileSum(directory, "log", size, "") for directory, size in self._log_bytes.items())
         files = [*self._files, *logs]
         id, last = self._story.id, max(len(files), len(spaces)) // MOST_SUMS * MOST_SUMS
         for at in range(0, last, MOST_SUMS):
             part = slice(at, at + MOST_SUMS)
             await self.channel.send(StatePart(id, tuple(files[part]), spaces[part]))
-        await self.channel.send(StateEnd(id, tuple(files[last:]), spaces[last:], job.tree_totals()))
+        await self.channel.send(StateEnd(id, tuple(files[last:]), spaces[last:], job.tree_totals() if trees else ()))
 
 
-def _size(content: bytes | Path) -> int:
+def size_of(content: bytes | Path) -> int:
+    """How many bytes an image has."""
     return content.stat().st_size if isinstance(content, Path) else len(content)

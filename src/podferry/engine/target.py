@@ -232,7 +232,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 case StateEnd():
                     await self._verify(whole_end(self._expected, item))
                     await channel.send(Ready(self.story.id))
-                case Go():
+                case Go() if not self.journal.facts.get("rehearsal"):
                     self.journal.note(go=True)
                     self.fire(TargetEvent.GO, sync=True)
                     return

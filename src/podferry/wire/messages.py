@@ -15,10 +15,11 @@ from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
 
-PROTOCOL = 4
+PROTOCOL = 5
 """The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
 of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`.
-3: `StatePart`. 4: `Filled.differences`."""
+3: `StatePart`. 4: `Filled.differences`.
+5: `Offer.rehearsal`."""
 
 Id = Annotated[str, AllowedRange(1, 128)]
 Name = Annotated[str, AllowedRange(1, 317)]
@@ -100,7 +101,7 @@ class Trouble:
 @dataclass(frozen=True)
 class Offer:
     """The source wants to move a container, and gives up what has not reached GO within `timeout_s` seconds; `container` and
-    `facts` are decoded by whoever uses them."""
+    `facts` are decoded by whoever uses them. In a `rehearsal` CRIU's images come alone: the target judges them; there is no GO."""
 
     migration: Id
     name: Name
@@ -110,6 +111,7 @@ class Offer:
     memory_bytes: int
     upper_bytes: int
     timeout_s: int = 3600
+    rehearsal: bool = False
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,10 @@ class TargetWorkload:
     async def verify(self, end: StateEnd) -> None:
         """Everything is here and whole, or an error says what is not."""
         demand_known(end, len(self._containers), len(self._containers) + len(self._volumes))
+        if self._journal.facts.get("rehearsal"):
+            for one in self._containers:
+                await one.judge(end)
+            return
         for one in self._containers:
             await one.verify(end)
         for number, volume in enumerate(self._volumes, len(self._containers)):

@@ -222,11 +222,19 @@ class TargetContainer:
         """All that `end` says of this container is here and whole, or an error says what is not."""
         await at_once(self._verify, end)
 
-    def _verify(self, end: StateEnd) -> None:
-        number = self.journal.number
-        self._images.verify([one for one in end.files if one.directory == directory_of(number, IMAGES)])
+    async def judge(self, end: StateEnd) -> None:
+        """In a rehearsal: the images that `end` announces are here, and may be restored here. Nothing else came."""
+        await at_once(self._judge, end)
+
+    def _judge(self, end: StateEnd) -> None:
+        images = directory_of(self.journal.number, IMAGES)
+        self._images.verify([one for one in end.files if one.directory == images])
         if self.maker.made_already is not None:
             self._judge_images()
+
+    def _verify(self, end: StateEnd) -> None:
+        number = self.journal.number
+        self._judge(end)
         demand_whole(self.upper, number, end, "the upper layer")
         if (record := self.maker.made_already) is not None:
             self._tell_root(record)

@@ -166,6 +166,21 @@ def shared_mappings_by_the_thousand():
     count(step)
 
 
+@situation
+def idle_with_shared_memory():
+    """Much of it is in CRIU's images, so a dump takes a moment."""
+    memory = mmap.mmap(-1, 192 << 20)
+    for at in range(0, len(memory), mmap.PAGESIZE):
+        memory[at] = at // mmap.PAGESIZE % 251
+
+    def step(number):
+        at = number * 7919 % (len(memory) // mmap.PAGESIZE)
+        if memory[at * mmap.PAGESIZE] != at % 251:
+            bad("another page", at)
+
+    count(step)
+
+
 # Processes.
 
 
