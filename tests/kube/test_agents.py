@@ -127,6 +127,39 @@ async def test_cancel_reaches_the_engine(world: World) -> None:
     assert half.cancelled
 
 
+async def test_a_rehearsal_leaves_the_pod_and_forecasts_its_move(world: World) -> None:
+    pod = await world.pod(labels={"app": "train"})
+    world.controller()
+    agents = Agents.of(world)
+    half = await agents.begun(await world.migrate(dryRun=True))
+    (order,) = agents.engines[0].orders
+    assert order.rehearse
+    half.enter(SourcePhase.CUTOVER, rehearsal={"stood_still_ms": 104.0, "forecast_ms": 222.0})
+    half.end("rehearsed")
+    ended = await world.ended()
+    assert ended.status.phase == "Rehearsed"
+    assert ended.status.forecast == "222ms"
+    assert (ended.status.holds("Rehearsed"), ended.status.holds("Failed"), ended.status.holds("Completed")) == (
+        *(True, False, False),
+    )
+    assert ended.status.target_pod is None
+    left, _ = await world.api.list(PODS, world.namespace)
+    assert [one["metadata"]["uid"] for one in left] == [pod["metadata"]["uid"]]
+
+
+async def test_a_rehearsal_that_fails_says_what_a_move_would_fail_of(world: World) -> None:
+    await world.pod()
+    world.controller()
+    agents = Agents.of(world)
+    half = await agents.begun(await world.migrate(dryRun=True))
+    half.end("rolled-back", Failed("cannot dump train", why="a packet pipe", remedy="close it"))
+    ended = await world.ended()
+    assert ended.status.phase == "RolledBack"
+    assert not ended.status.holds("Rehearsed")
+    assert ended.status.ending is not None
+    assert ended.status.ending.remedy == "close it"
+
+
 async def test_what_the_engine_refuses_is_in_the_condition(world: World) -> None:
     await world.pod()
     world.controller()

@@ -12,30 +12,31 @@ from agent_rig import LIFE, NAME, Cut, Fault, Rig, die, end_by_itself, fail, sta
 
 from podferry.core.phases import SOURCE_ENDS, SourcePhase, TargetPhase
 from podferry.engine.ports import Images
-from podferry.engine.rehearsal import MAX_FREEZE, SMALL, Rehearsal, forecast, told, without_memory
+from podferry.engine.rehearsal import REHEARSAL, SMALL, Rehearsal, RehearsalAlone, forecast, told, without_memory
 from podferry.engine.source import Order
 from podferry.errors import PodferryError
 from podferry.model import Mode
 from podferry.wire.messages import Go
 
 pytestmark = pytest.mark.unit
-ORDER = Order(Mode.STOP, timeout=60.0, max_freeze=MAX_FREEZE)
 
 
 class Stage(Rig):
     """Two agents, and a job that is rehearsed where others are moved."""
 
+    half: type[Rehearsal] = Rehearsal
+
     async def _ask(self, order: Order) -> None:
         agent = self.agents["a"]
         LIFE.set(agent.life)
         try:
-            await agent._set_out(NAME, "b", order, Rehearsal)
+            await agent._set_out(NAME, "b", order, self.half)
         except (OSError, PodferryError):
             self.told()
 
 
 def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *faults: Fault, **more: Any) -> Stage:
-    stage = Stage(tmp_path, list(faults), order=ORDER, **more)
+    stage = Stage(tmp_path, list(faults), order=REHEARSAL, **more)
     stage.move(Mode.STOP, monkeypatch)
     return stage
 
@@ -78,6 +79,16 @@ def test_whatever_breaks_the_job_runs_on(
             assert stage.source.executing, (side, name)
         assert not stage.target.running
         assert stage.phase("a") in {*SOURCE_ENDS, ""} - {SourcePhase.COMPLETED}, (side, name)
+
+
+def test_a_pod_is_rehearsed_without_anything_on_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "half", RehearsalAlone)
+    stage = rehearse(tmp_path, monkeypatch)
+    assert stage.records["a"]["outcome"] == "rehearsed"
+    assert told(stage.records["a"])["rehearsal"]["forecast_ms"] >= 0
+    assert stage.phases("b") == []
+    assert stage.source.executing
+    assert [name for _, name in stage.messages] == ["Offer", "Accept", "Abort", "GaveUp"]
 
 
 def test_a_cut_link_is_the_reason_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

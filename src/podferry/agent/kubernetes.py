@@ -138,6 +138,7 @@ class Kubernetes:
                     target=status.target_node,
                     order=order_of(migration),
                     probes=network_probes(status.containers),
+                    rehearse=migration.spec.dry_run,
                 )
             )
         except PodferryError as error:

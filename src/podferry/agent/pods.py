@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from podferry.core.phases import SourceEvent
 from podferry.core.preflight import Question, refusals
 from podferry.core.strict import from_json, to_json
 from podferry.engine.journal import Journal, Part
+from podferry.engine.rehearsal import REHEARSAL, RehearsalAlone
 from podferry.engine.source import Order, Source
 from podferry.engine.story import Story
 from podferry.engine.target import Target
@@ -167,7 +169,8 @@ class PodEngine:
         journal = Journal(self._config.migrations / order.id)
         story = Story(order.id, str(order.pod), self._config.node, order.target, order.order.mode)
         journal.note(role="source", record=story.to_dict(), pod=to_json(order.pod))
-        source = Source(order.order, partial(self._dial, order.target), journal, story, kubelet.source_handlers())
+        engine, half = (REHEARSAL, RehearsalAlone) if order.rehearse else (order.order, Source)
+        source = half(engine, partial(self._dial, order.target), journal, story, kubelet.source_handlers())
         self._sources[order.id] = source
 
         async def propose() -> tuple[Offer, SourceWorkload]:
@@ -177,7 +180,7 @@ class PodEngine:
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
             hand_over = partial(self._cluster.hand_over, order.id)
             job = view.source(self._config, self._containerd, journal, choice.kind, hand_over, order.probes)
-            return view.offer(order.id, order.order.mode), job
+            return replace(view.offer(order.id, order.order.mode), rehearsal=order.rehearse), job
 
         self._start(partial(source.run, propose))
         return Half(source, order.pod)

@@ -28,7 +28,7 @@ from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.attempt import Attempt, leaves
 from podferry.engine.journal import Journal, Part, forget_old, journals
 from podferry.engine.letters import Letters
-from podferry.engine.rehearsal import MAX_FREEZE, Rehearsal, told
+from podferry.engine.rehearsal import REHEARSAL, Rehearsal, told
 from podferry.engine.source import Order, Source
 from podferry.engine.story import Story
 from podferry.engine.target import Target
@@ -56,7 +56,6 @@ from podferry.workload.threads import run
 
 KEEP_RECORDS = 200
 FORGET_EVERY = 3600.0  # seconds
-REHEARSAL_TIMEOUT = 120.0  # seconds
 
 Record = dict[str, Any]
 
@@ -203,8 +202,7 @@ class Agent:
         """Could this container move there? Nothing is touched, unless it is to be rehearsed as well."""
         answer = await self._check(name, to)
         if rehearse and answer["movable"]:
-            order = Order(Mode.STOP, timeout=REHEARSAL_TIMEOUT, max_freeze=MAX_FREEZE)
-            source, story = await self._set_out(name, to, order, Rehearsal)
+            source, story = await self._set_out(name, to, REHEARSAL, Rehearsal)
             await source.ended.wait()
             answer |= told(story.to_dict())
         return answer
@@ -340,7 +338,9 @@ class Agent:
         journal.note(role="source", record=story.to_dict())
         source = half(order, partial(self._dial, to), journal, story, frozen.handlers())
         self._sources[id] = source
-        rehearsal = half is Rehearsal  # which is offered, and tracked, as the move would be that it stands for
+        rehearsal = issubclass(
+            half, Rehearsal
+        )  # which is offered, and tracked, as the move would be that it stands for
         mode = Mode.LIVE if rehearsal else order.mode
 
         async def propose() -> tuple[Offer, SourceWorkload]:

@@ -23,6 +23,7 @@ from podferry.kube.migration import (
     MigrationProgress,
     duration,
 )
+from podferry.model import Outcome
 from podferry.workload.pod.ports import PodMigration
 
 Json = dict[str, Any]
@@ -103,6 +104,8 @@ class Reporter:
         status.progress = progress_of(self._event, record)
         if record["downtime_ms"]:
             status.downtime = duration(record["downtime_ms"] / 1e3)
+        if forecast := (record.get("rehearsal") or {}).get("forecast_ms"):
+            status.forecast = duration(forecast / 1e3)
         return True
 
     def _at_the_end(self, migration: Migration) -> bool:
@@ -155,7 +158,11 @@ def ending_of(record: Json) -> Ending:
     evidence = f" ({'; '.join(error.evidence[-3:])})" if error is not None and error.evidence else ""
     return Ending(
         outcome=record["outcome"],
-        reason=type(error).__name__ if error is not None else "Moved",
+        reason=type(error).__name__
+        if error is not None
+        else "Rehearsed"
+        if record["outcome"] == Outcome.REHEARSED
+        else "Moved",
         message=f"{record['reason']}{evidence}"[:8000],
         code=error.code if error is not None else "",
         remedy=error.remedy if error is not None else "",

@@ -33,6 +33,9 @@ EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled 
 
 T = TypeVar("T")
 
+REHEARSED_TTL = 3600
+"""Seconds for which the Migration of a rehearsal stays."""
+
 app = typer.Typer(
     name="kubectl podferry",
     help="Move running pods between nodes, with their memory and files, stopped for a fraction of a second.",
@@ -180,19 +183,37 @@ def migrate(
 def check(
     *,
     pod: PodName,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Have a node chosen and asked, and CRIU dump the pod without its memory: it stands still for about 0.1 s.",
+        ),
+    ] = False,
     json: Json = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """List what stands in the way of moving a pod, in words. Nothing is touched.
+    """List what stands in the way of moving a pod, in words. Nothing is touched, unless its move is to be rehearsed.
 
     What only the nodes know (kernel, CRIU, what the processes hold open) is checked at the start of a migration, before
-    anything is touched too. Exit code 0 means that nothing was found, 3 that something was.
+    anything is touched too. Exit code 0 means that nothing was found, 3 that something was. A rehearsal is a Migration with
+    spec.dryRun, and exits as one.
 
-    Example: [bold]kubectl podferry check train-x7k2p[/]
+    Examples:
+
+    [bold]kubectl podferry check train-x7k2p[/]
+
+    [bold]kubectl podferry check train-x7k2p --rehearse[/]
     """
-    found = _do(partial(moves.obstacles, ClusterOptions(namespace, context, kubeconfig), pod))
+    where = ClusterOptions(namespace, context, kubeconfig)
+    found = _do(partial(moves.obstacles, where, pod))
+    if rehearse and not found:
+        body = moves.body(pod, None, {"podName": pod, "dryRun": True, "ttlSecondsAfterFinished": REHEARSED_TTL})
+        end = _do(partial(moves.follow_to_the_end, where, body, choose(json)))
+        print_json(end.to_json(), indent=None) if json else tables.print_end(end)
+        raise typer.Exit(OF_OUTCOME[OUTCOME_OF_END[end.status.phase]])
     if json:
         print_json(
             {"pod": pod, "movable": not found, "refusals": [{**one.to_dict(), "reason": one.reason} for one in found]}

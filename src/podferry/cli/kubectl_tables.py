@@ -17,6 +17,7 @@ Json = dict[str, Any]
 
 STYLE = {
     MigrationPhase.COMPLETED: "bold green",
+    MigrationPhase.REHEARSED: "bold green",
     MigrationPhase.REFUSED: "bold yellow",
     MigrationPhase.ROLLED_BACK: "bold yellow",
     MigrationPhase.CANCELLED: "bold yellow",
@@ -64,6 +65,7 @@ def print_end(migration: Migration) -> None:
     console.print(words(f"{way}  {status.phase}", STYLE.get(status.phase, "bold cyan")))
     facts: list[tuple[str, str | None]] = [
         ("downtime", status.downtime),
+        ("downtime of a move", status.forecast),
         ("sent", units.size(status.progress.bytes) if status.progress and status.progress.bytes else None),
         ("rounds", str(status.progress.rounds) if status.progress and status.progress.rounds else None),
         ("new pod", status.target_pod.name if status.target_pod and status.phase == MigrationPhase.COMPLETED else None),
@@ -74,7 +76,7 @@ def print_end(migration: Migration) -> None:
         if value:
             console.print(words(f"  {name:<11} {value}"))
     end = status.ending
-    if end is not None and status.phase != MigrationPhase.COMPLETED:
+    if end is not None and status.phase not in (MigrationPhase.COMPLETED, MigrationPhase.REHEARSED):
         console.print(words(f"  {end.reason}: {end.message}{f' [{end.code}]' if end.code else ''}"))
         if end.remedy:
             console.print(words(f"  what to do: {end.remedy}"))

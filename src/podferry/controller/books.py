@@ -21,6 +21,7 @@ from podferry.kube.migration import (
     FAILED,
     FINALIZER,
     READABLE,
+    REHEARSED,
     UID_LABEL,
     Condition,
     Ending,
@@ -151,7 +152,7 @@ class Books:
         return migration
 
     async def _announce(self, migration: Migration, end: Ending) -> None:
-        warning = end.outcome != Outcome.COMPLETED
+        warning = end.outcome not in (Outcome.COMPLETED, Outcome.REHEARSED)
         reason = f"Migration{migration.status.phase}"
         await self.tell(migration, reason, end.message, warning=warning)
         pod = (await self.target(migration)) or (await self.source(migration))
@@ -215,8 +216,11 @@ def _end(migration: Migration, end: Ending) -> None:
     status.ending, status.message, status.completion_time = end, end.message, timestamp()
     completed = end.outcome == Outcome.COMPLETED
     status.say(COMPLETED, completed, end.reason, end.message)
-    status.say(FAILED, not completed and end.outcome != Outcome.CANCELLED, end.reason, end.message)
+    well = completed or end.outcome in (Outcome.CANCELLED, Outcome.REHEARSED)
+    status.say(FAILED, not well, end.reason, end.message)
     status.say(CANCELLED, end.outcome == Outcome.CANCELLED, end.reason, end.message)
+    if migration.spec.dry_run:
+        status.say(REHEARSED, end.outcome == Outcome.REHEARSED, end.reason, end.message)
 
 
 def clock() -> datetime.datetime:

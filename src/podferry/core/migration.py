@@ -26,6 +26,7 @@ class MigrationPhase(StrEnum):
     ROLLED_BACK = "RolledBack"
     CANCELLED = "Cancelled"
     FAILED = "Failed"
+    REHEARSED = "Rehearsed"
 
 
 class MigrationEvent(StrEnum):
@@ -42,6 +43,7 @@ class MigrationEvent(StrEnum):
     UNDONE_ROLLED_BACK = "cleaned up, job runs on the source"
     UNDONE_CANCELLED = "cleaned up on request"
     UNDONE_FAILED = "cleaned up, job does not run"
+    UNDONE_REHEARSED = "cleaned up, a rehearsal found nothing in the way"
 
 
 P, E = MigrationPhase, MigrationEvent
@@ -57,12 +59,14 @@ MIGRATION: Mapping[MigrationPhase, Mapping[MigrationEvent, MigrationPhase]] = {
         E.UNDONE_ROLLED_BACK: P.ROLLED_BACK,
         E.UNDONE_CANCELLED: P.CANCELLED,
         E.UNDONE_FAILED: P.FAILED,
+        E.UNDONE_REHEARSED: P.REHEARSED,
     },
     P.COMPLETED: {},
     P.REFUSED: {},
     P.ROLLED_BACK: {},
     P.CANCELLED: {},
     P.FAILED: {},
+    P.REHEARSED: {},
 }
 
 MIGRATION_ENDS = frozenset(phase for phase, moves in MIGRATION.items() if not moves)
@@ -73,6 +77,7 @@ OUTCOME_OF_END = {
     P.ROLLED_BACK: Outcome.ROLLED_BACK,
     P.CANCELLED: Outcome.CANCELLED,
     P.FAILED: Outcome.FAILED,
+    P.REHEARSED: Outcome.REHEARSED,
 }
 
 UNDONE = {
@@ -80,6 +85,7 @@ UNDONE = {
     Outcome.ROLLED_BACK: E.UNDONE_ROLLED_BACK,
     Outcome.CANCELLED: E.UNDONE_CANCELLED,
     Outcome.FAILED: E.UNDONE_FAILED,
+    Outcome.REHEARSED: E.UNDONE_REHEARSED,
 }
 
 

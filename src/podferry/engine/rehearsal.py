@@ -15,13 +15,13 @@ from podferry.core.limits import STREAMED_IMAGES, of_image
 from podferry.engine.letters import Letters
 from podferry.engine.ports import Images
 from podferry.engine.sending import size_of
-from podferry.engine.source import Source
+from podferry.engine.source import Order, Source
 from podferry.errors import Failed, PodferryError
-from podferry.model import Outcome
+from podferry.model import Mode, Outcome
 from podferry.wire.messages import Ready
 
-MAX_FREEZE = 5.3
-"""Seconds for which a rehearsed job may stand still: those of a live move that aims at 0.3 s."""
+REHEARSAL = Order(Mode.STOP, timeout=120.0, max_freeze=5.3)
+"""Nothing is copied while the job runs, and it may stand still for as many seconds as in a live move that aims at 0.3 s."""
 SMALL = 1 << 20
 """Bytes up to which an image that holds memory or a file travels like any other."""
 
@@ -33,7 +33,7 @@ class Rehearsed(PodferryError):
 
 
 class Rehearsal(Source):
-    """A container of this node that is rehearsed. Its order is one of mode `stop`: nothing is copied while it runs."""
+    """A container of this node that is rehearsed, by the order `REHEARSAL`."""
 
     _images: Images
     _looked = 0.0
@@ -74,15 +74,27 @@ class Rehearsal(Source):
         with self.story.span("check what arrived", "target"):
             await self._sender.state_end(self.job, (), trees=False)
             await letters.expect(Ready)
-        took = {one["name"]: one["end_ms"] - one["start_ms"] for one in self.story.spans}
-        told = self.story.extra["rehearsal"]
-        told["forecast_ms"] = round(forecast(took), 1)
+        self.story.extra["rehearsal"]["forecast_ms"] = round(forecast(self._took()), 1)
+
+    def _took(self) -> dict[str, float]:
+        return {one["name"]: one["end_ms"] - one["start_ms"] for one in self.story.spans}
 
     def _end(self, outcome: Outcome, reason: str, error: PodferryError | None = None) -> None:
         """The engine's way back ends a rehearsal well, too."""
         if outcome is Outcome.ROLLED_BACK and isinstance(error, Rehearsed):
             outcome, error = Outcome.REHEARSED, None
         super()._end(outcome, reason, error)
+
+
+class RehearsalAlone(Rehearsal):
+    """The rehearsal of a pod. Its containers are the kubelet's to make, after the target pod's own object, which no
+    rehearsal has made: the target says whether it would take the pod, and CRIU whether it can be dumped."""
+
+    async def _have_poised(self, letters: Letters) -> None:
+        """Nothing waits for the state."""
+
+    async def _have_judged(self, letters: Letters) -> None:
+        self.story.extra["rehearsal"]["forecast_ms"] = round(forecast(self._took()), 1)
 
 
 def forecast(took: Mapping[str, float]) -> float:

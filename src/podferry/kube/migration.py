@@ -38,7 +38,7 @@ QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 QUEUED = "Queued"
 ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
 POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
-COMPLETED, FAILED, CANCELLED = "Completed", "Failed", "Cancelled"
+COMPLETED, FAILED, CANCELLED, REHEARSED = "Completed", "Failed", "Cancelled", "Rehearsed"
 READABLE, INTACT = "Readable", "Intact"
 
 
@@ -159,6 +159,14 @@ class MigrationSpec(ObjectPart):
         str | None,
         Field(description="Bytes a second that the migration may use of the link, e.g. 50Mi.", pattern=QUANTITY),
     ] = None
+    dry_run: Annotated[
+        bool,
+        Field(
+            description="Only rehearse it: a node is chosen and asked, CRIU dumps the pod without its memory while it stands still "
+            "for about 0.1s, and it goes on. No pod is made on the target. Ends as Rehearsed, or as a move would have ended.",
+            json_schema_extra=_rule(FIXED, "dryRun cannot be changed"),
+        ),
+    ] = False
     cancel: Annotated[
         bool,
         Field(
@@ -263,8 +271,8 @@ class Ending(ObjectPart):
     outcome: Annotated[
         str,
         Field(
-            description="completed, refused, rolled-back, cancelled or failed.",
-            pattern="^(completed|refused|rolled-back|cancelled|failed)$",
+            description="completed, refused, rolled-back, cancelled, failed or rehearsed.",
+            pattern="^(completed|refused|rolled-back|cancelled|failed|rehearsed)$",
         ),
     ]
     reason: Annotated[str, Field(description="Why, in one word for programs.")]
@@ -295,13 +303,17 @@ class MigrationStatus(Conditioned):
     downtime: Annotated[
         str | None, Field(description="From the freeze on the source to the resume on the target, e.g. 412ms.")
     ] = None
+    forecast: Annotated[
+        str | None,
+        Field(description="Of a rehearsal: the downtime of a move, but for what its last pages take, e.g. 250ms."),
+    ] = None
     conditions: Annotated[
         list[Condition],
         Field(
             description="Queued (while others have their turn), "
             "Eligible, Scheduled, TargetRequested, TargetCreated, Poised, Resumed, HandedOver; at the end "
-            "Completed, Failed and Cancelled, and Intact, which is False where the job has not all that it had. "
-            "Readable is False where this podferry does not understand it and leaves it alone.",
+            "Completed, Failed and Cancelled (of a rehearsal Rehearsed, too), and Intact, which is False where the job has not all "
+            "that it had. Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = []

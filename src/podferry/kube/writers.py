@@ -41,6 +41,7 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "engine.target": BY_TARGET,
     "progress": BY_SOURCE,
     "downtime": BY_SOURCE,
+    "forecast": BY_SOURCE,
     "abort": BY_CONTROLLER,
     "engineEnding": BY_SOURCE,
     "ending": BY_CONTROLLER,

@@ -38,6 +38,7 @@ class PodOrder:
 
     `containers` are the names of those that must run on the target, in the order in which the kubelet starts them: restartable
     init containers (sidecars) first, then the containers of the spec. `probes` are its liveness probes that come by the network.
+    With `rehearse` the pod stays: its move is rehearsed.
     """
 
     id: str
@@ -46,6 +47,7 @@ class PodOrder:
     target: str
     order: Order = field(default_factory=Order)
     probes: tuple[Probe, ...] = ()
+    rehearse: bool = False
 
 
 class Cluster(Protocol):
