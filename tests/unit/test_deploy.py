@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import tarfile
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,14 @@ def test_what_starts_is_in_the_image() -> None:
         pod = one.get("spec", {}).get("template", {}).get("spec", {})
         for container in [*pod.get("initContainers", []), *pod.get("containers", [])]:
             assert container["command"][0] in image.PROGRAMS
+
+
+def test_the_images_programs_are_those_of_the_package() -> None:
+    """Each begins where the package's own entry point does, and that is there."""
+    scripts = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    for name, module in image.PROGRAMS.items():
+        assert scripts[name] == f"{module}:main"
+        assert callable(importlib.import_module(module).main)
 
 
 def test_the_runtime_class_names_the_runtime_that_is_installed() -> None:

@@ -22,8 +22,8 @@ NAME = "podferry.local/podferry"
 """What `deploy/` calls the image; kustomize puts a registry's name in its place."""
 PROGRAMS = {
     "podferry": "podferry.cli",
-    "podferry-agent": "podferry.agent",
-    "podferry-controller": "podferry.controller",
+    "podferry-agent": "podferry.agent.program",
+    "podferry-controller": "podferry.controller.program",
     "podferry-snapshotter": "podferry.images",
 }
 COMMAND = ["podferry-agent"]
