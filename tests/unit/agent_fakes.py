@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -298,6 +298,14 @@ class FakeSource(FakeFrozen):
         self.node.frozen = True
         self.node.quota = 1.0
         self.journal.release("quota")
+
+    def members(self) -> list[int]:
+        return [self.node.number]
+
+    async def unaccepted(self, members: Collection[int]) -> tuple[str, ...]:
+        if not self.node.frozen:
+            raise Bug("looked at while it runs")
+        return ()
 
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         self.journal.acquire("outgoing", node=self.node.number)

@@ -18,7 +18,7 @@ from podferry.criu.dump_gate import Gate
 from podferry.criu.images import FILES_MAGIC, write_entries
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import OriginalGone
-from podferry.errors import PodferryError, Refused
+from podferry.errors import Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracking.tracker import DirtyScan, SpaceRound, TrackerKind
 from podferry.model import Dump
@@ -29,7 +29,7 @@ from podferry.node.records import Container, Opaque, Task, TaskStatus
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer, handlers
 from podferry.workload.numbers import space_of
-from podferry.workload.source import SourceWorkload
+from podferry.workload.source import Owner, SourceWorkload
 from podferry.workload.source_container import RunningContainer, SourceContainer
 from podferry.workload.source_memory import pid_inside
 
@@ -166,7 +166,6 @@ def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Pat
 def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at the network of the processes that the tests name."""
     monkeypatch.setattr("podferry.workload.source_container.has_connections", lambda pid: False)
-    monkeypatch.setattr("podferry.workload.source_container.unaccepted", lambda pid, pids: ())
     monkeypatch.setattr("podferry.workload.source_container.Peers.take", lambda self, pid, pids: None)
 
 
@@ -315,3 +314,51 @@ async def test_somebody_who_came_in_at_the_last_moment_is_not_frozen_with_the_jo
     await job.freeze()
     assert (seen, inside) == (["THAWED"], [])
     assert files(cgroup)["freeze"].read_text() == "FROZEN"
+
+
+class FakeMember:
+    """One of two containers, which `waits` for the other to accept a connection, as often as it says."""
+
+    tree = None
+
+    def __init__(self, number: int, said: list[str], waits: int = 0) -> None:
+        self.number, self.frozen, self._said, self._waits = number, False, said, waits
+
+    async def freeze(self) -> None:
+        assert not self.frozen
+        self.frozen = True
+        self._said.append(f"{self.number} frozen")
+
+    def members(self) -> list[int]:
+        return [self.number]
+
+    async def unaccepted(self, members: list[int]) -> tuple[str, ...]:
+        assert self.frozen
+        assert members == [1, 2], "a process of either may have the other end"
+        self._waits -= 1
+        return ("127.0.0.1:5000 -> 127.0.0.1:80",) if self._waits >= 0 else ()
+
+    async def thaw_again(self) -> None:
+        self.frozen = False
+        self._said.append(f"{self.number} thawed")
+
+
+async def test_no_container_stays_frozen_while_a_connection_to_it_waits_to_be_accepted() -> None:
+    """Whoever has to accept it may be in any of them."""
+    said: list[str] = []
+    pod: list[Any] = [FakeMember(1, said, waits=2), FakeMember(2, said)]
+    await SourceWorkload(pod, Owner()).freeze()
+    together = [sorted(said[at : at + 2]) for at in range(0, len(said), 2)]
+    frozen, thawed = ["1 frozen", "2 frozen"], ["1 thawed", "2 thawed"]
+    assert together == [frozen, thawed, frozen, thawed, frozen]
+
+
+async def test_a_connection_that_is_never_accepted_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("podferry.workload.source.ACCEPT_PAUSES", (0.0, 0.0))
+    pod: list[Any] = [FakeMember(1, said, waits=10**6), FakeMember(2, said)]
+    with pytest.raises(Failed) as caught:
+        await SourceWorkload(pod, Owner()).freeze()
+    assert "waits to be accepted" in caught.value.what
+    assert "frozen 3 times" in str(caught.value.why)
+    assert sorted(said[-2:]) == ["1 thawed", "2 thawed"], "and both go on meanwhile"

@@ -98,6 +98,25 @@ def test_what_waits_to_be_accepted_is_told() -> None:
                 assert not any(f":{port}" in one for one in sockets.unaccepted(ME, [ME]))
 
 
+def test_whoever_has_said_all_before_it_is_accepted_waits_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"all of it")
+            client.shutdown(socket.SHUT_WR)
+            assert any(one.endswith(f"-> 127.0.0.1:{port}") for one in sockets.unaccepted(ME, [ME]))
+            with server.accept()[0]:
+                assert not any(f":{port}" in one for one in sockets.unaccepted(ME, [ME]))
+
+
+def test_whoever_the_listener_defers_waits_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 60)
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            assert any(one.endswith(f"-> 127.0.0.1:{port}") for one in sockets.unaccepted(ME, [ME]))
+
+
 def test_the_other_end_is_reset_when_its_owner_is_gone(other: tuple[subprocess.Popen[str], socket.socket]) -> None:
     process, ours = other
     peers = Peers()

@@ -22,7 +22,8 @@ OTHERS = frozenset({"UNIX", "UNIX-STREAM", "NETLINK", "PACKET"})
 
 
 LISTED = 32  # at most: facts travel
-_ESTABLISHED = "01"
+_WAITS_TO_BE_ACCEPTED = frozenset({"01", "03", "08"})
+"""ESTABLISHED; SYN_RECV: the queue is full, or the listener defers; CLOSE_WAIT: the client has said all it had to say."""
 _NO_CONNECTION = frozenset({"06", "07", "0A"})  # TIME_WAIT, CLOSE, LISTEN
 _MAPPED = "0000000000000000FFFF0000" if sys.byteorder == "little" else "00000000000000000000FFFF"
 _TCP_REPAIR, _REPAIR_OFF_SILENTLY = 19, -1  # linux/tcp.h
@@ -112,7 +113,9 @@ def _to_others(pid: int, pids: Iterable[int]) -> Iterator[tuple[Connection, int,
 def unaccepted(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
     """Connections of the processes `pids`, in the network namespace of `pid`, that another end there has not accepted yet."""
     there = list(connections(pid))
-    waiting = {(_plain(one.local), _plain(one.remote)) for one in there if not one.inode and one.state == _ESTABLISHED}
+    waiting = {
+        (_plain(one.local), _plain(one.remote)) for one in there if not one.inode and one.state in _WAITS_TO_BE_ACCEPTED
+    }
     if not waiting:
         return ()
     inodes = {inode for owner in pids for inode in _open_in(owner)}

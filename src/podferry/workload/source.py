@@ -6,12 +6,14 @@ A container alone is a workload of one. Whose the containers are, podferry's use
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import anyio
 
 from podferry.criu.connections import settle
 from podferry.engine.ports import Change, Images, RemotePages
+from podferry.errors import Failed
 from podferry.memory.ranges import Runs
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup
@@ -22,6 +24,9 @@ from podferry.workload.helpers import gathered
 from podferry.workload.remote_pages import FrozenPages
 from podferry.workload.source_container import SourceContainer
 from podferry.workload.source_tree import SourceTree
+
+ACCEPT_PAUSES = (*(0.01,) * 12, *(0.05,) * 6, *(0.2,) * 5)
+"""Seconds for which a workload goes on, each time that it was frozen while a connection within it waited to be accepted."""
 
 
 class Owner:
@@ -150,9 +155,31 @@ class SourceWorkload(FrozenWorkload):
         await gathered(*(one.shut_the_door for one in self._containers))
 
     async def freeze(self) -> None:
-        """Stop every task of every container."""
+        """Stop every task of every container, at a moment at which no connection within the workload waits to be accepted: CRIU
+        leaves such a connection out, and its client would find it closed. Its ends may be in two containers, so none stays frozen
+        while it is waited for."""
         await self._owner.before_freeze()
-        await gathered(*(one.freeze for one in self._containers))
+        waited = 0.0
+        pauses = iter(ACCEPT_PAUSES)
+        while True:
+            await gathered(*(one.freeze for one in self._containers))
+            if not (waiting := await self._unaccepted()):
+                return
+            await gathered(*(one.thaw_again for one in self._containers))
+            if (pause := next(pauses, None)) is None:
+                break
+            await anyio.sleep(pause)
+            waited += pause
+        raise Failed(
+            "the job cannot be dumped: whenever it is frozen, a connection of its own waits to be accepted",
+            why=f"{', '.join(waiting[:4])}; it was frozen {len(ACCEPT_PAUSES) + 1} times, and ran for {waited:.1f} s between them",
+            remedy="migrate when the job accepts its connections, or have it close those that it does not accept",
+        )
+
+    async def _unaccepted(self) -> tuple[str, ...]:
+        members = [pid for one in self._containers for pid in one.members()]
+        found = await gathered(*(partial(one.unaccepted, members) for one in self._containers))
+        return tuple(sorted(set(chain.from_iterable(found))))
 
     async def dump(self) -> Images:
         """CRIU dumps the containers side by side, and then holds them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from podferry.criu.timers import put_right
 from podferry.criu.vfork import freeze_apart_from_vfork
 from podferry.engine.journal import Part
 from podferry.engine.ports import IMAGES, LOG, Change, Images
-from podferry.errors import Failed, PodferryError
+from podferry.errors import PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
@@ -56,10 +56,6 @@ FROZEN_PATIENCE = 0.5
 """Seconds for which a file that the job has begun to watch at the last moment is searched while the job stands still."""
 FREEZES = 3
 """How often somebody who came in at the last moment is sent out again."""
-ACCEPTS = 20
-"""How often the job is let go since a connection within it waits to be accepted."""
-ACCEPT_PAUSE = 0.01
-"""Seconds."""
 RECENT_LOOKS = 8
 """How far back it is asked what the job uses of the processors, before it is slowed down."""
 
@@ -161,36 +157,37 @@ class SourceContainer(FrozenContainer):
     # The freeze.
 
     async def freeze(self) -> None:
-        """Stop every task. A job that was slowed down is not any more: CRIU works in its processes, and must not wait."""
-        self.journal.acquire("freeze", cgroup=self.cgroup.to_dict())
+        """Stop every task. A job that was slowed down is not any more: CRIU works in its processes, and must not wait.
+
+        May be called again after `thaw_again`."""
+        if self.journal.held("freeze") is None:
+            self.journal.acquire("freeze", cgroup=self.cgroup.to_dict())
         await at_once(self._freeze_without_guests, time_left(FREEZE_TIMEOUT))
-        if self._quota is not None:
+        if self._quota is not None and self.journal.held("quota") is not None:
             self.cgroup.set_cpu_quota(self._quota)
             self.journal.release("quota")
 
     def _freeze_without_guests(self, timeout: float) -> None:
         """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
-        self._freeze_when_all_is_accepted(timeout)
+        self._freeze_apart_from_vfork(timeout)
         for _ in range(FREEZES):
             if not guests(self._task.pid, self.cgroup.pids()):
                 return
             self.cgroup.thaw()
             show_out(self._task.pid, self.cgroup.pids)
-            self._freeze_when_all_is_accepted(timeout)
-
-    def _freeze_when_all_is_accepted(self, timeout: float) -> None:
-        """CRIU leaves out a connection that waits to be accepted: where its client is the job itself, that would find it closed."""
-        for _ in range(ACCEPTS):
             self._freeze_apart_from_vfork(timeout)
-            if not (waiting := unaccepted(self._task.pid, self.cgroup.pids())):
-                return
-            self.cgroup.thaw()
-            time.sleep(ACCEPT_PAUSE)
-        raise Failed(
-            "the job cannot be dumped: whenever it is frozen, a connection of its own waits to be accepted",
-            why=f"{', '.join(waiting[:4])}, {ACCEPTS} times",
-            remedy="migrate when the job accepts its connections, or have it close those that it does not accept",
-        )
+
+    def members(self) -> Collection[int]:
+        """Its processes."""
+        return self.cgroup.pids()
+
+    async def unaccepted(self, members: Collection[int]) -> tuple[str, ...]:
+        """Connections of the workload's processes, `members`, that wait to be accepted in this container's network namespace."""
+        return await self._looks.at_once(lambda: unaccepted(self._task.pid, members))
+
+    async def thaw_again(self) -> None:
+        """Let the frozen container go on for a moment: `freeze` is called again. The ledger keeps the freeze."""
+        await at_once(self.cgroup.thaw)
 
     def _freeze_apart_from_vfork(self, timeout: float) -> None:
         freeze_apart_from_vfork(partial(self.cgroup.freeze, timeout), self.cgroup.thaw, self.cgroup.pids)
