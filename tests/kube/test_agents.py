@@ -15,7 +15,7 @@ from podferry.agent import addresses, known
 from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Failed, PeerLost, Refused
-from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
+from podferry.kube.client import EVENTS, MIGRATIONS, NODES, PODS, Api
 from podferry.kube.errors import NotServed
 from podferry.kube.migration import HANDED_OVER, TARGET_REQUESTED, Migration
 
@@ -100,6 +100,41 @@ async def test_a_pod_moves_and_the_migration_tells_how(world: World) -> None:
     assert ended.status.engine_ending is not None
     assert ended.status.engine_ending.outcome == "completed"
     assert ended.status.holds("Poised")
+
+
+async def test_what_is_worth_knowing_of_a_move_is_in_its_status_and_its_events(world: World) -> None:
+    await world.pod()
+    world.controller()
+    agents = Agents.of(world)
+    migration = await world.migrate()
+    half = await agents.begun(migration)
+    warning, closed = (
+        "TCP connections to others are closed by the move: a -> b",
+        [f"a:{port} -> b:1" for port in range(99)],
+    )
+    half.enter(SourcePhase.PRECOPY, warnings=[warning, "w" * 5000])
+    seen = await world.reached(lambda one: bool(one.status.warnings))
+    assert seen.status.warnings == [warning, "w" * 1000], "within what the API server takes"
+    half.enter(SourcePhase.CUTOVER, closed_connections=closed)
+    here, there = agents.clusters
+    await agents.engines[0].move_whole(migration.uid, here, agents.engines[1], there, agents.resume)
+    ended = await world.ended()
+    assert (ended.status.phase, ended.status.closed_connections) == ("Completed", closed[:64])
+
+    async def told() -> bool:
+        events = (await world.api.list(EVENTS, world.namespace))[0]
+        said = {
+            one["reason"]: one
+            for one in events
+            if one["regarding"]["uid"] == migration.uid and one["type"] == "Warning"
+        }
+        return (
+            {"MigrationWarning", "ConnectionsClosed"} <= set(said)
+            and warning in said["MigrationWarning"]["note"]
+            and "a:0 -> b:1" in said["ConnectionsClosed"]["note"]
+        )
+
+    await world.until(told)
 
 
 async def test_progress_is_seen_while_it_runs(world: World) -> None:

@@ -382,6 +382,7 @@ class FakeInspection:
             offered=offered,
             source=self.rig.source_of,
             demand_movable=lambda mode: choice,
+            warnings=lambda mode, target: [f"{mode} is worth knowing"],
             offer=lambda id, mode: Offer(id, name, mode, offered.to_dict(), {}, 1, 1),
         )
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.request import urlopen
 
 import anyio
 import pytest
+import yaml
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from podferry.agent import control
+from podferry.agent.program import _serve_metrics
 from podferry.core.precopy import Round
 from podferry.engine import metrics
 from podferry.engine.journal import JOURNAL, Journal, forget_old, journals
@@ -21,7 +27,7 @@ from podferry.engine.story import Story
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, Refused, UsageError
 from podferry.model import Mode, Outcome
 from podferry.node.records import Container, Opaque, Stdio
-from podferry.workload.config import load
+from podferry.workload.config import METRICS_PORT, load, of_kubernetes
 from podferry.workload.offered import Offered
 
 pytestmark = pytest.mark.unit
@@ -317,6 +323,49 @@ def test_ends_and_broken_rules_are_counted() -> None:
     assert value("podferry_migrations_total", **ends) == before[0] + 1
     assert value("podferry_invariant_violations_total", rule="I1") == before[1] + 1
     assert value("podferry_downtime_seconds_bucket", mode="stop", le="0.3") >= 1
+
+
+def test_an_agent_of_a_cluster_serves_its_metrics() -> None:
+    """At its node's address: the DaemonSet's annotations say at which port."""
+    pod = {"NODE_NAME": "a", "NODE_IP": "10.0.0.1"}
+    assert of_kubernetes(pod).metrics == "10.0.0.1:7401"
+    assert of_kubernetes(pod | {"NODE_IP": "fd00::1"}).metrics == "[fd00::1]:7401"
+    manifest = Path(__file__).parents[2] / "deploy/agent.yaml"
+    (agents,) = yaml.safe_load_all(manifest.read_text())
+    annotations = agents["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": str(METRICS_PORT)}
+
+
+def test_whoever_asks_for_metrics_and_says_nothing_keeps_no_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "ANSWER_WITHIN", 0.05)
+    port = metrics.serve("127.0.0.1:0")
+
+    def scraped() -> bytes:
+        while True:
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                found: bytes = answer.read()
+                return found
+
+    assert b"podferry_migrations_total" in scraped()
+    before = threading.active_count()
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+    try:
+        assert threading.active_count() - before <= 2 * metrics.AT_ONCE
+        assert b"podferry_migrations_total" in scraped(), "as soon as their time is over"
+        for one in silent:
+            assert one.recv(1) == b""
+    finally:
+        for one in silent:
+            one.close()
+
+
+def test_an_agent_that_cannot_serve_metrics_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    log = SimpleNamespace(error=lambda what, **_: said.append(what))
+    monkeypatch.setattr("podferry.agent.program.structlog.get_logger", lambda: log)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        _serve_metrics(f"127.0.0.1:{taken.getsockname()[1]}")
+    assert said == ["metrics are not served"]
 
 
 def test_errors_cross_the_socket_whole() -> None:

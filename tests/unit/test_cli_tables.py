@@ -10,8 +10,10 @@ from rich.console import Console
 
 from podferry.cli import tables
 from podferry.cli.agents import AgentAnswers
+from podferry.cli.kubectl_tables import print_end
 from podferry.core.phases import SourcePhase
 from podferry.errors import Failed
+from podferry.kube.migration import Migration
 from podferry.model import Outcome
 
 pytestmark = pytest.mark.unit
@@ -64,3 +66,15 @@ def test_a_long_name_is_folded_and_never_cut(shown: Console) -> None:
 def test_a_silent_node_is_named(shown: Console) -> None:
     tables.print_records(AgentAnswers([], [("node-b", Failed("no answer"))]))
     assert "node-b: no answer" in shown.export_text()
+
+
+def test_a_migrations_end_says_what_was_closed_and_what_to_mind(capsys: pytest.CaptureFixture[str]) -> None:
+    status = {
+        "phase": "Completed",
+        "warnings": ["the kernels differ"],
+        "closedConnections": ["a:1 -> b:2", "a:1 -> c:3"],
+    }
+    print_end(Migration.from_json({"metadata": {"name": "move"}, "spec": {"podName": "train"}, "status": status}))
+    said = capsys.readouterr().out
+    assert "mind: the kernels differ" in said
+    assert "closed: a:1 -> b:2, a:1 -> c:3" in said

@@ -153,7 +153,9 @@ class Kubernetes:
         """Have somebody tell the cluster how far this half is, until its end."""
         key = migration.uid, half.role
         if key not in self._reporters:
-            self._reporters[key] = reporter = Reporter(self._api, lambda: self._known.newest(migration.uid), half)
+            self._reporters[key] = reporter = Reporter(
+                self._api, self._events, lambda: self._known.newest(migration.uid), half
+            )
             self._tasks.start_soon(reporter.run, lambda: self._reporters.pop(key, None))
 
     async def _look_up(self, node: str | None) -> None:

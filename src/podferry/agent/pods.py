@@ -177,6 +177,7 @@ class PodEngine:
             view = await run(self._inspection.pod, order.pod, order.containers)
             choice = view.demand_movable(order.order.mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
+            story.extra["warnings"] = view.warnings(order.order.mode)
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
             hand_over = partial(self._cluster.hand_over, order.id)
             job = view.source(self._config, self._containerd, journal, choice.kind, hand_over, order.probes)

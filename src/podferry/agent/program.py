@@ -51,11 +51,19 @@ def main() -> None:
         if config.run_size and (why := own_tmpfs.ensure(config.run, config.run_size)):
             structlog.get_logger().warning("memory on its way shares its file system with others", why=why)
         if config.metrics:
-            metrics.serve(config.metrics)
+            _serve_metrics(config.metrics)
         anyio.run(_in_cluster if arguments.kubernetes else _alone, config)
     except PodferryError as error:
         print(error.report(), file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _serve_metrics(address: str) -> None:
+    """No migration fails since nobody can be told how many there were."""
+    try:
+        metrics.serve(address)
+    except OSError as error:
+        structlog.get_logger().error("metrics are not served", address=address, why=str(error))
 
 
 def _raise_file_limit() -> None:

@@ -347,6 +347,7 @@ class Agent:
             view = await run(partial(self.inspection.container, name))
             choice = view.demand_movable(mode)
             story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
+            story.extra["warnings"] = view.warnings(order.mode, None)
             journal.note(offered=view.offered.for_journal(), record=story.to_dict())
             job = view.source(self.config, self.containerd, journal, choice.kind)
             return replace(view.offer(id, mode), rehearsal=rehearsal), job

@@ -13,8 +13,11 @@ from podferry.errors import PodferryError
 from podferry.kube import status as store
 from podferry.kube.client import Api
 from podferry.kube.errors import ObjectNotFound
+from podferry.kube.events import Events
 from podferry.kube.migration import (
     INTACT,
+    LONGEST_LINE,
+    MOST_LINES,
     POISED,
     RESUMED,
     Ending,
@@ -39,8 +42,8 @@ WAITS_THERE = frozenset({TargetPhase.POISED, TargetPhase.READY})
 class Reporter:
     """Tells about `half` until its end. `migration` is the newest that is known of its object, or None where it is gone."""
 
-    def __init__(self, api: Api, migration: Callable[[], Migration | None], half: PodMigration) -> None:
-        self._api, self._migration, self._half = api, migration, half
+    def __init__(self, api: Api, events: Events, migration: Callable[[], Migration | None], half: PodMigration) -> None:
+        self._api, self._events, self._migration, self._half = api, events, migration, half
         self._log = structlog.get_logger()
         self._event: Json = {}
         self._news = anyio.Event()
@@ -54,6 +57,7 @@ class Reporter:
                 await self._half.wait()
                 tasks.cancel_scope.cancel()
             await self._write(self._at_the_end)
+            await self._tell_of_connections()
         finally:
             stop()
             done()
@@ -63,9 +67,14 @@ class Reporter:
         self._news.set()
 
     async def _tell_progress(self) -> None:
+        seen = self._migration()
+        warned = self._half.role != "source" or (seen is not None and bool(seen.status.warnings))
         while True:
             self._news = anyio.Event()
             await self._write(self._now)
+            if not warned and (found := lines_of(self._half.record(), "warnings")):
+                warned = True
+                await self._say("MigrationWarning", "; ".join(found))
             with anyio.move_on_after(RETRY):
                 await self._news.wait()
             await anyio.sleep(0 if self._is_urgent() else INTERVAL)
@@ -89,6 +98,14 @@ class Reporter:
                 self._log.warning("the cluster cannot be told", migration=migration.name, error=str(error))
                 await anyio.sleep(RETRY)
 
+    async def _tell_of_connections(self) -> None:
+        if self._half.role == "source" and (closed := lines_of(self._half.record(), "closed_connections")):
+            await self._say("ConnectionsClosed", f"closed by the move: {', '.join(closed)}")
+
+    async def _say(self, reason: str, message: str) -> None:
+        if (migration := self._migration()) is not None:
+            await self._events.say(migration.to_json(), reason, message, warning=True)
+
     def _now(self, migration: Migration) -> bool:
         record, status = self._half.record(), migration.status
         if migration.ended:
@@ -102,6 +119,8 @@ class Reporter:
                 say_resumed(migration)
             return True
         status.progress = progress_of(self._event, record)
+        status.warnings = lines_of(record, "warnings")
+        status.closed_connections = lines_of(record, "closed_connections")
         if record["downtime_ms"]:
             status.downtime = duration(record["downtime_ms"] / 1e3)
         if forecast := (record.get("rehearsal") or {}).get("forecast_ms"):
@@ -132,6 +151,11 @@ def say_resumed(migration: Migration, *, committing: bool = False) -> bool:
         migration.status.engine = migration.status.engine or EnginePhases()
         migration.status.engine.source = str(SourcePhase.COMMIT)
     return True
+
+
+def lines_of(record: Json, name: str) -> list[str]:
+    """A list of text of a record, within what a status may hold."""
+    return [one[:LONGEST_LINE] for one in (record.get(name) or ())][:MOST_LINES]
 
 
 def progress_of(event: Json, record: Json) -> MigrationProgress:

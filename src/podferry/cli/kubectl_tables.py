@@ -75,6 +75,10 @@ def print_end(migration: Migration) -> None:
     for name, value in facts:
         if value:
             console.print(words(f"  {name:<11} {value}"))
+    for warning in status.warnings:
+        console.print(words(f"  mind: {warning}", "yellow"))
+    if status.closed_connections:
+        console.print(words(f"  closed: {', '.join(status.closed_connections)}", "yellow"))
     end = status.ending
     if end is not None and status.phase not in (MigrationPhase.COMPLETED, MigrationPhase.REHEARSED):
         console.print(words(f"  {end.reason}: {end.message}{f' [{end.code}]' if end.code else ''}"))

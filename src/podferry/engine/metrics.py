@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+import socket
+import threading
+from contextlib import suppress
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from podferry.engine.story import Story
 from podferry.errors import UNEXPLAINED
 from podferry.wire.transport import parse_address
 
 REGISTRY = CollectorRegistry()
+AT_ONCE = 8
+"""Scrapes that are answered at once; what is beyond them is closed."""
+ANSWER_WITHIN = 5.0
+"""Seconds."""
 
 _violations = Counter(
     "podferry_invariant_violations_total", "Steps that broke, or would have broken, a rule", ["rule"], registry=REGISTRY
@@ -56,9 +67,58 @@ def ended(role: str, story: Story) -> None:
         _downtime.labels(str(story.mode)).observe(story.downtime_ms / 1e3)
 
 
-def serve(address: str) -> None:
-    """Answer Prometheus at `address` (host:port) from a thread of its own. Raises `UsageError`, `OSError`."""
-    from prometheus_client import start_http_server
+class _Server(ThreadingWSGIServer):
+    """Answers a few at a time, each for a few seconds: in a cluster whoever reaches the node reaches this port."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._places = threading.BoundedSemaphore(AT_ONCE)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection where there is a place, or close it."""
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer one, and give its place back."""
+        # A timeout of the socket would begin anew with each byte that somebody sends or takes.
+        limit = threading.Timer(ANSWER_WITHIN, _sever, (request,))
+        limit.daemon = True
+        limit.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            limit.cancel()
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked has left, or was too slow: nobody need know."""
+
+
+class _Server6(_Server):
+    """The same over IPv6."""
+
+    address_family = socket.AF_INET6
+
+
+class _Silent(WSGIRequestHandler):
+    """Writes no log."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: each scrape would be a line."""
+
+
+def _sever(request: socket.socket) -> None:
+    with suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
+
+
+def serve(address: str) -> int:
+    """Answer Prometheus at `address` (host:port) from threads of its own; returns the port. Raises `UsageError`, `OSError`."""
     host, port = parse_address(address)
-    start_http_server(port, host, REGISTRY)
+    kind = _Server6 if ":" in host else _Server
+    server = make_server(host, port, make_wsgi_app(REGISTRY), kind, handler_class=_Silent)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server.server_port

@@ -40,6 +40,8 @@ ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled",
 POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
 COMPLETED, FAILED, CANCELLED, REHEARSED = "Completed", "Failed", "Cancelled", "Rehearsed"
 READABLE, INTACT = "Readable", "Intact"
+MOST_LINES, LONGEST_LINE = 64, 1000
+"""Of the lists of text in a status."""
 
 
 class MigrationUnreadable(Failed):
@@ -307,6 +309,23 @@ class MigrationStatus(Conditioned):
         str | None,
         Field(description="Of a rehearsal: the downtime of a move, but for what its last pages take, e.g. 250ms."),
     ] = None
+    warnings: Annotated[
+        list[Annotated[str, Field(max_length=LONGEST_LINE)]],
+        Field(
+            description="What is worth knowing of the move although it does not stand in the way. "
+            "The source's agent looks for it before anything is touched.",
+            max_length=MOST_LINES,
+            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = []
+    closed_connections: Annotated[
+        list[Annotated[str, Field(max_length=LONGEST_LINE)]],
+        Field(
+            description="TCP connections to others than the pod itself, LOCAL -> REMOTE, which the move closes at both ends.",
+            max_length=MOST_LINES,
+            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = []
     conditions: Annotated[
         list[Condition],
         Field(

@@ -42,6 +42,8 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "progress": BY_SOURCE,
     "downtime": BY_SOURCE,
     "forecast": BY_SOURCE,
+    "warnings": BY_SOURCE,
+    "closedConnections": BY_SOURCE,
     "abort": BY_CONTROLLER,
     "engineEnding": BY_SOURCE,
     "ending": BY_CONTROLLER,
@@ -50,7 +52,7 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "startTime": BY_CONTROLLER,
     "completionTime": BY_CONTROLLER,
 }
-LISTS = frozenset({"containers"})
+LISTS = frozenset({"containers", "warnings", "closedConnections"})
 MIGRATION_CONDITIONS: Mapping[str, Writers] = {
     TARGET_REQUESTED: BY_TARGET,
     POISED: BY_TARGET,

@@ -75,8 +75,8 @@ class Config:
         return self.run / "outgoing"
 
 
-PORT = 7400
-"""Where agents of a Kubernetes cluster listen."""
+PORT, METRICS_PORT = 7400, 7401
+"""Where agents of a Kubernetes cluster listen for each other, and for Prometheus."""
 
 
 def of_kubernetes(environment: Mapping[str, str]) -> Config:
@@ -89,9 +89,11 @@ def of_kubernetes(environment: Mapping[str, str]) -> Config:
             remedy="start it by podferry's DaemonSet (deploy/agent.yaml)",
         )
     address = environment["NODE_IP"]
+    host = f"[{address}]" if ":" in address else address
     return Config(
         node=environment["NODE_NAME"],
-        listen=f"[{address}]:{PORT}" if ":" in address else f"{address}:{PORT}",
+        listen=f"{host}:{PORT}",
+        metrics=f"{host}:{METRICS_PORT}",
         certificates=Path("/var/lib/podferry/pki"),
         namespace="k8s.io",
         wrapper=Path("/opt/podferry/bin/podferry-runc"),
