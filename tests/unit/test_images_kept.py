@@ -107,7 +107,7 @@ def test_a_layer_that_is_exchanged_while_in_use_is_not_taken_for_it(base: Path, 
     for use in (user.store.find, user.store.need, user.store.look):
         with pytest.raises(LayerExchanged, match="not the one") as caught:
             use(CHAIN)
-        assert "crictl rmi" in caught.value.remedy
+        assert "crictl rmi IMAGE; crictl pull IMAGE" in caught.value.remedy
     with pytest.raises(LayerExchanged):
         user.snapshotter.prepare("container", CHAIN, {})
     assert user.share.names(layout.LAYERS) == [NAME]  # it may be a good one, to others

@@ -42,17 +42,21 @@ class ErofsForm:
         self.scratch = scratch
 
     def write(self, source: Path, into: str) -> Payload:
-        inodes, _ = survey(source)
+        found = survey(source)
         private_directory(self.scratch, below=self.scratch.parent)
         image = self.scratch / f"{layout.new_token()}.erofs"
         try:
+            # The same layer is the same bytes on whatever node and as often as it is made, so that a node that uses it takes
+            # one that was made again for it: the UUID is the layer's, and no time is later than the newest of its files.
+            layer = into.rpartition(".")[0]  # without the token of this attempt
             run(
-                ["mkfs.erofs", "--quiet", *PACKED, "-U", str(uuid.uuid5(NAMESPACE, into)), image, source],
+                ["mkfs.erofs", "--quiet", *PACKED, "-U", str(uuid.uuid5(NAMESPACE, layer)), image, source],
                 timeout=MAKE_DEADLINE,
+                env={"SOURCE_DATE_EPOCH": str(found.newest)},
                 remedy="install erofs-utils, or use --form dir",
             )
             digest = self.share.copy_in(image, f"{into}/{IMAGE}")
-            return Payload(digest, image.stat().st_size, inodes)
+            return Payload(digest, image.stat().st_size, found.inodes)
         finally:
             image.unlink(missing_ok=True)
 

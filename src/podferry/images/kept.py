@@ -79,7 +79,8 @@ def exchanged(chain: str, why: str) -> LayerExchanged:
     return LayerExchanged(
         f"layer {chain} on the share is not the one that this node began to use",
         why=why,
-        remedy="find out who wrote to the share; then remove the image from this node and pull it again: crictl rmi IMAGE",
+        remedy="find out who wrote to the share; then end or move what runs from the image on this node, remove the image and pull "
+        "it again: crictl rmi IMAGE; crictl pull IMAGE",
     )
 
 

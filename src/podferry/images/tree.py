@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,10 +42,12 @@ KEPT_PREFIXES = ("user.", "system.posix_acl_")
 
 @dataclass(frozen=True)
 class Found:
-    """One entry of a tree. `path` is relative; `link` is the first path of the same inode, for further hard links."""
+    """One entry of a tree. `path` is relative; `link` is the first path of the same inode, for further hard links; `mtime` is the
+    time of its last change that belongs to the layer, in nanoseconds."""
 
     path: str
     about: os.stat_result
+    mtime: int
     target: str | None
     attributes: dict[str, str]
     link: str | None
@@ -66,16 +68,22 @@ class Found:
                 about.st_mode,
                 about.st_uid,
                 about.st_gid,
-                int(about.st_mtime),
+                self._second,
                 number,
                 self.attributes,
             ]
         else:
             about = self.about
             size = about.st_size if stat.S_ISREG(about.st_mode) else 0
-            owner = [about.st_mode, about.st_uid, about.st_gid, int(about.st_mtime), size]
+            owner = [about.st_mode, about.st_uid, about.st_gid, self._second, size]
             fields = [self.path, *owner, self.target, digest, self.attributes]
         return json.dumps(fields, sort_keys=True).encode() + b"\n"
+
+    @property
+    def _second(self) -> int:
+        return int(
+            self.mtime // 10**9 + 1e-9 * (self.mtime % 10**9)
+        )  # as in the manifests that are out there: st_mtime, cut off
 
 
 def _directly(what: str, function: Callable[[], T]) -> T:
@@ -103,7 +111,7 @@ def walk_in(root: Beneath, call: Caller[Any] = _directly) -> Iterator[Found]:
                 known = first.setdefault((about.st_dev, about.st_ino), path)
                 link = known if known != path else None
             target = os.readlink("", dir_fd=entry) if stat.S_ISLNK(about.st_mode) else None
-            return Found(path, about, target, _attributes(reached(entry)), link)
+            return Found(path, about, about.st_mtime_ns, target, _attributes(reached(entry)), link)
 
     def below(directory: str) -> Iterator[Found]:
         def entries() -> list[Found]:
@@ -122,14 +130,38 @@ def walk_in(root: Beneath, call: Caller[Any] = _directly) -> Iterator[Found]:
     yield from below("")
 
 
-def survey(root: Path) -> tuple[int, int]:
-    """Inodes and bytes of a tree. Raises `LayerUnfit` naming what must not be shared."""
-    inodes = total = 0
+@dataclass(frozen=True)
+class Survey:
+    """A tree as a whole. `newest`: the last change of what has its time from the layer's tar, in seconds, rounded up."""
+
+    inodes: int
+    newest: int
+
+
+def survey(root: Path) -> Survey:
+    """Look at a tree. Raises `LayerUnfit` naming what must not be shared."""
+    inodes, newest = 0, 0
     for found in walk(root):
         inodes += found.link is None
-        total += found.about.st_blocks * 512 if found.link is None else 0
+        newest = max(newest, _newest(found))
         check_fit(found)
-    return inodes, total
+    return Survey(inodes, -(-newest // 10**9))
+
+
+def as_unpacked_anywhere(entries: Sequence[Found]) -> list[Found]:
+    """The entries, but for times that only say when this node has unpacked the layer: the root's, those of directories that the
+    tar does not name, and of whiteouts. None is later than the newest file, so that the same layer is the same everywhere."""
+    newest = max(map(_newest, entries), default=0)
+    return [found if _from_tar(found) else replace(found, mtime=min(found.mtime, newest)) for found in entries]
+
+
+def _newest(found: Found) -> int:
+    return found.mtime if _from_tar(found) else 0
+
+
+def _from_tar(found: Found) -> bool:
+    """Whether an entry's time is surely its layer's own."""
+    return not stat.S_ISDIR(found.about.st_mode) and not is_whiteout(found.about)
 
 
 def check_fit(found: Found) -> None:
@@ -177,7 +209,7 @@ class TreeForm:
         self.share = share
 
     def write(self, source: Path, into: str) -> Payload:
-        entries = list(walk(source))
+        entries = as_unpacked_anywhere(list(walk(source)))
         for found in entries:
             check_fit(found)
         digests: dict[str, str] = {}
@@ -291,4 +323,4 @@ def _dress(found: Found, root: Beneath, path: str) -> None:
             os.setxattr(where, name, bytes.fromhex(value))
         if found.target is None:
             Path(where).chmod(stat.S_IMODE(about.st_mode))
-        os.utime(where, ns=(about.st_mtime_ns, about.st_mtime_ns))
+        os.utime(where, ns=(found.mtime, found.mtime))
