@@ -5,6 +5,7 @@ A container alone is a workload of one. Whose the containers are, podferry's use
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -25,8 +26,9 @@ from podferry.workload.remote_pages import FrozenPages
 from podferry.workload.source_container import SourceContainer
 from podferry.workload.source_tree import SourceTree
 
-ACCEPT_PAUSES = (*(0.01,) * 12, *(0.05,) * 6, *(0.2,) * 5)
-"""Seconds for which a workload goes on, each time that it was frozen while a connection within it waited to be accepted."""
+ACCEPT_PAUSES = (*(0.02,) * 12, *(0.1,) * 6, *(0.4,) * 5)
+"""Seconds for which a workload goes on, each time that it was frozen while a connection within it waited to be accepted; more or
+less, by chance: a job that works in step with the pauses would be frozen at the same point each time."""
 
 
 class Owner:
@@ -166,8 +168,9 @@ class SourceWorkload(FrozenWorkload):
             if not (waiting := await self._unaccepted()):
                 return
             await gathered(*(one.thaw_again for one in self._containers))
-            if (pause := next(pauses, None)) is None:
+            if (longest := next(pauses, None)) is None:
                 break
+            pause = random.uniform(0.1, 1.0) * longest
             await anyio.sleep(pause)
             waited += pause
         raise Failed(
