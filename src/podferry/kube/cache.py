@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 
 from podferry.kube.client import Api, Fields, Json, Labels, ResourceKind
-from podferry.kube.watch import Change, follow
+from podferry.kube.watch import Change, follow, older
 
 Key = tuple[str, str]
 Prune = Callable[[Json], Json]
+REMEMBERED = 10_000
+"""Objects of one kind of which it is known that they are gone: an answer that is under way is newer than that."""
 
 
 class Store:
@@ -27,6 +29,7 @@ class Store:
         self.kind, self.labels = kind, labels
         self._prune = prune or (lambda body: body)
         self._objects: dict[Key, Json] = {}
+        self._gone: dict[str, None] = {}
 
     def get(self, namespace: str, name: str) -> Json | None:
         """The object of this name."""
@@ -36,9 +39,14 @@ class Store:
         """Every object, of one namespace or of all."""
         return [one for (of, _), one in self._objects.items() if namespace in ("", of)]
 
-    def learn(self, body: Json) -> None:
-        """It is like this now, unless something newer is known."""
-        key = _key(body)
+    def learn(self, body: Json, *, by_watch: bool = False) -> None:
+        """It is like this now, unless something newer is known. An answer to a request may arrive after a watch has told that the
+        object is gone: only a watch brings one back, which has got labels that it had lost."""
+        key, uid = _key(body), body["metadata"]["uid"]
+        if by_watch:
+            self._gone.pop(uid, None)
+        elif uid in self._gone:
+            return
         known = self._objects.get(key)
         if known is not None and _older(body, known):
             return
@@ -49,8 +57,12 @@ class Store:
 
     def forget(self, body: Json) -> None:
         """It is not there any more, or has no such labels."""
+        uid = body["metadata"]["uid"]
+        self._gone[uid] = None
+        while len(self._gone) > REMEMBERED:
+            del self._gone[next(iter(self._gone))]
         known = self._objects.get(_key(body))
-        if known is not None and known["metadata"]["uid"] == body["metadata"]["uid"]:
+        if known is not None and known["metadata"]["uid"] == uid:
             del self._objects[_key(body)]
 
 
@@ -59,9 +71,7 @@ def _key(body: Json) -> Key:
 
 
 def _older(body: Json, known: Json) -> bool:
-    """Versions of one object are compared as numbers (Kubernetes 1.35 promises that they can be); others are taken as they come."""
-    versions = body["metadata"].get("resourceVersion", ""), known["metadata"].get("resourceVersion", "")
-    return all(one.isdigit() for one in versions) and int(versions[0]) < int(versions[1])
+    return older(body, str(known["metadata"].get("resourceVersion", "")))
 
 
 class Cache(Api):
@@ -90,8 +100,11 @@ class Cache(Api):
     async def follow(self, kind: ResourceKind) -> AsyncIterator[Change]:
         """As `podferry.kube.watch.follow`; who reads it keeps the memory of this kind up to date."""
         store = self._stores[kind]
-        async for what, body in follow(self._api, kind, labels=store.labels):
-            (store.forget if what == "DELETED" else store.learn)(body)
+        async for what, body in follow(self._api, kind, labels=store.labels, learned=store.all):
+            if what == "DELETED":
+                store.forget(body)
+            else:
+                store.learn(body, by_watch=True)
             yield what, body
 
     async def find(self, kind: ResourceKind, name: str, namespace: str = "") -> Json | None:

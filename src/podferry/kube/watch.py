@@ -7,7 +7,7 @@ are merged, repeated or missed, and a restart is no special case.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
@@ -33,11 +33,13 @@ async def follow(
     labels: Labels | None = None,
     fields: Fields | None = None,
     since: Json | None = None,
+    learned: Callable[[], Iterable[Json]] = tuple,
 ) -> AsyncIterator[Change]:
     """Every object that there is (as ADDED) and then every change, for ever; what was missed is made good by listing anew.
 
     `since`: the one object that there was, as it was; only what changed after that comes.
-    An object that went while nobody looked comes as DELETED, as it was last seen.
+    An object that went while nobody looked comes as DELETED, as it was last seen; `learned` says of which the caller knows in
+    other ways, by what it has made itself.
     """
     log = structlog.get_logger().bind(kind=kind.kind)
     known: dict[str, Json] = {}
@@ -49,6 +51,7 @@ async def follow(
             if not version:
                 items, version = await api.list(kind, namespace, labels=labels, fields=fields)
                 there = {one["metadata"]["uid"]: one for one in items}
+                known = {one["metadata"]["uid"]: one for one in learned() if older(one, version)} | known
                 gone = [known[uid] for uid in known if uid not in there]
                 known = there
                 for one in gone:
@@ -72,6 +75,13 @@ async def follow(
             log.warning("a watch broke", error=str(error), again_in_s=delay)
             await anyio.sleep(delay)
             delay, version = min(delay * 2, RETRY_LAST), ""
+
+
+def older(body: Json, version: str) -> bool:
+    """Whether an object is of a version before that. Versions are compared as numbers (Kubernetes 1.35 promises that they can be);
+    of others nothing is older."""
+    own = str(body["metadata"].get("resourceVersion", ""))
+    return own.isdigit() and version.isdigit() and int(own) < int(version)
 
 
 class Queues(Generic[K]):
