@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -140,6 +141,28 @@ def test_options_of_sockets_and_sizes_of_pipes_are_put_right() -> None:
         (name,) = inventory.take(other, [other], CPUS)
         assert inventory.put_right({name: chosen}, other, [other], CPUS).times == 4  # the pipe by either end
         assert descriptors.take(other) == chosen
+
+
+def test_every_descriptor_is_told_however_many_there_are() -> None:
+    """What is not looked at would not be compared, and nobody would hear of it."""
+    number = min(6000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 64)
+    if number <= 5000:
+        pytest.skip(f"needs more than 5,000 descriptors in a process, and may have {number}")
+    script = f"""
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+null = os.open('/dev/null', os.O_RDONLY)
+os.dup2(null, {number})
+for one in range(3, {number}): os.dup2(null, one)
+print('.', flush=True); sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-Ic", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert descriptors.take(child.pid).keys() >= {f"descriptor {one}" for one in range(number + 1)}
+        child.kill()
 
 
 def test_locks_of_files_are_told_by_kind_mode_and_range(tmp_path: Path) -> None:

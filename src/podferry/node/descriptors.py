@@ -20,8 +20,6 @@ _LARGE_FILE = 0o100000
 _GET_PIPE_SIZE, _SET_PIPE_SIZE, _GET_SEALS = 1032, 1031, 1034
 PLAIN_PIPE = 1 << 20
 """Bytes that a pipe of anybody may have, by the kernel's own setting."""
-MOST = 4096
-"""Descriptors of a process that are looked at."""
 _SOCKET, _IP, _TCP, _UDP, _IPV6 = 1, 0, 6, 17, 41
 _ACCEPTS_CONNECTIONS = 30  # SO_ACCEPTCONN
 
@@ -45,7 +43,7 @@ def take(pid: int) -> dict[str, str]:
     """Attributes of what process `pid` has open. What is closed or ends meanwhile is left out. Raises `OSError`."""
     found: dict[str, str] = {}
     with _pidfd(pid) as pidfd:
-        for number in sorted(map(int, os.listdir(f"/proc/{pid}/fd")))[:MOST]:  # noqa: PTH208 - quick
+        for number in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):  # noqa: PTH208 - quick
             with suppress(OSError, ValueError, IndexError):
                 found |= dict(_descriptor(pid, pidfd, number))
     return found
