@@ -20,13 +20,14 @@ from podferry.images.faults import LayerDamaged, LayerExchanged
 from podferry.images.guard import Guard
 from podferry.images.kept import LayerWatch, NodeDigests
 from podferry.images.layout import FormName, LayerRecord
-from podferry.images.leases import Leases
+from podferry.images.leases import Lease, Leases
 from podferry.images.metadata import Metadata
 from podferry.images.ports import Payload
 from podferry.images.publisher import Publisher
 from podferry.images.references import References
 from podferry.images.snapshotter import REF, Snapshotter
 from podferry.images.store import LayerStore
+from podferry.node.containerd import LAYER_MAKER
 
 pytestmark = pytest.mark.unit
 NAME = layout.name_of(CHAIN)
@@ -203,3 +204,27 @@ def test_a_share_that_does_not_answer_ends_no_watch(user: Node) -> None:
     store = cast(Any, SimpleNamespace(look=hung))
     LayerWatch(user.share, store, user.snapshotter.kept, lambda: [CHAIN, CHAIN], failed.append).look()
     assert len(failed) == 2
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_who_looks_for_a_layer_hears_who_is_making_it_and_how_far_that_is(base: Path, read_only: bool) -> None:
+    """A target that looks for its image waits for a publication that goes on, however slow."""
+    maker, asker = Node(base, "maker"), Node(base, "asker", read_only=read_only)
+    asker.store.leases.period = 1e9  # it waits for a minute, and does not take over meanwhile
+    lease = maker.store.claim(CHAIN)
+    assert isinstance(lease, Lease)
+
+    def heard() -> str | None:
+        asker.snapshotter.prepare("podferry-find-1", "", {REF: CHAIN})
+        found = asker.metadata.get("podferry-find-1").labels.get(LAYER_MAKER)
+        asker.snapshotter.remove("podferry-find-1")
+        return found
+
+    first = heard()
+    assert first is not None
+    assert first.startswith("maker ")
+    assert heard() == first, "no sign of life since"
+    maker.store.leases.renew(lease)
+    assert heard() not in (None, first)
+    maker.store.leases.release(lease)
+    assert heard() is None, "nobody but the asker"

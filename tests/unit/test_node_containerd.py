@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry.errors import PeerMisbehaved, Refused, TimedOut
+from podferry.node import containerd
 from podferry.node.containerd import (
     Containerd,
     ContainerdAlreadyExists,
@@ -98,6 +100,7 @@ class Snapshots(Fake, snapshots_pb2_grpc.SnapshotsServicer):
         self.records = {"sha256:chain": ""}
         self.shared: set[str] = set()
         self.collect = False
+        self.makers: list[str] = []
 
     def Prepare(self, request: Any, context: grpc.ServicerContext) -> Any:
         self.note(request, context)
@@ -119,6 +122,10 @@ class Snapshots(Fake, snapshots_pb2_grpc.SnapshotsServicer):
         if request.key not in self.records:
             context.abort(grpc.StatusCode.NOT_FOUND, f"snapshot {request.key} does not exist: not found")
         info = snapshots_pb2.Info(name=request.key, parent=self.records[request.key], kind=snapshots_pb2.ACTIVE)
+        if request.key.startswith("podferry-find-") and self.makers:
+            info.labels["podferry.dev/layer-maker"] = self.makers.pop(0)
+            if not self.makers:
+                self.shared.add("sha256:middle")
         return snapshots_pb2.StatSnapshotResponse(info=info)
 
     def Remove(self, request: Any, context: grpc.ServicerContext) -> Any:
@@ -190,6 +197,34 @@ def test_a_missing_image_is_refused_by_name(client: Containerd) -> None:
     assert "example.org/job:1" in refused.value.what and "node-b" in refused.value.what
     assert "sha256:other" in refused.value.why
     assert "pull the image" in refused.value.remedy
+
+
+def test_a_layer_that_another_node_publishes_is_waited_for_as_long_as_that_node_lives(
+    client: Containerd, fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10**9, 50))
+    monkeypatch.setattr(containerd, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda _: None))
+    snapshots = fakes["snapshots"]
+    assert isinstance(snapshots, Snapshots)
+    snapshots.makers = [f"node-b 1.{beat}" for beat in range(30)]
+    assert client.find_layers("podferry", ["sha256:chain", "sha256:middle"]) is None
+    assert snapshots.makers == [], "1,500 seconds, since it got on"
+    assert set(snapshots.records) == {"sha256:chain", "sha256:middle"}, "what was prepared to ask is removed"
+
+
+@pytest.mark.parametrize(
+    "makers", [["node-b 1.7"] * 9, [f"node-b 1.{beat}" for beat in range(500)], ["node-b 1.7", "", "", "", ""]]
+)
+def test_a_node_that_is_silent_or_takes_for_ever_or_has_given_up_is_not_waited_for(
+    client: Containerd, fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch, makers: list[str]
+) -> None:
+    clock = iter(range(0, 10**9, 50))
+    monkeypatch.setattr(containerd, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda _: None))
+    snapshots = fakes["snapshots"]
+    assert isinstance(snapshots, Snapshots)
+    snapshots.makers = list(makers)
+    assert client.find_layers("podferry", ["sha256:chain", "sha256:middle"]) == "sha256:middle"
+    assert snapshots.makers
 
 
 def test_layers_that_a_node_has_never_seen_come_from_the_share(client: Containerd, fakes: dict[str, Fake]) -> None:

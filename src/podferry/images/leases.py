@@ -75,6 +75,17 @@ class Leases:
             self.share.remove(f"{layout.LEASES}/{name}.{old}")
         return lease
 
+    def holder(self, name: str) -> str:
+        """Who makes what the lease `name` is for, with its count, which rises while it lives; empty where nobody does."""
+        self.share.refresh(layout.LEASES)
+        if not (top := max(self._generations(name), default=0)):
+            return ""
+        try:
+            found = layout.decode_lease(self.share.read(f"{layout.LEASES}/{name}.{top}"))
+        except FileNotFoundError:
+            return ""
+        return f"{found.node} {top}.{found.beat}"
+
     def renew(self, lease: Lease) -> bool:
         """Show that the owner lives; False when the lease is not ours any more."""
         try:

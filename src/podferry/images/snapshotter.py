@@ -40,6 +40,7 @@ from podferry.images.posix import PosixShare
 from podferry.images.publisher import Publisher
 from podferry.images.store import Layer, LayerStore
 from podferry.images.tree import FILES, walk
+from podferry.node.containerd import LAYER_MAKER
 
 REF = "containerd.io/snapshot.ref"
 """The label with which containerd's unpacker says which layer it is about to download."""
@@ -109,6 +110,8 @@ class Snapshotter:
         chain = labels.get(REF, "")
         if layout.is_chain(chain) and self._found(chain, parent, labels, stop or threading.Event()):
             raise SnapshotExists(f"layer {chain} is there already")
+        if layout.is_chain(chain) and (maker := self._maker(chain)):
+            labels = {**labels, LAYER_MAKER: maker}  # for a target that looks for its image, and need not pull it
         mounts = self._create(SnapshotKind.ACTIVE, key, parent, labels)
         if not chain:
             self.starting([one.chain for one in self.metadata.lineage(parent) if one.home is Home.SHARE and one.chain])
@@ -203,6 +206,14 @@ class Snapshotter:
             if clock.pause(pause, stop):
                 return None
             pause = min(pause * 1.5, POLL[1])
+
+    def _maker(self, chain: str) -> str:
+        """Which other node is making a layer just now, and how far its sign of life is."""
+        if self.publisher.holds(chain):
+            return ""
+        with suppress(PodferryError):
+            return self.store.leases.holder(layout.name_of(chain))
+        return ""
 
     def _create(self, kind: SnapshotKind, key: str, parent: str, labels: Mapping[str, str]) -> list[PreparedMount]:
         top_owner = self._top_owner(parent)

@@ -7,6 +7,7 @@ millisecond, except for those that make the shim work (`create_task` waits for t
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,18 @@ SOCKET = Path("/run/containerd/containerd.sock")
 STATE = Path("/run/containerd")
 CALL_TIMEOUT = 30.0  # seconds
 FIND_TIMEOUT = 90.0
-"""Seconds for a layer; longer than the snapshotter waits for one that another node is publishing."""
+"""Seconds for one look for a layer; longer than the snapshotter waits in it for one that another node is publishing."""
+FIND_PAUSE = 2.0
+MAKER_SILENT = 60.0
+"""Seconds without a sign of life of the node that publishes a layer, after which it is not waited for. It gives one every ten."""
+FIND_LONGEST = 3600.0
+"""Seconds for which one layer is waited for, whatever its publisher says."""
 COLLECTED = 3
 """How often layers are looked for that containerd's garbage collector takes away again before they are used."""
 LAYER = "containerd.io/snapshot.ref"
 LAYER_STAYS = "podferry.dev/layer-stays"
+LAYER_MAKER = "podferry.dev/layer-maker"
+"""Labels that podferry-snapshotter gives: why a layer is not shared; which node is publishing it, with a count that rises."""
 """The label by which podferry-snapshotter says of a layer that it is not shared, and why."""
 """The label that names the layer which a snapshot is to become."""
 
@@ -183,14 +191,29 @@ class Containerd:
         return None
 
     def _find_layer(self, snapshotter: str, chain: str, parent: str) -> bool:
-        """Ask as containerd's unpacker does before it downloads (containerd/core/unpack: the label, and the answer)."""
-        key = f"podferry-find-{uuid.uuid4()}"
-        try:
-            self._prepare(snapshotter, key, parent, {LAYER: chain}, FIND_TIMEOUT)
-        except ContainerdAlreadyExists:
-            return True
-        self.remove_snapshot(snapshotter, key)
-        return False
+        """Ask as containerd's unpacker does before it downloads (containerd/core/unpack: the label, and the answer): again and
+        again as long as another node publishes the layer and gives signs of life."""
+        began = since = time.monotonic()
+        seen = ""
+        while True:
+            key = f"podferry-find-{uuid.uuid4()}"
+            try:
+                self._prepare(snapshotter, key, parent, {LAYER: chain}, FIND_TIMEOUT)
+            except ContainerdAlreadyExists:
+                return True
+            try:
+                maker = self.snapshot(snapshotter, key).labels.get(LAYER_MAKER, "")
+            finally:
+                self.remove_snapshot(snapshotter, key)
+            now = time.monotonic()
+            if maker == seen and (not maker or now - since >= MAKER_SILENT):
+                return False
+            if now - began >= FIND_LONGEST:
+                return False
+            if maker != seen:  # where nobody is at it any more it may have come to its end since the look: once again
+                seen, since = maker, now
+            if maker:
+                time.sleep(FIND_PAUSE)
 
     def prepare(
         self, snapshotter: str, key: str, layers: Sequence[str], *, image: str = "", node: str = ""
