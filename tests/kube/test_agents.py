@@ -137,6 +137,18 @@ async def test_what_is_worth_knowing_of_a_move_is_in_its_status_and_its_events(w
     await world.until(told)
 
 
+async def test_a_move_that_is_taken_back_has_closed_no_connection(world: World) -> None:
+    """They are closed in the images alone, and the job on the source has them."""
+    await world.pod()
+    world.controller()
+    agents = Agents.of(world)
+    half = await agents.begun(await world.migrate())
+    half.enter(SourcePhase.CUTOVER, closed_connections=["a:1 -> b:1"])
+    half.end("rolled-back", Failed("the link broke"))
+    ended = await world.ended()
+    assert (ended.status.phase, ended.status.closed_connections) == ("RolledBack", [])
+
+
 async def test_progress_is_seen_while_it_runs(world: World) -> None:
     await world.pod()
     world.controller()

@@ -99,7 +99,7 @@ class Reporter:
                 await anyio.sleep(RETRY)
 
     async def _tell_of_connections(self) -> None:
-        if self._half.role == "source" and (closed := lines_of(self._half.record(), "closed_connections")):
+        if self._half.role == "source" and (closed := closed_by(self._half.record())):
             await self._say("ConnectionsClosed", f"closed by the move: {', '.join(closed)}")
 
     async def _say(self, reason: str, message: str) -> None:
@@ -120,7 +120,7 @@ class Reporter:
             return True
         status.progress = progress_of(self._event, record)
         status.warnings = lines_of(record, "warnings")
-        status.closed_connections = lines_of(record, "closed_connections")
+        status.closed_connections = closed_by(record)
         if record["downtime_ms"]:
             status.downtime = duration(record["downtime_ms"] / 1e3)
         if forecast := (record.get("rehearsal") or {}).get("forecast_ms"):
@@ -134,6 +134,11 @@ class Reporter:
             migration.status.engine_ending = ending_of(record)
             say_intact(migration, record.get("differences"))
         return changed
+
+
+def closed_by(record: Json) -> list[str]:
+    """The connections that a move has closed: none as long as the job does not run on the target."""
+    return lines_of(record, "closed_connections") if record["downtime_ms"] else []
 
 
 def say_intact(migration: Migration, differences: list[str] | None) -> None:
