@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: help setup demo demo-kubernetes image test unit lint format lock proto clean
+.PHONY: help setup demo demo-kubernetes image test smoke unit lint format lock proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 18
@@ -33,6 +33,9 @@ lint: $(STAMP)  ## formatting, lints, types, import contracts
 
 unit: $(STAMP)  ## the unit tests alone
 	$(VENV)/bin/pytest -m "unit and not slow" -n auto --dist worksteal
+
+smoke: $(STAMP) ## a few tests of every kind, in minutes: does this machine run them at all?
+	$(VENV)/bin/pytest -m smoke
 
 test: lint unit ## every test that this machine can run; what fails is tried once more, alone, to tell flaky tests from broken ones
 	scripts/test $(VENV)

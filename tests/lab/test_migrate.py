@@ -112,6 +112,7 @@ def test_a_crowd(cluster: Cluster, name: str, processes: int, threads: int, mode
     ledger_agrees(cluster, here, name)
 
 
+@pytest.mark.smoke
 def test_an_ordinary_task(cluster: Cluster, name: str) -> None:
     """stdio, exec, signals and the exit status are containerd's, as of any container."""
     cluster.start(name, "simple", "8")

@@ -48,6 +48,7 @@ def stands_still(job: Job) -> None:
     assert job.lines() == before
 
 
+@pytest.mark.smoke
 def test_freeze_and_thaw(job: Job) -> None:
     job.start()
     job.wait_lines()

@@ -22,7 +22,7 @@ from podferry.core.phases import (
 )
 from podferry.errors import Bug
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.smoke]
 S, SE, T, TE = SourcePhase, SourceEvent, TargetPhase, TargetEvent
 
 

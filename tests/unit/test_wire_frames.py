@@ -29,7 +29,7 @@ from podferry.wire.frames import (
     encode,
 )
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.smoke]
 
 
 def packed(frame: Frame) -> bytes:
