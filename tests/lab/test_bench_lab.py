@@ -13,7 +13,8 @@ from podferry.bench.load import PAGE
 from podferry.bench.moves import SOURCE, TARGET
 from podferry.bench.runc import Runc
 from podferry.bench.scenarios import CRIU, FLOOR, LIVE, STOP, Scenario
-from podferry.bench.workload import Workload
+from podferry.bench.twins import Restart, Unmoved
+from podferry.bench.workload import JobWork, Workload
 from podferry.lab import Lab, containers
 
 pytestmark = pytest.mark.lab
@@ -43,7 +44,31 @@ def test_a_run_makes_a_whole_record(lab: Lab, name: str) -> None:
     if name in ("live", "stop"):
         assert record["wire_bytes"] >= record["nonzero_bytes"] // 2
         assert record["agents_downtime_ms"] > 0
+        assert record["lost"]["stop_ms"] == pytest.approx(record["downtime_ms"])
+        assert record["lost"]["total_ms"] > 0
+        assert record["series"]
     list(verdicts([json.loads(json.dumps(record))]))
+
+
+def test_a_twin_that_stays_and_one_that_begins_again_tell_their_lost_work(lab: Lab) -> None:
+    workload = Workload(16, 2, work=JobWork.STREAM)
+    stayed, again = (
+        runner.measure(lab, Scenario("lost", "", workload, {name: method}), name, method, 1)
+        for name, method in (("unmoved", Unmoved(1.0)), ("restart", Restart()))
+    )
+    for record, where in ((stayed, SOURCE), (again, TARGET)):
+        assert record["outcome"] == "completed", record.get("error")
+        assert (record["where"], record["downtime_ms"], record["damaged"]) == (where, None, 0)
+    assert stayed["lost"]["stop_ms"] == 0
+    assert again["lost"]["total_ms"] == pytest.approx(again["facts"]["restart_ms"] + again["lost"]["again_ms"])
+    assert again["lost"]["again_ms"] > 0
+
+
+def test_a_job_of_several_processes_with_shared_memory_and_files_of_its_own_moves_whole(lab: Lab) -> None:
+    workload = Workload(32, 2, processes=3, shared=True, upper=2, small_files=20)
+    record = runner.measure(lab, Scenario("smoke", "", workload, {"live": LIVE}), "live", LIVE, 1)
+    assert record["outcome"] == "completed", record.get("error")
+    assert (record["where"], record["damaged"], record["damaged_files"]) == (TARGET, 0, 0)
 
 
 def test_a_page_that_is_damaged_in_a_running_job_shows(lab: Lab) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from podferry.bench.load import GAP_NS, PAGE, REPORT, Files, Log, Memory
+from podferry.bench.load import GAP_NS, PAGE, REPORT, Children, Files, Log, Memory, UpperFiles, Work, share
 from podferry.bench.workload import JobWork, Pattern, Report, Workload
 from podferry.node.process import Child, spawn
 
@@ -93,6 +93,48 @@ def test_files_that_lost_a_line_show(tmp_path: Path) -> None:
     assert files.damaged() == [1]
 
 
+def test_upper_files_that_changed_show(tmp_path: Path) -> None:
+    files = UpperFiles(tmp_path, 2 << 20, 1001)
+    assert files.damaged() == []
+    assert (tmp_path / "large").stat().st_size == 2 << 20
+    (tmp_path / "small-1" / "1000").write_bytes(b"")
+    (tmp_path / "small-0" / "7").unlink()
+    with (tmp_path / "large").open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"!")
+    assert files.damaged() == [7, 1000, 1001]
+
+
+def test_a_streaming_job_reads_every_page_in_order() -> None:
+    memory = Memory(40, 40, scattered=False, compressible=False)
+    work = Work("stream", memory)
+    read = []
+    for _ in range(4):
+        work.unit()
+        read += [int.from_bytes(work._block[at : at + 4], "little") for at in range(0, len(work._block), PAGE)]
+    assert read == [*range(40), *range(16)]
+
+
+def test_processes_share_what_there_is_to_do() -> None:
+    whole = {"pages": 100, "hot_pages": 100, "bytes_per_second": 8e6, "scattered": True}
+    assert share(whole, 8) == {"pages": 12, "hot_pages": 12, "bytes_per_second": 1e6, "scattered": True}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_children_say_what_is_damaged_in_their_memory(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"pages": 8, "hot_pages": 8, "scattered": True, "compressible": False, "shared": shared}
+    children = Children(2, {**settings, "bytes_per_second": 1e6})
+    assert children.damaged() == 0
+    monkeypatch.setattr(Memory, "damaged", lambda memory: [1, 2])
+    broken = Children(2, {**settings, "bytes_per_second": 0})
+    assert broken.damaged() == 4
+    for ask, _ in children._links + broken._links:
+        os.close(ask)  # the end of its input ends a child
+    for _, answers in children._links + broken._links:
+        assert os.read(answers, 1) == b""
+        os.close(answers)
+
+
 def test_the_log_keeps_gaps_and_bins() -> None:
     log = Log(0)
     log.look(1_000_000)
@@ -133,7 +175,16 @@ def published(directory: Path, number: int, child: Child) -> dict[str, Any]:
 @pytest.mark.parametrize("work", list(JobWork))
 @pytest.mark.parametrize("pattern", list(Pattern))
 def test_a_job_that_was_stopped_saw_it(tmp_path: Path, children: list[Child], work: JobWork, pattern: Pattern) -> None:
-    workload = Workload(2, 10.0, pattern=pattern, hot=1, work=work, threads=3, files=2)
+    stopped_and_asked(tmp_path, children, Workload(2, 10.0, pattern=pattern, hot=1, work=work, threads=3, files=2))
+
+
+def test_so_did_one_of_several_processes_with_shared_memory_and_files(tmp_path: Path, children: list[Child]) -> None:
+    stopped_and_asked(
+        tmp_path, children, Workload(4, 10.0, processes=3, shared=True, upper=1, small_files=5, threads=2)
+    )
+
+
+def stopped_and_asked(tmp_path: Path, children: list[Child], workload: Workload) -> None:
     children.append(child := spawn(settings_of(workload, tmp_path)))
     published(tmp_path, 0, child)
     time.sleep(0.1)

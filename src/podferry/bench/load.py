@@ -17,6 +17,7 @@ import math
 import mmap
 import os
 import random
+import select
 import signal
 import struct
 import sys
@@ -39,20 +40,27 @@ MOST_DIAGNOSES = 20
 CATCH_UP_NS = 20_000_000
 READS = 16
 """Random reads in a unit of work: few, since each may be a wait."""
+STREAM_PAGES = 16
+"""What a streaming job reads in a unit of work."""
+SMALL_FILE = 1 << 10
+FILES_IN_DIRECTORY = 1000
+CHILD_SECONDS = 0.01
+"""How long a child sleeps between two writes."""
 REPORT = "report-{}.json"
 
 
 class Memory:
-    """`pages` pages of private memory under the rule above; the first `hot` of them are written again and again."""
+    """`pages` pages of private or shared memory under the rule above; the first `hot` of them are written again and again."""
 
-    def __init__(self, pages: int, hot: int, *, scattered: bool, compressible: bool) -> None:
+    def __init__(self, pages: int, hot: int, *, scattered: bool, compressible: bool, shared: bool = False) -> None:
         self.pages, self.span, self.written = pages, hot, 0
         self.stride = _coprime(int(hot * 0.618), hot) if scattered else 1
         self._unstride = pow(self.stride, -1, hot)
         seed = random.Random(1)
         pool = seed.randbytes(64) * (POOL // 64) if compressible else seed.randbytes(POOL)
         self._pool = pool + pool[:PAGE]
-        self.data = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+        self.data = mmap.mmap(-1, pages * PAGE, flags=kind | mmap.MAP_ANONYMOUS)
         for page in range(pages):
             self._put(page, 0)
 
@@ -145,14 +153,119 @@ class Files:
         return found
 
 
+class UpperFiles:
+    """What the job writes to its root before it begins: one file of `size` bytes, `count` small ones. They stay as they are."""
+
+    def __init__(self, directory: Path, size: int, count: int) -> None:
+        self._expected: dict[Path, str] = {}
+        pool = random.Random(2).randbytes(1 << 20)
+        if size:
+            digest = hashlib.blake2b()
+            with (directory / "large").open("wb") as file:
+                for start in range(0, size, len(pool)):
+                    piece = start.to_bytes(8, "little") + pool[8 : size - start]
+                    file.write(piece)
+                    digest.update(piece)
+            self._expected[directory / "large"] = digest.hexdigest()
+        self._directory, self._count = directory, count
+        for number in range(count):
+            path = self._small(number)
+            if number % FILES_IN_DIRECTORY == 0:
+                path.parent.mkdir()
+            path.write_bytes(number.to_bytes(SMALL_FILE, "little"))
+
+    def _small(self, number: int) -> Path:
+        return self._directory / f"small-{number // FILES_IN_DIRECTORY}" / str(number)
+
+    def damaged(self) -> list[int]:
+        """The files that do not hold what they must: numbers of small ones, and one more than these for the large one."""
+        found = [number for number in range(self._count) if not self._holds(number)]
+        for path, digest in self._expected.items():
+            try:
+                with path.open("rb") as file:
+                    same = hashlib.file_digest(file, "blake2b").hexdigest() == digest
+            except OSError:
+                same = False
+            found += [] if same else [self._count]
+        return found
+
+    def _holds(self, number: int) -> bool:
+        try:
+            return self._small(number).read_bytes() == number.to_bytes(SMALL_FILE, "little")
+        except OSError:
+            return False
+
+
+class Children:
+    """Processes beside the first one. Each has memory of its own under the same rule and writes its part of what is written."""
+
+    def __init__(self, count: int, settings: dict[str, Any]) -> None:
+        self._links: list[tuple[int, int]] = []
+        for _ in range(count):
+            asked, ask = os.pipe()
+            answers, answer = os.pipe()
+            if os.fork() == 0:
+                for descriptor in (ask, answers, *(one for link in self._links for one in link)):
+                    os.close(descriptor)
+                try:
+                    _serve(asked, answer, settings)
+                finally:
+                    os._exit(0)
+            os.close(asked)
+            os.close(answer)
+            self._links.append((ask, answers))
+            os.read(answers, 4)  # its memory is filled
+
+    def damaged(self) -> int:
+        """How many of their pages do not hold what they must; all of a process that does not answer count as one."""
+        found = 0
+        for ask, answers in self._links:
+            try:
+                os.write(ask, b"?")
+                found += int.from_bytes(os.read(answers, 4) or b"\1", "little")
+            except OSError:
+                found += 1
+        return found
+
+
+def _serve(asked: int, answer: int, settings: dict[str, Any]) -> None:
+    """A child's life: write what is due, and check the memory when asked; it ends with the first process."""
+    memory, since, owed = _memory(settings), time.monotonic(), 0.0
+    os.write(answer, bytes(4))
+    while True:
+        if select.select([asked], [], [], CHILD_SECONDS)[0]:
+            if not os.read(asked, 1):
+                return
+            os.write(answer, len(memory.damaged()).to_bytes(4, "little"))
+            since = time.monotonic()
+        now = time.monotonic()
+        owed += min(now - since, CATCH_UP_NS / 1e9) * settings["bytes_per_second"] / PAGE
+        since = now
+        memory.write(int(owed))
+        owed -= int(owed)
+
+
+def _memory(settings: dict[str, Any]) -> Memory:
+    """One process's part of the memory."""
+    pages = max(settings["pages"], 1)
+    return Memory(
+        pages,
+        settings["hot_pages"] or pages,
+        scattered=settings["scattered"],
+        compressible=settings["compressible"],
+        shared=settings["shared"],
+    )
+
+
 class Work:
-    """What a unit of work is: waiting for the next millisecond, computing, or reading memory here and there."""
+    """What a unit of work is: waiting for the next millisecond, computing, or reading memory here and there or from end to end."""
 
     def __init__(self, kind: str, memory: Memory) -> None:
-        self.unit = {"tick": self._tick, "cpu": self._cpu, "random": self._random}[kind]
+        units = {"tick": self._tick, "cpu": self._cpu, "random": self._random, "stream": self._stream}
+        self.unit = units[kind]
         self._memory = memory
         self._block = bytes(1 << 16)
-        self._at = 1
+        self._at = 0
 
     def _tick(self) -> None:
         time.sleep((TICK_NS - time.time_ns() % TICK_NS) / 1e9)
@@ -166,6 +279,12 @@ class Work:
             at = (at * 6364136223846793005 + 1442695040888963407) & 0xFFFFFFFFFFFFFFFF  # Knuth's MMIX generator
             total += data[(at >> 33) % pages * PAGE]
         self._at = at
+
+    def _stream(self) -> None:
+        pages = self._memory.pages
+        start = self._at
+        self._block = self._memory.data[start * PAGE : (start + STREAM_PAGES) * PAGE]  # a copy, so all of it is read
+        self._at = start + STREAM_PAGES if start + STREAM_PAGES < pages else 0
 
 
 def waited_ns() -> int:
@@ -195,16 +314,24 @@ def publish(directory: Path, name: str, value: dict[str, Any]) -> None:
     new.rename(directory / name)
 
 
+def share(settings: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What one of `processes` does of the whole."""
+    parts = {key: settings[key] // processes for key in ("pages", "hot_pages")}
+    return {**settings, **parts, "bytes_per_second": settings["bytes_per_second"] / processes}
+
+
 def main(settings: dict[str, Any]) -> None:
     """Run for ever."""
     directory = Path(settings["directory"])
     directory.mkdir(parents=True, exist_ok=True)
     asked: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
+    settings = share(settings, settings["processes"])
+    children = Children(settings["processes"] - 1, settings)
     for _ in range(settings["threads"] - 1):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-    hot = settings["hot_pages"] or settings["pages"]
-    memory = Memory(settings["pages"], hot, scattered=settings["scattered"], compressible=settings["compressible"])
+    memory = _memory(settings)
+    upper = UpperFiles(directory, settings["upper_bytes"], settings["small_files"])
     files, unit = Files(directory, settings["files"]), Work(settings["work"], memory).unit
     pages_per_ns = settings["bytes_per_second"] / PAGE / 1e9
     publish(directory, REPORT.format(0), {"pid": os.getpid()})
@@ -227,13 +354,14 @@ def main(settings: dict[str, Any]) -> None:
             reports += 1
             bins, gaps = list(log.bins), sorted((start, start + gap) for gap, start in log.gaps)
             damaged = memory.damaged()
+            in_children = children.damaged()
             report = {
                 "bins": bins,
                 "gaps": gaps,
                 "written": memory.written,
-                "damaged": damaged,
+                "damaged": damaged + [memory.pages + number for number in range(in_children)],
                 "diagnoses": [memory.diagnosis(page) for page in damaged[:MOST_DIAGNOSES]],
-                "damaged_files": files.damaged(),
+                "damaged_files": files.damaged() + upper.damaged(),
             }
             publish(directory, REPORT.format(reports), report)
 

@@ -37,6 +37,8 @@ def markdown(records: Sequence[Record], command: str) -> str:
     ]
     if len(rows := run_rows([one for one in records if one["scenario"] not in IMAGE_SCENARIOS])) > 1:
         parts += ["## Runs", table(rows)]
+    if len(rows := lost_rows(records)) > 1:
+        parts += ["## Lost work", _LOST, table(rows)]
     if len(rows := image_rows(records)) > 1:
         parts += ["## Images", _IMAGES, table(rows)]
     if spans := span_rows(records):
@@ -88,6 +90,30 @@ def run_rows(records: Sequence[Record]) -> Table:
             ("rounds", 1.0, ".0f"),
         )
         rows.append([scenario, method, counted, *(_range(done, *column) for column in columns)])
+    return rows
+
+
+def lost_rows(records: Sequence[Record]) -> Table:
+    """A row for each scenario and method whose job tells what it lost."""
+    parts = ("precopy_ms", "stop_ms", "after_ms", "total_ms")
+    rows = [
+        [
+            "scenario",
+            "method",
+            "runs",
+            "slower before the stop ms",
+            "stop ms",
+            "slower afterwards ms",
+            "in all ms",
+            "% of the time",
+        ]
+    ]
+    for (scenario, method), group in _grouped(records).items():
+        done = [one for one in group if one["outcome"] == COMPLETED and one.get("lost")]
+        if done:
+            figures = (_range([one["lost"] for one in done], part, 1.0, ".0f") for part in parts)
+            share = median(one["lost"]["total_ms"] / one["lost"]["window_ms"] for one in done)
+            rows.append([scenario, method, str(len(done)), *figures, f"{share:.1%}"])
     return rows
 
 
@@ -150,6 +176,11 @@ def table(rows: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+_LOST = (
+    "How much later the job ends, by its own count of units of work against its speed before. `unmoved` is the control: what "
+    "the same count finds where nothing is moved. `restart` loses all that was computed before, too: here the two seconds "
+    "for which the job is watched before."
+)
 _IMAGES = (
     "Over the lab's links, from a registry that serves packed layers; the page cache of the whole machine is emptied before a cold "
     "import, and what was published is on the storage node's disk then."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from podferry.bench import agents, machine
+from podferry.bench.lost import lost_work, series
 from podferry.bench.moves import SOURCE, Method, Moved
 from podferry.bench.pulls import Measurement
 from podferry.bench.runc import floor
@@ -24,8 +25,8 @@ BEFORE, AFTER = 2.0, 2.2
 """Seconds for which the job is watched before the move, and after all of its memory has come."""
 
 SECOND = 10**9
-STALLS = 20
-"""How many of the stalls after the resume a record keeps."""
+STALLS = 300
+"""How many of the stalls after the resume a record keeps: all that the job does."""
 
 ERROR = "error"
 ENOUGH_ERRORS = 4
@@ -167,7 +168,22 @@ def observed(moved: Moved, report: Report, ready: int) -> Record:
         "during": _speed(report.speed(moved.began, stopped)),
         "second_after": _speed(report.speed(resumed + SECOND, resumed + 2 * SECOND)),
     }
+    record["resumed_ms"] = (resumed - moved.began) / 1e6 if gap else None
+    record["series"] = series(report, ready, moved.began)
+    record["lost"] = _lost(moved, report, ready, gap)
     return record
+
+
+def _lost(moved: Moved, report: Report, ready: int, gap: tuple[int, int] | None) -> dict[str, float] | None:
+    """Lost work; where a move says that it began the job anew, that and all that was computed before."""
+    if (again := moved.facts.get("restart_ms")) is not None:
+        computed = (moved.began - ready) / 1e6
+        parts = {"precopy_ms": 0.0, "stop_ms": again, "after_ms": 0.0, "again_ms": computed}
+        return {**parts, "total_ms": again + computed, "window_ms": again}
+    if moved.frozen is not None and gap is None:
+        return None  # it was stopped, and its own clock does not show when
+    found = lost_work(report, ready, moved.began, gap)
+    return found.to_dict() if found else None
 
 
 def _speed(speed: Speed | None) -> dict[str, float] | None:

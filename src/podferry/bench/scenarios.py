@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from podferry.bench.moves import Method, Podferry
 from podferry.bench.pulls import Crowd, Measurement, Pulls
 from podferry.bench.runc import Runc
+from podferry.bench.twins import Restart, unmoved
 from podferry.bench.workload import JobWork, Pattern, Workload
 from podferry.errors import UsageError
 
@@ -35,6 +36,17 @@ class Scenario:
     most: int = 1000
 
 
+def lost(name: str, about: str, workload: Workload, link: str = "1gbit") -> Scenario:
+    """A scenario of lost work: moved, stopped and copied, begun again, and the twin that stays as the control."""
+    return Scenario(
+        name,
+        about,
+        workload,
+        {"unmoved": unmoved(workload, link), "live": LIVE, "stop": STOP, "restart": Restart()},
+        link,
+    )
+
+
 SCENARIOS = {
     one.name: one
     for one in (
@@ -50,6 +62,18 @@ SCENARIOS = {
         Scenario("stop-1024", "1 GiB, moved in mode stop", Workload(1024, 50), {FLOOR: None, "stop": STOP}),
         Scenario("cpu", "512 MiB that computes", Workload(512, 10, work=JobWork.CPU), {"live": LIVE}),
         Scenario("random", "1 GiB read here and there", Workload(1024, 0, work=JobWork.RANDOM), {"live": LIVE}),
+        lost("lost-tick", "lost work: 1 GiB, 50 MB/s written, looks at the clock", Workload(1024, 50)),
+        lost("lost-cpu", "lost work: 1 GiB, 50 MB/s written, computes", Workload(1024, 50, work=JobWork.CPU)),
+        lost(
+            "lost-random",
+            "lost work: 1 GiB, 50 MB/s written, reads here and there",
+            Workload(1024, 50, work=JobWork.RANDOM),
+        ),
+        lost(
+            "lost-stream",
+            "lost work: 1 GiB, read and written (50 MB/s) from end to end",
+            Workload(1024, 50, pattern=Pattern.SEQUENTIAL, work=JobWork.STREAM),
+        ),
         Scenario(
             "drain",
             "1 GiB: memory of the agents, of the page feeder and of the page store",

@@ -28,16 +28,20 @@ class Pattern(StrEnum):
 
 
 class JobWork(StrEnum):
-    """What the job does beside writing: look at the clock every millisecond, compute, or read memory here and there."""
+    """What the job does beside writing: look at the clock every millisecond, compute, or read memory here and there or in order."""
 
     TICK = "tick"
     CPU = "cpu"
     RANDOM = "random"
+    STREAM = "stream"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A job. `memory` in MiB, of it `hot` written with the hot pattern; `dirty` in MB (10^6 bytes) a second."""
+    """A job. `memory` in MiB, of it `hot` written with the hot pattern; `dirty` in MB (10^6 bytes) a second.
+
+    `processes` share memory and writes evenly. `upper` MiB in one file and `small_files` of 1 KiB are written before it begins.
+    """
 
     memory: int
     dirty: float = 0.0
@@ -47,6 +51,10 @@ class Workload:
     threads: int = 1
     files: int = 0
     compressible: bool = False
+    processes: int = 1
+    shared: bool = False
+    upper: int = 0
+    small_files: int = 0
 
     def argv(self) -> list[str]:
         """The command that runs it in a container."""
@@ -61,6 +69,10 @@ class Workload:
             "threads": self.threads,
             "files": self.files,
             "compressible": self.compressible,
+            "processes": self.processes,
+            "shared": self.shared,
+            "upper_bytes": self.upper << 20,
+            "small_files": self.small_files,
         }
         return ["python3", "-c", inspect.getsource(load), json.dumps(settings)]
 
