@@ -12,6 +12,7 @@ from rich.table import Table
 from podferry.bench import figures, report, runner
 from podferry.bench.goals import verdicts
 from podferry.bench.scenarios import SCENARIOS, chosen, restricted
+from podferry.cli.bench_compare import compare_results
 from podferry.cli.terminal import print_json, stderr, stdout, steps, words
 from podferry.errors import UsageError
 from podferry.lab import Lab
@@ -30,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+app.command("compare")(compare_results)
 
 
 @app.command("list")
