@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from io import StringIO
 
 import anyio
 import pytest
+from rich.console import Console
 
-from podferry.cli.kubectl_preview import look, measured
+from podferry.cli.kubectl_drain import table
+from podferry.cli.kubectl_preview import look
+from podferry.controller.measuring import measured
 from podferry.core.drain import ATTEMPTS, PodState
 from podferry.core.estimate import MeasuredMove
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Json
 from podferry.kube.drain import PRIORITY_ANNOTATION, NodeDrain
-from podferry.kube.migration import Migration
+from podferry.kube.migration import Migration, MigrationProgress, seconds
 
 from .world import World
 
@@ -250,3 +254,46 @@ async def test_a_dry_run_says_where_to_and_how_long_by_what_was_seen_before(drai
     assert there not in now["train"]["nodes"]
     assert await world.api.find(NODE_DRAINS, here) is None
     world.also.remove((NODE_DRAINS, here))
+
+
+async def test_a_drain_says_how_long_its_moves_will_take_and_how_far_they_are(drained: World) -> None:
+    """Pods of 800 MiB, where a move of 100 MiB took ten seconds: 80 s each, one after another."""
+    world = drained
+    main = {"name": "main", "image": "train", "resources": {"requests": {"cpu": "100m", "memory": "800Mi"}}}
+    for name in ("first", "second"):
+        await world.pod(name, containers=[main])
+    await world.migrate("gone", "earlier")
+    done = {
+        "phase": "Completed",
+        "progress": {"bytes": 100 << 20},
+        "downtime": "300ms",
+        "startTime": "2026-11-30T10:00:00Z",
+        "completionTime": "2026-11-30T10:00:10Z",
+    }
+    await world.patch(MIGRATIONS, "earlier", {"status": done}, world.namespace, part="status")
+    world.controller()
+    await ask(world, parallel=1)
+
+    async def begun() -> bool:
+        return any(one.status.phase == "Running" for one in await under_way(world))
+
+    await world.until(begun)
+    (move,) = await under_way(world)
+
+    def far(now: Migration) -> bool:
+        now.status.progress = MigrationProgress(summary="round 2, 40%")
+        return True
+
+    await world.set(far, move.name)
+    drain = await reached(world, lambda one: "round 2, 40%" in [pod.message for pod in one.status.pods])
+    assert all(one.estimate for one in drain.status.pods)
+    assert seconds(drain.status.remaining) > 0
+    if world.fake is not None:  # on the real one other tests' moves count as well
+        assert {one.estimate for one in drain.status.pods} == {"80s"}
+        assert 80 < seconds(drain.status.remaining) <= 180
+    shown = StringIO()
+    Console(file=shown, width=200).print(table(drain))
+    assert "round 2, 40%" in shown.getvalue()
+    assert f"about {drain.status.remaining} left" in shown.getvalue()
+    world.tasks.start_soon(agents, world, set[str]())
+    assert (await reached(world, lambda one: one.ended)).status.remaining == ""

@@ -133,7 +133,7 @@ class _Lines:
     def __call__(self, drain: NodeDrain) -> None:
         """Say what is new."""
         for one in drain.status.pods:
-            new = (str(one.state), one.message)
+            new = (str(one.state), "" if one.state is PodState.MOVING else one.message)
             if self._said.get(one.uid) != new:
                 self._said[one.uid] = new
                 stderr().print(words(f"{one.namespace}/{one.name}: {one.state.lower()}{_detail(one)}"))
@@ -147,17 +147,22 @@ def _detail(one: PodDrain) -> str:
 
 def table(drain: NodeDrain) -> Table:
     """The pods, a line each."""
-    shown = Table("NAMESPACE", "POD", "STATE", "TO", "DOWNTIME", "", box=None, pad_edge=False, header_style="bold")
+    shown = Table(
+        "NAMESPACE", "POD", "STATE", "TO", "TIME", "DOWNTIME", "", box=None, pad_edge=False, header_style="bold"
+    )
     for one in drain.status.pods:
         shown.add_row(
             words(one.namespace),
             words(one.name),
             words(one.state, STYLE[one.state]),
             words(one.node),
+            words(f"~{one.estimate}" if one.estimate and one.state in (PodState.WAITING, PodState.MOVING) else ""),
             words(one.downtime),
             words(one.message),
         )
     shown.caption = f"{drain.name}: {drain.status.phase}, {drain.status.summary or 'looking at its pods'}"
+    if drain.status.remaining:
+        shown.caption += f"; about {drain.status.remaining} left, by the moves that this cluster remembers"
     return shown
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import re
 from typing import Any
 
 from rich.table import Table
@@ -12,14 +9,15 @@ from rich.table import Table
 from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.terminal import stderr, stdout, words
 from podferry.controller import drains, eligibility, placement, troubles
+from podferry.controller.measuring import expected as expected_of
+from podferry.controller.measuring import measured
 from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, plan
-from podferry.core.estimate import Estimate, MeasuredMove, estimate, together
-from podferry.core.migration import MigrationPhase
+from podferry.core.estimate import Estimate, together
 from podferry.errors import UsageError
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
 from podferry.kube.errors import Forbidden
-from podferry.kube.migration import Migration, MigrationUnreadable, duration, quantity, seconds
+from podferry.kube.migration import duration
 
 Json = dict[str, Any]
 
@@ -56,7 +54,7 @@ async def look(api: Api, node: str, *, evict_others: bool) -> list[Json]:
     rows = []
     for uid in order:
         pod, moves = leaving[uid], uid in what.move
-        expected = estimate(memory_of(pod), earlier) if moves else None
+        expected = expected_of(pod, earlier) if moves else None
         allowed = (
             None if others is None or not moves else [name for name, of in others.items() if placement.allows(pod, of)]
         )
@@ -89,36 +87,6 @@ async def _other_nodes(api: Api, node: str) -> dict[str, dict[str, str]] | None:
     return {
         one["metadata"]["name"]: one["metadata"].get("labels") or {} for one in fit if one["metadata"]["name"] != node
     }
-
-
-def measured(migrations: list[Json]) -> list[MeasuredMove]:
-    """The moves that completed, as far as their status tells."""
-    found = []
-    for body in migrations:
-        with contextlib.suppress(MigrationUnreadable, ValueError):
-            status = Migration.from_json(body).status
-            if (
-                status.phase is MigrationPhase.COMPLETED
-                and status.progress
-                and status.start_time
-                and status.completion_time
-            ):
-                end = datetime.datetime.fromisoformat(status.completion_time)
-                took = troubles.age(status.start_time, end)
-                found.append(MeasuredMove(status.progress.bytes, took, seconds(status.downtime or "0s")))
-    return found
-
-
-def memory_of(pod: Json) -> int | None:
-    """What its containers ask for, or may have; None where one says neither."""
-    total = 0
-    for one in eligibility.containers(pod):
-        resources = one.get("resources") or {}
-        asked = (resources.get("requests") or {}).get("memory") or (resources.get("limits") or {}).get("memory")
-        if asked is None or not re.fullmatch(r"[0-9.]+(k|M|G|T|Ki|Mi|Gi|Ti)?", str(asked)):
-            return None
-        total += int(quantity(str(asked)))
-    return total
 
 
 def print_preview(node: str, rows: list[Json]) -> None:

@@ -6,20 +6,23 @@ Nothing is remembered between steps: the state is the objects'. A controller tha
 from __future__ import annotations
 
 import contextlib
+import datetime
 from typing import Any
 
 import structlog
 
-from podferry.controller import eligibility, pods
+from podferry.controller import eligibility, pods, troubles
+from podferry.controller.measuring import expected, measured_moves
 from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, DrainPhase, DrainPlan, PodState, plan
+from podferry.core.estimate import together
 from podferry.core.migration import MigrationPhase
 from podferry.errors import PodferryError
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fields, Json, Labels, ResourceKind
 from podferry.kube.drain import MOST_PODS, PRIORITY_ANNOTATION, NodeDrain, PodDrain
 from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.events import Events
-from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, timestamp
+from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, duration, timestamp
 
 LOOK_AGAIN = 3.0
 SHORTENED = 200
@@ -246,6 +249,8 @@ def _tell(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], 
         known[uid].state, known[uid].message = state, message[:1000]
         if taken_up := _of(uid, migrations):
             known[uid].migration = taken_up[-1].name
+            if state is PodState.MOVING:
+                known[uid].message = _far(taken_up[-1])
     for uid, one in known.items():
         if uid not in what.states and one.state not in (PodState.MOVED, PodState.GONE):
             _has_left(one, migrations)
@@ -253,12 +258,33 @@ def _tell(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], 
     status.total, status.left = len(known), len(what.states)
     status.moved = sum(one.state is PodState.MOVED for one in known.values())
     status.phase = what.phase
+    status.remaining = _remaining(drain, here, migrations, what)
     counts = {state: sum(one.state is state for one in known.values()) for state in PodState}
     status.summary = ", ".join(f"{count} {state.lower()}" for state, count in counts.items() if count) or "no pods"
     if drain.ended:
         completed = status.phase is DrainPhase.COMPLETED
         status.completion_time = timestamp()
         status.say("Completed", completed, "NodeEmpty" if completed else "PodsLeft", status.summary)
+
+
+def _far(migration: Migration) -> str:
+    """How far a move is, in a few words."""
+    status = migration.status
+    return (status.progress.summary if status.progress else "") or str(status.message or status.phase)
+
+
+def _remaining(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], what: DrainPlan) -> str:
+    """Notes of each pod how long its move will take; returns how long all that are left will, and nothing where nothing tells."""
+    earlier, now, left = measured_moves(migrations), datetime.datetime.now(datetime.UTC), []
+    for one in drain.status.pods:
+        if one.uid not in here or one.state not in (PodState.WAITING, PodState.MOVING):
+            continue
+        found = expected(here[one.uid], earlier)
+        one.estimate = duration(found.seconds) if found is not None else ""
+        if found is not None:
+            begun = [m.status.start_time for m in _of(one.uid, migrations) if not m.ended and m.status.start_time]
+            left.append(max(0.0, found.seconds - sum(troubles.age(since, now) for since in begun[:1])))
+    return duration(together(left, drain.spec.parallel)) if left and what.phase is DrainPhase.DRAINING else ""
 
 
 def _has_left(one: PodDrain, migrations: list[Migration]) -> None:

@@ -93,7 +93,14 @@ class PodDrain(ObjectPart):
     migration: Annotated[str, Field(description="The Migration that moves it, the newest.")] = ""
     node: Annotated[str, Field(description="The node that it moved to.")] = ""
     downtime: Annotated[str, Field(description="How long it stood still, e.g. 212ms.")] = ""
-    message: Annotated[str, Field(description="Why, in words for people.")] = ""
+    estimate: Annotated[
+        str,
+        Field(
+            description="How long its move will take, from its memory requests and the moves that the cluster remembers, e.g. 40s. "
+            "Empty where nothing tells."
+        ),
+    ] = ""
+    message: Annotated[str, Field(description="Why, or how far its move is, in words for people.")] = ""
 
 
 class NodeDrainStatus(Conditioned):
@@ -106,6 +113,10 @@ class NodeDrainStatus(Conditioned):
     total: Annotated[int, Field(description="Pods that the drain has seen on the node.", ge=0)] = 0
     moved: Annotated[int, Field(description="Pods that moved to another node.", ge=0)] = 0
     left: Annotated[int, Field(description="Pods still on the node.", ge=0)] = 0
+    remaining: Annotated[
+        str,
+        Field(description="How long the moves that are left will take, e.g. 3m, as far as anything tells."),
+    ] = ""
     summary: Annotated[str, Field(description="All of it in a few words.")] = ""
     pods: Annotated[
         list[PodDrain],

@@ -34,6 +34,7 @@ DRAIN_COLUMNS: tuple[Column, ...] = (
     ("Pods", "integer", ".status.total", 0, "pods that the drain has seen on the node"),
     ("Moved", "integer", ".status.moved", 0, "pods that moved to another node"),
     ("Left", "integer", ".status.left", 0, "pods still on the node"),
+    ("Remaining", "string", ".status.remaining", 0, "how long the moves that are left will take"),
     ("Age", "date", ".metadata.creationTimestamp", 0, ""),
     ("Summary", "string", ".status.summary", 1, "all of it in a few words"),
 )

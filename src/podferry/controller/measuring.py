@@ -1,0 +1,59 @@
+"""What this cluster has seen of moves, and what the next ones will be like: the figures behind a drain's estimate. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from podferry.controller import eligibility, troubles
+from podferry.core.estimate import Estimate, MeasuredMove, estimate
+from podferry.core.migration import MigrationPhase
+from podferry.kube.migration import Migration, MigrationUnreadable, quantity, seconds
+
+Json = dict[str, Any]
+
+NEWEST = 200
+"""Moves that an estimate rests on: the newest, since links and jobs change."""
+
+
+def measured(migrations: Iterable[Json]) -> list[MeasuredMove]:
+    """The moves that completed, as far as their status tells."""
+    found = []
+    for body in migrations:
+        with contextlib.suppress(MigrationUnreadable):
+            found.append(Migration.from_json(body))
+    return measured_moves(found)
+
+
+def measured_moves(migrations: Iterable[Migration]) -> list[MeasuredMove]:
+    """As `measured`."""
+    found = []
+    done = [one for one in migrations if one.status.phase is MigrationPhase.COMPLETED and one.status.completion_time]
+    for one in sorted(done, key=lambda one: str(one.status.completion_time))[-NEWEST:]:
+        status = one.status
+        with contextlib.suppress(ValueError):
+            if status.progress and status.start_time and status.completion_time:
+                end = datetime.datetime.fromisoformat(status.completion_time)
+                took = troubles.age(status.start_time, end)
+                found.append(MeasuredMove(status.progress.bytes, took, seconds(status.downtime or "0s")))
+    return found
+
+
+def memory_of(pod: Json) -> int | None:
+    """What its containers ask for, or may have; None where one says neither."""
+    total = 0
+    for one in eligibility.containers(pod):
+        resources = one.get("resources") or {}
+        asked = (resources.get("requests") or {}).get("memory") or (resources.get("limits") or {}).get("memory")
+        if asked is None or not re.fullmatch(r"[0-9.]+(k|M|G|T|Ki|Mi|Gi|Ti)?", str(asked)):
+            return None
+        total += int(quantity(str(asked)))
+    return total
+
+
+def expected(pod: Json, earlier: list[MeasuredMove]) -> Estimate | None:
+    """How long the pod's move will take; None where nothing tells."""
+    return estimate(memory_of(pod), earlier)
