@@ -224,7 +224,7 @@ async def test_a_node_is_drained_and_the_terminal_shows_each_pod(world: World, r
     assert "--evict-others" in err
     assert "Incomplete" in out
     code, out, err = await run("get", "nodedrains", program=KUBECTL)
-    assert out.splitlines()[0].split() == ["NAME", "PHASE", "PODS", "MOVED", "LEFT", "AGE"], err
+    assert out.splitlines()[0].split() == ["NAME", "PHASE", "PODS", "MOVED", "LEFT", "REMAINING", "AGE"], err
     code, _, err = await run("drain", node, "--stop")
     assert (code, "is not being drained" in err) == (2, True)
     code, _, err = await run("drain", "no-such-node")

@@ -57,6 +57,7 @@ FORGED: Json = {
     "targetPod": {"name": "train", "uid": "another"},
     "containers": [{"name": "main"}, {"name": "more"}],
     "owner": {"kind": "Job", "name": "another"},
+    "settings": {"policy": "another", "mode": "stop"},
     "engine.source": "commit",
     "engine.target": "fill",
     "progress": {"bytes": 2},

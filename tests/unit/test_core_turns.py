@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.core.turns import Limits, Move, next_turns, wait
+from podferry.core.turns import Group, Limits, Move, next_turns, wait
 
 pytestmark = pytest.mark.unit
 
@@ -87,3 +87,24 @@ def test_limits_hold_and_no_place_stays_empty_while_somebody_could_take_it(
             assert not limit or sum(getattr(one, of) == value for one in now) <= limit
     for one in waiting:
         assert one in begun or wait(one, now, limits) is not None
+
+
+def test_a_groups_own_limits_hold_beside_those_of_all() -> None:
+    """Two of a policy's moves in the cluster, one out of a node; who has no policy does not count."""
+    few, unlimited = Group("few", cluster=2, outbound=1), Limits(0, 0, 0, 0)
+    waiting = [
+        Move("a", "x", "n", created="1", group=few),
+        Move("b", "x", "n", created="2", group=few),
+        Move("c", "x", "m", created="3", group=few),
+        Move("d", "x", "o", created="4", group=few),
+        Move("e", "x", "n", created="5"),
+    ]
+    assert [one.uid for one in next_turns(waiting, [], unlimited)] == ["a", "c", "e"]
+    begun = [Move("a", "x", "n", group=Group("few")), Move("c", "x", "m", group=Group("few"))]
+    kept = wait(waiting[3], begun, unlimited)
+    assert kept is not None
+    assert (kept.reason, "policy few has 2 moves" in kept.message) == ("PolicyBusy", True)
+    kept = wait(waiting[1], begun[:1], unlimited)
+    assert kept is not None
+    assert "policy few on node n has 1 moves" in kept.message
+    assert wait(Move("f", "x", "n", group=Group("others", 1, 1)), begun, unlimited) is None

@@ -142,7 +142,7 @@ def test_the_diagram_of_the_phases_is_the_tables() -> None:
 
 
 def test_every_reason_has_its_line_in_the_table_of_eligibility() -> None:
-    sources = (ROOT / f"src/podferry/controller/{name}.py" for name in ("eligibility", "surroundings", "reconcile"))
+    sources = (ROOT / f"src/podferry/controller/{name}.py" for name in ("eligibility", "policies", "surroundings"))
     said = {word for source in sources for word in re.findall(r'unfit\(\s*"(\w+)"', source.read_text())}
     page = (ROOT / "docs/migrations.md").read_text()
     assert len(said) > 20

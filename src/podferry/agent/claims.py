@@ -42,8 +42,8 @@ def _against(migration: Migration, node: str, peer: str, pod: PodName, mode: Mod
     if source is None or (migration.namespace, source.name, source.uid) != (pod.namespace, pod.name, pod.uid):
         of = f"{migration.namespace}/{source.name} with uid {source.uid}" if source else "none yet"
         yield f"its pod is {of}, the offered one has uid {pod.uid}"
-    if Mode(migration.spec.mode) is not mode:
-        yield f"its mode is {migration.spec.mode}, not {mode}"
+    if Mode(migration.settings.mode) is not mode:
+        yield f"its mode is {migration.settings.mode}, not {mode}"
     if status.phase is not MigrationPhase.RUNNING or status.abort is not None or migration.ended:
         yield f"it is {'being undone' if status.abort is not None else status.phase}, not Running"
     if status.engine is not None and status.engine.target:

@@ -257,8 +257,8 @@ def _never_began(error: PodferryError) -> store.Change:
 
 
 def order_of(migration: Migration) -> Order:
-    """What the engine is asked, from the Migration's spec."""
-    spec = migration.spec
+    """What the engine is asked, by what the controller has settled."""
+    spec = migration.settings
     policy = PreCopyPolicy(
         max_downtime=seconds(spec.max_downtime) if spec.max_downtime else PreCopyPolicy.max_downtime,
         throttle=spec.allow_auto_converge,

@@ -102,8 +102,18 @@ def migrate(
     selector: Annotated[
         list[str] | None, typer.Option("--node-selector", metavar="KEY=VALUE", help="A label that the node must have.")
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="live copies while it runs; stop and postcopy freeze first.")] = Mode.LIVE,
-    timeout: Annotated[str, typer.Option(metavar="TIME", help="Take it back if it is not done by then.")] = "1h",
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="live copies while it runs; stop and postcopy freeze first. Default: the pod's policy's, or live."
+        ),
+    ] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Take it back if it is not done by then. Default: the pod's policy's, or 1h."
+        ),
+    ] = None,
     max_downtime: Annotated[
         str | None, typer.Option(metavar="TIME", help="Only stop the job when that will take less, e.g. 300ms.")
     ] = None,
@@ -156,13 +166,13 @@ def migrate(
         "podName": pod,
         "targetNode": to,
         "nodeSelector": moves.labels(selector or []) or None,
-        "mode": mode.value,
+        "mode": mode and mode.value,
         "timeout": timeout,
         "maxDowntime": max_downtime,
         "maxFreeze": max_freeze,
         "bandwidth": None if bandwidth is None else str(int(parse_rate(bandwidth))),
-        "allowPostCopy": allow_postcopy,
-        "allowAutoConverge": allow_throttle,
+        "allowPostCopy": allow_postcopy or None,
+        "allowAutoConverge": allow_throttle or None,
         "ttlSecondsAfterFinished": None if ttl is None else moves.whole_seconds(ttl),
     }
     body = moves.body(pod, name, {key: value for key, value in spec.items() if value is not None})
@@ -208,22 +218,27 @@ def check(
     [bold]kubectl podferry check train-x7k2p --rehearse[/]
     """
     where = ClusterOptions(namespace, context, kubeconfig)
-    found = _do(partial(moves.obstacles, where, pod))
+    found, policy = _do(partial(moves.obstacles, where, pod))
     if rehearse and not found:
         body = moves.body(pod, None, {"podName": pod, "dryRun": True, "ttlSecondsAfterFinished": REHEARSED_TTL})
         end = _do(partial(moves.follow_to_the_end, where, body, choose(json)))
         print_json(end.to_json(), indent=None) if json else tables.print_end(end)
         raise typer.Exit(OF_OUTCOME[OUTCOME_OF_END[end.status.phase]])
+    refusals = [{**one.to_dict(), "reason": one.reason} for one in found]
     if json:
-        print_json(
-            {"pod": pod, "movable": not found, "refusals": [{**one.to_dict(), "reason": one.reason} for one in found]}
-        )
+        print_json({"pod": pod, "movable": not found, "policy": policy.name, "refusals": refusals})
     elif not found:
         stdout().print(f"{pod} can move.", style="bold green", markup=False)
     else:
         stdout().print(f"{pod} cannot move.", style="bold yellow", markup=False)
         for one in found:
             print_error(one)
+    if not json and policy.name:
+        stdout().print(f"MigrationPolicy {policy.name} applies to it.", markup=False)
+    elif not json and policy.hidden:
+        stdout().print(
+            "Whether a MigrationPolicy applies to it you may not read; its Migration will say.", markup=False
+        )
     if found:
         raise typer.Exit(Exit.REFUSED)
 
@@ -245,8 +260,18 @@ def drain(
     parallel: Annotated[
         int, typer.Option("--parallel", metavar="N", min=1, max=50, help="Moves out of the node at once.")
     ] = 2,
-    mode: Annotated[Mode, typer.Option(help="live copies while it runs; stop and postcopy freeze first.")] = Mode.LIVE,
-    timeout: Annotated[str, typer.Option(metavar="TIME", help="Take a move back if it is not done by then.")] = "1h",
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="live copies while it runs; stop and postcopy freeze first. Default: each pod's policy's, or live."
+        ),
+    ] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Take a move back if it is not done by then. Default: each pod's policy's, or 1h."
+        ),
+    ] = None,
     allow_postcopy: Annotated[
         bool,
         typer.Option("--allow-postcopy", help="Fall to post-copy where a job writes faster than the link carries."),
@@ -287,15 +312,17 @@ def drain(
         message = f"{node}: no further move begins; resume with kubectl podferry drain {node}"
         print_json(stopped.to_json()) if json else stdout().print(message, markup=False)
         return
-    spec = {
+    wishes = {
         "evictOthers": evict_others,
         "parallel": parallel,
-        "mode": mode.value,
+        "mode": mode and mode.value,
         "timeout": timeout,
-        "allowPostCopy": allow_postcopy,
-        "allowAutoConverge": allow_throttle,
+        "allowPostCopy": allow_postcopy or None,
+        "allowAutoConverge": allow_throttle or None,
     }
-    moves.whole_seconds(timeout)
+    if timeout is not None:
+        moves.whole_seconds(timeout)
+    spec = {name: value for name, value in wishes.items() if value is not None}
     begun = _do(partial(draining.begin, where, node, spec))
     if detach:
         print_json(begun.to_json()) if json else stdout().print(f"nodedrain/{begun.name} created", markup=False)

@@ -18,6 +18,7 @@ from podferry.cli.record import ProgressRecord
 from podferry.cli.views import EventView
 from podferry.controller.eligibility import PodUnfit
 from podferry.controller.eligibility import obstacles as find_obstacles
+from podferry.controller.policies import AppliedPolicy, Policies, forbids
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, ResourceKind
@@ -123,15 +124,17 @@ async def migrations(where: ClusterOptions, *, everywhere: bool) -> list[Migrati
     return sorted(map(Migration.from_json, found), key=lambda one: str(one.metadata.get("creationTimestamp")))
 
 
-async def obstacles(where: ClusterOptions, name: str) -> list[PodUnfit]:
-    """What stands in the way of moving the pod."""
+async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], AppliedPolicy]:
+    """What stands in the way of moving the pod, and the policy that applies to it."""
     async with where.open() as (api, namespace):
         pod = await api.find(PODS, name, namespace)
         if pod is None:
             raise UsageError(
                 f"there is no pod {name} in namespace {namespace}", remedy=f"kubectl get pods -n {namespace}"
             )
-        return find_obstacles(pod, await Surveyor(api).around(pod))
+        policy = await Policies(api).of(pod)
+        no = forbids(policy)
+        return find_obstacles(pod, await Surveyor(api).around(pod)) + ([no] if no is not None else []), policy
 
 
 async def story(where: ClusterOptions, name: str) -> tuple[Migration, list[Json]]:

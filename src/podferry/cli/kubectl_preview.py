@@ -11,6 +11,7 @@ from podferry.cli.terminal import stderr, stdout, words
 from podferry.controller import drains, eligibility, placement, troubles
 from podferry.controller.measuring import expected as expected_of
 from podferry.controller.measuring import measured
+from podferry.controller.policies import Policies, forbids
 from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, plan
 from podferry.core.estimate import Estimate, together
@@ -36,15 +37,19 @@ async def look(api: Api, node: str, *, evict_others: bool) -> list[Json]:
         raise UsageError(f"there is no node {node}", remedy="kubectl get nodes")
     found, _ = await api.list(PODS, fields={"spec.nodeName": node})
     leaving = {one["metadata"]["uid"]: one for one in found if drains.has_to_leave(one)}
-    survey = Surveyor(drains.DrainView(api))
+    view = drains.DrainView(api)
+    survey, policies = Surveyor(view), Policies(view)
     obstacles = {uid: eligibility.obstacles(pod, await survey.around(pod)) for uid, pod in leaving.items()}
+    of = {uid: await policies.of(pod) for uid, pod in leaving.items()}
+    for uid, policy in of.items():
+        obstacles[uid] += [no] if (no := forbids(policy)) is not None else []
     earlier = measured((await api.list(MIGRATIONS))[0])
     others = await _other_nodes(api, node)
     judged = [
         DrainedPod(
             uid,
             started=str((pod.get("status") or {}).get("startTime") or ""),
-            priority=drains.priority(pod),
+            priority=drains.priority(pod, of[uid]),
             obstacle="; ".join(str(one) for one in obstacles[uid]),
         )
         for uid, pod in leaving.items()
@@ -56,7 +61,9 @@ async def look(api: Api, node: str, *, evict_others: bool) -> list[Json]:
         pod, moves = leaving[uid], uid in what.move
         expected = expected_of(pod, earlier) if moves else None
         allowed = (
-            None if others is None or not moves else [name for name, of in others.items() if placement.allows(pod, of)]
+            None
+            if others is None or not moves
+            else [name for name, labels in others.items() if placement.allows(pod, labels)]
         )
         rows.append(
             {
@@ -65,6 +72,7 @@ async def look(api: Api, node: str, *, evict_others: bool) -> list[Json]:
                 "action": "move" if moves else "evict" if uid in what.evict else "leave",
                 "nodes": allowed,
                 "estimate": _shown(expected),
+                "policy": of[uid].name,
                 "refusals": [{**one.to_dict(), "reason": one.reason} for one in obstacles[uid]],
             }
         )

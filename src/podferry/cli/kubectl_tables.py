@@ -70,6 +70,7 @@ def print_end(migration: Migration) -> None:
         ("rounds", str(status.progress.rounds) if status.progress and status.progress.rounds else None),
         ("new pod", status.target_pod.name if status.target_pod and status.phase == MigrationPhase.COMPLETED else None),
         ("belongs to", f"{status.owner.kind} {status.owner.name}" if status.owner and status.owner.kind else None),
+        ("policy", status.settings.policy if status.settings else None),
         ("took", _took(migration)),
     ]
     for name, value in facts:

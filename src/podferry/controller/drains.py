@@ -12,7 +12,9 @@ from typing import Any
 import structlog
 
 from podferry.controller import eligibility, pods, troubles
+from podferry.controller.eligibility import PodUnfit
 from podferry.controller.measuring import expected, measured_moves
+from podferry.controller.policies import AppliedPolicy, Policies, settle
 from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, DrainPhase, DrainPlan, PodState, plan
 from podferry.core.estimate import together
@@ -22,7 +24,8 @@ from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fiel
 from podferry.kube.drain import MOST_PODS, PRIORITY_ANNOTATION, NodeDrain, PodDrain
 from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.events import Events
-from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, duration, timestamp
+from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, MigrationSpec, duration, timestamp
+from podferry.kube.policy import PodWish
 
 LOOK_AGAIN = 3.0
 SHORTENED = 200
@@ -116,8 +119,9 @@ class Drains:
         return {one["metadata"]["uid"]: one for one in found if has_to_leave(one)}
 
     async def _judge(self, drain: NodeDrain, here: dict[str, Json], migrations: list[Migration]) -> list[DrainedPod]:
-        survey = Surveyor(DrainView(self._api))
-        judged = [await self._judge_pod(drain, pod, migrations, survey) for pod in here.values()]
+        view = DrainView(self._api)
+        survey, policies = Surveyor(view), Policies(view)
+        judged = [await self._judge_pod(drain, pod, migrations, survey, policies) for pod in here.values()]
         # The source is gone before its Migration has ended: until then the pod has not moved.
         gone = [one for one in drain.status.pods if one.uid not in here]
         return judged + [
@@ -125,7 +129,7 @@ class Drains:
         ]
 
     async def _judge_pod(
-        self, drain: NodeDrain, pod: Json, migrations: list[Migration], survey: Surveyor
+        self, drain: NodeDrain, pod: Json, migrations: list[Migration], survey: Surveyor, policies: Policies
     ) -> DrainedPod:
         about, status = pod["metadata"], pod.get("status") or {}
         labels = about.get("labels") or {}
@@ -138,10 +142,17 @@ class Drains:
             live = any(not one.ended and pods.made_by(pod, one) for one in migrations)
             settling = "it is just arriving" * live
         obstacles = [] if settling or moving else eligibility.obstacles(pod, await survey.around(pod))
+        policy = await policies.of(pod)
+        if (
+            not obstacles
+            and not (settling or moving)
+            and isinstance(no := settle(wishes_of(drain, pod), policy), PodUnfit)
+        ):
+            obstacles = [no]
         return DrainedPod(
             about["uid"],
             started=str(status.get("startTime") or ""),
-            priority=priority(pod),
+            priority=priority(pod, policy),
             obstacle="; ".join(str(one) for one in obstacles),
             moving=moving,
             settling=settling,
@@ -151,14 +162,7 @@ class Drains:
 
     async def _move(self, drain: NodeDrain, pod: Json) -> None:
         about = pod["metadata"]
-        spec = {
-            "podName": about["name"],
-            "mode": drain.spec.mode,
-            "timeout": drain.spec.timeout,
-            "allowPostCopy": drain.spec.allow_post_copy,
-            "allowAutoConverge": drain.spec.allow_auto_converge,
-            **({"requestedBy": drain.spec.requested_by} if drain.spec.requested_by else {}),
-        }
+        spec = wishes_of(drain, pod).model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
         owner = {
             "apiVersion": API_VERSION,
             "kind": drain.kind,
@@ -223,8 +227,16 @@ def _belongs(migration: Migration, drain: NodeDrain) -> bool:
     return any(one["uid"] == drain.uid and one.get("controller") for one in owners)
 
 
-def priority(pod: Json) -> int:
-    """The pod's own wish, where it is a number; a wish that is none changes nothing."""
+def wishes_of(drain: NodeDrain, pod: Json) -> MigrationSpec:
+    """What the drain asks of the pod's Migration."""
+    wishes = {"mode", "timeout", "allow_post_copy", "allow_auto_converge", "requested_by"}
+    return MigrationSpec(pod_name=pod["metadata"]["name"], **drain.spec.model_dump(include=wishes, exclude_none=True))
+
+
+def priority(pod: Json, policy: AppliedPolicy) -> int:
+    """The pod's own wish, where it is a number and its policy heeds it; a wish that is none changes nothing."""
+    if not policy.heeds(PodWish.PRIORITY):
+        return 0
     try:
         return int((pod["metadata"].get("annotations") or {}).get(PRIORITY_ANNOTATION, "0"))
     except ValueError:

@@ -11,7 +11,8 @@ from typing import Any
 
 from podferry.controller import placement
 from podferry.errors import Refused
-from podferry.kube.migration import UID_LABEL, MigrationSpec
+from podferry.kube.migration import UID_LABEL
+from podferry.kube.settings import MoveSettings
 from podferry.model import Mode
 
 Json = dict[str, Any]
@@ -82,11 +83,11 @@ def containers(pod: Json) -> list[Json]:
     return sidecars + list(pod["spec"]["containers"])
 
 
-def impatient_probe(pod: Json, spec: MigrationSpec) -> PodUnfit | None:
+def impatient_probe(pod: Json, settings: MoveSettings) -> PodUnfit | None:
     """A liveness probe that has the container restarted at its first failure, where the pod may stand still for long. One that is
     under way when the pod is frozen fails, whoever answers those that come later (`podferry.workload.answering`).
     """
-    if spec.mode is Mode.LIVE and not spec.allow_post_copy:
+    if settings.mode is Mode.LIVE and not settings.allow_post_copy:
         return None
     hasty = [
         one["name"]
@@ -98,7 +99,7 @@ def impatient_probe(pod: Json, spec: MigrationSpec) -> PodUnfit | None:
         return None
     return unfit(
         "ImpatientProbe",
-        f"the kubelet restarts the pod's containers when a liveness probe fails once, and in mode {spec.mode} one may",
+        f"the kubelet restarts the pod's containers when a liveness probe fails once, and in mode {settings.mode} one may",
         why=", ".join(hasty),
         remedy="a failureThreshold of 2 or more, which counts from the pod's next start; or mode live",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from podferry.controller import eligibility, pods, troubles
 from podferry.controller.books import Books
 from podferry.controller.eligibility import PodUnfit
+from podferry.controller.policies import Policies, group, known, settle
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
 from podferry.core.migration import MigrationEvent, MigrationPhase
@@ -16,6 +17,7 @@ from podferry.kube.errors import Forbidden
 from podferry.kube.migration import ELIGIBLE, QUEUED, Migration, OwnerReference, PodReference, timestamp
 from podferry.kube.moved import moved_containers
 from podferry.kube.paths import is_subdomain
+from podferry.kube.settings import MoveSettings
 from podferry.model import Outcome
 
 E, P = MigrationEvent, MigrationPhase
@@ -28,6 +30,7 @@ class Entrance:
 
     def __init__(self, api: Api, books: Books, survey: Surveyor, turns: Turns) -> None:
         self._api, self._books, self._survey, self._turns = api, books, survey, turns
+        self._policies = Policies(api)
 
     async def step(self, migration: Migration) -> float | None:
         """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
@@ -40,21 +43,26 @@ class Entrance:
         source = await self._named_pod(migration)
         if isinstance(source, PodUnfit):
             return await self.refuse(migration, source.reason, [source])
-        if found := await self._obstacles(migration, source):
-            return await self.refuse(migration, found[0].reason, list(found))
-        if waits := self._turns.take(migration, source["spec"]["nodeName"]):
+        policy = await self._policies.of(source)
+        settings = settle(migration.spec, policy)
+        if found := await self._obstacles(migration, source, settings):
+            return await self.refuse(migration, found[0].reason, list(found), known(settings, policy))
+        assert isinstance(settings, MoveSettings)
+        if waits := self._turns.take(migration, source["spec"]["nodeName"], group(policy)):
             return await self._wait(migration, waits)
-        return await self._take_up(migration, source)
+        return await self._take_up(migration, source, settings)
 
-    async def _obstacles(self, migration: Migration, source: Json) -> list[PodUnfit]:
+    async def _obstacles(self, migration: Migration, source: Json, settings: MoveSettings | PodUnfit) -> list[PodUnfit]:
         """What stands in the way of moving this pod as the Migration asks."""
         if found := eligibility.obstacles(source, await self._survey.around(source, migration)):
             return found
-        impatient = eligibility.impatient_probe(source, migration.spec)
+        if isinstance(settings, PodUnfit):
+            return [settings]
+        impatient = eligibility.impatient_probe(source, settings)
         wrong = impatient or await self._survey.target_node(source, migration)
         return [wrong] if wrong else []
 
-    async def _take_up(self, migration: Migration, source: Json) -> float:
+    async def _take_up(self, migration: Migration, source: Json, settings: MoveSettings) -> float:
         """It is its turn: the pod is marked as on its way, and a node is looked for."""
         if not troubles.claims(source, migration):
             claim, uid = pods.claim(source, migration), source["metadata"]["uid"]
@@ -70,6 +78,7 @@ class Entrance:
             now.status.source_pod = PodReference(name=source["metadata"]["name"], uid=source["metadata"]["uid"])
             now.status.containers = moved_containers(source)
             now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
+            now.status.settings = settings
             now.status.start_time = timestamp()
             now.status.say(ELIGIBLE, True, "NothingInTheWay")
             if now.status.condition(QUEUED) is not None:
@@ -103,14 +112,19 @@ class Entrance:
         missing = f"there is no pod {migration.spec.pod_name}"
         return found or eligibility.unfit("PodNotFound", missing, remedy="kubectl get pods")
 
-    async def refuse(self, migration: Migration, reason: str, why: list[Refused]) -> float:
-        """It ends here: nothing was done yet."""
+    async def refuse(
+        self, migration: Migration, reason: str, why: list[Refused], settings: MoveSettings | None = None
+    ) -> float:
+        """It ends here: nothing was done yet. `settings` tell by which policy, and how long the Migration stays."""
         self._turns.leave(migration.uid)
         words = "; ".join(str(one) for one in why)
         remedy = "; ".join(one.remedy for one in why if one.remedy)
         end = troubles.ending(Outcome.REFUSED, reason, words, remedy=remedy, code=why[0].code)
         message = f"{words}. What to do: {remedy}" if remedy else words
-        await self._books.fire(
-            migration, E.REFUSAL, lambda now: now.status.say(ELIGIBLE, False, reason, message), ending=end
-        )
+
+        def refused(now: Migration) -> None:
+            now.status.settings = settings or now.status.settings
+            now.status.say(ELIGIBLE, False, reason, message)
+
+        await self._books.fire(migration, E.REFUSAL, refused, ending=end)
         return 0.0

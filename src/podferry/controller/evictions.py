@@ -15,7 +15,9 @@ from typing import Any
 import structlog
 
 from podferry.controller import eligibility, pods, troubles
+from podferry.controller.eligibility import PodUnfit
 from podferry.controller.metrics import ControllerMetrics
+from podferry.controller.policies import AppliedPolicy, Policies, settle
 from podferry.controller.surroundings import Surveyor
 from podferry.core.migration import MigrationPhase
 from podferry.kube.client import MIGRATIONS, PODS, Api
@@ -27,9 +29,11 @@ from podferry.kube.migration import (
     ROLE_LABEL,
     UID_LABEL,
     Migration,
+    MigrationSpec,
     MigrationUnreadable,
     seconds,
 )
+from podferry.kube.policy import PodWish
 
 Json = dict[str, Any]
 
@@ -54,7 +58,8 @@ class Evictions:
     def __init__(self, api: Api, account: str, metrics: ControllerMetrics | None = None) -> None:
         """`account` is the controller's own name: what a NodeDrain evicts is not moved."""
         self._metrics = metrics or ControllerMetrics()
-        self._api, self._account, self._survey = api, account, Surveyor(api)
+        self._api, self._account = api, account
+        self._survey, self._policies = Surveyor(api), Policies(api)
         self._log = structlog.get_logger()
 
     async def review(self, request: Json) -> Json:
@@ -75,16 +80,20 @@ class Evictions:
         pod = await self._api.find(PODS, name, namespace)
         if pod is None or not pod["spec"].get("runtimeClassName") or not _runs(pod):
             return Answer(True)
-        moves = await self._moves(pod)
+        moves, policy = await self._moves(pod), await self._policies.of(pod)
         now = datetime.datetime.now(datetime.UTC)
         if busy := next((one for one in moves if not one.ended), None):
-            return _of_move(busy, pod, now)
+            return _of_move(busy, pod, now, deadline_of(pod, policy))
         if failed := next((one for one in moves if one.metadata.get("labels", {}).get(CAUSE_LABEL) == EVICTION), None):
             why = failed.status.ending.message if failed.status.ending else str(failed.status.phase)
             return Answer(True, f"{name} is evicted, since its move failed: {why}")
-        if found := eligibility.obstacles(pod, await self._survey.around(pod)):
+        spec = MigrationSpec(pod_name=name, timeout=deadline_of(pod, policy))
+        found = eligibility.obstacles(pod, await self._survey.around(pod))
+        if isinstance(no := settle(spec, policy), PodUnfit):
+            found.append(no)
+        if found:
             return Answer(True, f"{name} is evicted, since it cannot move: {'; '.join(map(str, found))}")
-        return await self._begin(pod, user, dry=bool(request.get("dryRun")))
+        return await self._begin(pod, user, deadline_of(pod, policy), dry=bool(request.get("dryRun")))
 
     async def _moves(self, pod: Json) -> list[Migration]:
         """The Migrations that have to do with this very pod: of which it is the source, or the target that arrives."""
@@ -100,14 +109,14 @@ class Evictions:
                 moves.append(Migration.from_json(body))
         return [one for one in moves if _is_about(one, about["uid"], str(labels.get(UID_LABEL)))]
 
-    async def _begin(self, pod: Json, user: str, *, dry: bool) -> Answer:
+    async def _begin(self, pod: Json, user: str, deadline: str, *, dry: bool) -> Answer:
         about = pod["metadata"]
         name = f"evict-{about['name'][:LONGEST_NAME]}-{about['uid'][:8]}"
         body = {
             "metadata": {"name": name, "labels": {CAUSE_LABEL: EVICTION}},
             "spec": {
                 "podName": about["name"],
-                "timeout": _deadline(pod),
+                "timeout": deadline,
                 "requestedBy": user,
                 "ttlSecondsAfterFinished": KEPT,
             },
@@ -136,9 +145,8 @@ def _is_about(migration: Migration, uid: str, claimed: str) -> bool:
     return source.uid == uid or (target is not None and target.uid == uid and claimed == migration.uid)
 
 
-def _of_move(migration: Migration, pod: Json, now: datetime.datetime) -> Answer:
+def _of_move(migration: Migration, pod: Json, now: datetime.datetime, limit: str) -> Answer:
     status, about = migration.status, pod["metadata"]
-    limit = _deadline(pod)
     late = troubles.age(str(migration.metadata["creationTimestamp"]), now) > seconds(limit)
     # Once the job runs on the target, its source pod must not go before its owner has the new one.
     if late and status.phase in (MigrationPhase.PENDING, MigrationPhase.SCHEDULING, MigrationPhase.RUNNING):
@@ -147,11 +155,14 @@ def _of_move(migration: Migration, pod: Json, now: datetime.datetime) -> Answer:
     return Answer(False, f"{about['name']} moves to another node: Migration {migration.name}, {far}")
 
 
-def _deadline(pod: Json) -> str:
-    """How long a move may hold the pod's eviction up: the pod's own wish, where it is a duration."""
-    wish = str((pod["metadata"].get("annotations") or {}).get(DEADLINE_ANNOTATION, DEADLINE))
+def deadline_of(pod: Json, policy: AppliedPolicy) -> str:
+    """How long a move may hold the pod's eviction up: as its policy says, or less where the pod's own wish is a duration."""
+    most = policy.spec.eviction_deadline
+    wish = (pod["metadata"].get("annotations") or {}).get(DEADLINE_ANNOTATION)
+    if wish is None or not policy.heeds(PodWish.EVICTION_DEADLINE):
+        return most or DEADLINE
     try:
-        seconds(wish)
+        asked = seconds(str(wish))
     except ValueError:
-        return DEADLINE
-    return wish
+        return most or DEADLINE
+    return most if most is not None and asked > seconds(most) else str(wish)

@@ -60,9 +60,10 @@ def target_pod(source: Json, migration: Migration, node: str, now: datetime.date
     sidecars = [one for one in spec.pop("initContainers", None) or [] if one.get("restartPolicy") == "Always"]
     if sidecars:
         spec["initContainers"] = sidecars
+    fetches = migration.settings.mode is Mode.POSTCOPY or migration.settings.allow_post_copy
     for one in [*sidecars, *spec["containers"]]:
         one.pop("startupProbe", None)
-        if (migration.spec.mode is Mode.POSTCOPY or migration.spec.allow_post_copy) and "livenessProbe" in one:
+        if fetches and "livenessProbe" in one:
             one["startupProbe"] = _until_it_answers(one["livenessProbe"])
         (one.get("lifecycle") or {}).pop("postStart", None)
     if limit := spec.get("activeDeadlineSeconds"):

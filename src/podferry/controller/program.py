@@ -26,6 +26,7 @@ from podferry.errors import PodferryError, UsageError
 from podferry.kube.cache import Cache, Store
 from podferry.kube.client import (
     JOBS,
+    MIGRATION_POLICIES,
     MIGRATIONS,
     NAMESPACES,
     NODE_DRAINS,
@@ -65,6 +66,7 @@ class Controller:
         stores = (
             Store(MIGRATIONS),
             Store(NODE_DRAINS),
+            Store(MIGRATION_POLICIES),
             Store(NODES, prune=pruned_node),
             Store(PODS, labels={UID_LABEL: None}),
         )
@@ -92,6 +94,7 @@ class Controller:
             tasks.start_soon(self._drains, drains, migrations)
             tasks.start_soon(self._pods, migrations)
             tasks.start_soon(self._nodes)
+            tasks.start_soon(self._policies, migrations)
             tasks.start_soon(self._requests, requests)
 
     async def _migrations(self, queue: Queues[Key], drains: Queues[str]) -> None:
@@ -148,6 +151,12 @@ class Controller:
     async def _nodes(self) -> None:
         async for _ in self._cache.follow(NODES):
             pass
+
+    async def _policies(self, queue: Queues[Key]) -> None:
+        """What waits may be allowed now, and what is refused is not asked for again."""
+        async for _ in self._cache.follow(MIGRATION_POLICIES):
+            for key in self._turns.all_waiting():
+                queue.put(key)
 
     async def _pods(self, queue: Queues[Key]) -> None:
         async for _, pod in self._cache.follow(PODS):

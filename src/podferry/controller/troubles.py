@@ -199,13 +199,13 @@ def fetching(engine: EnginePhases) -> bool:
 
 def of_time(migration: Migration, now: datetime.datetime, *, slack: float = 0.0) -> Ending | None:
     """It takes too long. The engine keeps the same deadline; `slack` (seconds) lets it come first."""
-    limit = seconds(migration.spec.timeout)
+    limit = seconds(migration.settings.timeout)
     if migration.status.start_time is None or age(migration.status.start_time, now) < limit + slack:
         return None
     return ending(
         Outcome.ROLLED_BACK,
         TIMED_OUT,
-        f"it was not done within {migration.spec.timeout}",
+        f"it was not done within {migration.settings.timeout}",
         remedy="a longer spec.timeout, or another mode",
     )
 
@@ -232,6 +232,8 @@ def of_age(migration: Migration, now: datetime.datetime) -> float | None:
     returns: then it stays for an hour at least.
     """
     status, ttl = migration.status, migration.spec.ttl_seconds_after_finished
+    if ttl is None:
+        ttl = migration.settings.ttl_seconds_after_finished
     if ttl is None or status.completion_time is None:
         return None
     began = status.engine is not None and bool(status.engine.source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
-from podferry.core.turns import Limits, Move, Wait, next_turns, wait
+from podferry.core.turns import Group, Limits, Move, Wait, next_turns, wait
 from podferry.kube.client import Json
 from podferry.kube.migration import Migration
 
@@ -31,8 +31,10 @@ class Turns:
         self._chosen: dict[str, Move] = {}
         """Target nodes that were taken, until the Migration's status shows it."""
 
-    def take(self, migration: Migration, source: str) -> Wait | None:
-        """A place for a Migration that may begin, out of node `source`; or what it waits for. Its turn is remembered."""
+    def take(self, migration: Migration, source: str, group: Group | None = None) -> Wait | None:
+        """A place for a Migration that may begin, out of node `source`; or what it waits for. Its turn is remembered. `group` is
+        what its policy allows.
+        """
         if migration.uid in self._given:
             return None
         move = Move(
@@ -41,6 +43,7 @@ class Turns:
             source,
             migration.spec.target_node or "",
             str(migration.metadata.get("creationTimestamp", "")),
+            group,
         )
         self._waiting[migration.uid] = move, (migration.namespace, migration.name)
         if any(one.uid == move.uid for one in self._next()):
@@ -79,6 +82,10 @@ class Turns:
         """Those that wait and whose turn has come."""
         return [self._waiting[one.uid][1] for one in self._next()]
 
+    def all_waiting(self) -> list[Key]:
+        """All that wait, whether their turn has come or not."""
+        return [key for _, key in self._waiting.values()]
+
     @property
     def waiting(self) -> int:
         """How many wait."""
@@ -99,7 +106,9 @@ class Turns:
             about, status = body["metadata"], body.get("status") or {}
             if status.get("phase") in BEGUN:
                 nodes = status.get("sourceNode") or "", status.get("targetNode") or ""
-                found[about["uid"]] = Move(about["uid"], about["namespace"], *nodes)
+                policy = (status.get("settings") or {}).get("policy") or ""
+                of = Group(policy) if policy else None
+                found[about["uid"]] = Move(about["uid"], about["namespace"], *nodes, group=of)
         return [*({**found, **self._chosen}).values()]
 
     def _outbound(self, node: str) -> int:

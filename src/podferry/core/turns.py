@@ -24,15 +24,25 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Moves that have limits of their own, beside those of all: in the cluster and out of each node; 0 is no limit."""
+
+    name: str
+    cluster: int = 0
+    outbound: int = 0
+
+
+@dataclass(frozen=True)
 class Move:
     """A Migration that is under way or waits: from node `source` to `target` (empty where the scheduler has not chosen yet).
-    `created` is an RFC 3339 time."""
+    `created` is an RFC 3339 time, `group` what limits it beside all others: of one that waits, as it is now."""
 
     uid: str
     namespace: str
     source: str
     target: str = ""
     created: str = ""
+    group: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,19 @@ def next_turns(
 def wait(move: Move, under_way: Collection[Move], limits: Limits, outbound: Outbound | None = None) -> Wait | None:
     """What keeps `move` from beginning beside those that are under way; None where nothing does."""
     out = limits.outbound if outbound is None else outbound(move.source)
-    counted = (
+    counted: tuple[tuple[str, str, int, int], ...] = (
         ("ClusterBusy", "the cluster", limits.cluster, len(under_way)),
         ("NamespaceBusy", f"namespace {move.namespace}", limits.namespace, _count(under_way, move)),
         ("SourceNodeBusy", f"node {move.source}", out, sum(one.source == move.source for one in under_way)),
         ("TargetNodeBusy", f"node {move.target}", limits.inbound if move.target else 0, _into(under_way, move.target)),
     )
+    if move.group is not None:
+        alike = [one for one in under_way if one.group is not None and one.group.name == move.group.name]
+        from_here, policy = sum(one.source == move.source for one in alike), f"policy {move.group.name}"
+        counted += (
+            ("PolicyBusy", policy, move.group.cluster, len(alike)),
+            ("PolicyBusy", f"{policy} on node {move.source}", move.group.outbound, from_here),
+        )
     directions = {"SourceNodeBusy": " out", "TargetNodeBusy": " in"}
     for reason, where, limit, busy in counted:
         if limit and busy >= limit:

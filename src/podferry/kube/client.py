@@ -77,6 +77,7 @@ SIGNING_REQUESTS = ResourceKind(
 )
 SELF_REVIEWS = ResourceKind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews", namespaced=False)
 MIGRATIONS = ResourceKind("podferry.dev/v1alpha1", "Migration", "migrations")
+MIGRATION_POLICIES = ResourceKind("podferry.dev/v1alpha1", "MigrationPolicy", "migrationpolicies", namespaced=False)
 NODE_DRAINS = ResourceKind("podferry.dev/v1alpha1", "NodeDrain", "nodedrains", namespaced=False)
 
 

@@ -13,16 +13,12 @@ from podferry.core.drain import DRAIN_ENDS, DrainPhase, PodState
 from podferry.errors import Failed
 from podferry.kube.migration import (
     API_VERSION,
-    DURATION,
-    FIXED,
     GROUP,
     REQUESTED_BY,
     Condition,
     Conditioned,
-    ObjectPart,
-    _fixed,
-    _rule,
 )
+from podferry.kube.objects import DURATION, ObjectPart, fixed
 from podferry.model import Mode
 
 PRIORITY_ANNOTATION = f"{GROUP}/priority"
@@ -39,7 +35,7 @@ class DrainUnreadable(Failed):
 class NodeDrainSpec(ObjectPart):
     """How the node is emptied."""
 
-    model_config = _fixed("requestedBy")
+    model_config = fixed("requestedBy", "mode")
 
     evict_others: Annotated[
         bool,
@@ -58,15 +54,22 @@ class NodeDrainSpec(ObjectPart):
         ),
     ] = 2
     mode: Annotated[
-        Mode, Field(description="The mode of each move.", json_schema_extra=_rule(FIXED, "mode cannot be changed"))
-    ] = Mode.LIVE
+        Mode | None, Field(description="The mode of each move. Without it as the pods' MigrationPolicies say, or live.")
+    ] = None
     allow_post_copy: Annotated[
-        bool, Field(description="Let a live move fall to post-copy where the job writes faster than the link carries.")
-    ] = False
+        bool | None,
+        Field(description="Let a live move fall to post-copy where the job writes faster than the link carries."),
+    ] = None
     allow_auto_converge: Annotated[
-        bool, Field(description="Let a live move throttle the job where it writes faster than the link carries.")
-    ] = False
-    timeout: Annotated[str, Field(description="The time that each move may take.", pattern=DURATION)] = "1h"
+        bool | None, Field(description="Let a live move throttle the job where it writes faster than the link carries.")
+    ] = None
+    timeout: Annotated[
+        str | None,
+        Field(
+            description="The time that each move may take. Without it as the pods' MigrationPolicies say, or 1h.",
+            pattern=DURATION,
+        ),
+    ] = None
     stop: Annotated[
         bool,
         Field(

@@ -10,12 +10,12 @@ import datetime
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic import Field, ValidationError
 
 from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
 from podferry.errors import Failed
-from podferry.kube.paths import LONGEST, SUBDOMAIN
+from podferry.kube.objects import DURATION, FIXED, NAME, QUANTITY, ObjectPart, fixed, named, rule
+from podferry.kube.settings import MoveSettings
 from podferry.model import Mode
 
 GROUP, VERSION = "podferry.dev", "v1alpha1"
@@ -32,9 +32,6 @@ CAUSE_LABEL = f"{GROUP}/cause"
 DEADLINE_ANNOTATION = f"{GROUP}/eviction-deadline"
 FINALIZER = f"{GROUP}/migration"
 
-DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
-QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
-
 QUEUED = "Queued"
 ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
 POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
@@ -50,31 +47,6 @@ class MigrationUnreadable(Failed):
     code = "PF287"
 
 
-class ObjectPart(BaseModel):
-    """A part of a Migration: camelCase outside, what a later version adds is kept."""
-
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="allow", use_enum_values=False)
-
-
-Schema = dict[str, Any]
-
-
-def _rule(rule: str, message: str) -> Schema:
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message}]}
-
-
-FIXED = "self == oldSelf"
-
-
-# For the API server alone: a name that was stored before it was checked is refused in words (`kube.paths`), not unreadable.
-NAME: Schema = {"maxLength": LONGEST, "pattern": SUBDOMAIN}
-
-
-def _named(description: str) -> Any:
-    """A field that holds the name of an object."""
-    return Field(description=description, json_schema_extra=NAME)
-
-
 REQUESTED_BY = Field(
     description="Who asked for it, by the name that the API server knows him by. An admission policy refuses another's name; "
     "one of Kubernetes 1.36 fills it in (deploy/requested-by), and so does `kubectl podferry`. Without it only the API server's "
@@ -83,29 +55,17 @@ REQUESTED_BY = Field(
 )
 
 
-def _fixed(*fields: str) -> ConfigDict:
-    """Fields of a spec that can neither be changed nor added or removed later: rules of a field do not see the last two."""
-    rules: list[Any] = [
-        {
-            "rule": f"(has(self.{one}) ? self.{one} : '') == (has(oldSelf.{one}) ? oldSelf.{one} : '')",
-            "message": f"{one} cannot be changed",
-        }
-        for one in fields
-    ]
-    return ConfigDict(json_schema_extra={"x-kubernetes-validations": rules})
-
-
 class MigrationSpec(ObjectPart):
     """What is asked for."""
 
-    model_config = _fixed("targetNode", "requestedBy")
+    model_config = fixed("targetNode", "requestedBy", "mode")
 
     pod_name: Annotated[
         str,
         Field(
             description="The pod to move, in the Migration's own namespace.",
             min_length=1,
-            json_schema_extra=NAME | _rule(FIXED, "podName cannot be changed"),
+            json_schema_extra=NAME | rule(FIXED, "podName cannot be changed"),
         ),
     ]
     target_node: Annotated[
@@ -120,23 +80,26 @@ class MigrationSpec(ObjectPart):
         Field(description="Labels that the target node must have, beside what the pod itself asks for."),
     ] = None
     mode: Annotated[
-        Mode,
+        Mode | None,
         Field(
             description="How memory moves: live copies it while the job runs; stop freezes the job first; postcopy "
-            "resumes it at once and fetches pages from the source.",
-            json_schema_extra=_rule(FIXED, "mode cannot be changed"),
+            "resumes it at once and fetches pages from the source. Without it as the pod's MigrationPolicy says, or live."
         ),
-    ] = Mode.LIVE
+    ] = None
     allow_post_copy: Annotated[
-        bool,
+        bool | None,
         Field(
             description="Let a live migration fall to post-copy where the job writes faster than the link carries. "
-            "Then a node that dies in the middle loses the job."
+            "Then a node that dies in the middle loses the job. Without it as the pod's MigrationPolicy says, or false."
         ),
-    ] = False
+    ] = None
     allow_auto_converge: Annotated[
-        bool, Field(description="Let a live migration slow the job down where it writes faster than the link carries.")
-    ] = False
+        bool | None,
+        Field(
+            description="Let a live migration slow the job down where it writes faster than the link carries. Without it as the "
+            "pod's MigrationPolicy says, or false."
+        ),
+    ] = None
     max_downtime: Annotated[
         str | None,
         Field(description="Stop the job only when that is expected to take no longer, e.g. 300ms.", pattern=DURATION),
@@ -151,12 +114,13 @@ class MigrationSpec(ObjectPart):
         ),
     ] = None
     timeout: Annotated[
-        str,
+        str | None,
         Field(
-            description="Take the migration back unless the job has been resumed on the target by then.",
+            description="Take the migration back unless the job has been resumed on the target by then. Without it as the pod's "
+            "MigrationPolicy says, or 1h.",
             pattern=DURATION,
         ),
-    ] = "1h"
+    ] = None
     bandwidth: Annotated[
         str | None,
         Field(description="Bytes a second that the migration may use of the link, e.g. 50Mi.", pattern=QUANTITY),
@@ -174,7 +138,7 @@ class MigrationSpec(ObjectPart):
         Field(
             description="Take the migration back, as long as the right to run has not passed to the target. Deleting the "
             "Migration asks for the same.",
-            json_schema_extra=_rule("self || !oldSelf", "a cancelled migration stays cancelled"),
+            json_schema_extra=rule("self || !oldSelf", "a cancelled migration stays cancelled"),
         ),
     ] = False
     requested_by: Annotated[str | None, REQUESTED_BY] = None
@@ -193,7 +157,7 @@ class MigrationSpec(ObjectPart):
 class PodReference(ObjectPart):
     """A pod."""
 
-    name: Annotated[str, _named("Its name.")]
+    name: Annotated[str, named("Its name.")]
     uid: Annotated[str, Field(description="Its uid: another pod of the same name is not it.")]
 
 
@@ -288,8 +252,8 @@ class MigrationStatus(Conditioned):
 
     phase: Annotated[MigrationPhase, Field(description="How far it is.")] = MigrationPhase.PENDING
     observed_generation: Annotated[int | None, Field(description="The spec's generation that this is about.")] = None
-    source_node: Annotated[str | None, _named("The node that the pod leaves.")] = None
-    target_node: Annotated[str | None, _named("The node that it goes to.")] = None
+    source_node: Annotated[str | None, named("The node that the pod leaves.")] = None
+    target_node: Annotated[str | None, named("The node that it goes to.")] = None
     source_pod: Annotated[PodReference | None, Field(description="The pod that leaves.")] = None
     target_pod: Annotated[PodReference | None, Field(description="The pod that takes its place.")] = None
     containers: Annotated[
@@ -298,8 +262,15 @@ class MigrationStatus(Conditioned):
             description="The containers that move, in the order in which the kubelet starts them: agents read no pods.",
             json_schema_extra={"x-kubernetes-list-type": "atomic"},
         ),
-    ] = []
+    ] = Field(default_factory=list)
     owner: Annotated[OwnerReference | None, Field(description="What the pod belongs to.")] = None
+    settings: Annotated[
+        MoveSettings | None,
+        Field(
+            description="What holds for this move: what the spec asks for, within what the pod's MigrationPolicy says when it is "
+            "taken up."
+        ),
+    ] = None
     engine: Annotated[EnginePhases | None, Field(description="The engine's two halves.")] = None
     progress: Annotated[MigrationProgress | None, Field(description="How far the engine is.")] = None
     downtime: Annotated[
@@ -317,7 +288,7 @@ class MigrationStatus(Conditioned):
             max_length=MOST_LINES,
             json_schema_extra={"x-kubernetes-list-type": "atomic"},
         ),
-    ] = []
+    ] = Field(default_factory=list)
     closed_connections: Annotated[
         list[Annotated[str, Field(max_length=LONGEST_LINE)]],
         Field(
@@ -325,7 +296,7 @@ class MigrationStatus(Conditioned):
             max_length=MOST_LINES,
             json_schema_extra={"x-kubernetes-list-type": "atomic"},
         ),
-    ] = []
+    ] = Field(default_factory=list)
     conditions: Annotated[
         list[Condition],
         Field(
@@ -335,7 +306,7 @@ class MigrationStatus(Conditioned):
             "that it had. Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
-    ] = []
+    ] = Field(default_factory=list)
     abort: Annotated[
         Ending | None, Field(description="Set by the controller: the agents shall take the migration back if they can.")
     ] = None
@@ -365,7 +336,7 @@ class Migration(ObjectPart):
 
     api_version: str = API_VERSION
     kind: str = "Migration"
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = Field(default_factory=dict)
     spec: MigrationSpec
     status: MigrationStatus = Field(default_factory=MigrationStatus)
 
@@ -396,6 +367,14 @@ class Migration(ObjectPart):
     def uid(self) -> str:
         """Its uid, which is the engine's name of the migration too."""
         return str(self.metadata["uid"])
+
+    @property
+    def settings(self) -> MoveSettings:
+        """How it is done: as was decided when it was taken up; before that, as its spec asks."""
+        if self.status.settings is not None:
+            return self.status.settings
+        asked = self.spec.model_dump(include=set(MoveSettings.model_fields), exclude_none=True)
+        return MoveSettings.model_validate(asked)
 
     @property
     def ended(self) -> bool:

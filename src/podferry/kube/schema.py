@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
-from podferry.kube.client import MIGRATIONS, NODE_DRAINS, ResourceKind
+from podferry.kube.client import MIGRATION_POLICIES, MIGRATIONS, NODE_DRAINS, ResourceKind
 from podferry.kube.drain import NodeDrain
-from podferry.kube.migration import GROUP, VERSION, Migration, ObjectPart
+from podferry.kube.migration import GROUP, VERSION, Migration
+from podferry.kube.objects import ObjectPart
+from podferry.kube.policy import MigrationPolicy
 from podferry.kube.writers import HEADER, status_policies
 
 Schema = dict[str, Any]
@@ -24,7 +26,8 @@ MIGRATION_COLUMNS: tuple[Column, ...] = (
     ("Progress", "string", ".status.progress.summary", 0, "how far the engine is"),
     ("Downtime", "string", ".status.downtime", 0, "how long the job stood still"),
     ("Age", "date", ".metadata.creationTimestamp", 0, ""),
-    ("Mode", "string", ".spec.mode", 1, "how memory moves"),
+    ("Mode", "string", ".status.settings.mode", 1, "how memory moves"),
+    ("Policy", "string", ".status.settings.policy", 1, "the MigrationPolicy that applies"),
     ("Reason", "string", ".status.ending.reason", 1, "why it ended so"),
     ("Requested-By", "string", ".spec.requestedBy", 1, "who asked for it"),
     ("Message", "string", ".status.message", 1, "the latest in words"),
@@ -37,6 +40,13 @@ DRAIN_COLUMNS: tuple[Column, ...] = (
     ("Remaining", "string", ".status.remaining", 0, "how long the moves that are left will take"),
     ("Age", "date", ".metadata.creationTimestamp", 0, ""),
     ("Summary", "string", ".status.summary", 1, "all of it in a few words"),
+)
+POLICY_COLUMNS: tuple[Column, ...] = (
+    ("Movable", "boolean", ".spec.movable", 0, "whether its pods may move"),
+    ("Modes", "string", ".spec.modes", 0, "the modes that they may move in"),
+    ("Max-Downtime", "string", ".spec.maxDowntime", 0, "their downtime budget"),
+    ("Parallel", "integer", ".spec.parallel", 0, "moves at once"),
+    ("Age", "date", ".metadata.creationTimestamp", 0, ""),
 )
 
 SELECTABLE = (".spec.podName", ".status.sourceNode", ".status.targetNode", ".status.phase")
@@ -84,7 +94,16 @@ NODE_DRAIN = Resource(
     DRAIN_COLUMNS,
     example="metadata:\n  name: node-a\nspec:\n  parallel: 2",
 )
-RESOURCES = (MIGRATION, NODE_DRAIN)
+MIGRATION_POLICY = Resource(
+    MIGRATION_POLICIES,
+    MigrationPolicy,
+    "src/podferry/kube/policy.py",
+    "migrationpolicy",
+    "migpol",
+    POLICY_COLUMNS,
+    example="metadata:\n  name: interactive\nspec:\n  podSelector:\n    matchLabels: {tier: interactive}\n  maxDowntime: 300ms",
+)
+RESOURCES = (MIGRATION, NODE_DRAIN, MIGRATION_POLICY)
 
 
 def structural(model: type[ObjectPart], required: tuple[str, ...] = ("spec",)) -> Schema:
@@ -125,7 +144,8 @@ def structural(model: type[ObjectPart], required: tuple[str, ...] = ("spec",)) -
     for name in ("apiVersion", "kind"):
         properties[name] = {"type": "string"}
     # Defaults in the status would be claims that nobody made.
-    _without_defaults(properties["status"])
+    if "status" in properties:
+        _without_defaults(properties["status"])
     schema.pop("required", None)
     return {**schema, "required": list(required)} if required else schema
 
@@ -151,7 +171,7 @@ def definition(resource: Resource = MIGRATION) -> Schema:
         | ({"priority": priority} if priority else {})
         for name, type_, path, priority, text in resource.columns
     ]
-    kind = resource.kind
+    kind, schema = resource.kind, structural(resource.model, resource.required)
     selectable = [{"jsonPath": path} for path in resource.selectable]
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -173,10 +193,10 @@ def definition(resource: Resource = MIGRATION) -> Schema:
                     "name": VERSION,
                     "served": True,
                     "storage": True,
-                    "subresources": {"status": {}},
+                    **({"subresources": {"status": {}}} if "status" in schema["properties"] else {}),
                     "additionalPrinterColumns": columns,
                     **({"selectableFields": selectable} if selectable else {}),
-                    "schema": {"openAPIV3Schema": structural(resource.model, resource.required)},
+                    "schema": {"openAPIV3Schema": schema},
                 }
             ],
         },
@@ -221,7 +241,7 @@ def _chapter(resource: Resource) -> list[str]:
         *resource.example.splitlines(),
         "```",
     ]
-    for name in ("spec", "status"):
+    for name in [one for one in ("spec", "status") if one in schema["properties"]]:
         part = schema["properties"][name]
         lines += ["", f"## {kind.kind} {name}", "", part["description"], "", *_table(part)]
     lines += ["", f"## Columns of `kubectl get {kind.plural}`", "", "| column | field | |", "|---|---|---|"]
@@ -245,9 +265,9 @@ def _rows(schema: Schema, prefix: str) -> list[str]:
         if "default" in field:
             default = field["default"]
             text += f" Default: `{str(default).lower() if isinstance(default, bool) else default}`."
-        if "enum" in field:
-            text += " One of " + ", ".join(f"`{one}`" for one in field["enum"]) + "."
         inner = field.get("items", field)
+        if "enum" in inner:
+            text += " One of " + ", ".join(f"`{one}`" for one in inner["enum"]) + "."
         rows.append(f"| `{prefix}{name}` | {_type(field)} | {text.replace('|', '&#124;')} |")
         if "properties" in inner:
             rows += _rows(inner, f"{prefix}{name}{'[]' if 'items' in field else ''}.")

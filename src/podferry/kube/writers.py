@@ -37,6 +37,7 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "targetPod": BY_CONTROLLER,
     "containers": BY_CONTROLLER,
     "owner": BY_CONTROLLER,
+    "settings": BY_CONTROLLER,
     "engine.source": BY_SOURCE,
     "engine.target": BY_TARGET,
     "progress": BY_SOURCE,
