@@ -22,7 +22,7 @@ from podferry.kube.client import (
     Json,
     ResourceKind,
 )
-from podferry.kube.drain import NodeDrain
+from podferry.kube.drain import BY_ANNOTATION, NodeDrain
 from podferry.kube.errors import Forbidden
 from podferry.wire.pki import AGENT_LIFE
 from podferry.wire.tls import Credentials
@@ -142,6 +142,29 @@ async def test_a_whole_migration_is_within_the_controllers_rights(
     if kind is not None:
         assert left["metadata"]["ownerReferences"][0]["blockOwnerDeletion"]
         await world.api.delete(kind, "train", world.namespace)
+
+
+async def test_the_controller_may_drain_a_node_that_goes_away_again_and_again(
+    world: World, control_plane: Path
+) -> None:
+    """It makes, hurries and replaces NodeDrains."""
+    node = world.nodes[0]
+    world.also.append((NODE_DRAINS, node))
+
+    async def drained(by: str) -> bool:
+        found = await world.api.find(NODE_DRAINS, node)
+        return found is not None and NodeDrain.from_json(found).spec.deadline == by and NodeDrain.from_json(found).ended
+
+    async with the_controller(world, control_plane):
+        for by in ("2030-01-01T00:00:00Z", "2031-01-01T00:00:00Z"):
+            await world.patch(NODES, node, {"metadata": {"annotations": {BY_ANNOTATION: by}}})
+            await world.until(partial(drained, by))
+        await world.patch(NODES, node, {"metadata": {"annotations": {BY_ANNOTATION: None}}})
+
+        async def over() -> bool:
+            return not NodeDrain.from_json(await world.api.get(NODE_DRAINS, node)).about
+
+        await world.until(over)
 
 
 async def test_a_drain_is_within_the_controllers_rights_and_of_a_node_it_changes_nothing_else(

@@ -68,17 +68,19 @@ pods_of_any_kind = st.lists(
         moving=st.booleans(),
         settling=st.sampled_from(["", "it is being deleted"]),
         attempts=st.integers(0, 5),
+        work=st.floats(0.0, 1e6),
+        seconds=st.none() | st.floats(0.0, 500.0),
     ),
     max_size=30,
     unique_by=lambda one: one.uid,
 )
 
 
-@given(pods_of_any_kind, st.integers(1, 9), st.booleans(), st.booleans())
+@given(pods_of_any_kind, st.integers(1, 9), st.booleans(), st.booleans(), st.none() | st.floats(-10.0, 300.0))
 def test_whatever_is_there_limits_hold_and_every_pod_has_a_state(
-    pods: list[DrainedPod], parallel: int, evict: bool, stopped: bool
+    pods: list[DrainedPod], parallel: int, evict: bool, stopped: bool, left: float | None
 ) -> None:
-    what = plan(pods, parallel=parallel, evict_others=evict, stopped=stopped)
+    what = plan(pods, parallel=parallel, evict_others=evict, stopped=stopped, left=left)
     moving = {one.uid for one in pods if one.moving}
     assert set(what.states) == {one.uid for one in pods}
     assert not what.move or len(moving) + len(what.move) <= parallel
@@ -87,3 +89,37 @@ def test_whatever_is_there_limits_hold_and_every_pod_has_a_state(
     assert (what.phase is DrainPhase.COMPLETED) == (not pods)
     if what.phase is DrainPhase.INCOMPLETE:
         assert {state for state, _ in what.states.values()} == {PodState.LEFT}
+
+
+def test_with_a_deadline_those_go_first_that_save_most() -> None:
+    """Two minutes, one move at a time: a pod that takes all of it saves less than two that share it."""
+    pods = [
+        DrainedPod("whole", work=1000.0, seconds=110.0, started="2026-01-01T00:00:00Z"),
+        DrainedPod("one", work=700.0, seconds=50.0, started="2026-02-01T00:00:00Z"),
+        DrainedPod("other", work=600.0, seconds=50.0, started="2026-03-01T00:00:00Z"),
+    ]
+    assert plan(pods, parallel=1).move == ("whole",)
+    what = plan(pods, parallel=1, left=120.0)
+    assert (what.move, what.late) == (("one",), {"whole"})
+    assert "too late" in what.states["whole"][1]
+    only = plan(pods[:1], parallel=1, left=60.0)
+    assert (only.move, only.late) == (("whole",), {"whole"}), (
+        "what a move takes is an estimate: it is tried all the same"
+    )
+
+
+def test_a_priority_goes_before_all_work_and_a_move_under_way_takes_its_time() -> None:
+    pods = [
+        DrainedPod("urgent", priority=1, work=1.0, seconds=60.0),
+        DrainedPod("much", work=1000.0, seconds=60.0),
+        DrainedPod("gone", moving=True, seconds=30.0),
+    ]
+    what = plan(pods, parallel=2, left=80.0)
+    assert (what.move, what.late) == (("urgent",), {"much"})
+    assert plan(pods, parallel=3, left=80.0).late == set()
+
+
+def test_where_nothing_tells_how_long_moves_take_the_longest_running_goes_first() -> None:
+    pods = [DrainedPod("young", started="2026-02-01T00:00:00Z"), DrainedPod("old", started="2026-01-01T00:00:00Z")]
+    what = plan(pods, parallel=1, left=10.0)
+    assert (what.move, what.late) == (("old",), set())

@@ -108,3 +108,13 @@ def test_a_groups_own_limits_hold_beside_those_of_all() -> None:
     assert kept is not None
     assert "policy few on node n has 1 moves" in kept.message
     assert wait(Move("f", "x", "n", group=Group("others", 1, 1)), begun, unlimited) is None
+
+
+def test_what_leaves_a_node_that_goes_away_comes_first() -> None:
+    waiting = [
+        Move("a", "x", "n", created="1"),
+        Move("b", "y", "m", created="2", urgent=True),
+        Move("c", "y", "m", created="3"),
+    ]
+    under_way = [Move("d", "y", "o")]
+    assert [one.uid for one in next_turns(waiting, under_way, Limits(2, 0, 0, 0))] == ["b"]

@@ -279,6 +279,14 @@ def drain(
     allow_throttle: Annotated[
         bool, typer.Option("--allow-throttle", help="Slow a job down where it writes faster than the link carries.")
     ] = False,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            "--within",
+            metavar="TIME",
+            help="The node goes away in TIME: the moves go first that save most computed work until then.",
+        ),
+    ] = None,
     stop: Annotated[
         bool, typer.Option("--stop", help="Begin no further move; those under way go on. Drain again to resume.")
     ] = False,
@@ -322,6 +330,8 @@ def drain(
     }
     if timeout is not None:
         moves.whole_seconds(timeout)
+    if within is not None:
+        wishes["deadline"] = draining.deadline(moves.whole_seconds(within))
     spec = {name: value for name, value in wishes.items() if value is not None}
     begun = _do(partial(draining.begin, where, node, spec))
     if detach:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import anyio
@@ -36,6 +37,11 @@ STYLE = {
 
 class Interrupted(Exception):
     """Ctrl-C: the drain goes on in the cluster."""
+
+
+def deadline(seconds: int) -> str:
+    """So many seconds from now on, as the API server takes it."""
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 async def begin(where: ClusterOptions, node: str, spec: Json) -> NodeDrain:
@@ -161,6 +167,10 @@ def table(drain: NodeDrain) -> Table:
             words(one.message),
         )
     shown.caption = f"{drain.name}: {drain.status.phase}, {drain.status.summary or 'looking at its pods'}"
+    if drain.spec.deadline:
+        shown.caption += f"; it goes away at {drain.spec.deadline}" + (
+            f" ({drain.spec.cause})" if drain.spec.cause else ""
+        )
     if drain.status.remaining:
         shown.caption += f"; about {drain.status.remaining} left, by the moves that this cluster remembers"
     return shown

@@ -6,14 +6,15 @@ Nothing is remembered between steps: the state is the objects'. A controller tha
 from __future__ import annotations
 
 import contextlib
-import datetime
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from podferry.controller import eligibility, pods, troubles
+from podferry.controller.books import clock
 from podferry.controller.eligibility import PodUnfit
-from podferry.controller.measuring import expected, measured_moves
+from podferry.controller.measuring import expected, measured_moves, work_of
 from podferry.controller.policies import AppliedPolicy, Policies, settle
 from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, DrainPhase, DrainPlan, PodState, plan
@@ -92,8 +93,12 @@ class Drains:
         here = await self._pods(drain.name)
         found = await self._judge(drain, here, migrations)
         spec = drain.spec
-        what = plan(found, parallel=spec.parallel, evict_others=spec.evict_others, stopped=spec.stop)
+        left = None if spec.deadline is None else -troubles.age(spec.deadline, clock())
+        what = plan(found, parallel=spec.parallel, evict_others=spec.evict_others, stopped=spec.stop, left=left)
+        late = {one.uid for one in drain.status.pods if one.may_be_late}
         _tell(drain, here, migrations, what)
+        for uid in what.late - late:
+            await self._warn(drain, here[uid])
         for uid in what.move:
             await self._move(drain, here[uid])
         for uid in what.evict:
@@ -122,6 +127,8 @@ class Drains:
         view = DrainView(self._api)
         survey, policies = Surveyor(view), Policies(view)
         judged = [await self._judge_pod(drain, pod, migrations, survey, policies) for pod in here.values()]
+        took = _seconds(here, migrations)
+        judged = [replace(one, work=work_of(here[one.uid], clock()), seconds=took[one.uid]) for one in judged]
         # The source is gone before its Migration has ended: until then the pod has not moved.
         gone = [one for one in drain.status.pods if one.uid not in here]
         return judged + [
@@ -176,6 +183,13 @@ class Drains:
         }
         made = await self._api.create(MIGRATIONS, body, about["namespace"])
         self._log.info("moves", node=drain.name, pod=about["name"], migration=made["metadata"]["name"])
+
+    async def _warn(self, drain: NodeDrain, pod: Json) -> None:
+        """Whoever owns the pod can still save what only he can."""
+        when = f"{drain.name} goes away at {drain.spec.deadline}"
+        words = f"{when}, and other pods save more until then: the move of this one may be too late"
+        with contextlib.suppress(PodferryError):
+            await self._events.say(pods.reference(pod), "MayBeTooLate", words, warning=True)
 
     async def _evict(self, drain: NodeDrain, pod: Json) -> None:
         about = pod["metadata"]
@@ -259,6 +273,7 @@ def _tell(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], 
             about = here[uid]["metadata"]
             known[uid] = PodDrain(namespace=about["namespace"], name=about["name"], uid=uid, state=state)
         known[uid].state, known[uid].message = state, message[:1000]
+        known[uid].may_be_late = uid in what.late
         if taken_up := _of(uid, migrations):
             known[uid].migration = taken_up[-1].name
             if state is PodState.MOVING:
@@ -285,17 +300,26 @@ def _far(migration: Migration) -> str:
     return (status.progress.summary if status.progress else "") or str(status.message or status.phase)
 
 
+def _seconds(here: dict[str, Json], migrations: list[Migration]) -> dict[str, float | None]:
+    """How long the move of each pod will take, or of one under way still will; None where nothing tells."""
+    earlier, found = measured_moves(migrations), dict[str, float | None]()
+    for uid, pod in here.items():
+        whole = expected(pod, earlier)
+        begun = [m.status.start_time for m in _of(uid, migrations) if not m.ended and m.status.start_time]
+        passed = sum(troubles.age(since, clock()) for since in begun[:1])
+        found[uid] = None if whole is None else max(0.0, whole.seconds - passed)
+    return found
+
+
 def _remaining(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], what: DrainPlan) -> str:
     """Notes of each pod how long its move will take; returns how long all that are left will, and nothing where nothing tells."""
-    earlier, now, left = measured_moves(migrations), datetime.datetime.now(datetime.UTC), []
+    earlier, took, left = measured_moves(migrations), _seconds(here, migrations), []
     for one in drain.status.pods:
         if one.uid not in here or one.state not in (PodState.WAITING, PodState.MOVING):
             continue
-        found = expected(here[one.uid], earlier)
-        one.estimate = duration(found.seconds) if found is not None else ""
-        if found is not None:
-            begun = [m.status.start_time for m in _of(one.uid, migrations) if not m.ended and m.status.start_time]
-            left.append(max(0.0, found.seconds - sum(troubles.age(since, now) for since in begun[:1])))
+        whole, still = expected(here[one.uid], earlier), took[one.uid]
+        one.estimate = duration(whole.seconds) if whole is not None else ""
+        left += [still] if still is not None else []
     return duration(together(left, drain.spec.parallel)) if left and what.phase is DrainPhase.DRAINING else ""
 
 

@@ -54,6 +54,22 @@ def memory_of(pod: Json) -> int | None:
     return total
 
 
+def work_of(pod: Json, now: datetime.datetime) -> float:
+    """What it has computed, in seconds of a processor: how long it has run, times what it asks for (0.1 where it does not say, as
+    the scheduler reckons).
+    """
+    started = (pod.get("status") or {}).get("startTime")
+    if not started:
+        return 0.0
+    asked = [((one.get("resources") or {}).get("requests") or {}).get("cpu") for one in eligibility.containers(pod)]
+    return max(0.0, troubles.age(str(started), now)) * sum(_processors(one) for one in asked)
+
+
+def _processors(asked: object) -> float:
+    found = re.fullmatch(r"([0-9.]+)(m?)", str(asked))
+    return float(found[1]) * (1e-3 if found[2] else 1.0) if found else 0.1
+
+
 def expected(pod: Json, earlier: list[MeasuredMove]) -> Estimate | None:
     """How long the pod's move will take; None where nothing tells."""
     return estimate(memory_of(pod), earlier)

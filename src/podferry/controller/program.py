@@ -8,6 +8,8 @@ import secrets
 import signal
 import socket
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -17,6 +19,7 @@ from podferry import __version__
 from podferry.controller.drains import Drains
 from podferry.controller.evictions import Evictions
 from podferry.controller.metrics import ControllerMetrics
+from podferry.controller.node_trouble import TRIGGERS, NodeTroubles, Trigger, trigger_of
 from podferry.controller.reconcile import ControllerSettings, Reconciler
 from podferry.controller.signer import SIGNER, Signer, authority
 from podferry.controller.turns import Turns
@@ -38,6 +41,7 @@ from podferry.kube.client import (
     Api,
     Json,
 )
+from podferry.kube.drain import BY_ANNOTATION
 from podferry.kube.lease import Leader
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.watch import Queues, follow
@@ -67,7 +71,7 @@ class Controller:
             Store(MIGRATIONS),
             Store(NODE_DRAINS),
             Store(MIGRATION_POLICIES),
-            Store(NODES, prune=pruned_node),
+            Store(NODES, prune=partial(pruned_node, triggers=settings.triggers)),
             Store(PODS, labels={UID_LABEL: None}),
         )
         self._cache = Cache(api, stores, briefly=(NAMESPACES, JOBS, REPLICASETS, RUNTIME_CLASSES))
@@ -77,6 +81,7 @@ class Controller:
         self._metrics.watch(self._turns)
         self._reconciler = Reconciler(self._cache, settings, self._turns, self._metrics.ended)
         self._drainer = Drains(self._cache)
+        self._troubles = NodeTroubles(self._cache, settings.triggers)
         self._of_uid: dict[str, Key] = {}
         self._drain_of_uid: dict[str, str] = {}
         self._seen: dict[str, Json] = {}
@@ -91,9 +96,10 @@ class Controller:
             requests = Queues[str](tasks, signer.step, SIGNERS)
             drains = Queues[str](tasks, self._drainer.step, DRAINERS)
             tasks.start_soon(self._migrations, migrations, drains)
-            tasks.start_soon(self._drains, drains, migrations)
+            nodes = Queues[str](tasks, self._troubles.step, DRAINERS)
+            tasks.start_soon(self._drains, drains, migrations, nodes)
             tasks.start_soon(self._pods, migrations)
-            tasks.start_soon(self._nodes)
+            tasks.start_soon(self._nodes, nodes)
             tasks.start_soon(self._policies, migrations)
             tasks.start_soon(self._requests, requests)
 
@@ -131,7 +137,7 @@ class Controller:
         for key in self._turns.due():
             queue.put(key)
 
-    async def _drains(self, queue: Queues[str], migrations: Queues[Key]) -> None:
+    async def _drains(self, queue: Queues[str], migrations: Queues[Key], nodes: Queues[str]) -> None:
         async for what, one in self._cache.follow(NODE_DRAINS):
             about = one["metadata"]
             if what == "DELETED":
@@ -139,6 +145,7 @@ class Controller:
             else:
                 self._drain_of_uid[about["uid"]] = about["name"]
                 queue.put(about["name"])
+            nodes.put(about["name"])
             self._wake(migrations)
 
     def _drain_of(self, migration: Json) -> str | None:
@@ -148,9 +155,9 @@ class Controller:
         owners = migration["metadata"].get("ownerReferences") or []
         return next((self._drain_of_uid[one["uid"]] for one in owners if one["uid"] in self._drain_of_uid), None)
 
-    async def _nodes(self) -> None:
-        async for _ in self._cache.follow(NODES):
-            pass
+    async def _nodes(self, queue: Queues[str]) -> None:
+        async for _, node in self._cache.follow(NODES):
+            queue.put(node["metadata"]["name"])
 
     async def _policies(self, queue: Queues[Key]) -> None:
         """What waits may be allowed now, and what is refused is not asked for again."""
@@ -170,16 +177,23 @@ class Controller:
                 queue.put(one["metadata"]["name"])
 
 
-def pruned_node(node: Json) -> Json:
+def pruned_node(node: Json, triggers: Sequence[Trigger] = ()) -> Json:
     """What the controller asks about a node: the images that a thousand nodes list would fill its memory."""
     about, status = node["metadata"], node.get("status") or {}
     kept = ("name", "uid", "resourceVersion", "labels", "deletionTimestamp")
+    conditions = {"Ready", *(one.key for one in triggers if one.kind == "condition")}
+    annotations = {BY_ANNOTATION, *(one.key for one in triggers if one.kind == "annotation")}
     return {
-        "metadata": {name: about[name] for name in kept if name in about},
+        "metadata": {
+            **{name: about[name] for name in kept if name in about},
+            "annotations": {
+                name: value for name, value in (about.get("annotations") or {}).items() if name in annotations
+            },
+        },
         "spec": {
             name: value for name, value in (node.get("spec") or {}).items() if name in ("taints", "unschedulable")
         },
-        "status": {"conditions": [one for one in status.get("conditions") or [] if one["type"] == "Ready"]},
+        "status": {"conditions": [one for one in status.get("conditions") or [] if one["type"] in conditions]},
     }
 
 
@@ -214,6 +228,14 @@ def main() -> None:
     ):
         text = f"moves under way at once {what}; 0: no limit; default: %(default)s"
         parser.add_argument(flag, type=_count, default=number, metavar="N", help=text)
+    shown = ", ".join(f"{one.kind}:{one.key}={one.seconds:.0f}s" for one in TRIGGERS)
+    parser.add_argument(
+        "--node-trouble",
+        action="append",
+        metavar="KIND:KEY=TIME",
+        help="drain a node for as long as it has, TIME after this taint, condition or annotation came; may be given several times; "
+        f"none: only for the annotation {BY_ANNOTATION}; default: {shown}",
+    )
     parser.add_argument(
         "--metrics-port",
         type=_count,
@@ -225,8 +247,12 @@ def main() -> None:
     arguments = parser.parse_args()
     log_json_lines()
     limits = Limits(arguments.parallel, arguments.parallel_per_namespace, arguments.parallel_out, arguments.parallel_in)
-    settings = ControllerSettings(image=arguments.image, scheduling=arguments.scheduling_patience, limits=limits)
     try:
+        asked = arguments.node_trouble
+        triggers = TRIGGERS if asked is None else tuple(trigger_of(one) for one in asked if one != "none")
+        settings = ControllerSettings(
+            image=arguments.image, scheduling=arguments.scheduling_patience, limits=limits, triggers=triggers
+        )
         metrics = ControllerMetrics()
         if arguments.metrics_port:
             start_http_server(arguments.metrics_port, registry=metrics.registry)

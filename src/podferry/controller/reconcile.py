@@ -13,6 +13,7 @@ from podferry.controller import pods, troubles
 from podferry.controller.books import Books, clock
 from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
+from podferry.controller.node_trouble import TRIGGERS, Trigger
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
 from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase
@@ -55,7 +56,7 @@ class ControllerSettings:
     """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a target pod
     whose kubelet has warned, for a resumed pod to be called ready, for an owner to let the source go, for the source's
     agent after the hand-over, for pods to be gone. `image` is what placeholders run, `limits` how many moves may be under way at
-    once, `workers` how many Migrations are looked at at once."""
+    once, `workers` how many Migrations are looked at at once, `triggers` what says of a node that it goes away."""
 
     image: str = "podferry"
     scheduling: float = 120.0
@@ -67,6 +68,7 @@ class ControllerSettings:
     removal: float = 30.0
     limits: Limits = DEFAULT_LIMITS
     workers: int = 4
+    triggers: tuple[Trigger, ...] = TRIGGERS
 
 
 class Reconciler:

@@ -44,13 +44,16 @@ class Turns:
             migration.spec.target_node or "",
             str(migration.metadata.get("creationTimestamp", "")),
             group,
+            urgent=self._urgent(migration),
         )
         self._waiting[migration.uid] = move, (migration.namespace, migration.name)
         if any(one.uid == move.uid for one in self._next()):
             del self._waiting[move.uid]
             self._given[move.uid] = move
             return None
-        ahead = "moves that were asked for earlier, or by namespaces with fewer moves, come first"
+        ahead = (
+            "moves off nodes that go away, that were asked for earlier, or by namespaces with fewer moves, come first"
+        )
         return wait(move, self._under_way(), self._limits, self._outbound) or Wait("NotItsTurn", ahead)
 
     def enter(self, migration: Migration, node: str) -> Wait | None:
@@ -110,6 +113,13 @@ class Turns:
                 of = Group(policy) if policy else None
                 found[about["uid"]] = Move(about["uid"], about["namespace"], *nodes, group=of)
         return [*({**found, **self._chosen}).values()]
+
+    def _urgent(self, migration: Migration) -> bool:
+        """Whether a drain with a deadline asked for it."""
+        owners = {one["uid"] for one in migration.metadata.get("ownerReferences") or []}
+        return any(
+            one["metadata"]["uid"] in owners and (one.get("spec") or {}).get("deadline") for one in self._drains()
+        )
 
     def _outbound(self, node: str) -> int:
         """Whoever drains a node says how many moves may leave it at once."""

@@ -1,8 +1,9 @@
 """Whose turn it is: which Migrations of those that wait may begin now, within the limits, and what the others wait for. Pure.
 
-The limits are on moves under way at once: in the cluster, in a namespace, out of a node and into one. Turns are fair between
-namespaces: the next place goes to the namespace that has the fewest moves under way, and within a namespace to the Migration
-that was asked for first. One that cannot begin (its node has its moves already) is passed over and keeps its place.
+The limits are on moves under way at once: in the cluster, in a namespace, out of a node and into one. What leaves a node that goes
+away is urgent and comes before all others. Else turns are fair between namespaces: the next place goes to the one that has the
+fewest moves under way, and within a namespace to the Migration that was asked for first. One that cannot begin (its node has its
+moves already) is passed over and keeps its place.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Group:
 @dataclass(frozen=True)
 class Move:
     """A Migration that is under way or waits: from node `source` to `target` (empty where the scheduler has not chosen yet).
-    `created` is an RFC 3339 time, `group` what limits it beside all others: of one that waits, as it is now."""
+    `created` is an RFC 3339 time; one that is `urgent` goes before all that are not; `group` is what limits it beside all others:
+    of one that waits, as it is now."""
 
     uid: str
     namespace: str
@@ -43,6 +45,7 @@ class Move:
     target: str = ""
     created: str = ""
     group: Group | None = None
+    urgent: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def next_turns(
     """
     left, taken = list(waiting), list(under_way)
     while fitting := [one for one in left if wait(one, taken, limits, outbound) is None]:
-        chosen = min(fitting, key=lambda one: (_count(taken, one), one.created or "9", one.uid))
+        chosen = min(fitting, key=lambda one: (not one.urgent, _count(taken, one), one.created or "9", one.uid))
         yield chosen
         left.remove(chosen)
         taken.append(chosen)

@@ -22,6 +22,10 @@ from podferry.kube.objects import DURATION, ObjectPart, fixed
 from podferry.model import Mode
 
 PRIORITY_ANNOTATION = f"{GROUP}/priority"
+BY_ANNOTATION = f"{GROUP}/drain-by"
+"""On a node: when it goes away. The controller begins to drain it at once."""
+TROUBLE_ANNOTATION = f"{GROUP}/trouble"
+"""On a NodeDrain: for which trouble of its node the controller made it."""
 MOST_PODS = 1000
 """Pods that the status names: a kubelet runs 110 by default and 500 at most as Kubernetes is tested."""
 
@@ -35,7 +39,7 @@ class DrainUnreadable(Failed):
 class NodeDrainSpec(ObjectPart):
     """How the node is emptied."""
 
-    model_config = fixed("requestedBy", "mode")
+    model_config = fixed("requestedBy", "mode", "cause")
 
     evict_others: Annotated[
         bool,
@@ -68,6 +72,20 @@ class NodeDrainSpec(ObjectPart):
         Field(
             description="The time that each move may take. Without it as the pods' MigrationPolicies say, or 1h.",
             pattern=DURATION,
+        ),
+    ] = None
+    deadline: Annotated[
+        str | None,
+        Field(
+            description="When the node goes away, where that is known. Then the moves go first that save most computed work until "
+            "then, and the pods that may be too late are told.",
+            json_schema_extra={"format": "date-time"},
+        ),
+    ] = None
+    cause: Annotated[
+        str | None,
+        Field(
+            description="Why the controller itself asked for it: the trouble of the node, in words.", max_length=1024
         ),
     ] = None
     stop: Annotated[
@@ -103,6 +121,9 @@ class PodDrain(ObjectPart):
             "Empty where nothing tells."
         ),
     ] = ""
+    may_be_late: Annotated[
+        bool, Field(description="Its move may not be done by the deadline: others save more computed work until then.")
+    ] = False
     message: Annotated[str, Field(description="Why, or how far its move is, in words for people.")] = ""
 
 
@@ -175,6 +196,11 @@ class NodeDrain(ObjectPart):
     def uid(self) -> str:
         """Its uid."""
         return str(self.metadata["uid"])
+
+    @property
+    def about(self) -> str:
+        """The trouble of the node for which the controller made or hurried it; empty where there is none."""
+        return str((self.metadata.get("annotations") or {}).get(TROUBLE_ANNOTATION) or "")
 
     @property
     def ended(self) -> bool:
