@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from podferry.controller import troubles
+from podferry.controller.movability import Movability, OptedIn
 from podferry.controller.turns import Turns
 from podferry.kube.migration import Migration, seconds
 
@@ -45,6 +47,18 @@ class ControllerMetrics:
             "podferry_migrations_waiting", "Migrations that wait for their turn", registry=self.registry
         )
         self._under_way = Gauge("podferry_migrations_under_way", "Migrations that have begun", registry=self.registry)
+
+        self._opted_in = Gauge(
+            "podferry_pods_opted_in",
+            "Pods that opted in, as they were last looked at: movable, held, or missed (without the RuntimeClass)",
+            ["state"],
+            registry=self.registry,
+        )
+
+    def look(self, movability: Movability) -> None:
+        """Count the pods that it has looked at."""
+        for state in OptedIn:
+            self._opted_in.labels(state).set_function(partial(movability.counted_as, state))
 
     def watch(self, turns: Turns) -> None:
         """Count what waits and what is under way there."""

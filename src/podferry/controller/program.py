@@ -19,6 +19,7 @@ from podferry import __version__
 from podferry.controller.drains import Drains
 from podferry.controller.evictions import Evictions
 from podferry.controller.metrics import ControllerMetrics
+from podferry.controller.movability import Movability
 from podferry.controller.node_trouble import TRIGGERS, NodeTroubles, Trigger, trigger_of
 from podferry.controller.reconcile import ControllerSettings, Reconciler
 from podferry.controller.signer import SIGNER, Signer, authority
@@ -81,6 +82,8 @@ class Controller:
         self._metrics.watch(self._turns)
         self._reconciler = Reconciler(self._cache, settings, self._turns, self._metrics.ended)
         self._drainer = Drains(self._cache)
+        self._movability, self._every = Movability(self._cache), settings.movability
+        self._metrics.look(self._movability)
         self._troubles = NodeTroubles(self._cache, settings.triggers)
         self._of_uid: dict[str, Key] = {}
         self._drain_of_uid: dict[str, str] = {}
@@ -102,6 +105,8 @@ class Controller:
             tasks.start_soon(self._nodes, nodes)
             tasks.start_soon(self._policies, migrations)
             tasks.start_soon(self._requests, requests)
+            if self._every:
+                tasks.start_soon(self._movability.run, self._every)
 
     async def _migrations(self, queue: Queues[Key], drains: Queues[str]) -> None:
         async for what, one in self._cache.follow(MIGRATIONS):
@@ -237,6 +242,14 @@ def main() -> None:
         f"none: only for the annotation {BY_ANNOTATION}; default: {shown}",
     )
     parser.add_argument(
+        "--movable-every",
+        type=float,
+        default=ControllerSettings.movability,
+        metavar="S",
+        help="look so often at each pod that opted in, and say in its condition PodferryMovable whether it can move; 0: never; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
         "--metrics-port",
         type=_count,
         default=0,
@@ -251,7 +264,11 @@ def main() -> None:
         asked = arguments.node_trouble
         triggers = TRIGGERS if asked is None else tuple(trigger_of(one) for one in asked if one != "none")
         settings = ControllerSettings(
-            image=arguments.image, scheduling=arguments.scheduling_patience, limits=limits, triggers=triggers
+            image=arguments.image,
+            scheduling=arguments.scheduling_patience,
+            limits=limits,
+            triggers=triggers,
+            movability=arguments.movable_every,
         )
         metrics = ControllerMetrics()
         if arguments.metrics_port:

@@ -56,7 +56,8 @@ class ControllerSettings:
     """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a target pod
     whose kubelet has warned, for a resumed pod to be called ready, for an owner to let the source go, for the source's
     agent after the hand-over, for pods to be gone. `image` is what placeholders run, `limits` how many moves may be under way at
-    once, `workers` how many Migrations are looked at at once, `triggers` what says of a node that it goes away."""
+    once, `workers` how many Migrations are looked at at once, `triggers` what says of a node that it goes away, `movability` how
+    often each pod that opted in is looked at."""
 
     image: str = "podferry"
     scheduling: float = 120.0
@@ -69,6 +70,7 @@ class ControllerSettings:
     limits: Limits = DEFAULT_LIMITS
     workers: int = 4
     triggers: tuple[Trigger, ...] = TRIGGERS
+    movability: float = 600.0
 
 
 class Reconciler:

@@ -81,6 +81,10 @@ MIGRATION_POLICIES = ResourceKind("podferry.dev/v1alpha1", "MigrationPolicy", "m
 NODE_DRAINS = ResourceKind("podferry.dev/v1alpha1", "NodeDrain", "nodedrains", namespaced=False)
 
 
+PAGE = 500
+"""Objects that are asked for at once."""
+
+
 class Api:
     """A cluster's API server. Calls raise the errors of `kube.errors`."""
 
@@ -114,21 +118,30 @@ class Api:
         except ObjectNotFound:
             return None
 
+    async def pages(
+        self, kind: ResourceKind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
+    ) -> AsyncIterator[tuple[list[Json], str]]:
+        """As `list`, some hundred at a time: for those who do not want all of a large cluster in memory."""
+        query = _selectors(labels, fields) | {"limit": str(PAGE)}
+        what = f"cannot list {kind.plural}"
+        while True:
+            page = await self._call("GET", kind.path(namespace), query, what=what)
+            if not isinstance(page.get("metadata"), dict):
+                raise ApiUnreachable(what, why="what answered is no API server: it sent no list")
+            yield page.get("items") or [], str(page["metadata"].get("resourceVersion", ""))
+            if not page["metadata"].get("continue"):
+                return
+            query["continue"] = page["metadata"]["continue"]
+
     async def list(
         self, kind: ResourceKind, namespace: str = "", *, labels: Labels | None = None, fields: Fields | None = None
     ) -> tuple[list[Json], str]:
         """The objects of a kind, of one namespace or of all, and the version that a watch may begin at."""
         items: list[Json] = []
-        query = _selectors(labels, fields) | {"limit": "500"}
-        while True:
-            what = f"cannot list {kind.plural}"
-            page = await self._call("GET", kind.path(namespace), query, what=what)
-            if not isinstance(page.get("metadata"), dict):
-                raise ApiUnreachable(what, why="what answered is no API server: it sent no list")
-            items += page.get("items") or []
-            if not page["metadata"].get("continue"):
-                return items, str(page["metadata"].get("resourceVersion", ""))
-            query["continue"] = page["metadata"]["continue"]
+        version = ""
+        async for page, version in self.pages(kind, namespace, labels=labels, fields=fields):  # noqa: B007 - the last one counts
+            items += page
+        return items, version
 
     async def create(self, kind: ResourceKind, body: Json, namespace: str = "") -> Json:
         """Make an object. Raises `AlreadyExists`."""
