@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.anyio]
 THEN, LATER = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
 END = {"outcome": "failed", "reason": "Forged"}
 BEFORE: Json = {
+    "settings": {"policy": "mine", "mode": "live"},
     "phase": "Running",
     "observedGeneration": 1,
     "sourcePod": {"name": "train", "uid": "s"},
