@@ -130,7 +130,7 @@ class MigrationSpec(ObjectPart):
         Field(
             description="Only rehearse it: a node is chosen and asked, CRIU dumps the pod without its memory while it stands still "
             "for about 0.1s, and it goes on. No pod is made on the target. Ends as Rehearsed, or as a move would have ended.",
-            json_schema_extra=_rule(FIXED, "dryRun cannot be changed"),
+            json_schema_extra=rule(FIXED, "dryRun cannot be changed"),
         ),
     ] = False
     cancel: Annotated[
