@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import random
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -130,6 +131,26 @@ def test_the_roots_own_mode_needs_a_refresh(tmp_path: Path, lower: Path) -> None
         assert picture(there) == picture(here)
         assert not readable_by_others(there / "etc" / "one")
         assert not readable_by_others(here / "etc" / "one")
+
+
+def test_names_that_were_looked_up_since_the_mount_need_a_refresh(tmp_path: Path, lower: Path) -> None:
+    """CRI-O writes into a container's root before it has it made; a directory that it found in the upper layer is replaced."""
+    with overlay(lower, tmp_path / "a") as (there, upper):
+        (there / "etc" / "mtab").touch()
+        assert not (there / "etc" / "arrived").exists()
+        shutil.rmtree(upper / "etc")
+        (upper / "etc").mkdir()
+        (upper / "etc" / "arrived").write_text("from the source")
+        refresh_root(there)
+        (there / "etc" / "resolv.conf").touch()
+        assert (there / "etc" / "arrived").read_text() == "from the source"
+        assert not (there / "etc" / "mtab").exists()
+
+
+def test_a_root_that_is_a_bind_mount_is_not_remounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would set the flags of the node's own file system."""
+    monkeypatch.setattr("podferry.node.upper.overlay.mount", lambda *_: pytest.fail("remounted"))
+    refresh_root(tmp_path)
 
 
 def test_a_containers_mappings_are_named_by_their_paths_in_the_tree(tmp_path: Path, lower: Path) -> None:
