@@ -49,6 +49,7 @@ class Containerd:
     root: Path
     major: int
     config: str = CONFIG
+    name: str = "containerd"
     restarts: int = 0
     running: dict[str, Any] = field(default_factory=dict)
 

@@ -32,37 +32,45 @@ class Daemon:
     program: str
     config: str
     major: int
+    name: str = "containerd"
 
     def dump(self) -> str:
         """The configuration that it would start with now, as it understands it. Raises `CommandFailed` where it would not."""
         return run(outside.on_node([self.program, "--config", self.config, "config", "dump"]), timeout=30.0).stdout
 
-    def restart(self) -> Daemon:
-        """Start it again, by systemd or by whoever keeps it. Containers run on. Raises `TimedOut` if it does not come."""
-        unit = _UNIT.search(Path(f"/proc/{self.pid}/cgroup").read_text())
-        if unit and Path("/proc/1/comm").read_text().strip() == "systemd":
-            run(outside.on_node(["systemctl", "restart", unit[1]]), timeout=RESTART_SECONDS)
-        else:
-            self._terminate()
-        deadline = time.monotonic() + RESTART_SECONDS
-        while True:
-            pid = listener(_socket())
-            if pid not in (None, self.pid):
-                return find()
-            if time.monotonic() > deadline:
-                raise TimedOut(
-                    "containerd does not come back", why=f"nobody listens at {SOCKET} after {RESTART_SECONDS:.0f} s"
-                )
-            time.sleep(0.1)  # the birth of a socket is no event that others could wait for
+    def restart(self) -> None:
+        """Start it again. Containers run on. Raises `TimedOut` if it does not come."""
+        restart(self.name, self.pid, SOCKET)
 
-    def _terminate(self) -> None:
-        with suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(self.pid)
-            try:
-                if listener(_socket()) == self.pid:  # or else it has ended, and its pid may be another's
-                    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            finally:
-                os.close(pidfd)
+
+def restart(name: str, pid: int, socket: str) -> None:
+    """Have the daemon of this pid, which listens at the node's `socket`, started again: by systemd or by whoever keeps it.
+
+    Raises `TimedOut` if it does not come.
+    """
+    unit = _UNIT.search(Path(f"/proc/{pid}/cgroup").read_text())
+    there = Root(outside.root()).path(socket)
+    if unit and Path("/proc/1/comm").read_text().strip() == "systemd":
+        run(outside.on_node(["systemctl", "restart", unit[1]]), timeout=RESTART_SECONDS)
+    else:
+        _terminate(pid, there)
+    deadline = time.monotonic() + RESTART_SECONDS
+    while listener(there) in (None, pid):
+        if time.monotonic() > deadline:
+            raise TimedOut(
+                f"{name} does not come back", why=f"nobody listens at {socket} after {RESTART_SECONDS:.0f} s"
+            )
+        time.sleep(0.1)  # the birth of a socket is no event that others could wait for
+
+
+def _terminate(pid: int, there: Path) -> None:
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if listener(there) == pid:  # or else it has ended, and its pid may be another's
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        finally:
+            os.close(pidfd)
 
 
 def find() -> Daemon:

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from podferry.core.host import SELINUX_REMEDY, SELINUX_WHY
 from podferry.criu import dump_gate, incoming, network_setup
 from podferry.errors import PodferryError, Refused
-from podferry.install import criu, daemon, remains, settings
+from podferry.install import crio, criu, daemon, remains, settings
+from podferry.install.crio import CrioDaemon
 from podferry.install.daemon import Daemon
 from podferry.install.files import InstalledFiles, Root
 from podferry.install.settings import ContainerdSettings
@@ -24,11 +25,19 @@ TASKS = "/run/containerd/io.containerd.runtime.v2.task"
 LOOK_EVERY = 1.0  # seconds; a container's end is no event that others could wait for
 
 Tell = Callable[[str], None]
+Runtime = Daemon | CrioDaemon
+
+
+def find_runtime() -> Runtime:
+    """What makes the pods on this node. Raises `Refused` where neither containerd nor CRI-O runs."""
+    if crio.makes_the_pods() and (found := crio.find()) is not None:
+        return found
+    return daemon.find()
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What an installation did: the files that changed, and whether containerd was started again."""
+    """What an installation did: the files that changed, and whether the container runtime was started again."""
 
     changed: tuple[str, ...]
     restarted: bool
@@ -38,18 +47,18 @@ def install(
     tell: Tell,
     *,
     bundle: Path = Path(criu.DIRECTORY),
-    find: Callable[[], Daemon] = daemon.find,
+    find: Callable[[], Runtime] = find_runtime,
     memory: Callable[[Tell], object] = own_tmpfs.ensure_on_node,
 ) -> Installed:
     """Put podferry on this node, or bring what is there up to date. `bundle` holds our CRIU; `memory` makes the place for memory
     on its way.
 
-    containerd is started again only if its settings changed. Raises `PodferryError`; the settings are then as before.
+    The container runtime is started again only if its settings changed. Raises `PodferryError`; the settings are then as before.
     """
     root = Root(outside.root())
     if host.selinux_enforces(root.top):
         raise Refused("SELinux enforces its policy on this node", why=SELINUX_WHY, remedy=SELINUX_REMEDY)
-    containerd = find()
+    runtime = find()
     ledger = InstalledFiles(root)
     changed = []
 
@@ -71,7 +80,7 @@ def install(
             )
         for path, content, mode in criu.files(bundle):
             write(path, content, mode)
-    restarted = _configure(root, containerd, ledger, write, tell)
+    restarted = _configure(root, runtime, ledger, write, tell)
     memory(tell)
     if not changed and not restarted:
         tell("everything is in its place already")
@@ -83,7 +92,7 @@ def uninstall(
     *,
     force: bool = False,
     wait: bool = False,
-    find: Callable[[], Daemon] = daemon.find,
+    find: Callable[[], Runtime] = find_runtime,
     memory: Callable[[Tell], object] = own_tmpfs.remove_from_node,
 ) -> Installed:
     """Restore the node as it was before `install`; what its agent has kept goes too, its key and journals among it.
@@ -111,16 +120,16 @@ def uninstall(
         if not left:
             tell("nothing is installed here")
         return Installed(left, False)
-    containerd = find()
-    before = containerd.dump()
+    runtime = find()
+    before = runtime.dump()
     # Settings first: they must not name a program that is gone.
-    order = sorted(ledger.entries, key=lambda path: not path.endswith(".toml"))
+    order = sorted(ledger.entries, key=lambda path: not path.endswith((".toml", crio.NAME)))
     changed = []
     for path in order:
         if ledger.is_ours(path) or root.read(path) is None:
             ledger.put_back(path)
             tell(f"restored {path}")
-        elif path.endswith(f"/{settings.NAME}"):
+        elif path.endswith((f"/{settings.NAME}", f"/{crio.NAME}")):
             ledger.put_back(path)
             tell(f"removed {path}")
         else:
@@ -128,10 +137,10 @@ def uninstall(
             ledger.forget(path)
         changed.append(path)
     _remove_empty(root, [str(PurePosixPath(path).parent) for path in order])
-    restarted = ledger.restart_due or containerd.dump() != before
+    restarted = ledger.restart_due or runtime.dump() != before
     if restarted:
-        tell("containerd: starting it again")
-        containerd.restart()
+        tell(f"{runtime.name}: starting it again")
+        runtime.restart()
     ledger.restart_due = False
     ledger.save()
     gone = remains.remove(root, tell)
@@ -139,10 +148,12 @@ def uninstall(
     return Installed((*changed, *gone), restarted)
 
 
-def _configure(
-    root: Root, containerd: Daemon, ledger: InstalledFiles, write: Callable[[str, bytes, int], None], tell: Tell
-) -> bool:
-    """containerd's settings; true if it was started again."""
+def _wanted(root: Root, runtime: Runtime) -> dict[str, str]:
+    """The files by which the container runtime knows podferry's, and what is to be in them."""
+    return runtime.settings(WRAPPER) if isinstance(runtime, CrioDaemon) else _wanted_of_containerd(root, runtime)
+
+
+def _wanted_of_containerd(root: Root, containerd: Daemon) -> dict[str, str]:
     text = (root.read(containerd.config) or b"").decode()
     at = settings.drop_in_path(ContainerdSettings(containerd.config, text))
     known = ContainerdSettings(
@@ -152,6 +163,14 @@ def _configure(
     new = {at: settings.drop_in(known, containerd.major, WRAPPER)}
     if main != text:
         new[containerd.config] = main
+    return new
+
+
+def _configure(
+    root: Root, runtime: Runtime, ledger: InstalledFiles, write: Callable[[str, bytes, int], None], tell: Tell
+) -> bool:
+    """The container runtime's settings; true if it was started again."""
+    new = _wanted(root, runtime)
     stale = [path for path, content in new.items() if root.read(path) != content.encode()]
     before = {path: root.read(path) for path in stale}
     if stale:
@@ -162,11 +181,11 @@ def _configure(
     if not ledger.restart_due:
         return False
     try:
-        _check(containerd)
-        tell("containerd: starting it again, for its new settings")
-        containerd.restart()
+        _check(runtime)
+        tell(f"{runtime.name}: starting it again, for its new settings")
+        runtime.restart()
     except PodferryError:
-        tell("containerd: its settings go back to what they were")
+        tell(f"{runtime.name}: its settings go back to what they were")
         for path, content in before.items():
             if content is None:
                 ledger.put_back(path)
@@ -178,14 +197,21 @@ def _configure(
     return True
 
 
-def _check(containerd: Daemon) -> None:
+def _check(runtime: Runtime) -> None:
     """What was written must be understood before anything depends on it."""
-    if f".runtimes.{settings.RUNTIME}" not in containerd.dump():
+    if f".runtimes.{settings.RUNTIME}" in runtime.dump():
+        return
+    if isinstance(runtime, CrioDaemon):
         raise Refused(
-            "containerd would not know podferry's runtime",
-            why=f"another file that {containerd.config} imports replaces what ours says",
-            remedy=f"see `containerd --config {containerd.config} config dump`",
+            "CRI-O would not know podferry's runtime",
+            why=f"it does not read {runtime.drop_ins}/{crio.NAME}, or a later file replaces what that says",
+            remedy=f"see `{' '.join(('crio', *runtime.flags))} config`",
         )
+    raise Refused(
+        "containerd would not know podferry's runtime",
+        why=f"another file that {runtime.config} imports replaces what ours says",
+        remedy=f"see `containerd --config {runtime.config} config dump`",
+    )
 
 
 def _imported(root: Root, main: ContainerdSettings, ours: str) -> tuple[str, ...]:
@@ -206,6 +232,7 @@ def _users(root: Root) -> str:
     for options in sorted(root.path(TASKS).glob("*/*/options.json")):
         if WRAPPER in options.read_text(errors="replace"):
             found.append(f"{options.parents[1].name}/{options.parent.name}")
+    found += [f"CRI-O's {id}" for id in crio.users(root, WRAPPER)]
     if not found:
         return ""
     return f"{len(found)} containers were started by its runtime, among them {found[0]}: they could not be stopped"
@@ -215,5 +242,5 @@ def _remove_empty(root: Root, directories: list[str]) -> None:
     """Remove directories that nothing is left in, those of ours and a drop-in's."""
     every = {parent for one in directories for parent in (PurePosixPath(one), *PurePosixPath(one).parents)}
     for directory in sorted(every, key=lambda one: len(one.parts), reverse=True):
-        if directory.is_relative_to("/opt/podferry") or directory.name == "conf.d":
+        if directory.is_relative_to("/opt/podferry") or directory.name in ("conf.d", "crio.conf.d"):
             root.remove_empty(str(directory))

@@ -20,7 +20,8 @@ from typing import IO
 
 from podferry.errors import EVIDENCE_LINES, CommandFailed, TimedOut
 
-PATH = "/opt/podferry/criu/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/opt/podferry/criu/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/libexec/crio"
+"""CRI-O's own packages have runc in the last."""
 CLEAN_ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C.UTF-8", "HOME": "/root"}
 
 Arg = str | Path
