@@ -11,9 +11,9 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtensionOID, NameOID
 
-from podferry.errors import Refused
+from podferry.errors import Refused, UsageError
 from podferry.lab import config, state
-from podferry.lab.kubernetes import daemons, network, pki
+from podferry.lab.kubernetes import crio, daemons, network, pki
 
 pytestmark = pytest.mark.unit
 ADDRESSES = state.addresses("default", ["node-a", "node-b"], control=True)
@@ -100,3 +100,36 @@ def subject(one: x509.Certificate) -> tuple[object, object]:
         return found[0].value if found else None
 
     return value(NameOID.ORGANIZATION_NAME), value(NameOID.COMMON_NAME)
+
+
+def test_nodes_with_crio_have_its_configuration_and_their_kubelets_its_socket() -> None:
+    files = config.for_machine("x", "node-a", ADDRESSES, runtime=state.CRIO)
+    told = tomllib.loads(files["crio.conf"])["crio"]
+    assert "containerd.toml" not in files
+    assert json.loads(files["kubernetes/kubelet.json"])["containerRuntimeEndpoint"] == f"unix://{told['api']['listen']}"
+    assert "podferry" not in told["runtime"]["runtimes"], "an installation adds it"
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("containerd", ["containerd"] * 3),
+        ("crio", ["crio"] * 3),
+        ("containerd,crio", ["containerd", "crio", "crio"]),
+        ("crio,containerd,crio", ["crio", "containerd", "crio"]),
+    ],
+)
+def test_which_node_has_which_runtime(named: str, found: list[str]) -> None:
+    assert [state.runtime_of(node, named) for node in state.node_names(3)] == found
+    with pytest.raises(UsageError, match="no container runtime"):
+        state.runtime_of("node-a", f"{named},docker")
+
+
+def test_without_crios_programs_a_lab_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crio, "DIRECTORY", tmp_path)
+    (tmp_path / "conmon").write_text("")
+    (tmp_path / "conmon").chmod(0o755)
+    with pytest.raises(Refused, match="no CRI-O") as refused:
+        crio.directory()
+    assert "crio, pinns" in refused.value.why
+    assert "PODFERRY_CRIO_BIN" in refused.value.remedy

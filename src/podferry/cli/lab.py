@@ -73,6 +73,14 @@ def up(
         str | None,
         typer.Option(metavar="RELEASE", help=f"What nodes are made of: {' or '.join(SUITES)} (new labs: {OF_NODES})."),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What makes the containers of a lab with Kubernetes: containerd, or crio from the programs in "
+            "$PODFERRY_CRIO_BIN; containerd,crio gives node-a the first, all others the second (new labs: containerd).",
+        ),
+    ] = None,
     lab: LabName = DEFAULT,
 ) -> None:
     """Bring the lab up, or complete what is missing. The first time builds its images: a few minutes.
@@ -87,7 +95,14 @@ def up(
     """
     with _progress() as progress:
         status = Lab(lab).up(
-            nodes, link, cgroup=cgroups, agent=agent, kubernetes=kubernetes, debian=debian, progress=progress
+            nodes,
+            link,
+            cgroup=cgroups,
+            agent=agent,
+            kubernetes=kubernetes,
+            debian=debian,
+            runtime=runtime,
+            progress=progress,
         )
     _print_status(status)
 

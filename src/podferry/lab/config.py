@@ -9,8 +9,9 @@ from pathlib import Path
 
 from podferry.lab.debian import architecture
 from podferry.lab.images import PAUSE_IMAGE
+from podferry.lab.kubernetes import crio
 from podferry.lab.kubernetes import files as kubernetes_files
-from podferry.lab.state import CONTROL, STORAGE
+from podferry.lab.state import CONTAINERD, CONTROL, CRIO, STORAGE
 
 AGENT_PORT = 7460
 BRICK_PORT = 24007
@@ -32,8 +33,11 @@ SNAPSHOTTER = "podferry"
 Files = Mapping[str, str]
 
 
-def for_machine(lab: str, name: str, addresses: Mapping[str, str], major: int = 1) -> dict[str, str]:
-    """File names and contents for the machine `name` of a lab whose machines have `addresses`, and containerd `major`.
+def for_machine(
+    lab: str, name: str, addresses: Mapping[str, str], major: int = 1, runtime: str = CONTAINERD
+) -> dict[str, str]:
+    """File names and contents for the machine `name` of a lab whose machines have `addresses`, and containerd `major` or, as
+    `runtime` of a node, CRI-O.
 
     Kubernetes is there where one of them is its control plane.
     """
@@ -50,6 +54,9 @@ def for_machine(lab: str, name: str, addresses: Mapping[str, str], major: int = 
         return {**files, **kubernetes_files.for_control(addresses)}
     files |= {"share.vol": _client(addresses[STORAGE]), "registry-hosts.toml": _registry_hosts()}
     if CONTROL in addresses:
+        if runtime == CRIO:
+            own = kubernetes_files.for_node(name, addresses, f"/{crio.SOCKET}")
+            return {**files, **own, "crio.conf": crio.config()}
         own = kubernetes_files.for_node(name, addresses)
         return {**files, **own, "containerd.toml": containerd(major, kubernetes=True)}
     return {**files, "containerd.toml": containerd(major), "agent.json": agent(name, addresses)}

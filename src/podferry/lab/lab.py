@@ -27,11 +27,11 @@ from podferry.lab import (
     state,
 )
 from podferry.lab.debian import OF_NODES, SUITES, require
-from podferry.lab.kubernetes import daemons, deploy, image, pki
+from podferry.lab.kubernetes import crio, daemons, deploy, image, pki
 from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.kubernetes.network import connect
 from podferry.lab.progress import Progress, quiet
-from podferry.lab.state import CONTROL, STORAGE, SWITCH
+from podferry.lab.state import CONTAINERD, CONTROL, CRIO, STORAGE, SWITCH, runtime_of
 from podferry.node.process import Arg, Completed, last_lines, raise_for, run
 from podferry.wire.pki import Authority
 
@@ -55,7 +55,8 @@ _KUBERNETES = "/opt/podferry/kube"
 class LabSettings:
     """What a lab was last brought up with; kept on its disk for `start_node`, never needed by `down`.
 
-    `binds` maps paths inside the nodes to directories shown there read-only.
+    `runtime` is what makes the nodes' containers (`state.runtime_of`); `binds` maps paths inside the nodes to directories shown
+    there read-only.
     """
 
     nodes: int = DEFAULT_NODES
@@ -64,6 +65,7 @@ class LabSettings:
     agent: bool = True
     kubernetes: bool = False
     debian: str = OF_NODES
+    runtime: str = CONTAINERD
     binds: dict[str, str] = field(default_factory=dict)
 
 
@@ -117,15 +119,16 @@ class Lab:
         agent: bool | None = None,
         kubernetes: bool | None = None,
         debian: str | None = None,
+        runtime: str | None = None,
         binds: Mapping[str, Path] | None = None,
         progress: Progress = quiet,
     ) -> LabStatus:
         """Bring the lab up, or complete what is missing of it; what is not given stays as it was.
 
         `link` is a rate such as 1gbit, or none. Nodes that run are not restarted, except for their agents where their
-        configuration changed. `debian` is the release that they are made of, of `SUITES`. Raises `UsageError` for fewer nodes
-        than there are, and for other cgroups, binds, agents, Kubernetes or Debian than those they were made with; `Refused` where
-        Kubernetes' programs are missing.
+        configuration changed. `debian` is the release that they are made of, of `SUITES`, `runtime` what makes their containers
+        (`state.runtime_of`). Raises `UsageError` for fewer nodes than there are, and for other cgroups, binds, agents, Kubernetes,
+        Debian or container runtime than those they were made with; `Refused` where Kubernetes' programs are missing, or CRI-O's.
         """
         state.require_root()
         state.require_plain_disk()
@@ -137,6 +140,7 @@ class Lab:
                 "agent": agent,
                 "kubernetes": kubernetes,
                 "debian": debian,
+                "runtime": runtime,
             }
             if binds is not None:
                 given["binds"] = {inside: str(source) for inside, source in binds.items()}
@@ -288,7 +292,13 @@ class Lab:
             raise UsageError(
                 f"nodes cannot be made of Debian {settings.debian!r}", remedy=f"take {' or '.join(SUITES)}"
             )
-        state.node_names(settings.nodes)
+        names = state.node_names(settings.nodes)
+        if CRIO in {runtime_of(name, settings.runtime) for name in names} and not settings.kubernetes:
+            raise UsageError(
+                "a lab without Kubernetes cannot have CRI-O",
+                why="CRI-O makes a kubelet's pods alone",
+                remedy="podferry lab up --kubernetes --runtime crio",
+            )
         if before and settings.nodes < before.nodes:
             raise UsageError(f"lab {self.name} has {before.nodes} nodes already", remedy="take it down first")
         if before and replace(settings, nodes=before.nodes, link=before.link) != before:
@@ -315,7 +325,9 @@ class Lab:
             home = self.home / "machines" / name
             # What is installed in a cluster adds to containerd's configuration; it is the node's own from then on.
             kept = {"containerd.toml"} if settings.kubernetes else set()
-            changed = config.write(config.for_machine(self.name, name, addresses, major), home / "etc", keep=kept)
+            changed = config.write(
+                config.for_machine(self.name, name, addresses, major, _runtime(name, settings)), home / "etc", keep=kept
+            )
             pid = machine.first_process(self.name, name)
             if pid is None:
                 progress(f"{name}: starting")
@@ -344,6 +356,10 @@ class Lab:
     def _wait_until_ready(self, name: str, settings: LabSettings, progress: Progress) -> None:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
         logs = self.home / "machines" / name / "log" / "podferry"
+        if _runtime(name, settings) == CRIO:
+            _wait_for_socket(self.root(name) / crio.SOCKET, f"{name}'s CRI-O", logs / "crio.log")
+            progress(f"{name}: ready")
+            return
         _wait_for_socket(self.root(name) / SNAPSHOTTER_SOCKET, f"{name}'s snapshotter", logs / "snapshotter.log")
         _wait_for_socket(self.root(name) / CONTAINERD_SOCKET, f"{name}'s containerd", logs / "containerd.log")
         self.exec(name, ["ctr", "--connect-timeout", f"{READY_SECONDS:.0f}s", "version"], timeout=READY_SECONDS)
@@ -359,6 +375,8 @@ class Lab:
         if settings.kubernetes:
             shown[_KUBERNETES] = daemons.directory()
             shown[f"{_IMAGES}/pause.tar"] = images.pause_archive(progress)
+        if CRIO in settings.runtime.split(","):
+            shown[crio.IN_NODES] = crio.directory()
         return {**shown, **{inside: Path(source) for inside, source in settings.binds.items()}}
 
     def _issue_certificates(self, addresses: Mapping[str, str]) -> None:
@@ -401,8 +419,14 @@ def _services(machine: str, settings: LabSettings) -> list[str]:
         return ["brick", "registry"]
     if machine == CONTROL:
         return ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"]
+    if _runtime(machine, settings) == CRIO:
+        return ["share", "crio", "kubelet"]
     own = ["kubelet"] if settings.kubernetes else ["agent"] if settings.agent else []
     return ["share", "snapshotter", "containerd", *own]
+
+
+def _runtime(machine: str, settings: LabSettings) -> str:
+    return runtime_of(machine, settings.runtime) if machine not in (STORAGE, CONTROL) else ""
 
 
 def _archives(settings: LabSettings) -> dict[str, str]:

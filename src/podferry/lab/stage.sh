@@ -45,7 +45,7 @@ for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/p
     mount --bind "$file" "$R/proc/sys/$path"
 done
 
-for bind in containerd:/var/lib/containerd podferry:/var/lib/podferry kubelet:/var/lib/kubelet log:/var/log \
+for bind in containerd:/var/lib/containerd containers:/var/lib/containers podferry:/var/lib/podferry kubelet:/var/lib/kubelet log:/var/log \
     etc:/etc/podferry brick:/srv/brick registry:/srv/registry; do
     mkdir -p "$HOME_DIR/${bind%%:*}" "$R${bind#*:}"
     mount --bind "$HOME_DIR/${bind%%:*}" "$R${bind#*:}"
@@ -68,6 +68,7 @@ ln -sfn ../../../podferry/registry-hosts.toml "$R/etc/containerd/certs.d/_defaul
 ln -sfn /etc/podferry/pki/ca.crt "$R/etc/ssl/certs/podferry-lab.pem"
 ln -sfn /opt/podferry/src/podferry/node/podferry-runc "$R/usr/local/sbin/podferry-runc"
 : > "$R/etc/resolv.conf"
+case " $SERVICES " in *" crio "*) ln -sfn /opt/podferry/src/podferry/lab/runc-restricted "$R/usr/local/sbin/runc" ;; esac
 for service in $SERVICES; do
     mkdir "$R/run/service/$service"
     cp "$PACKAGE/lab/services/$service" "$R/run/service/$service/run"

@@ -29,6 +29,8 @@ STORAGE = "storage"
 CONTROL = "control"
 """Kubernetes' control plane, in labs that have one."""
 SWITCH = "switch"
+CONTAINERD, CRIO = RUNTIMES = ("containerd", "crio")
+"""What makes the containers of a node."""
 MOST_NODES = len(string.ascii_lowercase)
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
@@ -42,6 +44,18 @@ def check_name(name: str) -> str:
             remedy="use at most 32 lower-case letters, digits and dashes",
         )
     return name
+
+
+def runtime_of(node: str, runtimes: str) -> str:
+    """A node's container runtime: `runtimes` names those of node-a, node-b and so on, the last one that of all others.
+
+    Raises `UsageError` for a name that is none.
+    """
+    named = runtimes.split(",")
+    if wrong := sorted(set(named) - {CONTAINERD, CRIO}):
+        raise UsageError(f"{wrong[0][:80]!r} is no container runtime", remedy=f"use {' or '.join(RUNTIMES)}")
+    number = string.ascii_lowercase.find(node.removeprefix("node-"))
+    return named[min(number, len(named) - 1)]
 
 
 def node_names(count: int) -> list[str]:

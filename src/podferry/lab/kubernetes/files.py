@@ -10,6 +10,7 @@ from podferry.lab.state import CONTROL
 
 CNI = "/etc/podferry/cni"
 KUBERNETES = "/etc/podferry/kubernetes"
+CONTAINERD = "/run/containerd/containerd.sock"
 
 
 def for_control(addresses: Mapping[str, str]) -> dict[str, str]:
@@ -17,13 +18,13 @@ def for_control(addresses: Mapping[str, str]) -> dict[str, str]:
     return {"kubernetes/environment": f"ADDRESS={addresses[CONTROL]}\nPORT={API_PORT}\nSERVICES={SERVICES}\n"}
 
 
-def for_node(name: str, addresses: Mapping[str, str]) -> dict[str, str]:
-    """Of a node."""
+def for_node(name: str, addresses: Mapping[str, str], endpoint: str = CONTAINERD) -> dict[str, str]:
+    """Of a node whose container runtime listens at `endpoint`."""
     api = f"API={addresses[CONTROL]}\nPORT={API_PORT}\n"
     return {
         "cni/10-lab.conflist": json.dumps(_cni(addresses[name]), indent=2),
         "kubernetes/environment": f"NAME={name}\nADDRESS={addresses[name]}\n{api}",
-        "kubernetes/kubelet.json": json.dumps(_KUBELET, indent=2),
+        "kubernetes/kubelet.json": json.dumps({**_KUBELET, "containerRuntimeEndpoint": f"unix://{endpoint}"}, indent=2),
     }
 
 
@@ -38,7 +39,6 @@ _KUBELET = {
     "authorization": {"mode": "Webhook"},
     "tlsCertFile": f"{KUBERNETES}/kubelet.crt",
     "tlsPrivateKeyFile": f"{KUBERNETES}/kubelet.key",
-    "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
     "cgroupDriver": "cgroupfs",
     "failCgroupV1": False,
     "failSwapOn": False,
