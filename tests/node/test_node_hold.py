@@ -387,7 +387,7 @@ def test_facts(job: Job) -> None:
     assert Path(facts.binary).name == "podferry-runc"
     assert facts.tmpfs >= 1 << 20 and facts.upper >= 1 << 20 and facts.anonymous > 1 << 20
     assert ContainerFacts.from_dict(facts.to_dict()) == facts
-    node = node_facts(Path("/var/lib/containerd"), Path("/run"), containerd=job.client.version())
+    node = node_facts(Path("/var/lib/containerd"), Path("/run"), job.client.kind, job.client.version())
     assert NodeFacts.from_dict(node.to_dict()) == node
     assert node.criu and node.runc and node.cgroup is cgroup_kind()
     assert node.lazy_pages

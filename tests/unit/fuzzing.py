@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 from podferry.controller.signer import NODE_EXTRA, Signer
 from podferry.core import allowed_spec
 from podferry.core.allowed_rights import rights_of
-from podferry.core.facts import CgroupKind, ContainerFacts, NodeFacts
+from podferry.core.facts import CgroupKind, ContainerFacts, NodeFacts, RuntimeKind
 from podferry.core.strict import NotStrict, parse
 from podferry.criu import images as criu_images
 from podferry.criu import seccomp_programs, timers
@@ -310,7 +310,8 @@ def _journal_seed() -> bytes:
 
 def _fact_seeds() -> tuple[bytes, ...]:
     node = NodeFacts(
-        *("6.18.0", "x86_64", 4096, "b", 2, "m", ("avx",), "4.1.1", "1.1.15", "1.7.0", CgroupKind.V2),
+        *("6.18.0", "x86_64", 4096, "b", 2, "m", ("avx",), "4.1.1", "1.1.15"),
+        *(RuntimeKind.CONTAINERD, "1.7.0", CgroupKind.V2),
         *(1 << 30, 1 << 30, 1 << 30, True, True, True, False, True, 4 << 20, 1000.0, False),
     )
     return (json.dumps(node.to_dict()).encode(), json.dumps({"image": "i", "id": "job", "pids": [1]}).encode())

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts
+from podferry.core.facts import Bind, CgroupKind, ContainerFacts, NodeFacts, RuntimeKind
 from podferry.core.invariants import Sight, broken
 from podferry.core.phases import SOURCE_MAY_RUN, TARGET_MAY_RUN, SourcePhase, TargetPhase
 from podferry.core.precopy import PAGE, PreCopyPolicy, Round, Step, decide, link_rate, rest
@@ -110,7 +110,8 @@ NODE = NodeFacts(
     cpu_flags=("avx", "sse"),
     criu="4.1.1",
     runc="1.1.15",
-    containerd="1.7.0",
+    runtime=RuntimeKind.CONTAINERD,
+    runtime_version="1.7.0",
     cgroup=CgroupKind.V2,
     memory_available=8 << 30,
     disk_free=8 << 30,
@@ -165,6 +166,8 @@ def test_what_fits_may_move() -> None:
         ({}, {}, {"cpu_flags": ("sse",)}, "PF111"),
         ({}, {"criu": "4.2.1"}, {}, "PF111"),
         ({}, {}, {"clock": 1061.0}, "PF111"),
+        ({}, {"runtime": RuntimeKind.CRIO}, {}, "PF111"),
+        ({}, {}, {"runtime": RuntimeKind.CRIO}, "PF111"),
         ({}, {}, {"memory_available": 1 << 30}, "PF112"),
         ({}, {}, {"disk_free": 1 << 20}, "PF112"),
         ({}, {}, {"run_free": 800 << 20}, "PF112"),

@@ -13,7 +13,7 @@ import pytest
 from podferry.cli import doctor as command
 from podferry.cli.app import run
 from podferry.core import labhost, nodehost
-from podferry.core.facts import CgroupKind, NodeFacts
+from podferry.core.facts import CgroupKind, NodeFacts, RuntimeKind
 from podferry.core.findings import Finding, MachineUnfit, Verdict, blocked, fine, limited, require, worst
 from podferry.core.host import CAPABILITIES, NEEDED, Kernel, Privileges
 from podferry.core.labhost import TRIALS, Cgroups, Disk, LabHost
@@ -59,7 +59,8 @@ NODE_HOST = NodeHost(
         cpu_flags=(),
         criu="4.1.1",
         runc="1.1.15",
-        containerd="1.7.24",
+        runtime=RuntimeKind.CONTAINERD,
+        runtime_version="1.7.24",
         cgroup=CgroupKind.V2,
         memory_available=16 * GIB,
         disk_free=60 * GIB,
@@ -78,7 +79,7 @@ NODE_HOST = NodeHost(
     state=Place("/var/lib/podferry", "ext4", 60 * GIB, 100 * GIB),
     socket="/run/containerd/containerd.sock",
     others=(),
-    kubelet=False,
+    kubelet="",
     wrapper=True,
     cpu_controller=True,
     python=(3, 13),
@@ -178,15 +179,25 @@ NODE: list[tuple[str, Callable[[NodeHost], NodeHost], dict[str, Verdict]]] = [
     ("SELinux", kernel(selinux=True), {"SELinux": BLOCKED}),
     ("no CRIU", facts(criu=""), {"CRIU": BLOCKED}),
     ("Debian 12's CRIU", facts(criu="3.17.1"), {"CRIU": BLOCKED}),
-    ("an old CRIU in a cluster", lambda one: facts(criu="3.17.1")(replace(one, kubelet=True)), {"CRIU": LIMITED}),
+    (
+        "an old CRIU in a cluster",
+        lambda one: facts(criu="3.17.1")(replace(one, kubelet="/var/lib/kubelet")),
+        {"CRIU": LIMITED},
+    ),
     ("no runc", facts(runc=""), {"runc": BLOCKED}),
     ("an old runc", facts(runc="1.0.3"), {"runc": BLOCKED}),
-    ("an old containerd", facts(containerd="1.6.20"), {"containerd": BLOCKED}),
-    ("containerd somewhere else", facts(containerd=""), {"containerd": LIMITED}),
+    ("an old containerd", facts(runtime_version="1.6.20"), {"containerd": BLOCKED}),
+    ("containerd somewhere else", facts(runtime_version=""), {"containerd": LIMITED}),
     ("no containerd", having(socket="", others=("k3s' containerd",)), {"containerd": BLOCKED}),
+    ("CRI-O", facts(runtime=RuntimeKind.CRIO, runtime_version="1.34.0"), {"pods of CRI-O": LIMITED}),
+    (
+        "an old CRI-O",
+        facts(runtime=RuntimeKind.CRIO, runtime_version="1.28.4"),
+        {"CRI-O": BLOCKED, "pods of CRI-O": LIMITED},
+    ),
     ("Docker beside it", having(others=("Docker",)), {"other container runtimes": LIMITED}),
     ("no wrapper", having(wrapper=False), {"podferry-runc": LIMITED}),
-    ("no wrapper yet in a cluster", having(wrapper=False, kubelet=True), {}),
+    ("no wrapper yet in a cluster", having(wrapper=False, kubelet="/var/lib/kubelet"), {}),
     ("no cpu controller", having(cpu_controller=False), {"cgroups": LIMITED}),
     ("small pipes", facts(pipe_max_size=1 << 20), {"fs.pipe-max-size": BLOCKED}),
     ("no memory", facts(memory_available=10 << 20), {"memory": BLOCKED}),

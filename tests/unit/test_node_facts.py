@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from podferry.core.facts import NodeFacts
+from podferry.core.facts import NodeFacts, RuntimeKind
 from podferry.errors import PeerMisbehaved
 from podferry.node import jobfacts
 from podferry.node.jobfacts import Bind, ContainerFacts
@@ -51,7 +51,7 @@ def test_the_processor() -> None:
 def test_this_machine() -> None:
     if not Path("/sys/fs/cgroup").exists():
         pytest.skip("no cgroups here")
-    here = node_facts(Path("/"), Path("/run"), runc="no-such-runc", criu="no-such-criu")
+    here = node_facts(Path("/"), Path("/run"), RuntimeKind.CONTAINERD, runc="no-such-runc", criu="no-such-criu")
     assert (here.runc, here.criu) == ("", "")
     assert here.kernel == os.uname().release and here.cpus >= 1
     assert here.memory_available > 0 and here.disk_free > 0

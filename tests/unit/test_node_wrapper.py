@@ -463,3 +463,57 @@ def test_there_is_one_verdict(bench: Bench) -> None:
 def test_nothing_to_adopt(tmp_path: Path) -> None:
     with pytest.raises(WrapperGone):
         Incoming.adopt("job", run=tmp_path)
+
+
+def of_crio(bench: Bench, kind: str, name: str) -> list[str]:
+    """How conmon creates a container of CRI-O's: its spec has line breaks, and labels within annotations."""
+    bundle = bench.path / "bundle"
+    bundle.mkdir(exist_ok=True)
+    labels = {"io.kubernetes.container.name": "other", "io.kubernetes.pod.uid": "elsewhere"}
+    said = {
+        "io.kubernetes.container.name": name,
+        "io.kubernetes.cri-o.ContainerType": kind,
+        "io.kubernetes.cri-o.Labels": json.dumps(labels, separators=(",", ":")),
+        "io.kubernetes.pod.uid": UID,
+    }
+    (bundle / "config.json").write_text(json.dumps({"annotations": said}, indent=2))
+    return ["--root=/run/runc", "create", "--bundle", str(bundle), "--pid-file", "/p", "c0ffee"]
+
+
+def test_a_container_of_crio_is_found_by_its_pod_and_its_sandbox_is_not(bench: Bench) -> None:
+    with Incoming.prepare(pod_key(UID, "train"), run=bench.run) as incoming:
+        child = bench.start(*of_crio(bench, "container", "train"))
+        incoming.wait_poised(20)
+        incoming.restore()
+        assert bench.ended(child) == (0, "")
+        assert "restore" in bench.called()
+    with Incoming.prepare(pod_key(UID, "POD"), run=bench.run):
+        assert bench.end(*of_crio(bench, "sandbox", "POD")) == (0, "")
+    assert "create" in bench.called()
+
+
+def test_crio_is_told_that_what_was_restored_is_created_until_it_has_started_it(bench: Bench) -> None:
+    """It starts nothing else (server/container_start.go), and asks for the state right after `create`."""
+
+    def state() -> str:
+        asked = subprocess.run(
+            [*bench.shell, WRAPPER, "--root=/run/runc", "state", "job"],
+            env={"PATH": f"{bench.path / 'bin'}:{os.environ['PATH']}", "PODFERRY_RUN": str(bench.run)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        status = json.loads(asked.stdout)["status"]
+        assert isinstance(status, str)
+        return status
+
+    (bench.path / "bin/runc").write_text('#!/bin/sh\nprintf \'{\\n  "id": "job",\\n  "status": "running"\\n}\'\n')
+    assert state() == "running"
+    (bench.run / "restored").mkdir(parents=True)
+    (bench.run / "restored/job").touch()
+    assert state() == "created"
+    assert bench.end("--root=/run/runc", "start", "job") == (0, "")
+    assert state() == "running"
+    (bench.run / "restored/job").write_text("")
+    (bench.path / "bin/runc").write_text("#!/bin/sh\nexit 5\n")
+    assert bench.end("--root=/run/runc", "state", "job")[0] == 5

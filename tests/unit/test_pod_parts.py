@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,9 @@ from podferry.errors import Failed, PeerMisbehaved, UsageError
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import Runs
 from podferry.node import cri
+from podferry.node.containerd import Containerd
 from podferry.node.cri import SharedMountKind, Volume
-from podferry.node.records import Container, Opaque
+from podferry.node.records import Container, Opaque, PodContainer
 from podferry.node.upper import copy
 from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
 from podferry.workload.feeder_channel import FeederChannel
@@ -310,10 +312,13 @@ class Records:
         self.filters = filters
         return self.records
 
+    def pod(self, uid: str) -> Mapping[str, PodContainer]:
+        return Containerd.pod(self, uid)  # type: ignore[arg-type]
+
 
 def test_of_each_container_the_latest_attempt() -> None:
     there = Records(("old", "main", 0), ("new", "main", 1), ("side", "side", 0))
-    found = cri.containers(there, UID)  # type: ignore[arg-type]
+    found = there.pod(UID)
     assert {name: one.record.id for name, one in found.items()} == {"main": "new", "side": "side"}
     assert found["main"].log == Path("/var/log/pods/x/main/1.log")
     assert UID in there.filters[0]

@@ -7,18 +7,20 @@ import re
 import sys
 from pathlib import Path
 
+from podferry.core.facts import RuntimeKind
 from podferry.core.host import Kernel
 from podferry.core.nodehost import NodeHost, Place
 from podferry.memory.tracking import tracker
-from podferry.node import host, outside
+from podferry.node import host, kubelet, outside
 from podferry.node.cgroup import trees
 from podferry.workload.config import Config
 from podferry.workload.nodefacts import has_lazy_pages, node_facts, version
 
+CRIO_SOCKET = Path("/run/crio/crio.sock")
 OTHER_RUNTIMES = (
     ("Docker", Path("/run/docker.sock")),
     ("k3s' containerd", Path("/run/k3s/containerd/containerd.sock")),
-    ("CRI-O", Path("/run/crio/crio.sock")),
+    ("CRI-O", CRIO_SOCKET),
     ("Podman", Path("/run/podman/podman.sock")),
 )
 
@@ -41,9 +43,13 @@ def kernel() -> Kernel:
 
 def node_host(config: Config) -> NodeHost:
     """What is here of an agent's node; `config` says where things are to be."""
-    top = outside.root()
-    socket = top / str(config.containerd).lstrip("/")
-    facts = node_facts(host.existing(config.state), host.existing(config.run), containerd=version("containerd"))
+    found = kubelet.find()
+    crio = found.has_crio if found is not None and found.endpoint else not host.listens(_on_node(config.containerd))
+    crio = crio and host.listens(_on_node(CRIO_SOCKET))
+    runtime, program = (RuntimeKind.CRIO, "crio") if crio else (RuntimeKind.CONTAINERD, "containerd")
+    socket = CRIO_SOCKET if crio else config.containerd
+    facts = node_facts(host.existing(config.state), host.existing(config.run), runtime, version(program))
+    pods = config.kubelet if found is None else found.root
     return NodeHost(
         privileges=host.privileges(),
         kernel=kernel(),
@@ -51,13 +57,17 @@ def node_host(config: Config) -> NodeHost:
         memory_total=_memory_total(),
         run=_place(config.run),
         state=_place(config.state),
-        socket=str(config.containerd) if host.listens(socket) else "",
-        others=host.answering((name, top / str(path).lstrip("/")) for name, path in OTHER_RUNTIMES),
-        kubelet=(top / str(config.kubelet).lstrip("/")).is_dir(),
-        wrapper=os.access(top / str(config.wrapper).lstrip("/"), os.X_OK),
+        socket=str(socket) if host.listens(_on_node(socket)) else "",
+        others=host.answering((name, _on_node(path)) for name, path in OTHER_RUNTIMES if path != socket),
+        kubelet=str(pods) if _on_node(pods).is_dir() else "",
+        wrapper=os.access(_on_node(config.wrapper), os.X_OK),
         cpu_controller=_has_cpu_controller(),
         python=sys.version_info[:2],
     )
+
+
+def _on_node(path: Path) -> Path:
+    return outside.root() / str(path).lstrip("/")
 
 
 def _place(path: Path) -> Place:

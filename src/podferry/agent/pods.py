@@ -24,7 +24,9 @@ from podferry.errors import Refused, UsageError
 from podferry.model import Mode
 from podferry.node.containerd import Containerd
 from podferry.node.cri import NAMESPACE
+from podferry.node.crio import Crio
 from podferry.node.records import Container, Opaque
+from podferry.node.runtime import ContainerRuntime
 from podferry.wire.channel import Channel
 from podferry.wire.messages import Offer
 from podferry.workload.account import Promise
@@ -143,8 +145,8 @@ class PodEngine:
         dial: Dial,
     ) -> None:
         self._config, self._given_cluster = config, cluster
-        self._containerd = Containerd(config.containerd, NAMESPACE)
-        self._inspection = PodInspection(config, self._containerd)
+        self.runtime = runtime_of_pods(config)
+        self._inspection = PodInspection(config, self.runtime)
         self._sources, self._targets, self._start, self._dial = sources, targets, start, dial
 
     @property
@@ -180,7 +182,7 @@ class PodEngine:
             story.extra["warnings"] = view.warnings(order.order.mode)
             journal.note(offered=view.offered.to_dict(), record=story.to_dict())
             hand_over = partial(self._cluster.hand_over, order.id)
-            job = view.source(self._config, self._containerd, journal, choice.kind, hand_over, order.probes)
+            job = view.source(self._config, self.runtime, journal, choice.kind, hand_over, order.probes)
             return replace(view.offer(order.id, order.order.mode), rehearsal=order.rehearse), job
 
         self._start(partial(source.run, propose))
@@ -217,6 +219,10 @@ class PodEngine:
 
     # What the agent asks for halves of pods.
 
+    def node_facts(self) -> NodeFacts:
+        """What this node is and has."""
+        return self._inspection.node_facts()
+
     def weigh(self, offer: Offer) -> tuple[NodeFacts, list[Refused]]:
         """Can this node take the pod that is offered?"""
         here = self._inspection.node_facts()
@@ -232,8 +238,8 @@ class PodEngine:
     def target(self, journal: Journal, story: Story, offered: OfferedPod, promise: Promise | None = None) -> Target:
         """The target's half. `promise` is what the pod was promised of memory and disk."""
         self._start(partial(run, self.sweep))
-        job = kubelet.target(self._config, self._containerd, journal, offered, self._cluster, promise)
-        handlers = kubelet.target_handlers(self._config, self._containerd, self._cluster)
+        job = kubelet.target(self._config, self.runtime, journal, offered, self._cluster, promise)
+        handlers = kubelet.target_handlers(self._config, self.runtime, self._cluster)
         return Target(job, journal, story, handlers)
 
     def source_again(self, journal: Journal, story: Story) -> Source:
@@ -242,7 +248,7 @@ class PodEngine:
         if "offered" in journal.facts:
             offered = OfferedPod.from_dict(journal.facts["offered"], story.name)
             containers = [
-                FrozenContainer(Part(journal, number), self._containerd, _record(one.id))
+                FrozenContainer(Part(journal, number), self.runtime, _record(one.id))
                 for number, one in enumerate(offered.containers)
             ]
             departed = self._config.departed / offered.pod.uid
@@ -261,13 +267,18 @@ class PodEngine:
         """Remove the marks of pods that are gone from this node."""
         for mark in self._marks():
             uid = mark.name.partition("_")[0]
-            if not self._containerd.containers(f'labels."io.kubernetes.pod.uid"=="{uid}"'):
+            if not self.runtime.holds_pod(uid):
                 mark.unlink(missing_ok=True)
 
     def _marks(self) -> Iterator[Path]:
         for directory in (self._config.arrived, self._config.departed):
             with suppress(FileNotFoundError):
                 yield from directory.iterdir()
+
+
+def runtime_of_pods(config: Config) -> ContainerRuntime:
+    """What makes the pods' containers on this node."""
+    return Crio(Path(config.crio)) if config.crio else Containerd(config.containerd, NAMESPACE)
 
 
 def pod_of(journal: Journal) -> PodName | None:

@@ -13,6 +13,7 @@ import anyio
 import structlog
 
 from podferry import __version__
+from podferry.agent.node_paths import of_this_node
 from podferry.agent.service import Agent
 from podferry.engine import metrics
 from podferry.errors import PodferryError, UsageError
@@ -47,7 +48,7 @@ def main() -> None:
         no_core_dumps()
         _raise_file_limit()
         apparmor.show()
-        config = of_kubernetes(os.environ) if arguments.kubernetes else load(arguments.config)
+        config = of_this_node(of_kubernetes(os.environ)) if arguments.kubernetes else load(arguments.config)
         if config.run_size and (why := own_tmpfs.ensure(config.run, config.run_size)):
             structlog.get_logger().warning("memory on its way shares its file system with others", why=why)
         if config.metrics:

@@ -195,7 +195,7 @@ class Agent:
 
     async def op_node(self, emit: Emit) -> Record:
         """This node and its agent."""
-        facts = await run(self.inspection.node_facts)
+        facts = await run(self.pods.node_facts if self.config.crio else self.inspection.node_facts)
         return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers), **facts.to_dict()}
 
     async def op_check(self, emit: Emit, name: str, to: str, *, rehearse: bool = False) -> Record:

@@ -21,9 +21,16 @@ class CgroupKind(StrEnum):
     HYBRID = "hybrid"
 
 
+class RuntimeKind(StrEnum):
+    """What makes a node's containers."""
+
+    CONTAINERD = "containerd"
+    CRIO = "CRI-O"
+
+
 @dataclass(frozen=True)
 class NodeFacts:
-    """A node. Versions are empty where the program is missing; sizes are in bytes.
+    """A node. Versions are empty where the program is missing; sizes are in bytes. `runtime` is the container runtime.
 
     `cpu_flags` are the processor's features as /proc/cpuinfo names them; `run_free` is what fits into the directory that
     holds memory on its way; `clock` is the node's wall clock, in seconds since 1970; `lazy_pages` says whether restored
@@ -40,7 +47,8 @@ class NodeFacts:
     cpu_flags: tuple[str, ...]
     criu: str
     runc: str
-    containerd: str
+    runtime: RuntimeKind
+    runtime_version: str
     cgroup: CgroupKind
     memory_available: int
     disk_free: int

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from podferry.core.facts import NodeFacts
+from podferry.core.facts import NodeFacts, RuntimeKind
 from podferry.core.findings import Finding, blocked, fine, limited, mebibytes
 from podferry.core.host import Kernel, Privileges, of_kernel, of_privileges
 from podferry.core.preflight import DISK_RESERVE, MEMORY_RESERVE, OLDEST_CRIU, OLDEST_RUNC, PIPE_BYTES, numbers
 
-OLDEST_CONTAINERD = (1, 7)
+OLDEST_RUNTIME = {RuntimeKind.CONTAINERD: (1, 7), RuntimeKind.CRIO: (1, 34)}
+"""CRI-O: the oldest that was tried."""
 OLDEST_PYTHON = (3, 11)
 SMALL_RUN = 0.5
 """The share of memory below which `run` is worth a word: what arrives is held there."""
@@ -29,8 +30,9 @@ class Place:
 @dataclass(frozen=True)
 class NodeHost:
     """A machine, as far as the agent on it cares. `facts` are those that agents tell each other; `socket` is where
-    containerd answers, empty where it does not; `others` are other container runtimes that answer; `kubelet` says whether
-    this is a node of a cluster, which gets the wrapper and, where it must, a CRIU from its agent's pod; `cpu_controller`
+    its container runtime answers, empty where it does not; `others` are other container runtimes that answer; `kubelet` is the
+    kubelet's directory, empty where there is none: a node of a cluster gets the wrapper and, where it must, a CRIU from its
+    agent's pod; `cpu_controller`
     whether containers can be slowed down."""
 
     privileges: Privileges
@@ -41,7 +43,7 @@ class NodeHost:
     state: Place
     socket: str
     others: tuple[str, ...]
-    kubelet: bool
+    kubelet: str
     wrapper: bool
     cpu_controller: bool
     python: tuple[int, ...]
@@ -69,20 +71,20 @@ def _programs(host: NodeHost) -> Iterator[Finding]:
     for name, version, oldest in (
         ("CRIU", host.facts.criu, OLDEST_CRIU),
         ("runc", host.facts.runc, OLDEST_RUNC),
-        ("containerd", host.facts.containerd, OLDEST_CONTAINERD),
+        (host.facts.runtime.value, host.facts.runtime_version, OLDEST_RUNTIME[host.facts.runtime]),
     ):
         wanted = ".".join(map(str, oldest))
-        if name == "containerd" and not host.socket:
-            continue  # _containerd says so
+        if name == host.facts.runtime and not host.socket:
+            continue  # _runtime says so
         if version and numbers(version) >= oldest:
             yield fine(name, version)
         elif name == "CRIU" and host.kubelet:
             yield limited(name, version or "missing", "podferry's agent brings one of its own to a node of a cluster")
         elif version:
             yield blocked(name, version, f"{wanted} is the oldest that works", f"install a later {name}")
-        elif name == "containerd":
+        elif name == host.facts.runtime:
             yield limited(
-                name, "of an unknown version", f"{wanted} is the oldest that works", "see `containerd --version`"
+                name, "of an unknown version", f"{wanted} is the oldest that works", f"see `{name.lower()} --version`"
             )
         else:
             yield blocked(
@@ -90,13 +92,13 @@ def _programs(host: NodeHost) -> Iterator[Finding]:
             )
 
 
-def _containerd(host: NodeHost) -> Iterator[Finding]:
+def _runtime(host: NodeHost) -> Iterator[Finding]:
     others = ", ".join(host.others)
     if not host.socket:
         yield blocked(
             "containerd",
             f"does not answer at its usual place{f'; {others} does' if others else ''}",
-            "podferry moves containers of containerd",
+            "podferry moves containers of containerd, and pods whose containers a kubelet has CRI-O make",
             "install and start containerd; k3s takes --container-runtime-endpoint unix:///run/containerd/containerd.sock",
         )
     elif others:
@@ -104,10 +106,17 @@ def _containerd(host: NodeHost) -> Iterator[Finding]:
             "other container runtimes",
             others,
             "their containers cannot be moved, and are left alone",
-            "use containerd for jobs",
+            f"have jobs made by {host.facts.runtime}",
+        )
+    if host.facts.runtime is RuntimeKind.CRIO and host.socket:
+        yield limited(
+            "pods of CRI-O",
+            "move to nodes with CRI-O alone",
+            "layers are not shared through a remote file system, a container that is no pod's cannot move",
+            "have the images of jobs on all nodes that they may move to, or use containerd",
         )
     if host.kubelet:
-        yield fine("Kubernetes", "a kubelet's directory is there")
+        yield fine("Kubernetes", f"a kubelet's directory is there: {host.kubelet}")
     elif not host.wrapper:
         yield limited(
             "podferry-runc",
@@ -167,4 +176,4 @@ def _room(host: NodeHost) -> Iterator[Finding]:
         yield fine("state", found)
 
 
-CHECKS: tuple[Callable[[NodeHost], Iterator[Finding]], ...] = (_basics, _programs, _containerd, _cgroups, _pipes, _room)
+CHECKS: tuple[Callable[[NodeHost], Iterator[Finding]], ...] = (_basics, _programs, _runtime, _cgroups, _pipes, _room)

@@ -154,6 +154,17 @@ def _selinux(question: Question) -> Iterator[Refused]:
             yield NodeUnfit(f"SELinux enforces its policy on the {where}", why=SELINUX_WHY, remedy=SELINUX_REMEDY)
 
 
+def _runtimes(question: Question) -> Iterator[Refused]:
+    source, target = question.source, question.target
+    if target is not None and source.runtime is not target.runtime:
+        yield NodesDiffer(
+            "the nodes have different container runtimes",
+            why=f"{source.runtime} on the source, {target.runtime} on the target: they lay out a container's mounts differently, "
+            "and CRIU restores a container only into the mounts that it was dumped with",
+            remedy=f"choose a target with {source.runtime}",
+        )
+
+
 def _processors(question: Question) -> Iterator[Refused]:
     source, target = question.source, question.target
     if target is None:
@@ -307,6 +318,7 @@ CHECKS: tuple[Callable[[Question], Iterator[Refused]], ...] = (
     _programs,
     _kernels,
     _selinux,
+    _runtimes,
     _processors,
     _criu_generations,
     _clocks,

@@ -18,8 +18,21 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
+from podferry.core.facts import RuntimeKind
 from podferry.errors import Failed, PodferryError, Refused, TimedOut
-from podferry.node.records import Container, Image, Opaque, Snapshot, SnapshotMount, Stdio, Task
+from podferry.node.pod_records import filter_of, filter_of_containers, latest, log_of, of_containerd
+from podferry.node.records import (
+    Container,
+    Image,
+    Opaque,
+    PodContainer,
+    Snapshot,
+    SnapshotMount,
+    Stdio,
+    Task,
+    upper_dir,
+)
+from podferry.node.runtime import ContainerNotFound
 from podferry.protos import (
     containers_pb2,
     images_pb2,
@@ -42,11 +55,11 @@ FIND_LONGEST = 3600.0
 COLLECTED = 3
 """How often layers are looked for that containerd's garbage collector takes away again before they are used."""
 LAYER = "containerd.io/snapshot.ref"
+"""The label that names the layer which a snapshot is to become."""
 LAYER_STAYS = "podferry.dev/layer-stays"
 LAYER_MAKER = "podferry.dev/layer-maker"
 """Labels that podferry-snapshotter gives: why a layer is not shared; which node is publishing it, with a count that rises."""
 """The label by which podferry-snapshotter says of a layer that it is not shared, and why."""
-"""The label that names the layer which a snapshot is to become."""
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -57,7 +70,7 @@ class ContainerdFailed(Failed):
     code = "PF230"
 
 
-class ContainerdNotFound(ContainerdFailed):
+class ContainerdNotFound(ContainerdFailed, ContainerNotFound):
     """containerd knows no such container, task, snapshot or image."""
 
     code = "PF231"
@@ -77,6 +90,8 @@ class ContainerdUnreachable(ContainerdFailed):
 
 class Containerd:
     """A connection to one containerd, for one of its namespaces (`k8s.io` is the kubelet's)."""
+
+    kind = RuntimeKind.CONTAINERD
 
     def __init__(self, socket: Path = SOCKET, namespace: str = "default") -> None:
         self.socket = socket
@@ -352,9 +367,31 @@ class Containerd:
         """The directory in which the shim keeps a task's config.json and mounts its root."""
         return STATE / "io.containerd.runtime.v2.task" / self.namespace / id
 
-    def runc_root(self, container: Container) -> Path:
+    # As `ContainerRuntime` asks.
+
+    def pod(self, uid: str) -> Mapping[str, PodContainer]:
+        """The containers of a pod by name, of each the latest attempt; its sandbox is not among them."""
+        return latest(map(of_containerd, self.containers(filter_of_containers(uid))))
+
+    def holds_pod(self, uid: str) -> bool:
+        """Whether anything of a pod is left here."""
+        return bool(self.containers(filter_of(uid)))
+
+    def log(self, record: Container) -> Path | None:
+        """Where the CRI plugin writes a container's output."""
+        return log_of(record)
+
+    def upper(self, record: Container) -> Path:
+        """The directory that takes a container's own changes. Raises `Refused` where its snapshotter has none."""
+        return upper_dir(self.mounts(record.snapshotter, record.snapshot_key))
+
+    def root(self, record: Container) -> Path:
+        """Where the shim has mounted a container's root file system."""
+        return self.bundle(record.id) / "rootfs"
+
+    def runc_root(self, record: Container) -> Path:
         """The `--root` that the shim gives runc for a container of this namespace."""
-        return Path(container.runc_options().root or STATE / "runc") / self.namespace
+        return Path(record.runc_options().root or STATE / "runc") / self.namespace
 
     def _call(
         self, method: str, request: Message, answer: type[Answer], doing: str, timeout: float | None = CALL_TIMEOUT

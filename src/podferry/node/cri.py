@@ -1,12 +1,10 @@
-"""Pods as containerd's CRI plugin keeps them: which containers are a pod's, where their output goes, what is mounted into them.
+"""Pods as a kubelet and its container runtime lay them out: where their volumes are, what is mounted into their containers.
 
-Read from containerd's own records, in its namespace `k8s.io`: labels (containerd's internal/cri/constants and the kubelet's
-kuberuntime/labels.go), and the plugin's metadata, which is JSON in an extension of the record. Nothing here asks the kubelet.
+Nothing here asks the kubelet.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,29 +14,16 @@ from typing import Annotated, Any
 
 from podferry.core.facts import Bind
 from podferry.core.strict import AllowedRange
-from podferry.errors import Failed, UsageError
-from podferry.node.containerd import Containerd
 from podferry.node.jobfacts import binds
-from podferry.node.records import Container
+from podferry.node.pod_records import demand_uid
 
 NAMESPACE = "k8s.io"
 KUBELET = Path("/var/lib/kubelet")
 LOG_ROOT = Path("/var/log/pods")
-UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 CONTAINER_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 SHM = "/dev/shm"
 
-_METADATA = "io.cri-containerd.container.metadata"
 _EMPTY_DIR = "kubernetes.io~empty-dir"
-
-
-@dataclass(frozen=True)
-class PodContainer:
-    """A container of a pod. `log` is the file that containerd writes its output to, in the kubelet's format; None for none."""
-
-    name: str
-    record: Container
-    log: Path | None
 
 
 class SharedMountKind(StrEnum):
@@ -56,45 +41,6 @@ class Volume:
 
     name: Annotated[str, AllowedRange(1, 253)]
     kind: SharedMountKind
-
-
-def demand_uid(uid: str) -> str:
-    """`uid`, if it can be a pod's. Raises `UsageError`: it becomes part of paths and filters."""
-    if not UID.fullmatch(uid):
-        raise UsageError(f"not a pod's uid: {uid[:80]!r}")
-    return uid
-
-
-def containers(containerd: Containerd, uid: str) -> dict[str, PodContainer]:
-    """The containers of a pod by name, of each the latest attempt; its sandbox is not among them."""
-    found: dict[str, tuple[int, PodContainer]] = {}
-    records = containerd.containers(
-        f'labels."io.kubernetes.pod.uid"=="{demand_uid(uid)}",labels."io.cri-containerd.kind"==container'
-    )
-    for record in records:
-        metadata = _metadata(record)
-        config = metadata.get("Config", {}).get("metadata", {})
-        name, attempt = str(config.get("name", "")), int(config.get("attempt", 0))
-        log = Path(metadata["LogPath"]) if metadata.get("LogPath") else None
-        if name not in found or found[name][0] < attempt:
-            found[name] = attempt, PodContainer(name, record, log)
-    return {name: container for name, (_, container) in found.items()}
-
-
-def log_of(record: Container) -> Path | None:
-    """Where containerd writes a container's output."""
-    path = _metadata(record).get("LogPath")
-    return Path(path) if path else None
-
-
-def _metadata(record: Container) -> dict[str, Any]:
-    try:
-        metadata = json.loads(record.extensions[_METADATA].value)["Metadata"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise Failed.because(f"containerd's CRI plugin has no metadata of container {record.id}", error) from error
-    if not isinstance(metadata, dict):
-        raise Failed(f"the metadata of container {record.id} is not an object")
-    return metadata
 
 
 def pod_directory(uid: str, kubelet: Path = KUBELET) -> Path:
@@ -130,9 +76,15 @@ def foreign_binds(spec: dict[str, Any], uid: str, kubelet: Path = KUBELET) -> It
     pod = pod_directory(uid, kubelet)
     for bind in binds(spec):
         source = Path(bind.source)
-        sandboxed = "io.containerd.grpc.v1.cri" in source.parts and "sandboxes" in source.parts
-        if not source.is_relative_to(pod) and not sandboxed:
+        if not source.is_relative_to(pod) and not _is_sandboxes(source):
             yield bind
+
+
+def _is_sandboxes(source: Path) -> bool:
+    """Whether a runtime keeps it for a pod: containerd in .../io.containerd.grpc.v1.cri/sandboxes/ID, CRI-O in
+    .../overlay-containers/ID/userdata."""
+    of_crio = len(source.parts) > 3 and source.parts[-4] == "overlay-containers" and source.parts[-2] == "userdata"
+    return of_crio or ("io.containerd.grpc.v1.cri" in source.parts and "sandboxes" in source.parts)
 
 
 def sub_paths_of_empty_dirs(spec: dict[str, Any], uid: str, kubelet: Path = KUBELET) -> Iterator[str]:

@@ -145,6 +145,15 @@ class Container:
         )
 
 
+@dataclass(frozen=True)
+class PodContainer:
+    """A container of a pod. `log` is the file that its output is written to, in the kubelet's format; None for none."""
+
+    name: str
+    record: Container
+    log: Path | None
+
+
 class TaskStatus(IntEnum):
     """A task's state, as containerd numbers it."""
 

@@ -18,10 +18,11 @@ class Config:
 
     `node` is this node's name and must be the one in its certificate; `listen` is HOST:PORT for other agents; `certificates`
     holds ca.crt, node.crt and node.key; `peers` maps node names to HOST:PORT; `state` is on disk, `run` on a tmpfs;
-    `containerd` and `namespace` say whose containers are moved; `wrapper` is podferry-runc on this node; `logs` is the directory
-    below which the output of containers that arrive is written; `capabilities` are those that they may have beyond containerd's
-    default; `metrics` is HOST:PORT for Prometheus, empty for none; `kubelet` is the kubelet's directory, where pods have their
-    volumes; `run_size` is the size of the tmpfs that is mounted at `run`, as mount(8) takes it, empty for none.
+    `containerd` and `namespace` say whose containers are moved; `crio` is CRI-O's socket where pods are its, empty elsewhere;
+    `wrapper` is podferry-runc on this node; `logs` is the directory below which the output of containers that arrive is
+    written; `capabilities` are those that they may have beyond containerd's default; `metrics` is HOST:PORT for Prometheus,
+    empty for none; `kubelet` is the kubelet's directory, where pods have their volumes; `run_size` is the size of the tmpfs
+    that is mounted at `run`, as mount(8) takes it, empty for none.
     """
 
     node: str
@@ -34,6 +35,7 @@ class Config:
     namespace: str = "default"
     wrapper: Path = Path("/usr/local/sbin/podferry-runc")
     metrics: str = ""
+    crio: str = ""
     kubelet: Path = Path("/var/lib/kubelet")
     logs: Path = Path("/var/log")
     capabilities: frozenset[str] = frozenset()

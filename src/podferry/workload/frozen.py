@@ -20,9 +20,9 @@ from podferry.engine.ports import OriginalGone
 from podferry.errors import Refused
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
-from podferry.node.containerd import Containerd
 from podferry.node.netlock import Namespace
 from podferry.node.records import Container
+from podferry.node.runtime import ContainerRuntime
 from podferry.workload.helpers import reap, runs
 from podferry.workload.numbers import space_of
 from podferry.workload.source_memory import Left, pid_inside
@@ -33,17 +33,17 @@ class FrozenContainer:
     """The container `record` on the source, by what `journal` says of it: one that an earlier agent took past the point of no
     return, or what a running one (`SourceContainer`) is as well."""
 
-    def __init__(self, journal: Part, containerd: Containerd, record: Container) -> None:
-        self.journal, self.containerd, self.record = journal, containerd, record
+    def __init__(self, journal: Part, runtime: ContainerRuntime, record: Container) -> None:
+        self.journal, self.runtime, self.record = journal, runtime, record
         self.group: Cgroup | None = None
         """The cgroup in which it was killed."""
 
     def left(self) -> Left:
         """All memory: what the earlier agent sent died with it. Raises `OriginalGone`."""
         try:
-            cgroup = Cgroup.of_container(self.containerd.runc_root(self.record), self.record.id)
+            cgroup = Cgroup.of_container(self.runtime.runc_root(self.record), self.record.id)
         except CgroupFailed as error:
-            if runs(self.containerd, self.record.id):
+            if runs(self.runtime, self.record.id):
                 raise
             raise OriginalGone.because("the frozen original has ended", error) from error
         seen = create(TrackerKind.NONE, cgroup.pids).final()
@@ -60,7 +60,7 @@ class FrozenContainer:
 
     async def runs(self) -> bool:
         """Whether the container is there and has not ended."""
-        return await run(runs, self.containerd, self.record.id)
+        return await run(runs, self.runtime, self.record.id)
 
     def executing(self) -> bool:
         """Whether the cgroup that was frozen is thawed and has processes."""

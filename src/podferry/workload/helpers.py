@@ -20,6 +20,7 @@ from podferry.node.containerd import Containerd, ContainerdFailed, ContainerdNot
 from podferry.node.outside import IN_POD, surviving
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import TaskStatus
+from podferry.node.runtime import ContainerNotFound, ContainerRuntime
 
 log = structlog.get_logger()
 
@@ -87,13 +88,13 @@ async def ended(process: Process) -> None:
     reap(process)
 
 
-def runs(containerd: Containerd, id: str) -> bool:
-    """Whether a container's task is there and has not ended. Where containerd does not say, nothing speaks against it."""
+def runs(runtime: ContainerRuntime, id: str) -> bool:
+    """Whether a container's task is there and has not ended. Where its runtime does not say, nothing speaks against it."""
     try:
-        return containerd.task(id).status is not TaskStatus.STOPPED
-    except ContainerdNotFound:
+        return runtime.task(id).status is not TaskStatus.STOPPED
+    except ContainerNotFound:
         return False
-    except ContainerdFailed:
+    except Failed:
         return True
 
 

@@ -95,7 +95,8 @@ class Inspection:
         self._choice = choose(probe())
 
     def containers(self) -> list[dict[str, Any]]:
-        """All containers here, as `podferry ps` shows them."""
+        """All containers here, as `podferry ps` shows them. Raises `Refused` where they are CRI-O's."""
+        self._refuse_crio()
         tasks = {task.id: task for task in self._containerd.tasks()}
         rows = []
         for record in self._containerd.containers():
@@ -116,6 +117,7 @@ class Inspection:
 
     def container(self, name: str) -> View:
         """Look at one container. Raises `UsageError` where there is none, `Refused` where it cannot be looked at."""
+        self._refuse_crio()
         try:
             record = self._containerd.container(name)
         except ContainerdNotFound as missing:
@@ -146,7 +148,7 @@ class Inspection:
 
     def node_facts(self) -> NodeFacts:
         """What this node is and has."""
-        return node_facts(self._config.state, self._config.run, containerd=self._containerd.version())
+        return node_facts(self._config.state, self._config.run, self._containerd.kind, self._containerd.version())
 
     def weigh(self, offer: Offer, offered: Offered) -> tuple[NodeFacts, list[Refused]]:
         """Can this node take what is offered? Its facts, and every reason why not. Raises `PeerMisbehaved`."""
@@ -181,6 +183,14 @@ class Inspection:
                 )
             )
         return here, found
+
+    def _refuse_crio(self) -> None:
+        if self._config.crio:
+            raise Refused(
+                f"{self._config.node} has CRI-O, whose containers move only as pods of Kubernetes",
+                why="podferry has containerd make a container that moves alone, and CRI-O makes none but a kubelet's",
+                remedy="see the pods with kubectl, and move one with kubectl podferry migrate",
+            )
 
     def _memory(self, record: Container) -> int:
         cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)

@@ -10,7 +10,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from podferry.core.facts import NodeFacts
+from podferry.core.facts import NodeFacts, RuntimeKind
 from podferry.criu import skipped_pages
 from podferry.criu.dump_gate import Gate
 from podferry.errors import CommandFailed, TimedOut
@@ -27,9 +27,17 @@ LAZY_FEATURES = (
 )
 
 
-def node_facts(root: Path, held: Path, *, containerd: str = "", runc: str = "runc", criu: str = "criu") -> NodeFacts:
+def node_facts(
+    root: Path,
+    held: Path,
+    runtime: RuntimeKind,
+    runtime_version: str = "",
+    *,
+    runc: str = "runc",
+    criu: str = "criu",
+) -> NodeFacts:
     """The facts of this node. `root` is the directory for whose file system free space is asked, `held` the one that
-    holds memory on its way; `containerd` its version."""
+    holds memory on its way; `runtime_version` is that of the container runtime."""
     model, flags = _processor(Path("/proc/cpuinfo").read_text())
     kernel = tracker.probe()
     return NodeFacts(
@@ -42,7 +50,8 @@ def node_facts(root: Path, held: Path, *, containerd: str = "", runc: str = "run
         cpu_flags=flags,
         criu=version(criu),
         runc=version(runc),
-        containerd=containerd,
+        runtime=runtime,
+        runtime_version=runtime_version,
         cgroup=cgroup_kind(),
         memory_available=memory_available(),
         disk_free=shutil.disk_usage(root).free,

@@ -33,12 +33,12 @@ from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
 from podferry.node import inventory, netns, network, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
-from podferry.node.containerd import Containerd
 from podferry.node.guests import guests, show_out
 from podferry.node.netlock import Namespace
 from podferry.node.newfile import small_file
 from podferry.node.records import Container, Task
 from podferry.node.rotated_log import RotatedLog
+from podferry.node.runtime import ContainerRuntime
 from podferry.node.sockets import Peers, has_connections, unaccepted
 from podferry.node.stdio import drained
 from podferry.node.unsaved_files import names_gone
@@ -88,11 +88,11 @@ class SourceContainer(FrozenContainer):
     """The container `running`, tracked as `kind` says. It may be frozen, and thawed again, as often as the migration needs it."""
 
     def __init__(
-        self, config: Config, containerd: Containerd, journal: Part, running: RunningContainer, kind: TrackerKind
+        self, config: Config, runtime: ContainerRuntime, journal: Part, running: RunningContainer, kind: TrackerKind
     ) -> None:
-        super().__init__(journal, containerd, running.record)
+        super().__init__(journal, runtime, running.record)
         self._running, self._task = running, running.task
-        self._runc_root = containerd.runc_root(running.record)
+        self._runc_root = runtime.runc_root(running.record)
         self.cgroup = Cgroup.of_container(self._runc_root, running.record.id)
         self.memory = SourceMemory(journal.number, create(kind, self.cgroup.pids, pause=self._paused))
         self.tree = SourceTree(running.upper, self.mapped_shared)
@@ -330,7 +330,7 @@ class SourceContainer(FrozenContainer):
             finally:
                 os.close(pidfd)
         try:
-            status = await patiently(self.containerd.wait_task, self.record.id, 5.0)
+            status = await patiently(self.runtime.wait_task, self.record.id, 5.0)
         except PodferryError:
             return "its exit status is not known"
         return f"exit status {status}"

@@ -29,8 +29,8 @@ from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, TimedOut
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.store.page_store import PageStore
 from podferry.memory.store.page_store import Totals as StoreTotals
-from podferry.node.containerd import Containerd
 from podferry.node.records import Container
+from podferry.node.runtime import ContainerRuntime
 from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.messages import StateEnd, TreeSum
 from podferry.workload.account import Promise
@@ -113,14 +113,14 @@ class TargetContainer:
     def __init__(
         self,
         config: Config,
-        containerd: Containerd,
+        runtime: ContainerRuntime,
         journal: Part,
         maker: ContainerMaker,
         promise: Promise | None = None,
     ) -> None:
         """`promise` is what this node has promised of memory; nobody asks for more after GO."""
         self._promise = promise
-        self.config, self.containerd, self.journal, self.maker = config, containerd, journal, maker
+        self.config, self.runtime, self.journal, self.maker = config, runtime, journal, maker
         self.scratch = config.incoming.with_name("arriving") / journal.directory.name
         self.upper: Receiver | None = None
         self.log_file = -1
@@ -263,7 +263,7 @@ class TargetContainer:
 
     def _tell_root(self, record: Container) -> None:
         """The upper layer is as it was on the source, and its overlay is mounted already."""
-        refresh_root(self.containerd.bundle(record.id) / "rootfs")
+        refresh_root(self.runtime.root(record))
 
     # Post-copy.
 

@@ -31,15 +31,17 @@ from podferry.fs.private import private_directory
 from podferry.node import cri, network, outside
 from podferry.node import payloads as volume_payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
-from podferry.node.containerd import Containerd, ContainerdNotFound
-from podferry.node.cri import LOG_ROOT, Volume, log_of, termination_message
+from podferry.node.cri import LOG_ROOT, Volume, termination_message
 from podferry.node.netlock import Namespace
 from podferry.node.netns import joined
 from podferry.node.newfile import small_file
 from podferry.node.payloads import OPEN_FILES
+from podferry.node.pod_records import demand_uid
 from podferry.node.process import spawn
-from podferry.node.records import Container, TaskStatus, upper_dir
+from podferry.node.records import Container, TaskStatus
+from podferry.node.runtime import ContainerNotFound, ContainerRuntime
 from podferry.node.staging import Staged, discard
+from podferry.node.upper import refresh_root
 from podferry.workload import frozen
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
@@ -140,7 +142,7 @@ class KubeletMaker(Maker):
         id = self._journal.directory.name
         self._journal.acquire("target-pod", id=id)
         pod = await self._cluster.target_pod(id)
-        cri.demand_uid(pod.uid)
+        demand_uid(pod.uid)
         self._journal.note(target_pod=pod.uid)
         for one in containers:
             await run(self._expect, one, pod.uid)
@@ -185,8 +187,8 @@ class KubeletContainer:
     not_images: tuple[str, ...] = (LAST_WORDS, PAYLOADS)
     lasting: tuple[str, ...] = ("kubelet-task", "restored", "arrived")
 
-    def __init__(self, config: Config, containerd: Containerd, journal: Part, offered: PodPart) -> None:
-        self._config, self._containerd, self._journal = config, containerd, journal
+    def __init__(self, config: Config, runtime: ContainerRuntime, journal: Part, offered: PodPart) -> None:
+        self._config, self._runtime, self._journal = config, runtime, journal
         self.name, self.flags = offered.name, offered.flags
         self.made_already: Container | None = None
         self._staged: Staged | None = None
@@ -227,12 +229,13 @@ class KubeletContainer:
         return record
 
     def _move_in(self, container: TargetContainer, id: str) -> Container:
-        record = self._containerd.container(id)
+        record = self._runtime.container(id)
         container.belongs_in(record)
-        upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
+        upper = self._runtime.upper(record)
         if self._staged is None:
             raise Bug("a container of a pod was made before it was prepared")
         self._staged.move_to(upper)
+        refresh_root(self._runtime.root(record))
         container.upper = self._staged.receiver
         return record
 
@@ -247,7 +250,7 @@ class KubeletContainer:
     def _write_files(self, container: TargetContainer, record: Container) -> None:
         self._write_last_words(container.incoming.images / LAST_WORDS, record)
         self._write_payloads(container.incoming.images / PAYLOADS)
-        path = log_of(record)
+        path = self._runtime.log(record)
         if path is None or container.log_size == 0:
             return
         if not path.is_relative_to(LOG_ROOT) or ".." in path.parts:
@@ -277,11 +280,11 @@ class KubeletContainer:
             raise Failed("runc left no log of it")
 
     async def started(self, container: TargetContainer) -> None:
-        """Wait a while until containerd has made a task of what `runc restore` left. One that has ended may be gone already."""
+        """Wait a while until the runtime has made a task of what `runc restore` left. One that has ended may be gone already."""
         with anyio.move_on_after(START_TIMEOUT):
             while True:
-                with suppress(ContainerdNotFound):
-                    task = await at_once(self._containerd.task, self._journal.facts["container"])
+                with suppress(ContainerNotFound):
+                    task = await at_once(self._runtime.task, self._journal.facts["container"])
                     if task.status in (TaskStatus.RUNNING, TaskStatus.STOPPED):
                         return
                 await anyio.sleep(LOOK_EVERY)
@@ -295,14 +298,14 @@ class KubeletContainer:
         if self._id is None:
             return True
         try:
-            return (await at_once(self._containerd.task, self._id)).status is TaskStatus.STOPPED
-        except ContainerdNotFound:
+            return (await at_once(self._runtime.task, self._id)).status is TaskStatus.STOPPED
+        except ContainerNotFound:
             return True
 
     async def crash(self) -> None:
         """End it as a crash would: what becomes of it then is the kubelet's business."""
         if self._id is not None:
-            await at_once(_kill, self._containerd, self._id)
+            await at_once(_kill, self._runtime, self._id)
 
     def mark_arrived(self) -> None:
         """From now on a restart of the container is an ordinary one."""
@@ -315,14 +318,14 @@ class KubeletContainer:
         return self._config.arrived / (self.key or "none")
 
 
-def _kill(containerd: Containerd, id: str) -> None:
-    with suppress(ContainerdNotFound, CgroupFailed):
-        Cgroup.of_container(containerd.runc_root(containerd.container(id)), id).kill()
+def _kill(runtime: ContainerRuntime, id: str) -> None:
+    with suppress(ContainerNotFound, CgroupFailed):
+        Cgroup.of_container(runtime.runc_root(runtime.container(id)), id).kill()
 
 
 def target(
     config: Config,
-    containerd: Containerd,
+    runtime: ContainerRuntime,
     journal: Journal,
     offered: OfferedPod,
     cluster: Cluster,
@@ -332,19 +335,19 @@ def target(
     containers = []
     for number, one in enumerate(offered.containers):
         part = Part(journal, number)
-        maker = KubeletContainer(config, containerd, part, one)
-        containers.append(TargetContainer(config, containerd, part, maker, promise))
+        maker = KubeletContainer(config, runtime, part, one)
+        containers.append(TargetContainer(config, runtime, part, maker, promise))
     return TargetWorkload(config, journal, containers, KubeletMaker(config, journal, cluster), offered.volumes, promise)
 
 
-def target_handlers(config: Config, containerd: Containerd, cluster: Cluster) -> dict[str, Handler]:
+def target_handlers(config: Config, runtime: ContainerRuntime, cluster: Cluster) -> dict[str, Handler]:
     """How what the target of a pod holds is taken back."""
 
     async def give_back(facts: Mapping[str, Any]) -> None:
         await cluster.give_back(facts["id"])
 
     async def kill_task(facts: Mapping[str, Any]) -> None:
-        await at_once(_kill, containerd, facts["id"])
+        await at_once(_kill, runtime, facts["id"])
 
     async def unmark(facts: Mapping[str, Any]) -> None:
         Path(facts["path"]).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Looking at pods before anything is touched. The kubelet is not asked: containerd's records and the kernel tell all there is."""
+"""Looking at pods before anything is touched. The kubelet is not asked: its runtime's records and the kernel tell all there is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,10 @@ from podferry.memory.tracking.tracker import Choice, TrackerKind, choose, probe
 from podferry.model import Mode
 from podferry.node import cri, payloads
 from podferry.node.cgroup import Cgroup
-from podferry.node.containerd import Containerd, ContainerdNotFound
-from podferry.node.cri import PodContainer, Volume
+from podferry.node.cri import Volume
 from podferry.node.jobfacts import container_facts, deleted_but_open, disk_usage
-from podferry.node.records import Task, upper_dir
+from podferry.node.records import PodContainer, Task
+from podferry.node.runtime import ContainerNotFound, ContainerRuntime
 from podferry.node.sockets import to_others
 from podferry.wire.messages import Offer
 from podferry.workload.config import Config
@@ -96,7 +96,7 @@ class PodView:
     def source(
         self,
         config: Config,
-        containerd: Containerd,
+        runtime: ContainerRuntime,
         journal: Journal,
         kind: TrackerKind,
         hand_over: HandOver,
@@ -104,7 +104,7 @@ class PodView:
     ) -> SourceWorkload:
         """The pod, ready to be moved."""
         containers = [
-            SourceContainer(config, containerd, Part(journal, number), self._running(member, config.kubelet), kind)
+            SourceContainer(config, runtime, Part(journal, number), self._running(member, config.kubelet), kind)
             for number, member in enumerate(self.members)
         ]
 
@@ -142,17 +142,17 @@ class PodView:
 class PodInspection:
     """The eyes of an agent for pods."""
 
-    def __init__(self, config: Config, containerd: Containerd) -> None:
-        self._config, self._containerd = config, containerd
+    def __init__(self, config: Config, runtime: ContainerRuntime) -> None:
+        self._config, self._runtime = config, runtime
         self._choice = choose(probe())
 
     def node_facts(self) -> NodeFacts:
         """What this node is and has."""
-        return node_facts(self._config.state, self._config.run, containerd=self._containerd.version())
+        return node_facts(self._config.state, self._config.run, self._runtime.kind, self._runtime.version())
 
     def pod(self, pod: PodName, names: Sequence[str]) -> PodView:
         """Look at the containers `names` of a pod. Raises `UsageError` where it is not here, `Refused` where one does not run."""
-        there = cri.containers(self._containerd, pod.uid)
+        there = self._runtime.pod(pod.uid)
         if not there:
             raise UsageError(f"there is no pod {pod} on {self._config.node}", why=f"no container has its uid {pod.uid}")
         members = tuple(self._member(pod, name, there) for name in names)
@@ -169,23 +169,23 @@ class PodInspection:
             tuple(self._refused(pod, members)),
         )
 
-    def _member(self, pod: PodName, name: str, there: dict[str, PodContainer]) -> Member:
+    def _member(self, pod: PodName, name: str, there: Mapping[str, PodContainer]) -> Member:
         if name not in there:
             raise Refused(f"the container {name} of {pod} does not run", remedy="wait until the pod is running")
         container = there[name]
         record = container.record
         try:
-            task = self._containerd.task(record.id)
-        except ContainerdNotFound:
+            task = self._runtime.task(record.id)
+        except ContainerNotFound:
             task = None
         if (why := why_not(record, task)) is not None or task is None:
             raise Refused.because(
                 f"the container {name} of {pod} cannot move",
-                why or ContainerdNotFound("no task"),
+                why or ContainerNotFound("no task"),
                 remedy=why.remedy if why else "",
             )
-        upper = upper_dir(self._containerd.mounts(record.snapshotter, record.snapshot_key))
-        cgroup = Cgroup.of_container(self._containerd.runc_root(record), record.id)
+        upper = self._runtime.upper(record)
+        cgroup = Cgroup.of_container(self._runtime.runc_root(record), record.id)
         facts = with_unsaved(container_facts(record, task, cgroup, upper))
         return Member(container, task, upper, facts, cgroup.why_no_quota())
 

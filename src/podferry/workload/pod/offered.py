@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from podferry.core.strict import AllowedRange, NotStrict, from_json, to_json
 from podferry.criu.checkpoint import FLAGS
 from podferry.errors import PeerMisbehaved
-from podferry.node.cri import CONTAINER_NAME, UID, Volume
+from podferry.node.cri import CONTAINER_NAME, Volume
+from podferry.node.pod_records import UID
 from podferry.workload.numbers import MOST_CONTAINERS
 from podferry.workload.pod.ports import PodName
 
