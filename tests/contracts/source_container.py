@@ -172,7 +172,6 @@ class SourceContainerContract(Contract):
     async def test_it_may_be_dumped_again(self, case: SourceContainerCase) -> None:
         for _ in range(2):
             await case.container.freeze()
-            await case.container.last_look()
             assert await case.container.dump()
             await self.goes_on(case)
 

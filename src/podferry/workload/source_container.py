@@ -262,6 +262,8 @@ class SourceContainer(FrozenContainer):
         if inventory.may_be_taken(pids := self.cgroup.pids()):
             had = inventory.take(self._task.pid, pids, inventory.cpuset(self.cgroup.freezer))
         locked = self._hold_loopback()
+        if self.journal.held("hold") is None:
+            self._hold = None  # an earlier one was taken back
         hold = self._hold or self._start_dump(wait=False)
         if hold.waits and not hold.may_go_on():
             hold.call_off()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from podferry.core.undo import Handler
 from podferry.criu.checkpoint import CRIU_CONF, Process
@@ -125,7 +126,11 @@ class ContainerdContainer:
         starter = start_helper(journal, container.scratch, "starter", [*python("podferry.workload.starter"), *files])
         async with anyio.create_task_group() as watch:
             watch.start_soon(self._watch, starter, container, container.incoming)
-            await patiently(container.incoming.wait_poised, timeout)
+            try:
+                await patiently(container.incoming.wait_poised, timeout)
+            except PodferryError:
+                await anyio.lowlevel.checkpoint_if_cancelled()  # then it is what the cancel did to the wait
+                raise
             watch.cancel_scope.cancel()
         self._starter = starter
         return record

@@ -1,0 +1,62 @@
+"""Who makes containers on the target, and what becomes of a wait for it that is broken off."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+
+from podferry.criu.checkpoint import Process
+from podferry.engine.journal import Journal, Part
+from podferry.errors import Failed
+from podferry.node.records import Container, Opaque
+from podferry.workload.config import Config
+from podferry.workload.makers import containerd
+from podferry.workload.makers.containerd import ContainerdContainer
+from podferry.workload.makers.kubelet import KubeletContainer
+from podferry.workload.offered import Offered
+from podferry.workload.pod.offered import PodPart
+
+pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Incoming:
+    """Nobody calls podferry-runc."""
+
+    def __init__(self) -> None:
+        self.abandoned = threading.Event()
+
+    def wait_poised(self, timeout: float) -> None:
+        assert self.abandoned.wait(timeout)
+        raise Failed("podferry-runc is not there")
+
+    def abandon(self, reason: Exception | None = None) -> None:
+        self.abandoned.set()
+
+
+@pytest.mark.parametrize("kubelet", [False, True])
+async def test_a_wait_that_is_broken_off_is_no_failure_and_leaves_no_thread(
+    kubelet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int
+) -> None:
+    """Whoever broke it off knows why. An error in its place would be told as the reason: podferry-runc is not there."""
+    journal, config = Part(Journal(tmp_path / "m"), 0), Config("b", "b:1", tmp_path, run=tmp_path, state=tmp_path)
+    container: Any = SimpleNamespace(adopted=False, incoming=Incoming(), journal=journal, scratch=tmp_path)
+    maker: Any = KubeletContainer(config, None, journal, PodPart("main", "c0", ()))  # type: ignore[arg-type]
+    if not kubelet:
+        monkeypatch.setattr(containerd, "start_helper", lambda *_: Process.of(process))
+        maker = ContainerdContainer(config, None, Offered(JOB))  # type: ignore[arg-type]
+    with anyio.move_on_after(0.1) as scope:
+        await maker.make(container, 60.0)
+    assert scope.cancelled_caught
+    assert container.incoming.abandoned.is_set()
+    assert maker.made_already is None
