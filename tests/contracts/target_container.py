@@ -381,7 +381,5 @@ class TargetContainerContract(Contract):
         await case.container.verify(state.end)
         case.kill_feeder()
         with pytest.raises(PodferryError):
-            case.channel()
-        with pytest.raises(PodferryError):
             await self.release(case)
         await self.goes(case)
