@@ -148,3 +148,15 @@ async def test_before_it_runs_a_migration_admits_nothing(world: World) -> None:
     await world.patch(MIGRATIONS, "move", {"status": status}, world.namespace, part="status")
     with pytest.raises(Refused, match="not Running"):
         await agents.clusters[1].admit(migration.uid, PodName(world.namespace, "job", "u"), world.nodes[0], Mode.LIVE)
+
+
+async def test_a_source_whose_node_has_left_the_cluster_is_not_admitted(world: World) -> None:
+    """Its certificate is good for some days more. The Migration says that the node is gone, by the controller."""
+    migration, pod, target = await begun(world)
+    node = await world.api.get(NODES, world.nodes[0])
+    await world.api.delete(NODES, world.nodes[0])
+    await world.reached(lambda one: one.status.source_address is None)
+    with pytest.raises(Refused, match="has no node"):
+        await target.admit(migration.uid, pod, world.nodes[0], Mode.LIVE)
+    about = {name: value for name, value in node["metadata"].items() if name in ("name", "labels")}
+    await world.api.create(NODES, {**node, "metadata": about})

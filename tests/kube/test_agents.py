@@ -11,7 +11,7 @@ import anyio
 import httpx2
 import pytest
 
-from podferry.agent import addresses, known
+from podferry.agent import known
 from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Failed, PeerLost, Refused
@@ -600,8 +600,7 @@ async def test_a_migration_of_a_newer_version_is_left_alone_and_others_move(worl
     assert (newer["status"]["phase"], newer["status"]["conditions"][0]["status"]) == ("Beaming", "False")
 
 
-async def test_a_node_that_is_replaced_under_its_name_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "FRESH", 0.0)
+async def test_a_node_that_is_replaced_under_its_name_is_found(world: World) -> None:
     await world.pod()
     world.controller()
     agents = Agents.of(world)

@@ -306,3 +306,14 @@ async def test_nobody_but_the_controller_writes_podferrys_words_on_pods(world: W
             body = {"metadata": {"name": "made", **about}, "spec": {"containers": [{"name": "x", "image": "x"}]}}
             with pytest.raises(Forbidden, match="podferry's controller's to write"):
                 await tenant.create(PODS, body, world.namespace)
+
+
+async def test_an_agent_reads_neither_nodes_nor_pods(world: World, control_plane: Path) -> None:
+    """What it needs of them the controller writes into Migrations."""
+    async with as_account(world, control_plane, "podferry-agent", world.nodes[0]) as agent:
+        await agent.list(MIGRATIONS)
+        for kind, name, namespace in ((NODES, world.nodes[0], ""), (PODS, "train", world.namespace)):
+            with pytest.raises(Forbidden):
+                await agent.find(kind, name, namespace)
+            with pytest.raises(Forbidden):
+                await agent.list(kind)

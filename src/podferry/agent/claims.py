@@ -38,6 +38,8 @@ def _against(migration: Migration, node: str, peer: str, pod: PodName, mode: Mod
         yield f"its target is {status.target_node or 'not chosen yet'}"
     if status.source_node != peer:
         yield f"its source is {status.source_node or 'not known yet'}"
+    elif status.source_address is None:
+        yield f"the cluster has no node {peer}, or none with an address"
     source = status.source_pod
     if source is None or (migration.namespace, source.name, source.uid) != (pod.namespace, pod.name, pod.uid):
         of = f"{migration.namespace}/{source.name} with uid {source.uid}" if source else "none yet"

@@ -23,7 +23,7 @@ from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
-from podferry.kube.client import MIGRATIONS, NODES, Api
+from podferry.kube.client import MIGRATIONS, Api
 from podferry.kube.errors import NotServed, ObjectNotFound, transient
 from podferry.kube.events import Events
 from podferry.kube.migration import (
@@ -55,7 +55,7 @@ class Kubernetes:
         self._api, self._node = api, node
         self._events = Events(api, "podferry-agent", node)
         self._log = structlog.get_logger().bind(node=node)
-        self._addresses = Addresses(api)
+        self._addresses = Addresses()
         self._known = Known(api)
         self._reporters: dict[tuple[str, str], Reporter] = {}
         self._pods: Pods
@@ -71,8 +71,8 @@ class Kubernetes:
 
     async def _follow(self, side: str, queue: Queues[Key]) -> None:
         async for what, body in follow(self._api, MIGRATIONS, fields={f"status.{side}": self._node}):
-            if what != "DELETED":
-                self._known.see(body)
+            if what != "DELETED" and self._known.see(body) and (seen := self._known.newest(body["metadata"]["uid"])):
+                self._addresses.see(seen)
             queue.put((body["metadata"]["namespace"], body["metadata"]["name"]))
 
     # What there is to do.
@@ -81,11 +81,10 @@ class Kubernetes:
         migration = await self._known.read(key)
         if migration is None:
             return None
+        self._addresses.see(migration)
         half = self._pods.migrations().get(migration.uid)
         if migration.status.source_node == self._node:
-            await self._look_up(migration.status.target_node)
             return await self._source(migration, half)
-        await self._look_up(migration.status.source_node)
         if half is not None and not migration.ended:
             self._report(migration, half)
         # The engine's half appears when the source dials; nobody tells, so look again.
@@ -118,6 +117,7 @@ class Kubernetes:
             return True
 
         migration = await store.change(self._api, migration, begun)
+        self._addresses.see(migration)
         status = migration.status
         if status.phase is not MigrationPhase.RUNNING or status.abort is not None:
             return None
@@ -129,6 +129,12 @@ class Kubernetes:
                     f"the Migration {migration.name} does not say which containers move",
                     why="podferry-controller is older than this node's agent",
                     remedy="upgrade podferry-controller, and migrate again",
+                )
+            if self._addresses.of(status.target_node) is None:
+                raise Refused(
+                    f"the Migration {migration.name} does not say at which address {status.target_node} is",
+                    why="the node has no InternalIP, or podferry-controller is older than this node's agent",
+                    remedy="see kubectl get node -o wide; or upgrade podferry-controller, and migrate again",
                 )
             half = await self._pods.move(
                 PodOrder(
@@ -158,15 +164,11 @@ class Kubernetes:
             )
             self._tasks.start_soon(reporter.run, lambda: self._reporters.pop(key, None))
 
-    async def _look_up(self, node: str | None) -> None:
-        if node is not None:
-            await self._addresses.look_up(node)
-
     # What the engine asks (`podferry.workload.pod.ports.Cluster`).
 
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`."""
-        return self._addresses.of(node, self._tasks)
+        return self._addresses.of(node)
 
     def lives_at(self, host: str) -> bool:
         """Whether a node that this one has had to do with has this IP address."""
@@ -181,8 +183,6 @@ class Kubernetes:
             raise Refused(
                 f"{source} may not offer {pod} to {self._node}", why=f"no Migration to {self._node} has the uid {id}"
             )
-        if await self._api.find(NODES, source) is None:
-            raise Refused(f"{source} may not offer {pod} to {self._node}", why=f"the cluster has no node {source}")
         change = claim(node=self._node, peer=source, pod=pod, mode=mode)
         self._known.learn(await store.change(self._api, seen.model_copy(deep=True), change))
 

@@ -8,6 +8,7 @@ from podferry.controller.eligibility import PodUnfit
 from podferry.controller.policies import Policies, group, known, settle
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
+from podferry.controller.whereabouts import address_of
 from podferry.core.migration import MigrationEvent, MigrationPhase
 from podferry.core.turns import Wait
 from podferry.errors import Refused
@@ -72,9 +73,10 @@ class Entrance:
                 wrong = eligibility.unfit("ClaimRefused", "the pod may not be marked as on its way", why=refused.why)
                 return await self.refuse(migration, wrong.reason, [wrong])
         owner = eligibility.controller_of(source)
+        address = await address_of(self._api, source["spec"]["nodeName"])
 
         def taken_up(now: Migration) -> None:
-            now.status.source_node = source["spec"]["nodeName"]
+            now.status.source_node, now.status.source_address = source["spec"]["nodeName"], address
             now.status.source_pod = PodReference(name=source["metadata"]["name"], uid=source["metadata"]["uid"])
             now.status.containers = moved_containers(source)
             now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None

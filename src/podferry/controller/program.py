@@ -198,7 +198,10 @@ def pruned_node(node: Json, triggers: Sequence[Trigger] = ()) -> Json:
         "spec": {
             name: value for name, value in (node.get("spec") or {}).items() if name in ("taints", "unschedulable")
         },
-        "status": {"conditions": [one for one in status.get("conditions") or [] if one["type"] in conditions]},
+        "status": {
+            "conditions": [one for one in status.get("conditions") or [] if one["type"] in conditions],
+            "addresses": status.get("addresses") or [],
+        },
     }
 
 

@@ -16,6 +16,7 @@ from podferry.controller.handover import HandOver
 from podferry.controller.node_trouble import TRIGGERS, Trigger
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
+from podferry.controller.whereabouts import address_of, kept_up
 from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.core.turns import Limits
@@ -106,6 +107,7 @@ class Reconciler:
             if migration.status.phase in MIGRATION_ENDS:
                 return await self._books.close(migration)
             try:
+                migration = await kept_up(self._api, migration)
                 return await self._steps[migration.status.phase](migration)
             except NameRefused as wrong:
                 return await self._misnamed(migration, wrong)
@@ -140,8 +142,10 @@ class Reconciler:
                 await self._books.say(migration, SCHEDULED, False, busy.reason, busy.message)
                 return LOOK_AGAIN
 
+            address = await address_of(self._api, node)
+
             def placed(now: Migration) -> None:
-                now.status.target_node = node
+                now.status.target_node, now.status.target_address = node, address
                 now.status.say(SCHEDULED, True, "NodeChosen", f"the scheduler chose {node}")
 
             await self._books.fire(migration, E.PLACED, placed, message=f"moving to {node}")

@@ -37,6 +37,7 @@ ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled",
 POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
 COMPLETED, FAILED, CANCELLED, REHEARSED = "Completed", "Failed", "Cancelled", "Rehearsed"
 READABLE, INTACT = "Readable", "Intact"
+IP_ADDRESS = r"^[0-9a-fA-F.:]+$"
 MOST_LINES, LONGEST_LINE = 64, 1000
 """Of the lists of text in a status."""
 
@@ -254,6 +255,18 @@ class MigrationStatus(Conditioned):
     observed_generation: Annotated[int | None, Field(description="The spec's generation that this is about.")] = None
     source_node: Annotated[str | None, named("The node that the pod leaves.")] = None
     target_node: Annotated[str | None, named("The node that it goes to.")] = None
+    source_address: Annotated[
+        str | None,
+        Field(
+            description="The InternalIP of the node that the pod leaves, where it has one and is there: agents read no nodes.",
+            max_length=45,
+            pattern=IP_ADDRESS,
+        ),
+    ] = None
+    target_address: Annotated[
+        str | None,
+        Field(description="The InternalIP of the node that it goes to.", max_length=45, pattern=IP_ADDRESS),
+    ] = None
     source_pod: Annotated[PodReference | None, Field(description="The pod that leaves.")] = None
     target_pod: Annotated[PodReference | None, Field(description="The pod that takes its place.")] = None
     containers: Annotated[

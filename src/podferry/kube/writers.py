@@ -33,6 +33,8 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "observedGeneration": BY_CONTROLLER,
     "sourceNode": BY_CONTROLLER,
     "targetNode": BY_CONTROLLER,
+    "sourceAddress": BY_CONTROLLER,
+    "targetAddress": BY_CONTROLLER,
     "sourcePod": BY_CONTROLLER,
     "targetPod": BY_CONTROLLER,
     "containers": BY_CONTROLLER,
