@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: help setup demo demo-kubernetes image test smoke unit lint format lock proto clean
+.PHONY: help setup demo demo-kubernetes evaluation image test smoke unit lint format lock proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 18
@@ -20,6 +20,9 @@ demo: $(STAMP)  ## move a computing job between two nodes of the lab, and prove 
 
 demo-kubernetes: $(STAMP) ## move the pod of a Job between two nodes of a real Kubernetes; PODFERRY_KUBE_BIN has its programs
 	$(VENV)/bin/podferry lab demo --kubernetes
+
+evaluation: $(STAMP) ## measure everything for 90 minutes and write evaluation/index.html; goes on where it was interrupted. EVALUATE has options
+	$(VENV)/bin/podferry bench evaluate $(EVALUATE)
 
 image: $(STAMP) ## build the container image for a cluster into podferry.tar; needs root
 	scripts/image $(VENV) podferry.tar
@@ -39,6 +42,7 @@ smoke: $(STAMP) ## a few tests of every kind, in minutes: does this machine run 
 
 test: lint unit ## every test that this machine can run; what fails is tried once more, alone, to tell flaky tests from broken ones
 	scripts/test $(VENV)
+	$(VENV)/bin/python scripts/regressions $(VENV)
 
 format: $(STAMP) ## let ruff rewrite the sources
 	$(VENV)/bin/ruff format src tests

@@ -86,6 +86,16 @@ def test_a_baseline_takes_the_machine_out() -> None:
     assert (relative.ratio, relative.verdict) == (pytest.approx(1), ChangeVerdict.SAME)
 
 
+def test_what_the_baseline_has_not_is_divided_by_its_downtime() -> None:
+    def file(factor: float) -> list[dict[str, Any]]:
+        moves = [{**one, "total_ms": 9000 * factor, "wire_bytes": 5.0} for one in runs("live", scaled(factor))]
+        return [*moves, *runs("floor", scaled(factor), "elsewhere")]
+
+    found = {one.figure: one for one in compare(file(1), file(3), relative_to="floor")}
+    assert found["total_ms"].ratio == pytest.approx(1)
+    assert (found["wire_bytes"].old, found["wire_bytes"].new) == (5, 5)
+
+
 def test_lost_work_may_be_negative() -> None:
     before, after = ([{**one, "lost": {"total_ms": value}} for one, value in zip(runs("live", scaled(1)), values, strict=True)]
                      for values in ((-5.0, 3.0, -2.0, 1.0, -1.0, -4.0, 2.0, -3.0), scaled(3)))  # fmt: skip

@@ -103,7 +103,7 @@ def compare(
     """Every figure that both have, in the order of `new`.
 
     `relative_to` is a method by whose value in the same run each is divided first. That takes the machine out: results of different
-    machines, or of a busy one, can be compared so.
+    machines, or of a busy one, can be compared so. Where it has not this figure, as the floor, a time is divided by its downtime.
     """
     found = []
     for scenario, method in dict.fromkeys((one["scenario"], one["method"]) for one in new):
@@ -113,7 +113,7 @@ def compare(
         if before and not after:
             found.append(_failed(scenario, method))
         for figure in figures or FIGURES:
-            pairs = list(_pairs(before, after, FIGURES[figure], (old, new), relative_to))
+            pairs = list(_pairs(before, after, figure, (old, new), relative_to))
             if pairs:
                 found.append(judged(scenario, method, figure, pairs))
     return found
@@ -190,22 +190,24 @@ def _completed(records: Sequence[Record], scenario: str, method: str) -> dict[in
 def _pairs(
     before: dict[int, Record],
     after: dict[int, Record],
-    figure: Figure,
+    name: str,
     files: tuple[Sequence[Record], Sequence[Record]],
     relative_to: str | None,
 ) -> Iterator[Pair]:
     for number in sorted(before.keys() & after.keys()):
         values = []
         for record, records in ((before[number], files[0]), (after[number], files[1])):
-            value = figure(record)
-            base = 1.0 if relative_to is None else _baseline(records, record, figure, relative_to)
+            value = FIGURES[name](record)
+            base = 1.0 if relative_to is None else _baseline(records, record, name, relative_to)
             values.append(value / base if value is not None and base else None)
         if values[0] is not None and values[1] is not None:
             yield values[0], values[1]
 
 
-def _baseline(records: Sequence[Record], record: Record, figure: Figure, method: str) -> float | None:
-    """What `method` has in the same run: in this scenario, or else in the first that has it."""
+def _baseline(records: Sequence[Record], record: Record, name: str, method: str) -> float | None:
+    """What `method` has in the same run: in this scenario, or else in the first that has it; 1 for bytes that it has none of."""
     same = [one for one in records if one["method"] == method and one["run"] == record["run"]]
     same.sort(key=lambda one: one["scenario"] != record["scenario"])
-    return next((value for one in same if one["outcome"] == COMPLETED and (value := figure(one))), None)
+    figures = [FIGURES[name], *([FIGURES["downtime_ms"]] if name.endswith("_ms") else [])]
+    values = (figure(one) for figure in figures for one in same if one["outcome"] == COMPLETED)
+    return next((value for value in values if value is not None), None if name.endswith("_ms") else 1.0)

@@ -76,7 +76,7 @@ def run_rows(records: Sequence[Record]) -> Table:
             "rounds",
         ]
     ]
-    for (scenario, method), group in _grouped(records).items():
+    for (scenario, method), group in grouped(records).items():
         done = [one for one in group if one["outcome"] == COMPLETED]
         counted = f"{len(done)}" if len(done) == len(group) else f"{len(done)} of {len(group)}"
         columns = (
@@ -108,7 +108,7 @@ def lost_rows(records: Sequence[Record]) -> Table:
             "% of the time",
         ]
     ]
-    for (scenario, method), group in _grouped(records).items():
+    for (scenario, method), group in grouped(records).items():
         done = [one for one in group if one["outcome"] == COMPLETED and one.get("lost")]
         if done:
             figures = (_range([one["lost"] for one in done], part, 1.0, ".0f") for part in parts)
@@ -132,7 +132,7 @@ def image_rows(records: Sequence[Record]) -> Table:
         ("on the share MiB", "share_bytes", float(MIB), ".0f"),
     )
     rows = [["scenario", "method", "runs", "image MiB", *(title for title, *_ in columns)]]
-    for (scenario, method), group in _grouped(records).items():
+    for (scenario, method), group in grouped(records).items():
         if scenario in IMAGE_SCENARIOS:
             done = [one for one in group if one["outcome"] == COMPLETED]
             sizes = {
@@ -147,7 +147,7 @@ def image_rows(records: Sequence[Record]) -> Table:
 def span_rows(records: Sequence[Record]) -> Table:
     """A row for each of podferry's methods: how long the steps of the downtime took."""
     rows = [["scenario", "method", *SPANS]]
-    for (scenario, method), group in _grouped(records).items():
+    for (scenario, method), group in grouped(records).items():
         timed = [
             {span["name"]: span["end_ms"] - span["start_ms"] for span in one["facts"]["spans"]}
             for one in group
@@ -188,7 +188,8 @@ _IMAGES = (
 _WHERE = "Medians in ms. Dump, images, last pages and the upper layer run side by side; the job is back before `restore` ends."
 
 
-def _grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+def grouped(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The records of each scenario and method, in their order."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for one in records:
         groups.setdefault((one["scenario"], one["method"]), []).append(one)
@@ -214,6 +215,16 @@ def _unmeasured(found: Sequence[GoalVerdict]) -> list[str]:
     """The goals that the runs say nothing about; nothing where they were about none."""
     without = [one.goal for one in found if one.measured is None]
     return [f"Not measured: {'; '.join(without)}."] if 0 < len(without) < len(found) - 1 else []
+
+
+def minutes(records: Sequence[Record]) -> str:
+    """How long the runs took in all."""
+    return f"{sum(one.get('seconds', 0.0) for one in records) / 60:.0f}"
+
+
+def machine_lines(records: Sequence[Record]) -> list[str]:
+    """The machines and versions behind the records, and how busy they were: paragraphs."""
+    return _machines(records).split("\n\n")
 
 
 def _machines(records: Sequence[Record]) -> str:

@@ -13,6 +13,7 @@ from podferry.bench import figures, report, runner
 from podferry.bench.goals import verdicts
 from podferry.bench.scenarios import SCENARIOS, chosen, restricted
 from podferry.cli.bench_compare import compare_results
+from podferry.cli.bench_evaluate import evaluate
 from podferry.cli.terminal import print_json, stderr, stdout, steps, words
 from podferry.errors import UsageError
 from podferry.lab import Lab
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("compare")(compare_results)
+app.command("evaluate")(evaluate)
 
 
 @app.command("list")
