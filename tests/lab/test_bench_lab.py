@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from podferry.bench import job, runner
+from podferry.bench.evaluation import loop, pages
 from podferry.bench.goals import verdicts
 from podferry.bench.load import PAGE
 from podferry.bench.moves import SOURCE, TARGET
@@ -69,6 +71,22 @@ def test_a_job_of_several_processes_with_shared_memory_and_files_of_its_own_move
     record = runner.measure(lab, Scenario("smoke", "", workload, {"live": LIVE}), "live", LIVE, 1)
     assert record["outcome"] == "completed", record.get("error")
     assert (record["where"], record["damaged"], record["damaged_files"]) == (TARGET, 0, 0)
+
+
+def test_an_evaluation_of_little_runs_once_and_writes_its_report(lab: Lab, tmp_path: Path) -> None:
+    methods = {FLOOR: None, "unmoved": Unmoved(1.0), "live": LIVE}
+    scenarios = [Scenario("quick", "", Workload(16, 2), methods, most=1)]
+    results = tmp_path / "results.jsonl"
+
+    def carried_out() -> list[dict[str, Any]]:
+        measure, budget = loop.measuring(lab, lambda step: None), loop.TimeBudget(3600)
+        return list(loop.evaluate(measure, scenarios, results, budget, lambda step: None))
+
+    assert [one["outcome"] for one in carried_out()] == ["completed"] * len(methods)
+    assert carried_out() == []
+    page = pages.write(runner.read([results]), tmp_path, "podferry bench evaluate").read_text()
+    for figure in ("downtime-quick", "lost-quick", "waterfall-quick", "waterfall-stop-quick"):
+        assert f'<figure id="{figure}">' in page
 
 
 def test_a_page_that_is_damaged_in_a_running_job_shows(lab: Lab) -> None:

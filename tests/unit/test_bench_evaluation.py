@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from podferry.bench.evaluation.plan import PlannedRun
 from podferry.bench.evaluation.sections import sections
 from podferry.cli.app import app
 from podferry.errors import Failed, PodferryError, UsageError
+from podferry.node.process import run
 
 pytestmark = pytest.mark.unit
 
@@ -306,6 +309,37 @@ def test_the_guard_says_what_did_not_complete_and_what_it_cannot_compare() -> No
     assert sum(line.startswith("did not complete") for line in said) == len(broken)
     assert "no figure" in said[-1]
     assert guard.said([], list(quick(1))) == []
+
+
+REGRESSIONS = Path(__file__).parents[2] / "scripts/regressions"
+
+
+def regressions(directory: Path, script: str) -> str:
+    """What scripts/regressions says with this in place of podferry; it ends with 0 whatever happens."""
+    program = directory / "venv/bin/podferry"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    done = run([sys.executable, REGRESSIONS, directory / "venv"], cwd=directory)
+    return done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: without it nothing is measured")
+def test_make_test_says_what_looks_worse_and_does_not_fail(tmp_path: Path) -> None:
+    reference = tmp_path / "docs/evaluation/quick.jsonl"
+    reference.parent.mkdir(parents=True)
+    lines = ("".join(json.dumps(one) + "\n" for one in records) for records in (quick(6), slower(list(quick(2)), 2.0)))
+    reference.write_text(next(lines))
+    (tmp_path / "now").write_text(next(lines))
+    script = f'while [ "$1" != --out ]; do shift; done\nexec cp {tmp_path}/now "$2/results.jsonl"'
+    assert "regressions: WORSE? quick, live: downtime_ms" in regressions(tmp_path, script)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: without it nothing is measured")
+def test_make_test_says_where_nothing_was_measured(tmp_path: Path) -> None:
+    said = regressions(tmp_path, "echo no such lab >&2; exit 5")
+    assert "ended with 5" in said
+    assert "no such lab" in said
 
 
 # -- the command --------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def measuring(lab: Lab, progress: Progress) -> Measure:
 
     def measure(step: PlannedRun) -> Record:
         method = step.scenario.methods[step.method]
-        record = runner.measure(lab, step.scenario, step.method, method, step.number, progress, step.scenario.nodes)
+        nodes = max(step.scenario.nodes, len(lab.status().nodes) if lab.exists() else 0)
+        record = runner.measure(lab, step.scenario, step.method, method, step.number, progress, nodes)
         if record["outcome"] == runner.ERROR:
             lab.down(progress)
         return record
