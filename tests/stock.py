@@ -61,8 +61,9 @@ USER = "someone"
 GIB = 1 << 30
 DISK_SIZE, CACHE_SIZE = 12 * GIB, 4 * GIB
 MEMORY = "4096M"
-BOOT_SECONDS, TRIAL_SECONDS = 240.0, 60.0
+BOOT_SECONDS, TRIAL_SECONDS = 900.0, 60.0
 EDITION = 1
+DIES_WITH_US = ("setpriv", "--pdeathsig=KILL")
 SSH = (
     "-o",
     "StrictHostKeyChecking=no",
@@ -147,9 +148,10 @@ def _build(suite: str, into: Path) -> None:
 
 @cache
 def caches() -> Path:
-    """A disk with what labs need built: the nodes' image, their Python packages, the image of jobs."""
+    """A disk with what labs need built: the nodes' image, Python packages for them and for tests in them, the image of jobs."""
     root = images.node_root(print)
-    names = sorted(path.name for path in (root, site.site(root, print), images.job_archive(print)))
+    made = (root, site.site(root, print), site.development(root, print), images.job_archive(print))
+    names = sorted(path.name for path in made)
     recipe = {"names": names, "edition": EDITION, "size": CACHE_SIZE}
 
     def build(into: Path) -> None:
@@ -193,13 +195,11 @@ def _tried(argv: Sequence[str | Path]) -> str:
         return ""
 
 
-def _qemu(accelerated: str) -> list[str]:
+def _qemu(accelerated: str, memory: str = MEMORY) -> list[str]:
     how = "kvm" if accelerated == "kvm" else "tcg,thread=multi"
-    machine = ["-machine", "q35", "-cpu", "max", "-accel", how, "-smp", "2", "-m", MEMORY]
-    # When these tests are ended, so is it.
+    machine = ["-machine", "q35", "-cpu", "max", "-accel", how, "-smp", "2", "-m", memory]
     return [
-        "setpriv",
-        "--pdeathsig=KILL",
+        *DIES_WITH_US,
         "qemu-system-x86_64",
         *machine,
         "-nodefaults",
@@ -219,18 +219,35 @@ class Stock:
 
     def run(self, script: str, *, user: str = "root", check: bool = True, timeout: float = 600.0) -> Completed:
         """Run a shell script there as `user` (in a session of theirs) to its end; `timeout` in seconds."""
-        argv = ["ssh", *SSH, "-i", str(self.key), "-p", str(self.port), f"{user}@127.0.0.1"]
+        argv = self._ssh(user)
         done = run([*argv, f"sh -euc {shlex.quote(self.environment + script)}"], check=False, timeout=timeout)
         done = Completed([f"on {self.suite}: {script}"], done.returncode, done.stdout, done.stderr)
         if check:
             raise_for(done)
         return done
 
+    def _ssh(self, user: str) -> list[str]:
+        control = ["-o", f"ControlPath={self.place / f'ssh.{user}'}"]
+        return ["ssh", *SSH, *control, "-i", str(self.key), "-p", str(self.port), f"{user}@127.0.0.1"]
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Keep one connection of root's, which all commands share: emulated, a login of their own takes each of them seconds."""
+        ssh, *rest = self._ssh("root")
+        master = spawn([*DIES_WITH_US, ssh, "-M", "-N", *rest])
+        try:
+            yield
+        finally:
+            master.kill()
+            master.wait()
+
     def put(self, archive: Path, directory: str) -> None:
         """Unpack a tar archive there."""
         to = f"tar x -C {shlex.quote(directory)}"
-        argv = ["ssh", *SSH, "-i", str(self.key), "-p", str(self.port), "root@127.0.0.1", to]
-        run(["sh", "-ec", 'archive=$1; shift; exec "$@" < "$archive"', "sh", archive, *argv], timeout=600.0)
+        run(
+            ["sh", "-ec", 'archive=$1; shift; exec "$@" < "$archive"', "sh", archive, *self._ssh("root"), to],
+            timeout=600.0,
+        )
 
     def configure_clients(self) -> str:
         """Have its apt and pip download from where this machine's do, and return what they need in their environment.
@@ -264,8 +281,11 @@ class Stock:
 
 
 @contextlib.contextmanager
-def booted(suite: str) -> Iterator[Stock]:
-    """A stock machine of a Debian release, booted and gone again afterwards. Raises `Lacking` and `PodferryError`."""
+def booted(suite: str, *, link: Sequence[str] = (), memory: str = MEMORY) -> Iterator[Stock]:
+    """A stock machine of a Debian release, booted and gone again afterwards; `link` is qemu's of another network card.
+
+    Raises `Lacking` and `PodferryError`.
+    """
     made, disk = built(suite), caches()
     how = accelerator()
     with tempfile.TemporaryDirectory(prefix="podferry-stock-") as directory:
@@ -274,19 +294,52 @@ def booted(suite: str) -> Iterator[Stock]:
         port = _free_port()
         disks = [f"file={made / 'disk.ext4'},format=raw,if=virtio,snapshot=on"]
         disks += [f"file={disk},format=raw,if=virtio,snapshot=on"]
-        argv = [*_qemu(how), "-kernel", str(made / "vmlinuz"), "-initrd", str(made / "initrd.img")]
-        argv += ["-append", "root=/dev/vda rw console=ttyS0 panic=-1", "-serial", f"file:{place / 'console'}"]
+        argv = [*_qemu(how, memory), "-kernel", str(made / "vmlinuz"), "-initrd", str(made / "initrd.img")]
+        argv += [
+            "-append",
+            "root=/dev/vda rw console=ttyS0 loglevel=4 panic=-1",
+            "-serial",
+            f"file:{place / 'console'}",
+        ]
         argv += [word for one in disks for word in ("-drive", one)]
-        argv += ["-nic", f"user,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:{port}-:22"]
+        argv += ["-nic", f"user,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:{port}-:22", *link]
         with (place / "qemu.log").open("wb") as log:
             qemu = spawn(argv, stderr=log)
         try:
             stock = Stock(suite, port, place)
             _wait_for_ssh(stock, qemu)
-            yield stock
+            with stock.connected():
+                yield stock
         finally:
             qemu.kill()
             qemu.wait()
+
+
+@contextlib.contextmanager
+def booted_pair(suite: str) -> Iterator[tuple[Stock, Stock]]:
+    """Two stock machines, with kernels of their own and a network between them: 192.168.77.1 and 192.168.77.2."""
+    with tempfile.TemporaryDirectory(prefix="podferry-link-") as directory, contextlib.ExitStack() as stack:
+        cable = Path(directory, "cable")
+        machines = []
+        for number, server in ((1, "on"), (2, "off")):  # the first is there when the second connects
+            card = f"virtio-net-pci,netdev=link,mac={_LINK_MAC}{number}"
+            ends = ["-netdev", f"stream,id=link,server={server},addr.type=unix,addr.path={cable}", "-device", card]
+            one = stack.enter_context(booted(suite, link=ends))
+            one.run(
+                f"printf %s {shlex.quote(_LINK.format(mac=_LINK_MAC, number=number))} > {_LINK_FILE}; networkctl reload"
+            )
+            machines.append(one)
+        yield machines[0], machines[1]
+
+
+_LINK_MAC = "52:54:00:77:00:0"
+_LINK_FILE = "/etc/systemd/network/05-link.network"
+_LINK = """[Match]
+MACAddress={mac}{number}
+[Network]
+Address=192.168.77.{number}/24
+LinkLocalAddressing=no
+"""
 
 
 def _wait_for_ssh(stock: Stock, qemu: subprocess.Popen[bytes]) -> None:

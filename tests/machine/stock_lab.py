@@ -6,16 +6,19 @@ seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stock import USER, Stock, caches
+import pytest
+from emulated import Lacking
+from stock import MEMORY, USER, Stock, booted, built, caches
 
 from podferry.lab.debian import OF_NODES
 from podferry.lab.images import JOB_IMAGE
@@ -26,6 +29,9 @@ STATE = "/var/lib/podferry"
 LAYERS = f"{STATE}/labs/default/machines/storage/brick/images/layers"
 PATIENCE = 900.0
 """Seconds for whatever a busy machine does in some, emulated. No test measures time."""
+
+PATIENTLY = ("--max-freeze", "300")
+"""Emulated and busy, a machine takes longer over a dump than a job should stand still elsewhere."""
 
 JOB = """
 import itertools, time
@@ -123,7 +129,7 @@ class StockLab:
 
     def move(self, name: str, to: str) -> dict[str, Any]:
         """Move the job; the record of a completed migration."""
-        said = self.podferry("migrate", name, "--to", to, "--json")
+        said = self.podferry("migrate", name, "--to", to, *PATIENTLY, "--json")
         record: dict[str, Any] = json.loads(said.splitlines()[-1])
         assert record["outcome"] == "completed", record
         return record
@@ -143,6 +149,17 @@ class StockLab:
             self.move(name, node)
             assert self.rights(node, name) == had
         self.wait_for_more(name, expected)
+
+
+@contextlib.contextmanager
+def stock_machine(suite: str, memory: str = MEMORY) -> Iterator[Stock]:
+    """A stock machine, booted; the test is skipped where there cannot be one."""
+    try:
+        built(suite)
+    except Lacking as lacking:
+        pytest.skip(f"no stock machine: {lacking}")
+    with booted(suite, memory=memory) as machine:
+        yield machine
 
 
 def provide(machine: Stock) -> None:

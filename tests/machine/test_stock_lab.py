@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from emulated import Lacking
-from stock import Stock, booted, built
-from stock_lab import CONFINED, PROFILE, RESTRICTED, StockLab, load_profile, provide, traces
+from stock import Stock
+from stock_lab import CONFINED, PROFILE, RESTRICTED, StockLab, load_profile, provide, stock_machine, traces
 
 from podferry.lab.debian import SUITE
 
@@ -20,11 +19,7 @@ pytestmark = pytest.mark.machine
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Stock]:
-    try:
-        built(SUITE)
-    except Lacking as lacking:
-        pytest.skip(f"no stock machine: {lacking}")
-    with booted(SUITE) as stock:
+    with stock_machine(SUITE) as stock:
         provide(stock)
         yield stock
 
