@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from podferry import __version__
+from podferry.controller import webhook
 from podferry.install import criu
 from podferry.install.node import WRAPPER
 from podferry.install.settings import RUNTIME
@@ -183,3 +184,26 @@ def test_an_image_lists_what_it_is_made_of(tmp_path: Path) -> None:
 
 def test_our_criu_lies_apart_from_everything_of_the_nodes() -> None:
     assert criu.DIRECTORY.startswith("/opt/podferry/")
+
+
+def test_a_drain_of_nodes_leaves_a_controller_that_answers_evictions() -> None:
+    """Where none answers, what could move is evicted: by the time that one is asked no more it has answered the last question."""
+    deployment = of_kind("Deployment")["podferry-controller"]["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    evictions = next(one["containerPort"] for one in container["ports"] if one["name"] == "evictions")
+    assert evictions == webhook.PORT
+    assert container["readinessProbe"]["tcpSocket"] == {"port": "evictions"}
+    asked = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert webhook_timeout() < asked < pod["terminationGracePeriodSeconds"]
+    budget = of_kind("PodDisruptionBudget")["podferry-controller"]["spec"]
+    assert budget["minAvailable"] < deployment["replicas"]
+    assert budget["selector"] == deployment["selector"]
+
+
+def webhook_timeout() -> int:
+    """Seconds that the API server waits for an answer about an eviction."""
+    (configuration,) = [one for one in objects(DEPLOY / "evictions") if one["kind"] == "ValidatingWebhookConfiguration"]
+    (one,) = configuration["webhooks"]
+    seconds: int = one["timeoutSeconds"]
+    return seconds

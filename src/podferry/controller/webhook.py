@@ -44,7 +44,7 @@ CONFIGURATIONS = ResourceKind(
 NAME = "podferry-evictions"
 PORT = 9443
 LIFE, RENEWED = timedelta(days=1), 3600.0
-PUBLISHED, RETRY = 60.0, 5.0
+PUBLISHED, RETRY = 10.0, 5.0
 """Seconds after which the webhook's configuration is looked at again: somebody may have applied it anew."""
 LARGEST = 1 << 20
 PATIENCE, AT_ONCE = 10.0, 32

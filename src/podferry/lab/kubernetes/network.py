@@ -1,7 +1,8 @@
 """Addresses of a lab's Kubernetes, and the routes that join its nodes' pods.
 
 There is no kube-proxy: nothing in the lab needs a Service's address but the API server's own, and that machine simply has
-it. EndpointSlices are kept as everywhere, so what a Service would choose can be read there.
+it. EndpointSlices are kept as everywhere, so what a Service would choose can be read there. The API server does so itself for the
+webhooks that it asks: it goes to a pod behind the Service (`--enable-aggregator-routing`, for control planes without kube-proxy).
 """
 
 from __future__ import annotations
