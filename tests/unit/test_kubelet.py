@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from podferry.node import kubelet
+from podferry.agent import node_paths
+from podferry.node import crio, kubelet, outside
 from podferry.node.kubelet import ROOT, Kubelet
+from podferry.workload.config import Config
 
 pytestmark = pytest.mark.unit
 
@@ -79,3 +81,32 @@ def test_where_none_runs_there_is_none(tmp_path: Path) -> None:
     process(tmp_path, 8, "kubelet-exporter")
     process(tmp_path, 9, "")
     assert kubelet.find(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "answering", "has_crio"),
+    [
+        (Kubelet(Path("/data/kubelet"), "/var/run/crio/crio.sock"), {"crio", "containerd"}, True),
+        (Kubelet(Path("/data/kubelet"), CONTAINERD), {"crio"}, False),
+        (Kubelet(Path("/data/kubelet")), {"crio", "containerd"}, False),
+        (Kubelet(Path("/data/kubelet")), {"crio"}, True),
+        (None, {"containerd"}, False),
+    ],
+)
+def test_an_agent_in_a_cluster_goes_by_its_nodes_kubelet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: Kubelet | None, answering: set[str], has_crio: bool
+) -> None:
+    shown: list[Path] = []
+    monkeypatch.setattr(outside, "root", lambda: tmp_path)
+    monkeypatch.setattr(kubelet, "find", lambda: found)
+    monkeypatch.setattr(node_paths.host, "listens", lambda path: Path(path).parent.name in answering)
+    monkeypatch.setattr(node_paths, "show", lambda path, **_: shown.append(path))
+    monkeypatch.setattr(crio.Crio, "storage", property(lambda one: Path("/data/storage")))
+    config = node_paths.of_this_node(Config("a", "a:1", tmp_path))
+    root = found.root if found else ROOT
+    assert config.kubelet == root
+    assert shown[0] == root
+    assert bool(config.crio) is has_crio
+    assert (Path("/data/storage") in shown) is has_crio
+    if has_crio and found:
+        assert config.crio == str(tmp_path / (found.endpoint or str(crio.SOCKET)).lstrip("/"))

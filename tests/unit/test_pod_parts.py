@@ -288,6 +288,8 @@ def test_namespaces_that_are_joined() -> None:
     own = [{"type": "pid"}, {"type": "network", "path": "/proc/1/ns/net"}]
     assert cri.shared_namespaces(bound(namespaces=own)) == ()
     assert cri.shared_namespaces(bound(namespaces=[{"type": "pid", "path": "/proc/1/ns/pid"}])) == ("pid",)
+    for users in ({"type": "user"}, {"type": "user", "path": "/run/userns/1"}):  # as hostUsers: false is laid out
+        assert cri.shared_namespaces(bound(namespaces=[*own, users])) == ("user",)
 
 
 class Records:

@@ -111,6 +111,8 @@ def termination_message(spec: dict[str, Any], uid: str, name: str, kubelet: Path
 
 
 def shared_namespaces(spec: dict[str, Any]) -> tuple[str, ...]:
-    """Namespaces that a container joins although podferry needs it to have its own: pid (shareProcessNamespace), user."""
+    """Namespaces that podferry needs otherwise: a pid namespace that is joined (shareProcessNamespace), a user namespace at all
+    (hostUsers: false), which one runtime has its containers join and another makes for each."""
     listed = (spec.get("linux") or {}).get("namespaces") or []
-    return tuple(sorted(one["type"] for one in listed if one.get("path") and one.get("type") in ("pid", "user")))
+    kinds = ((one.get("type"), one.get("path")) for one in listed)
+    return tuple(sorted(kind for kind, path in kinds if kind == "user" or (kind == "pid" and path)))
