@@ -8,13 +8,13 @@ import stat
 from pathlib import Path
 
 from podferry.errors import Failed
-from podferry.fs.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT, mount
-from podferry.node.outside import among_node_mounts
 
 OVERLAYFS = 0x794C7630  # linux/magic.h
-_KEPT = {os.ST_RDONLY: MS_RDONLY, os.ST_NOSUID: MS_NOSUID, os.ST_NODEV: MS_NODEV, os.ST_NOEXEC: MS_NOEXEC}
+FSCONFIG, FSPICK = 431, 433  # the same on all architectures
+AT_FDCWD, FSPICK_CLOEXEC, FSCONFIG_CMD_RECONFIGURE = -100, 1, 7  # linux/fcntl.h, linux/mount.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
 
 
 def refresh_root(merged: Path) -> None:
@@ -27,11 +27,11 @@ def refresh_root(merged: Path) -> None:
     mode is set to what it is, so nothing else changes but the root's ctime.
 
     Below the root it keeps what somebody has looked up since the mount, as CRI-O does: a directory that it found in the upper layer
-    then, and that was replaced, takes no new files (measured: ENOENT). To remount it drops all that nobody has open
-    (`shrink_dcache_sb` in fs/super.c), and ignores every option.
+    then, and that was replaced, takes no new files (measured: ENOENT). To reconfigure it drops all that nobody has open
+    (`shrink_dcache_sb` in fs/super.c); nothing is changed by that.
     """
     try:
-        among_node_mounts(lambda: _forget_names(merged))
+        _forget_names(merged)
         root = os.open(merged, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fchmod(root, stat.S_IMODE(os.fstat(root).st_mode))
@@ -42,16 +42,24 @@ def refresh_root(merged: Path) -> None:
 
 
 def _forget_names(merged: Path) -> None:
-    if _kind(merged) != OVERLAYFS or os.geteuid() != 0:  # of a bind mount it would be the node's own file system
+    if _kind(merged) != OVERLAYFS:  # behind a bind mount is the node's own file system
         return
-    flags = os.statvfs(merged).f_flag
-    mount("", merged, "", MS_REMOUNT | sum(bit for said, bit in _KEPT.items() if flags & said))
+    context = _checked(_libc.syscall(FSPICK, AT_FDCWD, os.fsencode(merged), FSPICK_CLOEXEC), merged)
+    try:
+        _checked(_libc.syscall(FSCONFIG, context, FSCONFIG_CMD_RECONFIGURE, None, None, 0), merged)
+    finally:
+        os.close(context)
 
 
 def _kind(path: Path) -> int:
     """The magic number of a path's file system: the first word of struct statfs."""
     buffer = (ctypes.c_long * 32)()
-    if _libc.statfs(os.fsencode(path), buffer) != 0:
+    _checked(_libc.statfs(os.fsencode(path), buffer), path)
+    return buffer[0]
+
+
+def _checked(result: int, path: Path) -> int:
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(path))
-    return buffer[0]
+    return int(result)
