@@ -24,6 +24,7 @@ MACHINE = {
 DOWNTIMES = {"live": 150.0, "postcopy": 160.0, "stop": 9000.0, "criu": 9500.0, "criu-lazy": 230.0}
 SPANS = (
     ("request", 0, 40),
+    ("upper layer, first pass", 40, 60),
     ("round 1", 40, 1800),
     ("downtime", 2000, 2150),
     ("freeze", 2000, 2002),

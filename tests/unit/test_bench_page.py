@@ -37,6 +37,10 @@ for (const width of wide) {
       scroll: root.scrollWidth, width: inner.innerWidth,
       background: inner.getComputedStyle(inner.document.body).backgroundColor,
       ink: inner.getComputedStyle(inner.document.querySelector("svg .name")).fill,
+      cut: [...inner.document.querySelectorAll("svg text")].filter(one => {
+        const box = one.getBBox(), whole = one.ownerSVGElement.viewBox.baseVal
+        return box.x < 0 || box.x + box.width > whole.width
+      }).map(one => one.textContent),
       figures: [...inner.document.querySelectorAll("figure")].filter(one => {
         const box = one.querySelector("svg").getBoundingClientRect()
         return box.width > 100 && box.height > 50 && box.right <= width
@@ -99,6 +103,7 @@ def test_the_page_in_a_browser(tmp_path: Path, scheme: int) -> None:
     for width in (PHONE, DESK):
         one = seen[str(width)]
         assert one["figures"] == expected
+        assert one["cut"] == [], "letters that are cut off at the edge"
         assert one["scroll"] <= one["width"] == width, "it must not scroll to the side"
         dark = brightness(one["background"]) < 64 and brightness(one["ink"]) > 192
         bright = brightness(one["background"]) > 192 and brightness(one["ink"]) < 64

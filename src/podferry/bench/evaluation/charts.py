@@ -13,7 +13,7 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 480.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 26.0, 40.0
 ROW = 24.0
-LABEL = 118.0
+LABEL = 150.0
 LETTER = 6.3
 TICKS = 5
 TONES = 6
@@ -147,7 +147,7 @@ class Bars:
                          f'height="{ROW - 9}"><title>{escape(label)}: {middle:.4g}</title></rect>')  # fmt: skip
             parts += [_line((across(value), top + 3), (across(value), top + ROW - 4), "stroke") for value in every]
             parts.append(_text(LABEL - 6, top + ROW / 2 + 4, label, "name", "end"))
-            right = max(across(value) for value in (middle, *every)) + 5
+            right = max(across(value) for value in (across.low if self.log else 0.0, middle, *every)) + 5
             parts.append(_text(min(right, WIDTH - RIGHT - 34), top + ROW / 2 + 4, f"{middle:,.4g}", "value"))
         return _svg(self.title, height, parts)
 
