@@ -6,6 +6,7 @@ journals, each thing that is taken back, each gate. A new port method is among t
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -111,6 +112,22 @@ def test_what_the_target_breaks_off_is_not_said_to_be_cancelled_on_request(
 
     rig = move("live", tmp_path, monkeypatch, Fault("target", "poise", broken_off))
     assert (rig.phase("a"), rig.records["a"]["outcome"]) == (SourcePhase.ROLLED_BACK, "rolled-back")
+
+
+@pytest.mark.parametrize(
+    ("side", "name"), [("source", "dump"), ("target", "verify"), ("source", "line acquire freeze.0")]
+)
+def test_a_full_disk_is_told_as_such(side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no bug of ours, and whose it is can do something about it."""
+
+    def no_room(rig: Rig) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/var/lib/podferry")
+
+    rig = move("live", tmp_path, monkeypatch, Fault(side, name, no_room))
+    assert rig.fired, name
+    said = rig.records["a"]["error"]
+    assert said["what"] == f"a file system of the {side}'s node has no room"
+    assert "make room" in said["remedy"]
 
 
 def test_a_job_that_has_run_to_an_end_on_the_target_is_not_taken_back(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,14 @@ from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
 from podferry.node.records import Container, Opaque
 from podferry.workload.config import Config
+from podferry.workload.helpers import start_helper
 from podferry.workload.makers import containerd
 from podferry.workload.makers.containerd import ContainerdContainer
 from podferry.workload.makers.kubelet import KubeletContainer
 from podferry.workload.offered import Offered
 from podferry.workload.pod.offered import PodPart
 
-pytestmark = [pytest.mark.unit, pytest.mark.anyio]
+pytestmark = pytest.mark.unit
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
 
 
@@ -44,6 +47,21 @@ class Incoming:
         self.abandoned.set()
 
 
+def test_a_helper_that_cannot_be_written_down_is_ended(tmp_path: Path) -> None:
+    """On a full disk. It would go on after all else was taken back, and have containerd make the task then."""
+
+    def no_room(kind: str, *, pid: int, started: int) -> None:
+        found.append(Process(pid, started))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    found: list[Process] = []
+    journal: Any = SimpleNamespace(acquire=no_room)
+    with pytest.raises(OSError, match="No space"):
+        start_helper(journal, tmp_path, "starter", [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert [one.alive() for one in found] == [False]
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("kubelet", [False, True])
 async def test_a_wait_that_is_broken_off_is_no_failure_and_leaves_no_thread(
     kubelet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int

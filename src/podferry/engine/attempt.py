@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import StrEnum
@@ -17,7 +18,7 @@ from podferry.core.undo import Handler, Leftover
 from podferry.engine import gate, metrics
 from podferry.engine.journal import Journal
 from podferry.engine.story import Story
-from podferry.errors import Bug, InvariantBroken, PodferryError, TimedOut
+from podferry.errors import Bug, Failed, InvariantBroken, PodferryError, TimedOut
 
 UNDO_STEP = 20.0
 """Seconds within which one thing must be taken back."""
@@ -109,6 +110,12 @@ class Attempt(Generic[Phase, Event]):
         for cause in causes:
             if isinstance(cause, PodferryError):
                 return cause
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                return Failed(
+                    f"a file system of the {self.role}'s node has no room",
+                    why=str(cause),
+                    remedy="make room there, and migrate again",
+                )
         self.log.error("bug", exc_info=error)
         return Bug.because(f"the {self.role}'s half of the migration failed", causes[0])
 

@@ -14,7 +14,7 @@ import anyio
 import structlog
 
 from podferry.criu.checkpoint import Process
-from podferry.engine.journal import Part
+from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
 from podferry.node.containerd import Containerd, ContainerdFailed, ContainerdNotFound
 from podferry.node.outside import IN_POD, surviving
@@ -55,8 +55,17 @@ def start_helper(journal: Part, scratch: Path, kind: str, argv: Sequence[str | P
     process = Process.of(child.pid)
     if process is None:
         raise Failed(f"the {kind} died at once", evidence=last_lines(log))
-    journal.acquire(kind, pid=process.pid, started=process.started)
+    write_down(journal, kind, process)
     return process
+
+
+def write_down(journal: Journal | Part, kind: str, process: Process) -> None:
+    """Have the ledger hold a helper that runs. Where that fails, on a full disk, it is ended: nobody else would find it."""
+    try:
+        journal.acquire(kind, pid=process.pid, started=process.started)
+    except OSError:
+        kill_helper({"pid": process.pid, "started": process.started})
+        raise
 
 
 def kill_helper(facts: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ from podferry.workload import frozen
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
-from podferry.workload.helpers import ended, helper_environment, kill_helper, python
+from podferry.workload.helpers import ended, helper_environment, kill_helper, python, write_down
 from podferry.workload.numbers import directory_of
 from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, OfferedPod, PodPart
 from podferry.workload.pod.ports import Cluster
@@ -95,7 +95,7 @@ class KubeletOwner(Owner):
         process = Process.of(spawn(argv, env=helper_environment()).pid)
         if process is None:
             raise Failed("what answers the pod's liveness probes while it stands still died at once")
-        self._journal.acquire(STAND_IN, **asdict(process))
+        write_down(self._journal, STAND_IN, process)
 
     async def before_freeze(self) -> None:
         """From here on nothing of the pod starts on this node, unless it is undone."""
