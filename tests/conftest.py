@@ -20,6 +20,7 @@ from pathlib import Path
 import emulated
 import inside_node
 import pytest
+from chance import SEED
 from hypothesis import HealthCheck, settings
 
 from podferry.errors import PodferryError
@@ -244,7 +245,10 @@ def pytest_report_header() -> list[str]:
     }
     can = ", ".join(f"{'' if there else 'no '}{name}" for name, there in facts.items())
     mode = cgroups.native_mode(cgroups.hierarchies())
-    return [f"machine: kernel {os.uname().release}, cgroup {mode}, {can}; node image: {criu_of_image()}"]
+    return [
+        f"seed: {SEED} (PODFERRY_SEED)",
+        f"machine: kernel {os.uname().release}, cgroup {mode}, {can}; node image: {criu_of_image()}",
+    ]
 
 
 def has_soft_dirty() -> bool:
