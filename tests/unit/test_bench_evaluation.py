@@ -241,6 +241,8 @@ def test_shares_of_the_physical_limit() -> None:
     assert link_share({**record, "link": "none"}) is None
     assert fill_rate(record) == pytest.approx(GIB)
     assert fill_rate({**record, "method": "stop"}) is None
+    for more in ({"processes": 8}, {"shared": True}):
+        assert fill_rate({**record, "workload": more}) is None
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))

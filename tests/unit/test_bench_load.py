@@ -32,6 +32,10 @@ def test_memory_holds_what_it_must_after_any_number_of_writes(data: st.DataObjec
     assert memory.damaged() == []
 
 
+def test_many_processes_need_little_beside_their_memory() -> None:
+    assert len(Memory(2048, 2048, scattered=True, compressible=False)._pool) <= 2048 * PAGE // 4 + PAGE
+
+
 @pytest.fixture
 def memory() -> Memory:
     memory = Memory(64, 48, scattered=True, compressible=False)

@@ -29,6 +29,7 @@ from typing import Any
 
 PAGE = 4096
 POOL = 8 << 20
+LEAST_POOL = 1 << 20
 VERSION_STEP = (2 << 20) + 64
 """Moves a page's content within the pool at each write: pages of one megabyte never share content, so nothing compresses."""
 
@@ -57,7 +58,10 @@ class Memory:
         self.stride = _coprime(int(hot * 0.618), hot) if scattered else 1
         self._unstride = pow(self.stride, -1, hot)
         seed = random.Random(1)
-        pool = seed.randbytes(64) * (POOL // 64) if compressible else seed.randbytes(POOL)
+        self._size = size = min(
+            POOL, max(LEAST_POOL, pages * PAGE // 4)
+        )  # one of many processes has little beside its memory
+        pool = seed.randbytes(64) * (size // 64) if compressible else seed.randbytes(size)
         self._pool = pool + pool[:PAGE]
         kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
         self.data = mmap.mmap(-1, pages * PAGE, flags=kind | mmap.MAP_ANONYMOUS)
@@ -65,7 +69,7 @@ class Memory:
             self._put(page, 0)
 
     def _put(self, page: int, version: int) -> None:
-        start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % POOL
+        start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % self._size
         self.data[start : start + PAGE] = self._pool[source : source + PAGE]
         struct.pack_into("<II", self.data, start, page, version)
 
@@ -96,7 +100,7 @@ class Memory:
         return 0 if page >= self.span else rounds + (page * self._unstride % self.span < more)
 
     def _holds(self, page: int, version: int) -> bool:
-        start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % POOL
+        start, source = page * PAGE, (page * PAGE + version * VERSION_STEP) % self._size
         content = self.data[start : start + PAGE]
         return (
             content[:8] == struct.pack("<II", page, version) and content[8:] == self._pool[source + 8 : source + PAGE]

@@ -29,6 +29,9 @@ def link_share(record: Record) -> float | None:
 
 def fill_rate(record: Record) -> float | None:
     """Bytes a second at which memory was put in place from the resume on; `None` where it came otherwise."""
+    job = record.get("workload") or {}
+    if job.get("processes", 1) > 1 or job.get("shared"):
+        return None  # what is known of its memory is the first process's private memory
     if record["method"] != "live" or not record.get("nonzero_bytes") or record.get("resumed_ms") is None:
         return None
     ms = record["home_ms"] - record["resumed_ms"]
