@@ -16,11 +16,12 @@ from podferry.criu.checkpoint import Process
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
 from podferry.node.records import Container, Opaque
+from podferry.workload import feeder_process
 from podferry.workload.config import Config
 from podferry.workload.helpers import start_helper
 from podferry.workload.makers import containerd
 from podferry.workload.makers.containerd import ContainerdContainer
-from podferry.workload.makers.kubelet import KubeletContainer
+from podferry.workload.makers.kubelet import KubeletContainer, KubeletMaker
 from podferry.workload.offered import Offered
 from podferry.workload.pod.offered import PodPart
 
@@ -78,3 +79,34 @@ async def test_a_wait_that_is_broken_off_is_no_failure_and_leaves_no_thread(
     assert scope.cancelled_caught
     assert container.incoming.abandoned.is_set()
     assert maker.made_already is None
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("postcopy", [False, True])
+async def test_a_page_daemon_is_told_of_pages_that_come_afterwards_in_postcopy_only(
+    postcopy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int
+) -> None:
+    """Without its socket it would take what has not come for zeros; with one it would wait for what never comes."""
+    started: list[list[Any]] = []
+    this = Process.of(process)
+    assert this is not None
+
+    def start(journal: Part, scratch: Path, kind: str, argv: list[Any]) -> Process:
+        started.append(argv)
+        (scratch / "feeder.json").write_text('{"state": "listening"}')
+        return this
+
+    monkeypatch.setattr(feeder_process, "start_helper", start)
+    feeder = feeder_process.FeederProcess(Part(Journal(tmp_path / "m"), 0), tmp_path)
+    incoming: Any = SimpleNamespace(work=tmp_path / "work", images=tmp_path / "images")
+    await feeder.start(incoming, postcopy=postcopy)
+    (argv,) = started
+    assert ("--source" in argv) is postcopy
+    assert (feeder.socket in argv) is postcopy
+
+
+def test_a_pod_without_volumes_has_no_places_for_them(tmp_path: Path) -> None:
+    journal, config = Journal(tmp_path / "m"), Config("b", "b:1", tmp_path, run=tmp_path, state=tmp_path)
+    journal.note(target_pod="uid")
+    maker = KubeletMaker(config, journal, None)  # type: ignore[arg-type]
+    assert maker.places(JOB) == {}
