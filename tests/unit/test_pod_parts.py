@@ -28,6 +28,7 @@ from podferry.node.records import Container, Opaque, PodContainer
 from podferry.node.upper import copy
 from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
 from podferry.workload.feeder_channel import FeederChannel
+from podferry.workload.makers import kubelet
 from podferry.workload.numbers import (
     container_of_directory,
     container_of_space,
@@ -371,3 +372,70 @@ def test_what_was_staged_goes_to_its_place(tmp_path: Path) -> None:
     assert (place / "link").stat().st_ino == (place / "deep/file").stat().st_ino
     assert (place / "link").stat().st_mode & 0o777 == 0o640
     assert place.stat().st_mode & 0o7777 == 0o1777
+
+
+class FakeNamespace:
+    """Loopback of the target pod, which a kernel without nf_tables cannot hold still."""
+
+    can = True
+    held = False
+
+    def __init__(self, path: str, inode: int) -> None:
+        self.path, self.inode = path, inode
+
+    @staticmethod
+    def of(spec: object, pid: int) -> FakeNamespace:
+        return FakeNamespace("/ns", 7)
+
+    def lock(self) -> None:
+        if not FakeNamespace.can:
+            raise Failed("cannot hold the container's loopback traffic")
+        FakeNamespace.held = True
+
+    def unlock(self) -> None:
+        FakeNamespace.held = False
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("names", "streams", "can", "held"),
+    [("a", False, True, False), ("a", True, True, True), ("ab", False, True, True), ("ab", False, False, False)],
+)
+async def test_nothing_passes_between_containers_until_the_last_is_restored(
+    names: str, streams: bool, can: bool, held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that runs before another one would find its port closed, though nobody is connected yet."""
+    monkeypatch.setattr(kubelet, "Namespace", FakeNamespace)
+    monkeypatch.setattr(kubelet, "asdict", lambda one: {"path": one.path, "inode": one.inode})
+    monkeypatch.setattr(FakeNamespace, "can", can)
+    monkeypatch.setattr(FakeNamespace, "held", False)
+    first = Container("c0", "image", "overlayfs", "c0", Opaque("spec", b"{}"))
+    containers: list[Any] = [SimpleNamespace(maker=SimpleNamespace(key=name, made_already=first)) for name in names]
+    for name in names if streams else "":
+        (tmp_path / "incoming" / name / "images").mkdir(parents=True)
+        (tmp_path / "incoming" / name / "images/tcp-stream-1.img").touch()
+    journal = Journal(tmp_path / "journal")
+    config: Any = SimpleNamespace(incoming=tmp_path / "incoming")
+    maker = kubelet.KubeletMaker(config, journal, SimpleNamespace())  # type: ignore[arg-type]
+    await maker.before_release(containers)
+    assert (FakeNamespace.held, journal.held("network-lock") is not None) == (held, held)
+    await maker.after_release()
+    assert not FakeNamespace.held
+    assert journal.held("network-lock") is None
+
+
+@pytest.mark.anyio
+async def test_connections_are_not_restored_where_loopback_cannot_be_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubelet, "Namespace", FakeNamespace)
+    monkeypatch.setattr(kubelet, "asdict", lambda one: {"path": one.path, "inode": one.inode})
+    monkeypatch.setattr(FakeNamespace, "can", False)
+    (tmp_path / "incoming/a/images").mkdir(parents=True)
+    (tmp_path / "incoming/a/images/tcp-stream-1.img").touch()
+    first = Container("c0", "image", "overlayfs", "c0", Opaque("spec", b"{}"))
+    containers: list[Any] = [SimpleNamespace(maker=SimpleNamespace(key="a", made_already=first))]
+    config: Any = SimpleNamespace(incoming=tmp_path / "incoming")
+    maker = kubelet.KubeletMaker(config, Journal(tmp_path / "journal"), SimpleNamespace())  # type: ignore[arg-type]
+    with pytest.raises(Failed, match="loopback"):
+        await maker.before_release(containers)

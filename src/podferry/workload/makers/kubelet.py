@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import structlog
 
 from podferry.core.limits import PARSED_IMAGE, TERMINATION_MESSAGE
 from podferry.core.undo import Handler
@@ -159,15 +160,24 @@ class KubeletMaker(Maker):
         return dict(cri.volumes([first.spec_json()], uid, self._config.kubelet))
 
     async def before_release(self, containers: Sequence[TargetContainer]) -> None:
-        """Nothing passes over loopback until the last container is restored, whose sockets would be missed."""
+        """Nothing passes over loopback until the last container is restored, whose sockets would be missed: a connection finds its
+        other end gone, and whoever connects anew finds nobody listening."""
         first = containers[0].maker.made_already  # None where an agent before this one had it restored
         if first is None or self._journal.held(NETWORK_LOCK) is not None:
             return
-        if not any(has_streams(self._config.incoming / one.maker.key / "images") for one in containers):
+        streams = any(has_streams(self._config.incoming / one.maker.key / "images") for one in containers)
+        if not streams and len(containers) == 1:
             return
         namespace = Namespace.of(first.spec_json(), 0)
         self._journal.acquire(NETWORK_LOCK, **asdict(namespace))
-        await at_once(namespace.lock)
+        try:
+            await at_once(namespace.lock)
+        except Failed as error:
+            if streams:
+                raise
+            self._journal.release(NETWORK_LOCK)
+            why = "a container may find another one's port closed until that is restored"
+            structlog.get_logger().warning(why, error=str(error))
 
     async def after_release(self) -> None:
         """Loopback is open again, also where an agent before this one has locked it."""
