@@ -143,3 +143,50 @@ def test_what_is_said_within_a_pod_is_heard_and_the_outside_notices_at_once(move
     assert [len(one) for one in closed] == [1, 0]
     assert closed[0][0].endswith(f"-> {peer['status']['podIP']}:8000")
     movers.delete(here["metadata"]["name"], f"peer-{mode}")
+
+
+ACCEPTS_SLOWLY = (
+    COMMON
+    + """
+server = socket.create_server(('127.0.0.1', 9010))
+while True:
+    time.sleep(0.03)
+    one, _ = server.accept()
+    with one: one.sendall(all_of(one, 8))
+"""
+)
+CONNECTS_ALL_THE_TIME = (
+    COMMON
+    + """
+def connected():
+    while True:
+        try: return socket.create_connection(('127.0.0.1', 9010))
+        except ConnectionRefusedError:
+            if n: bad('refused')
+            time.sleep(0.1)
+for n in itertools.count():
+    with connected() as one:
+        try:
+            one.sendall(n.to_bytes(8, 'big'))
+            if (heard := all_of(one, 8)) != n.to_bytes(8, 'big'): bad(n, heard)
+        except (OSError, EOFError) as error: bad(n, repr(error))
+    say('count', n, n)
+    time.sleep(0.01)
+"""
+)
+
+
+@pytest.mark.parametrize("mode", ["live", "stop"])
+def test_a_connection_from_one_container_to_another_that_waits_to_be_accepted(movers: Movers, mode: str) -> None:
+    """Three times out of four one waits: both containers go on until it is accepted, then both stand still."""
+    made = pod(f"short-{mode}", CONNECTS_ALL_THE_TIME)
+    made["spec"]["containers"][0]["env"] = [POD_IP]
+    made["spec"]["containers"].append(also(ACCEPTS_SLOWLY, env=[POD_IP]))
+    here = movers.create(made)
+    name = here["metadata"]["name"]
+    counts_on(movers, name)
+    for _ in range(2):
+        here, _ = movers.move(here, mode)
+        name = here["metadata"]["name"]
+        counts_on(movers, name)
+    movers.delete(name)
