@@ -54,6 +54,7 @@ def test_a_new_agent_leaves_containerd_alone(installed: Lab) -> None:
     [
         ("agent", "update", "migrations.podferry.dev --subresource=status", "yes"),
         ("agent", "list", "pods", "no"),
+        ("agent", "get", "nodes", "no"),
         ("agent", "get", "secrets", "no"),
         ("agent", "delete", "pods", "no"),
         ("agent", "create", "migrations.podferry.dev", "no"),

@@ -226,6 +226,24 @@ def test_content_beyond_what_was_agreed_is_refused(tmp_path: Path) -> None:
             receiver.feed(b"".join(records.data(10, b"0")))
 
 
+@pytest.mark.parametrize("what", ["files", "directories", "links", "parked"])
+def test_no_pass_makes_more_entries_than_may_move(what: str, tmp_path: Path) -> None:
+    """None of them has attributes, or an end, so that no total is claimed: each costs an inode, and memory."""
+    with Receiver(tmp_path, TreePolicy(max_entries=20)) as receiver:
+        receiver.feed(b"".join(records.begin(fresh=True) + directory(b"d") + records.file(b"f", How.CREATE, 0)))
+        one: Callable[[int], Record] = {
+            "files": lambda n: records.file(b"d/%d" % n, How.CREATE, 0),
+            "directories": lambda n: directory(b"d/%d" % n),
+            "links": lambda n: records.link(b"d/%d" % n, b"f"),
+            "parked": lambda n: records.park(b"f", n) + records.unpark(n, b"f"),
+        }[what]
+        for number in range(18):
+            receiver.feed(b"".join(one(number)))
+        with pytest.raises(PeerMisbehaved, match="one pass may make"):
+            receiver.feed(b"".join(one(18)))
+    assert sum(1 for _ in tmp_path.rglob("*")) <= 20
+
+
 def test_a_full_disk_is_not_the_sources_fault(prey: Prey, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")

@@ -87,7 +87,7 @@ class Receiver:
         self._in_pass = False
         self._broken = False
         self._summary: Summary | None = None
-        self._entries = self._bytes = self._total = 0
+        self._entries = self._bytes = self._total = self._made = 0
         self._digest = xxhash.xxh3_128()
         self._actions: dict[Verb, Callable[[Body], None]] = {
             Verb.BEGIN: lambda body: self._begin(fresh=body.begin()),
@@ -163,7 +163,7 @@ class Receiver:
 
     def _begin(self, *, fresh: bool) -> None:
         self._in_pass, self._summary = True, None
-        self._entries = self._bytes = 0
+        self._entries = self._bytes = self._made = 0
         if fresh:
             empty(self._root)
             self._linked = set()
@@ -177,6 +177,12 @@ class Receiver:
         self._in_pass, self._summary = False, summary
         self._forget_parent()
         self._digest.reset()
+
+    def _makes(self) -> None:
+        """A name is about to be made, or remembered: whoever sends no attributes, and no end, could have as many as he likes."""
+        self._made += 1
+        if self._made > self.policy.max_entries:
+            raise misbehaved(f"more than the {self.policy.max_entries} entries that one pass may make")
 
     # -- names -------------------------------------------------------------------------------------------------
 
@@ -219,6 +225,7 @@ class Receiver:
     def _park(self, slot: int, path: bytes) -> None:
         if slot in self._parked:
             raise misbehaved(f"the parking slot {slot} twice")
+        self._makes()
         place, name = self._place(path)
         fd, found = self._open_entry(place, name)
         os.close(fd)
@@ -240,6 +247,7 @@ class Receiver:
         self._forget_parent()  # it may be among what was removed
 
     def _link(self, path: bytes, leader: bytes) -> None:
+        self._makes()
         directory, _, old = leader.rpartition(b"/")
         source = open_beneath(self._root, directory, os.O_PATH | os.O_DIRECTORY)
         try:
@@ -258,6 +266,7 @@ class Receiver:
     def _make(self, kind: int, rdev: int, path: bytes, target: bytes) -> None:
         if (kind == stat.S_IFBLK or (kind == stat.S_IFCHR and rdev != 0)) and not self.policy.devices:
             raise misbehaved("a device node, which the policy does not allow")
+        self._makes()
         place, name = self._place(path)
         if kind == stat.S_IFDIR:
             os.mkdir(name, 0o700, dir_fd=place)
@@ -275,6 +284,7 @@ class Receiver:
     def _open(self, how: How, size: int, path: bytes) -> None:
         place, name = self._place(path)
         if how is How.CREATE:
+            self._makes()
             fd = open_beneath(place, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         else:
             handle, found = self._open_entry(place, name)

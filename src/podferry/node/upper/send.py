@@ -25,6 +25,7 @@ from typing import Self
 
 import xxhash
 
+from podferry.core.limits import FILES
 from podferry.errors import Failed, Refused
 from podferry.fs.beneath import open_beneath
 from podferry.node.upper import plan as plans
@@ -44,6 +45,9 @@ class TreePolicy:
     """Device nodes other than whiteouts move, too."""
     max_bytes: int | None = None
     """Content of all passes together."""
+    max_entries: int = 2 * FILES.most
+    """Names that one pass makes or puts aside: each costs the target an inode, or memory. No honest source needs more for a tree
+    that may move."""
 
 
 class TreeSource:
