@@ -201,3 +201,32 @@ def test_what_is_no_value_of_a_descriptor_is_refused(attribute: str, value: str)
 def test_a_pipe_does_not_become_larger_than_anybodys() -> None:
     with holder() as (pid, (_, _, pipe)):
         assert not descriptors.give(pid, f"descriptor {pipe} pipe", str(1 << 21), str(1 << 16))
+
+
+def test_how_a_file_was_opened_is_no_difference(tmp_path: Path) -> None:
+    def told(path: str, flags: int) -> str:
+        fd = os.open(path, flags)
+        try:
+            return descriptors.take(os.getpid())[f"descriptor {fd}"]
+        finally:
+            os.close(fd)
+
+    assert told(str(tmp_path), os.O_RDONLY) == told(str(tmp_path), os.O_RDONLY | os.O_DIRECTORY)
+    assert told(str(tmp_path), os.O_RDWR | os.O_TMPFILE).endswith(f" {os.O_RDWR | os.O_CLOEXEC:#o}")
+    assert told("/dev/null", os.O_RDWR | os.O_APPEND) != told("/dev/null", os.O_RDWR)
+
+
+def test_a_deleted_file_is_called_what_the_job_called_it() -> None:
+    assert descriptors.plain("/tmp/config.cr_link (deleted)") == "/tmp/config (deleted)"
+    assert descriptors.plain("/tmp/config.cr_link") == "/tmp/config.cr_link"
+
+
+def test_a_process_that_has_ended_is_in_no_inventory() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    me = os.getpid()
+    assert inventory.take(me, [child], CPUS) == {}
+    assert inventory.take(me, [me], CPUS)
+    os.waitpid(child, 0)

@@ -17,6 +17,11 @@ from functools import cache
 _PIDFD_GETFD = 438  # on every architecture
 _LARGE_FILE = 0o100000
 """Says how a descriptor was opened; of what is opened again for a restored job, another program did it."""
+_DIRECTORY, _NAMELESS = 0o200000, 0o20000000  # O_TMPFILE without O_DIRECTORY, which it contains
+if os.uname().machine == "aarch64":
+    _DIRECTORY = 0o40000
+_REMADE = ".cr_link"
+"""What CRIU adds to the name of a deleted file while it makes it anew, where its name is another's by now."""
 _GET_PIPE_SIZE, _SET_PIPE_SIZE, _GET_SEALS = 1032, 1031, 1034
 PLAIN_PIPE = 1 << 20
 """Bytes that a pipe of anybody may have, by the kernel's own setting."""
@@ -58,6 +63,17 @@ def beginning(path: str, size: int = 8192) -> bytes:
         os.close(fd)
 
 
+def plain(link: str) -> str:
+    """The name of a file as the job knows it."""
+    return link.replace(f"{_REMADE} (deleted)", " (deleted)")
+
+
+def chosen_flags(flags: int) -> int:
+    """The flags of a descriptor but for those that say how it was opened and nothing of what can be done with it: O_LARGEFILE,
+    O_DIRECTORY, and O_TMPFILE, of which the kernel does not tell whether the file may be given a name later (O_EXCL)."""
+    return flags & ~(_LARGE_FILE | _DIRECTORY | _NAMELESS)
+
+
 def give(pid: int, attribute: str, had: str, has: str) -> bool:
     """Set what `take` told of a descriptor to what it was; whether anything was set. Raises `OSError`, `ValueError`."""
     number, _, what = attribute.removeprefix("descriptor ").partition(" ")
@@ -81,7 +97,7 @@ def _descriptor(pid: int, pidfd: int, number: int) -> Iterator[tuple[str, str]]:
     kind = link.partition(":[")[0] if link.startswith(("socket:[", "pipe:[")) else ""
     told = beginning(f"/proc/{pid}/fdinfo/{number}", 2048)
     flags = int(told.partition(b"flags:")[2].split(maxsplit=1)[0], 8)
-    yield f"descriptor {number}", f"{kind or link} {flags & ~_LARGE_FILE:#o}"
+    yield f"descriptor {number}", f"{kind or plain(link)} {chosen_flags(flags):#o}"
     if locks := sorted(
         " ".join(_lock(line)) for line in told.decode(errors="replace").splitlines() if line.startswith("lock:")
     ):
@@ -155,6 +171,13 @@ def _parsed(text: str) -> Options:
         level, _, name = option.partition(":")
         found[int(level), int(name)] = int(value)
     return found
+
+
+@contextmanager
+def second(pid: int, number: int) -> Iterator[int]:
+    """A descriptor of our own for what a process has open. Raises `OSError` where it has not."""
+    with _pidfd(pid) as pidfd, _copy(pidfd, number) as fd:
+        yield fd
 
 
 @contextmanager

@@ -131,9 +131,11 @@ def _threads(init: int, pids: Iterable[int], cpuset: frozenset[int]) -> Iterator
 def _thread(pid: int, tid: int, depth: int, cpuset: frozenset[int]) -> tuple[str, dict[str, str]]:
     """The name of a thread in the pid namespace so deep below ours, and what there is to be said of it.
 
-    Raises `OSError`, and `IndexError` where it is not in there.
+    Raises `OSError`, `KeyError` where it has ended, and `IndexError` where it is not in there.
     """
     status = _status(f"/proc/{pid}/task/{tid}/status")
+    if status["State"].startswith("Z"):
+        raise KeyError("it has ended: the source's cgroup does not list it")
     name = "/".join(status[field].split()[depth - 1] for field in ("NStgid", "NSpid"))
     attributes = {key: value for key, value in status.items() if key in _OF_A_THREAD}
     attributes["comm"] = status["Name"]
@@ -162,7 +164,7 @@ def _process(pid: int) -> dict[str, str]:
             found[f"limit {line[:26].strip()}"] = " ".join(line[26:68].split())
     for name in ("cwd", "root", "exe"):
         with suppress(OSError):
-            found[name] = str(Path(f"/proc/{pid}/{name}").readlink())
+            found[name] = descriptors.plain(str(Path(f"/proc/{pid}/{name}").readlink()))
     with suppress(OSError):
         found |= descriptors.take(pid)
     return found
