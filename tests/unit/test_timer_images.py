@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from podferry.criu.images import FILES_MAGIC, parse_entries, write_entries
-from podferry.criu.timers import ABSOLUTE, SECOND, put_right
+from podferry.criu.rights import MAGIC
+from podferry.criu.timers import ABSOLUTE, SECOND, put_right, put_threads_right
 from podferry.errors import PeerMisbehaved
-from podferry.protos.pagemap_pb2 import FileEntry, TimerfdEntry
+from podferry.node.timer_threads import timer_threads
+from podferry.protos.pagemap_pb2 import FileEntry, PosixTimer, TaskTimers, TimerfdEntry
+from podferry.protos.rights_pb2 import Core
 
 pytestmark = pytest.mark.unit
 
@@ -101,3 +108,72 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "files.img").write_bytes(b"nothing of the kind")
     with pytest.raises(PeerMisbehaved):
         put_right(tmp_path)
+
+
+def core(path: Path) -> Core:
+    [found] = parse_entries(path, MAGIC["core"], Core)
+    return found
+
+
+def test_a_timer_tells_its_thread_again(tmp_path: Path) -> None:
+    """CRIU's own image of a process, to which timers are added: one that lacks its thread, and one that has it."""
+    path = tmp_path / "core-1.img"
+    shutil.copy(Path(__file__).parent / "criu_images" / path.name, path)
+    before = core(path)
+    timers = TaskTimers.FromString(before.tc.timers)
+    timers.posix.extend(
+        [
+            PosixTimer.FromString(saved(0, -1)),
+            PosixTimer.FromString(saved(1, 5)),
+            PosixTimer.FromString(saved(2, None)),
+        ]
+    )
+    before.tc.timers = timers.SerializeToString()
+    write_entries(path, MAGIC["core"], [before])
+    assert put_threads_right(tmp_path, {1: {0: 7, 1: 8}}) == 1
+    after = core(path)
+    found = TaskTimers.FromString(after.tc.timers)
+    assert [one.notify_thread_id for one in found.posix] == [7, 5, 0]
+    assert put_threads_right(tmp_path, {1: {0: 7}}) == 0
+    timers.posix[0].notify_thread_id = 7
+    before.tc.timers = timers.SerializeToString()
+    assert after.SerializeToString() == before.SerializeToString(), "nothing else has changed"
+
+
+def saved(id: int, thread: int | None) -> bytes:
+    """A timer as CRIU writes it, with fields that podferry has no names for."""
+    fields = [(1, id), (2, 1), (3, 12), (4, 4), (5, 0), (6, 0), (7, 0), (8, 10**7), (9, 0), (10, 10**6)]
+    if thread is not None:
+        fields.append((11, thread & (1 << 64) - 1))
+    return b"".join(varint(number << 3) + varint(value) for number, value in fields)
+
+
+def varint(value: int) -> bytes:
+    low, rest = value & 127, value >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+TIMER = """
+import ctypes, struct, threading
+libc, id = ctypes.CDLL(None), ctypes.c_int()
+def tell():
+    event = struct.pack("QiiI52x", 0, 12, 4, threading.get_native_id())
+    print(libc.syscall(NUMBER, 1, event, ctypes.byref(id)), id.value, threading.get_native_id(), flush=True)
+    input()
+threading.Thread(target=tell).start()
+"""
+
+
+def test_threads_that_timers_tell_are_found() -> None:
+    number = {"x86_64": 222, "aarch64": 107}[os.uname().machine]
+    argv = [sys.executable, "-c", TIMER.replace("NUMBER", str(number))]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        failed, id, thread = map(int, child.stdout.readline().split())
+        if failed or not Path(f"/proc/{child.pid}/timers").exists():
+            pytest.skip(
+                "the kernel has no timer_create, or does not tell of timers in /proc (CONFIG_CHECKPOINT_RESTORE)"
+            )
+        me = os.getpid()
+        assert timer_threads([me, child.pid]) == {child.pid: {id: thread}}
+        child.kill()

@@ -5,6 +5,9 @@
   never fires again. Jobs stand still for longer than a short interval, so such a timer is found in this state at every move. CRIU
   knows the like of other timers, and sets them to their interval (`decode_itimer`, `decode_posix_timer` in its criu/timer.c): so
   it is done here. A disarmed timer has nothing to be read.
+- **A timer of `timer_create` that tells one thread (SIGEV_THREAD_ID)**, as those of glibc's SIGEV_THREAD and of Go's profiler do,
+  is saved with -1 for the thread: in a pid namespace CRIU looks for the thread's number there before it has asked for it
+  (`encode_notify_thread_id` in its criu/timer.c). The restore fails of that; the number is put there from what /proc told.
 - **A timer that was set to a point in time** is set again to the current second and the rest that was left (`timerfd_arm` in its
   criu/pie/restorer.c, which says so): up to a second too early. On a clock that counts from a boot, which goes on in the job's time
   namespace, the rest is all there is to it, and is counted from the moment of the restore. On the clock of the wall the point in
@@ -20,7 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from podferry.criu.images import FILES_MAGIC, parse_entries, write_entries
-from podferry.protos.pagemap_pb2 import FileEntry, TimerfdEntry
+from podferry.criu.rights import MAGIC
+from podferry.node.timer_threads import TimerThreads
+from podferry.protos.pagemap_pb2 import FileEntry, TaskTimers, TimerfdEntry
+from podferry.protos.rights_pb2 import Core
 
 SECOND = 10**9
 ABSOLUTE = 1  # TFD_TIMER_ABSTIME, linux/timerfd.h
@@ -37,6 +43,23 @@ def put_right(images: Path, wall_clock: Callable[[], int] = time.time_ns) -> int
             changed += _put_right(entry.tfd, wall_clock)
     if changed:
         write_entries(path, FILES_MAGIC, entries)
+    return changed
+
+
+def put_threads_right(images: Path, told: TimerThreads) -> int:
+    """Name the threads that timers tell, where CRIU has not; in how many processes. Raises as `put_right`."""
+    changed = 0
+    for pid, threads in told.items():
+        path = images / f"core-{pid}.img"
+        [core] = parse_entries(path, MAGIC["core"], Core)
+        timers = TaskTimers.FromString(core.tc.timers)
+        wrong = [one for one in timers.posix if one.notify_thread_id < 0 and one.it_id in threads]
+        for one in wrong:
+            one.notify_thread_id = threads[one.it_id]
+        if wrong:
+            core.tc.timers = timers.SerializeToString()
+            write_entries(path, MAGIC["core"], [core])
+            changed += 1
     return changed
 
 

@@ -125,3 +125,17 @@ class FileEntry(_message.Message):
     isk: InetSkEntry
     tfd: TimerfdEntry
     def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., isk: _Optional[_Union[InetSkEntry, _Mapping]] = ..., tfd: _Optional[_Union[TimerfdEntry, _Mapping]] = ...) -> None: ...
+
+class PosixTimer(_message.Message):
+    __slots__ = ("it_id", "notify_thread_id")
+    IT_ID_FIELD_NUMBER: _ClassVar[int]
+    NOTIFY_THREAD_ID_FIELD_NUMBER: _ClassVar[int]
+    it_id: int
+    notify_thread_id: int
+    def __init__(self, it_id: _Optional[int] = ..., notify_thread_id: _Optional[int] = ...) -> None: ...
+
+class TaskTimers(_message.Message):
+    __slots__ = ("posix",)
+    POSIX_FIELD_NUMBER: _ClassVar[int]
+    posix: _containers.RepeatedCompositeFieldContainer[PosixTimer]
+    def __init__(self, posix: _Optional[_Iterable[_Union[PosixTimer, _Mapping]]] = ...) -> None: ...

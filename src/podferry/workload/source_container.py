@@ -23,7 +23,7 @@ from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.criu.checkpoint import CRIU_CONF, Hold, Process
 from podferry.criu.dump_gate import Gate
 from podferry.criu.skipped_pages import Population, complete, population, possible
-from podferry.criu.timers import put_right
+from podferry.criu.timers import put_right, put_threads_right
 from podferry.criu.vfork import freeze_apart_from_vfork
 from podferry.engine.journal import Part
 from podferry.engine.ports import IMAGES, LOG, Change, Images
@@ -31,7 +31,7 @@ from podferry.errors import PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
-from podferry.node import inventory, netns, network, watched
+from podferry.node import inventory, netns, network, terminals, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
 from podferry.node.guests import guests, show_out
 from podferry.node.netlock import Namespace
@@ -41,6 +41,7 @@ from podferry.node.rotated_log import RotatedLog
 from podferry.node.runtime import ContainerRuntime
 from podferry.node.sockets import Peers, has_connections, unaccepted
 from podferry.node.stdio import drained
+from podferry.node.timer_threads import timer_threads
 from podferry.node.unsaved_files import names_gone
 from podferry.node.upper import shared_files
 from podferry.workload.config import Config
@@ -182,8 +183,13 @@ class SourceContainer(FrozenContainer):
         return self.cgroup.pids()
 
     async def unaccepted(self, members: Collection[int]) -> tuple[str, ...]:
-        """Connections of the workload's processes, `members`, that wait to be accepted in this container's network namespace."""
-        return await self._looks.at_once(lambda: unaccepted(self._task.pid, members))
+        """What CRIU would leave out: connections of the workload's processes, `members`, that wait to be accepted in this
+        container's network namespace, and terminals of its own with what nobody has read."""
+
+        def look() -> tuple[str, ...]:
+            return (*unaccepted(self._task.pid, members), *terminals.unread(self._task.pid, self.cgroup.pids()))
+
+        return await self._looks.at_once(look)
 
     async def thaw_again(self) -> None:
         """Let the frozen container go on for a moment: `freeze` is called again. The ledger keeps the freeze."""
@@ -261,6 +267,7 @@ class SourceContainer(FrozenContainer):
         had = None
         if inventory.may_be_taken(pids := self.cgroup.pids()):
             had = inventory.take(self._task.pid, pids, inventory.cpuset(self.cgroup.freezer))
+        told = timer_threads(pids)
         locked = self._hold_loopback()
         if self.journal.held("hold") is None:
             self._hold = None  # an earlier one was taken back
@@ -286,6 +293,7 @@ class SourceContainer(FrozenContainer):
         if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
             self.dumped = Dump.THIN
         put_right(directory)
+        put_threads_right(directory, told)
         images: dict[str, bytes | Path] = {path.name: path for path in sorted(directory.iterdir())}
         if had is not None:
             images[INVENTORY] = encode(had)
