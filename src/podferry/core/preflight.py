@@ -22,7 +22,10 @@ GUARDS = "guard pages"
 """As `ContainerFacts.unsaved` names guards that madvise made (glibc has them below each thread's stack from 2.42 on)."""
 LIMITS = "limits of other users"
 """As `ContainerFacts.unsaved` names the resource limits of processes that are not root's, where nobody may read them."""
-TRACED, USER_NAMESPACE = "traced process", "nested user namespace"
+TRACED, USER_NAMESPACE, FIRST_THREAD = "traced process", "nested user namespace", "first thread"
+SECRET, GHOST, OTHER_ROOT = "secret memory", "deleted file", "another root"
+GHOST_BYTES = 64 << 20
+"""Of a file that is open and deleted: more CRIU does not copy into its images (`ghost-limit` in criu/criu.conf)."""
 """As `ContainerFacts.unsaved` names processes that CRIU cannot dump."""
 PACKET_PIPE, MESSAGE_QUEUE = "pipe in packet mode", "POSIX message queue"
 WATCHED, SEMAPHORE, CONTROLLING = "watched file", "semaphore", "controlling terminal"
@@ -257,6 +260,10 @@ def _bound(question: Question) -> Iterator[Refused]:
         "userfaultfd": "a userfaultfd of its own",
         TRACED: "a process that another one of it traces (a debugger, strace)",
         USER_NAMESPACE: "a process in a user namespace of its own (a sandbox, a rootless container)",
+        FIRST_THREAD: "a process whose first thread has ended while others go on; have the first thread wait for them",
+        SECRET: "secret memory (memfd_secret), which nobody else may read; use memory that is locked (mlock)",
+        GHOST: f"a deleted file of more than {GHOST_BYTES >> 20} MiB open; have the job close it, or keep it under a name",
+        OTHER_ROOT: "a first process with another root directory (chroot); start the job from a shell that stays where it is",
         PACKET_PIPE: "a pipe in packet mode (pipe2 with O_DIRECT); have the job use a socketpair(SOCK_SEQPACKET)",
         MESSAGE_QUEUE: "a POSIX message queue (mq_open, /dev/mqueue); have the job close it and mq_unlink it, or use another kind",
         CONTROLLING: "a shell on a pty of the container's own that has it open as /dev/tty, as dash does; use bash, which does not",

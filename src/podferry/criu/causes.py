@@ -39,6 +39,13 @@ CAUSES = (
         "run the job without io_uring (for Node.js UV_USE_IO_URING=0)",
     ),
     _cause(
+        r"Can't retrieve FD from socket",  # ETOOMANYREFS: RLIMIT_NOFILE bounds what a user has on its way in all of the machine
+        "Can't retrieve FD from socket",
+        "the kernel passes CRIU no descriptor of the job's, since processes of its user, on this node, have too many on "
+        "their way over unix sockets (SCM_RIGHTS)",
+        "migrate again; where it stays so, find who sends descriptors that nobody receives, or raise the job's limit of open files",
+    ),
+    _cause(
         r"anon_inode:\[userfaultfd\]",
         "Can't dump file 5 of that type [0] (unknown anon_inode:[userfaultfd])",
         "the job, or an agent that died while it tracked it, has a userfaultfd, which CRIU cannot save",

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from podferry.core.facts import Bind, ContainerFacts
-from podferry.core.preflight import INTERFACE, TRACED, USER_NAMESPACE
+from podferry.core.preflight import (
+    FIRST_THREAD,
+    GHOST,
+    GHOST_BYTES,
+    INTERFACE,
+    OTHER_ROOT,
+    SECRET,
+    TRACED,
+    USER_NAMESPACE,
+)
 from podferry.errors import Failed
 from podferry.node import netns, network
 from podferry.node.cgroup import Cgroup
@@ -28,6 +37,9 @@ SAVED = frozenset({"eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "t
 PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)})
 PTS_MAJORS = range(136, 144)
 LISTED = 32  # of each kind, at most: facts travel
+_SECRET = "/secretmem"
+"""How the kernel names what memfd_secret(2) makes."""
+_MEMORY = ("/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage", _SECRET)
 _ANONYMOUS = re.compile(r"anon_inode:\[?([^\]]+)\]?")
 
 
@@ -110,9 +122,18 @@ class _Open:
         for link, status in _open_files(pids):
             if _is_device(status):
                 found.devices.add(link)
+            elif link.startswith(_SECRET):
+                found.unsaved.add(SECRET)
+            elif _is_ghost(link, status) and status.st_blocks * 512 > GHOST_BYTES:
+                found.unsaved.add(GHOST)
             elif (kind := _ANONYMOUS.match(link)) and kind[1] not in SAVED:
                 found.unsaved.add(kind[1])
         return found
+
+
+def _is_ghost(link: str, found: os.stat_result) -> bool:
+    """Whether it is a file that was deleted and lives on in a process alone, other than memory that looks like one."""
+    return stat.S_ISREG(found.st_mode) and not found.st_nlink and not link.startswith(_MEMORY)
 
 
 def _is_device(found: os.stat_result) -> bool:
@@ -148,14 +169,28 @@ def _allowed_devices(spec: dict[str, Any]) -> Iterator[str]:
 
 
 def unsaved_processes(init: int, pids: Collection[int]) -> Iterator[str]:
-    """What CRIU cannot save of the processes themselves: one that another of them traces, or in a user namespace of its own."""
+    """What CRIU cannot save of the processes themselves: one that another of them traces, in a user namespace of its
+    own, whose first thread has ended, or that has secret memory."""
+    with contextlib.suppress(OSError):
+        if os.readlink(f"/proc/{init}/root") != "/":  # noqa: PTH115 - of another mount namespace
+            yield OTHER_ROOT  # CRIU reads the mounts from its mountinfo, which lists what is below its root
     for pid in pids:
         with contextlib.suppress(OSError, ValueError):
             status = Path(f"/proc/{pid}/status").read_text()
             if (tracer := re.search(r"^TracerPid:\s+(\d+)$", status, re.MULTILINE)) and int(tracer[1]) in pids:
                 yield TRACED
+            if re.search(r"^State:\s+Z", status, re.MULTILINE) and _more_threads(pid):
+                yield FIRST_THREAD
+                continue
+            if _SECRET in Path(f"/proc/{pid}/maps").read_text():
+                yield SECRET
             if Path(f"/proc/{pid}/ns/user").readlink() != Path(f"/proc/{init}/ns/user").readlink():
                 yield USER_NAMESPACE
+
+
+def _more_threads(pid: int) -> bool:
+    """Whether a process has a thread beside its first."""
+    return any(one.name != str(pid) for one in Path(f"/proc/{pid}/task").iterdir())
 
 
 def _host_namespaces(pid: int) -> Iterator[str]:
