@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: help setup demo demo-kubernetes evaluation image test smoke unit lint format lock proto clean
+.PHONY: help setup demo demo-kubernetes evaluation image test smoke unit what-moves lint format lock proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 18
@@ -26,6 +26,10 @@ evaluation: $(STAMP) ## measure everything for 90 minutes and write evaluation/i
 
 image: $(STAMP) ## build the container image for a cluster into podferry.tar; needs root
 	scripts/image $(VENV) podferry.tar
+
+what-moves: $(STAMP) ## move every job of tests/lab/matrix.py in each mode, and write docs/what-moves.md; needs root and half an hour
+	$(VENV)/bin/python scripts/what-moves --debian trixie $(WHAT)
+	$(VENV)/bin/python scripts/what-moves --debian forky $(WHAT)
 
 lint: $(STAMP)  ## formatting, lints, types, import contracts
 	$(VENV)/bin/ruff format --check src tests

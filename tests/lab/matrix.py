@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+JOBS = Path(__file__).parent / "jobs"
 
 
 @dataclass(frozen=True)
@@ -11,7 +16,8 @@ class Situation:
 
     It moves, unless `refused` names a part of what `check` says against it; `remedy` is then what to do, for the docs. With
     `sockets` it needs a CRIU that saves TCP and UDP sockets on the kernel it runs on, and is refused where there is none.
-    `differs` is part of what the agents say that it has not kept.
+    `differs` is part of what the agents say that it has not kept. It shows whether it was harmed when it has counted to `tells_at`.
+    With `other_user` it has a user that is not root, and is refused where the agents lack CAP_SYS_RESOURCE.
     """
 
     name: str
@@ -21,6 +27,21 @@ class Situation:
     sockets: bool = False
     job: str = "counting situations"
     differs: str = ""
+    tells_at: int = 0
+    other_user: bool = False
+
+    @property
+    def family(self) -> str:
+        """The file that has it."""
+        return self.job.split()[-1]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What `check` says against a situation, in part, and what is to be done."""
+
+    says: str
+    remedy: str
 
 
 TIMERS = (
@@ -157,4 +178,51 @@ KEPT = (
     ),
 )
 
-SITUATIONS = (*TIMERS, *MEMORY, *PROCESSES, *NETWORK, *KEPT)
+_THREADS = Refusal("first thread has ended", "have the first thread wait for the others")
+REFUSED: dict[str, Refusal] = {
+    "traced_child": Refusal("another one of it traces", "end the debugger"),
+    "own_users": Refusal("user namespace of its own", "run the job without a sandbox of its own"),
+    "faults_by_descriptor": Refusal("userfaultfd", "run the job without it"),
+    "rings_of_io": Refusal("io_uring", "for Node.js UV_USE_IO_URING=0"),
+    "secret_memory": Refusal("memfd_secret", "memory that is locked (mlock)"),
+    "file_unlinked_of_80_mib": Refusal("deleted file of more than 64 MiB", "close it, or keep it under a name"),
+    "inotify_of_a_file_that_is_gone": Refusal("inotify", "watch the directory"),
+    "another_root": Refusal("chroot", "start it from a shell that stays where it is"),
+    "first_thread_gone": _THREADS,
+    "first_thread_of_a_child_gone": _THREADS,
+}
+"""Of the families below, those that `check` refuses."""
+OTHER_USERS = frozenset({"another_user", "child_of_another_user"})
+"""Of them those of which an agent without CAP_SYS_RESOURCE may not read all that it must."""
+
+
+def family(file: str) -> Iterator[Situation]:
+    """The situations of a file of `jobs/`: what each is called is what it is, and the first line of its docstring says more."""
+    text = (JOBS / f"{file}.py").read_text()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and any(
+            isinstance(one, ast.Name) and one.id == "situation" for one in node.decorator_list
+        ):
+            said, source = ast.get_docstring(node), ast.get_source_segment(text, node) or ""
+            what = node.name.replace("_", " ") + (f": {said.splitlines()[0].rstrip('.')}" if said else "")
+            refusal = REFUSED.get(node.name, Refusal("", ""))
+            yield Situation(
+                node.name,
+                what,
+                refused=refusal.says,
+                remedy=refusal.remedy,
+                sockets=needs_sockets(source),
+                job=f"counting {file}",
+                other_user=node.name in OTHER_USERS,
+                tells_at=1510 if "1500" in source or "backlog(" in source else 0,
+            )
+
+
+def needs_sockets(source: str) -> bool:
+    """Whether it has TCP or UDP sockets."""
+    words = ("create_server", "AF_INET", "asyncio", "socket.socket()")
+    return any(word in source for word in words)
+
+
+FAMILIES = tuple(one for file in ("memory_shared", "sockets", "files", "processes") for one in family(file))
+SITUATIONS = (*TIMERS, *MEMORY, *PROCESSES, *NETWORK, *KEPT, *FAMILIES)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from matrix import SITUATIONS, Situation
-from moving import A, B, Cluster, Witness, other
+from moving import A, B, Cluster, Witness, other, until
 
 from podferry.core.preflight import SOCKETS_CRIU, numbers
 from podferry.lab import Lab
@@ -47,11 +48,22 @@ def test_situation(cluster: Cluster, name: str, situation: Situation) -> None:
         refused(cluster, name, situation.refused)
     elif situation.sockets and not saves_sockets(cluster):
         refused(cluster, name, "CRIU cannot save TCP and UDP sockets")
+    elif situation.other_user and not may_read_limits_of_others():
+        refused(cluster, name, "may not read the resource limits")
     else:
-        there_and_back(cluster, name, situation.differs)
+        rehearsed(cluster, name)
+        there_and_back(cluster, name, situation.differs, situation.tells_at)
 
 
-def there_and_back(cluster: Cluster, name: str, differs: str = "") -> None:
+def rehearsed(cluster: Cluster, name: str) -> None:
+    """`check` says yes, and so does a rehearsal, which the job does not feel."""
+    answer = cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True)
+    assert answer["movable"], answer["refusals"]
+    assert answer["rehearsal"]["outcome"] == "rehearsed"
+    cluster.goes_on(A, name)
+
+
+def there_and_back(cluster: Cluster, name: str, differs: str = "", tells_at: int = 0) -> None:
     """One move in each mode. What the agents say that the job has not as it had it, is what `differs` says."""
     here = A
     with Witness(cluster, name) as witness:
@@ -62,7 +74,17 @@ def there_and_back(cluster: Cluster, name: str, differs: str = "") -> None:
             assert all(differs and differs in one for one in record["differences"]), record["differences"]
             here = other(here)
             cluster.goes_on(here, name)
+        until(
+            lambda: cluster.counted(here, name) >= tells_at or cluster.goes_on(here, name),
+            "it tells whether it was harmed",
+        )
         witness.testify(name)
+
+
+def may_read_limits_of_others() -> bool:
+    """Whether the agents of this machine's lab have CAP_SYS_RESOURCE, as this process has it or not."""
+    status = Path("/proc/self/status").read_text()
+    return bool(int(status.partition("CapEff:")[2].split()[0], 16) >> 24 & 1)
 
 
 def saves_sockets(cluster: Cluster) -> bool:

@@ -174,7 +174,7 @@ class SourceWorkload(FrozenWorkload):
             await anyio.sleep(pause)
             waited += pause
         raise Failed(
-            "the job cannot be dumped: whenever it is frozen, a connection of its own waits to be accepted or a terminal to be read",
+            "the job cannot be dumped: whenever it is frozen, a connection waits to be accepted or a terminal to be read",
             why=f"{', '.join(waiting[:4])}; it was frozen {len(ACCEPT_PAUSES) + 1} times, and ran for {waited:.1f} s between them",
             remedy="migrate when the job accepts its connections and reads its terminals, or have it close what it leaves waiting",
         )

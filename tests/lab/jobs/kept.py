@@ -52,8 +52,8 @@ def timer_slack():
 @situation
 def batch_with_a_nice_value():
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    os.nice(5)
-    keeps("scheduler", (os.SCHED_BATCH, 5), lambda: (os.sched_getscheduler(0), os.nice(0)))
+    value = os.nice(5)
+    keeps("scheduler", (os.SCHED_BATCH, value), lambda: (os.sched_getscheduler(0), os.nice(0)))
 
 
 @situation
