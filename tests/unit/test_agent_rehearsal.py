@@ -44,7 +44,7 @@ def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *faults: Fault, **
 def test_a_job_goes_on_before_its_images_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = rehearse(tmp_path, monkeypatch)
     record = stage.records["a"]
-    assert record["outcome"] == "rehearsed"
+    assert (record["outcome"], stage.records["b"]["outcome"]) == ("rehearsed", "rehearsed")
     assert stage.phases("b") == ["receive", "poised", "ready", "giving-up", "gave-up"]
     assert (record["memory_bytes"], record["upper_bytes"], record["downtime_ms"]) == (0, 0, None)
     steps = [span["name"] for span in record["spans"]]
@@ -105,6 +105,7 @@ def test_a_dump_that_fails_is_the_answer(tmp_path: Path, monkeypatch: pytest.Mon
     assert answer["movable"] is False
     assert answer["refusals"][0]["what"] == "a fault of the test's"
     assert answer["rehearsal"]["outcome"] == "rolled-back"
+    assert stage.records["b"]["outcome"] == "rolled-back"
 
 
 def test_the_target_takes_no_go_of_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

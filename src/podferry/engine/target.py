@@ -81,7 +81,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._error: PodferryError | None = None
         self._word_known = anyio.Event()
         self._one_gives_up = anyio.Lock()
-        self._still_here = False
+        self._still_here = self._judged = False
         self._fetches: set[anyio.CancelScope] = set()
         self._expected: list[StatePart] = []
         self._pages_lost = anyio.Event()
@@ -276,6 +276,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
     async def _verify(self, end: StateEnd) -> None:
         with self.story.span("check what arrived", "target"):
             await self.job.verify(end)
+        self._judged = True
         self.fire(TargetEvent.READY)
         await self.at_gate()
 
@@ -356,13 +357,19 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                     await self._clear()
                 self._error = cause
                 await self.fire_anyway(TargetEvent.DIED if ran else TargetEvent.GONE, note=str(cause))
-                self.story.end(Outcome.FAILED if ran else Outcome.ROLLED_BACK, str(cause), cause)
+                self.story.end(self._outcome(ran=ran), str(cause), cause)
                 self._error = self.story.error
                 self._word_known.set()
                 self.close()
         if channel is not None:
             with anyio.move_on_after(2.0):
                 await _say(channel, GaveUp(self.story.id, ErrorReport.of(cause)))
+
+    def _outcome(self, *, ran: bool) -> Outcome:
+        """Of what will not run here: a rehearsal has come to its end when nothing was against the images."""
+        if ran:
+            return Outcome.FAILED
+        return Outcome.REHEARSED if self._judged and self.journal.facts.get("rehearsal") else Outcome.ROLLED_BACK
 
     async def _is_still_here(self) -> bool:
         """Asked until there is an answer: without one, nothing can be said to the source."""
