@@ -180,6 +180,10 @@ KEPT = (
 
 _THREADS = Refusal("first thread has ended", "have the first thread wait for the others")
 REFUSED: dict[str, Refusal] = {
+    **dict.fromkeys(
+        ("unix_backlog", "unix_backlog_with_data", "tcp_backlog", "tcp_backlog_with_data"),
+        Refusal("its listener does not accept", "accept the connection, or close either end"),
+    ),
     "traced_child": Refusal("another one of it traces", "end the debugger"),
     "own_users": Refusal("user namespace of its own", "run the job without a sandbox of its own"),
     "faults_by_descriptor": Refusal("userfaultfd", "run the job without it"),

@@ -15,6 +15,8 @@ Written by `make what-moves` from a run: each job was started on one node of a l
 what it has is as it was. What was not run is not here. `make test` runs a tenth of it, another one each time; the marker `slow`
 has all.
 
+Two jobs are moved at a time, on whatever machine there is: how long they stood still says more of that than of podferry.
+
 A job **moves** where all of them completed, it counted on without a gap or repeat, and found nothing changed. It is **refused**
 where `check` says no, and nothing was touched. **Rolled back**: `check` said yes, and the move no. **Harmed**: it moved, and is
 not as it was.

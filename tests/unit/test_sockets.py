@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,24 @@ def test_what_waits_to_be_accepted_is_told() -> None:
             accepted, _ = server.accept()
             with accepted:
                 assert not any(f":{port}" in one for one in sockets.unaccepted(ME, [ME]))
+
+
+@pytest.mark.parametrize("address", ["\0unaccepted", "unaccepted.sock"])
+def test_what_waits_at_a_unix_socket_is_told(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"unix socket {address.replace(chr(0), '@')}"
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(address)
+        server.listen()
+        assert name not in sockets.unaccepted(ME, [ME])
+        client.connect(address)
+        client.sendall(b"hello")
+        assert name in sockets.unaccepted(ME, [ME])
+        assert name in sockets.unaccepted_for(0.01, ME, [ME])
+        assert sockets.unaccepted(ME, []) == ()
+        with server.accept()[0]:
+            assert name not in sockets.unaccepted(ME, [ME])
+    assert sockets.unaccepted_for(60.0, ME, []) == (), "nothing is waited for"
 
 
 def test_whoever_has_said_all_before_it_is_accepted_waits_too() -> None:

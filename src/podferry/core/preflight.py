@@ -32,6 +32,8 @@ WATCHED, SEMAPHORE, CONTROLLING = "watched file", "semaphore", "controlling term
 """As `ContainerFacts.unsaved` names what is open, and CRIU cannot save."""
 SOCKETS = "internet sockets"
 """As `ContainerFacts.unsaved` names TCP, UDP and raw sockets, where the kernel does not let CRIU save them before 4.2."""
+UNACCEPTED = "unaccepted connection"
+"""As `ContainerFacts.unsaved` names connections within the job that nobody accepts."""
 CORKED = "corked UDP socket"
 """As `ContainerFacts.unsaved` names datagram sockets with a datagram that is not sent yet."""
 MPTCP = "MPTCP socket"
@@ -264,6 +266,7 @@ def _bound(question: Question) -> Iterator[Refused]:
         SECRET: "secret memory (memfd_secret), which nobody else may read; use memory that is locked (mlock)",
         GHOST: f"a deleted file of more than {GHOST_BYTES >> 20} MiB open; have the job close it, or keep it under a name",
         OTHER_ROOT: "a first process with another root directory (chroot); start the job from a shell that stays where it is",
+        UNACCEPTED: "a connection of its own that its listener does not accept; have it accept the connection, or close either end",
         PACKET_PIPE: "a pipe in packet mode (pipe2 with O_DIRECT); have the job use a socketpair(SOCK_SEQPACKET)",
         MESSAGE_QUEUE: "a POSIX message queue (mq_open, /dev/mqueue); have the job close it and mq_unlink it, or use another kind",
         CONTROLLING: "a shell on a pty of the container's own that has it open as /dev/tty, as dash does; use bash, which does not",

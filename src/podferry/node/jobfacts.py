@@ -21,13 +21,14 @@ from podferry.core.preflight import (
     OTHER_ROOT,
     SECRET,
     TRACED,
+    UNACCEPTED,
     USER_NAMESPACE,
 )
 from podferry.errors import Failed
 from podferry.node import netns, network
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
-from podferry.node.sockets import to_others, unsaved_sockets
+from podferry.node.sockets import to_others, unaccepted_for, unsaved_sockets
 from podferry.node.unsaved_files import unsaved_files
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts", "time")
@@ -36,6 +37,7 @@ SAVED = frozenset({"eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "t
 # null, zero, full, random, urandom; tty, console, ptmx; pseudo-terminals.
 PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)})
 PTS_MAJORS = range(136, 144)
+SECONDS_TO_ACCEPT = 0.5
 LISTED = 32  # of each kind, at most: facts travel
 _SECRET = "/secretmem"
 """How the kernel names what memfd_secret(2) makes."""
@@ -61,6 +63,7 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
                 *has_open.unsaved,
                 *unsaved_processes(task.pid, pids),
                 *unsaved_sockets(pids),
+                *([UNACCEPTED] if unaccepted_for(SECONDS_TO_ACCEPT, task.pid, pids) else ()),
                 *unsaved_files(task.pid, pids),
                 *_interfaces(task.pid, spec),
             ]

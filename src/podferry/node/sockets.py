@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -21,6 +22,8 @@ OTHERS = frozenset({"UNIX", "UNIX-STREAM", "NETLINK", "PACKET"})
 """What CRIU saves (`can_dump_ipproto` in its criu/sk-inet.c, and criu/sockets.c), as the kernel names it (`struct proto`)."""
 
 
+LOOKS = 5
+_CONNECTING = "02"  # SS_CONNECTING of linux/net.h
 LISTED = 32  # at most: facts travel
 _WAITS_TO_BE_ACCEPTED = frozenset({"01", "03", "08"})
 """ESTABLISHED; SYN_RECV: the queue is full, or the listener defers; CLOSE_WAIT: the client has said all it had to say."""
@@ -112,6 +115,41 @@ def _to_others(pid: int, pids: Iterable[int]) -> Iterator[tuple[Connection, int,
 
 def unaccepted(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
     """Connections of the processes `pids`, in the network namespace of `pid`, that another end there has not accepted yet."""
+    pids = tuple(pids)
+    return (*_unaccepted_tcp(pid, pids), *_unaccepted_unix(pid, pids))
+
+
+def unaccepted_for(seconds: float, pid: int, pids: Iterable[int]) -> tuple[str, ...]:
+    """Those of them that wait for so long: nobody is about to accept them."""
+    pids = tuple(pids)
+    found = unaccepted(pid, pids)
+    for _ in range(LOOKS if found else 0):
+        time.sleep(seconds / LOOKS)
+        there = unaccepted(pid, pids)
+        found = tuple(one for one in found if one in there)
+    return found
+
+
+def _unaccepted_unix(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
+    """The names of unix sockets of these processes at which somebody waits. CRIU dumps no such connection with data in it. What
+    waits has no inode yet, and the name of its listener (`unix_seq_show` in the kernel's net/unix/af_unix.c)."""
+    lines: list[list[str]] = []
+    with suppress(OSError):
+        lines = [
+            line.split(maxsplit=7)
+            for line in Path(f"/proc/{pid}/net/unix").read_text(errors="replace").splitlines()[1:]
+        ]
+    named = [words for words in lines if len(words) == 8]
+    waiting = {name for *_, state, inode, name in named if (state, inode) == (_CONNECTING, "0")}
+    if not waiting:
+        return ()
+    inodes = {inode for owner in pids for inode in _open_in(owner)}
+    return tuple(
+        sorted({f"unix socket {name}" for *_, inode, name in named if name in waiting and int(inode) in inodes})
+    )
+
+
+def _unaccepted_tcp(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
     there = list(connections(pid))
     waiting = {
         (_plain(one.local), _plain(one.remote)) for one in there if not one.inode and one.state in _WAITS_TO_BE_ACCEPTED
