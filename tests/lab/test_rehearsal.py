@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from moving import A, B, Cluster, Witness, until
+from moving import PATIENCE, A, B, Cluster, Witness, until
 
 from podferry.cli.client import AgentUnreachable
 from podferry.core.phases import SourcePhase
@@ -31,7 +31,7 @@ def test_a_job_goes_on_and_its_move_is_forecast(cluster: Cluster, name: str) -> 
     cluster.start(name, "counting situations", "idle_with_shared_memory")
     with Witness(cluster, name) as witness:
         for _ in range(3):
-            answer = cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True)
+            answer = cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True, max_freeze_s=PATIENCE)
             assert answer["movable"], answer
             told = answer["rehearsal"]
             assert told["outcome"] == "rehearsed"
@@ -54,7 +54,7 @@ def test_an_agent_that_is_killed_in_the_middle_leaves_the_job_running(cluster: C
 
         def ask() -> None:
             with suppress(AgentUnreachable):
-                cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True)
+                cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True, max_freeze_s=PATIENCE)
 
         asked = cluster._pool.submit(ask)
         until(lambda: is_frozen(cluster, name), "the job is frozen")
@@ -78,7 +78,7 @@ def test_what_a_look_does_not_see_a_rehearsal_finds(cluster: Cluster, name: str)
     criu.write_text(f'#!/bin/sh\ncase "$*" in *swrk*) exit 1;; esac\nexec {found}.real "$@"\n')
     criu.chmod(0o755)
     try:
-        answer = cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True)
+        answer = cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True, max_freeze_s=PATIENCE)
     finally:
         real.rename(criu)
     assert answer["rehearsal"]["outcome"] == "rolled-back", answer

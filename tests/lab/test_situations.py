@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from matrix import SITUATIONS, Situation
-from moving import A, B, Cluster, Witness, other, until
+from matrix import FAMILIES, SITUATIONS, Situation
+from moving import PATIENCE, A, B, Cluster, Witness, other, until
 
 from podferry.core.preflight import SOCKETS_CRIU, numbers
 from podferry.lab import Lab
@@ -21,7 +21,9 @@ from podferry.node.sockets import credentials_may_be_asked
 pytestmark = pytest.mark.lab
 MODES = ("live", "stop", "postcopy")
 SEED = int(os.environ.get("PODFERRY_SEED") or random.randrange(1 << 16))
-TENTH = {one.name for one in random.Random(SEED).sample(SITUATIONS, max(3, len(SITUATIONS) // 10))}
+OFTEN = [one for one in SITUATIONS if one not in FAMILIES]
+"""Those of the families are all slow for now: not each has been run on each CRIU yet (docs/what-moves.md)."""
+TENTH = {one.name for one in random.Random(SEED).sample(OFTEN, max(3, len(OFTEN) // 10))}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_situation(cluster: Cluster, name: str, situation: Situation) -> None:
 
 def rehearsed(cluster: Cluster, name: str) -> None:
     """`check` says yes, and so does a rehearsal, which the job does not feel."""
-    answer = cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True)
+    answer = cluster.agent(A).call("check", timeout=None, name=name, to=B, rehearse=True, max_freeze_s=PATIENCE)
     assert answer["movable"], answer["refusals"]
     assert answer["rehearsal"]["outcome"] == "rehearsed"
     cluster.goes_on(A, name)

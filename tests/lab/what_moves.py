@@ -12,15 +12,17 @@ HEAD = """# What moves
 
 Written by `make what-moves` from a run: each job was started on one node of a lab, looked at (`check`), rehearsed (`check
 --rehearse`), and moved there and back in each of the modes that its line names. It counts all the while and looks whether
-what it has is as it was. What was not run is not here. `make test` runs a tenth of it, another one each time; the marker `slow`
-has all.
+what it has is as it was. What was not run is not here. `tests/lab/test_situations.py` moves them as tests.
 
 Two jobs are moved at a time, on whatever machine there is: how long they stood still says more of that than of podferry.
 
 A job **moves** where all of them completed, it counted on without a gap or repeat, and found nothing changed. It is **refused**
 where `check` says no, and nothing was touched. **Rolled back**: `check` said yes, and the move no. **Harmed**: it moved, and is
-not as it was.
+not as it was. **To run again**: what was seen is no more so, since podferry or the job was mended.
 """
+
+
+KINDS = ("moves", "refused", "rolled back", "harmed", "to run again")
 
 
 def render(results: Path) -> str:
@@ -47,15 +49,17 @@ def read(path: Path) -> dict[str, Result]:
 
 def summary(runs: Mapping[str, Mapping[str, Result]]) -> Iterable[str]:
     """How many of each kind there are."""
-    yield row("CRIU", "jobs", "move", "refused", "rolled back", "harmed")
-    yield "|---|---|---|---|---|---|"
+    yield row("CRIU", "jobs", "move", "refused", "rolled back", "harmed", "to run again")
+    yield "|---|---|---|---|---|---|---|"
     for version, run in runs.items():
         kinds = [kind(one) for one in run.values()]
-        yield row(version, len(kinds), *(kinds.count(one) for one in ("moves", "refused", "rolled back", "harmed")))
+        yield row(version, len(kinds), *(kinds.count(one) for one in KINDS))
 
 
 def kind(one: Result) -> str:
     """What became of it, in a word."""
+    if "stale" in one:
+        return "to run again"
     if "harmed" in one:
         return "harmed"
     if one.get("check"):
@@ -75,6 +79,8 @@ def verdict(one: Result | None) -> str:
             return f"moves ({modes}); stood still for {stood} ms at most" + (
                 f"; differs: {text(differs)}" if differs else ""
             )
+        case "to run again":
+            return f"to run again: {text(one['stale'])}"
         case "refused":
             return f"refused: {text(one['check'][0])}. {sentence(one['remedies'][0])}"
         case "rolled back":

@@ -36,7 +36,7 @@ def agent_keeps_the_contract(client: AgentClient, name: str, to: str) -> Record:
     assert set(check) >= CHECK
     assert (check["source"], check["target"], check["movable"]) == (node, to, True)
 
-    rehearsed = client.call("check", timeout=None, name=name, to=to, rehearse=True)
+    rehearsed = client.call("check", timeout=None, name=name, to=to, rehearse=True, max_freeze_s=120.0)
     assert set(rehearsed) >= {*CHECK, "rehearsal"}
     assert set(rehearsed["rehearsal"]) >= REHEARSAL
     assert (rehearsed["movable"], rehearsed["rehearsal"]["outcome"]) == (True, "rehearsed")

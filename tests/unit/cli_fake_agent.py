@@ -68,7 +68,9 @@ class FakeAgent:
     async def node(self, emit: Emit) -> dict[str, Any]:
         return {"node": self.node_name, "version": "0"}
 
-    async def check(self, emit: Emit, name: str, to: str, *, rehearse: bool = False) -> dict[str, Any]:
+    async def check(
+        self, emit: Emit, name: str, to: str, *, rehearse: bool = False, max_freeze_s: float | None = None
+    ) -> dict[str, Any]:
         self._known(name)
         refusals = [io_uring().to_dict()] if name == "greedy" or (rehearse and name == "weak") else []
         rehearsal = {"id": "m1", "outcome": "rolled-back" if refusals else "rehearsed"}

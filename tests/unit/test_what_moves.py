@@ -29,16 +29,18 @@ def test_the_document_says_what_was_seen(tmp_path: Path) -> None:
     refused = first | {"name": "two", "check": ["it has a | ring: CRIU does not save it"], "remedies": ["close it"]}
     back = first | {"name": "three", "failed": "cannot dump", "failed_remedy": "wait"}
     harmed = first | {"name": "four", "harmed": "BAD lost"}
-    lines = [json.dumps(one) for one in (first, refused, back, harmed)]
+    stale = first | {"name": "five", "harmed": "BAD lost", "stale": "it was lost"}
+    lines = [json.dumps(one) for one in (first, refused, back, harmed, stale)]
     (tmp_path / "criu-4.1.1.jsonl").write_text("\n".join(lines))
     (tmp_path / "criu-4.2.jsonl").write_text(lines[0])
     document = render(tmp_path)
-    assert "| 4.1.1 | 4 | 1 | 1 | 1 | 1 |" in document
-    assert "| 4.2 | 1 | 1 | 0 | 0 | 0 |" in document
+    assert "| 4.1.1 | 5 | 1 | 1 | 1 | 1 | 1 |" in document
+    assert "| 4.2 | 1 | 1 | 0 | 0 | 0 | 0 |" in document
     assert "| `one` | one thing | moves (live, postcopy, stop); stood still for 120 ms at most |" in document
     assert "refused: it has a \\| ring: CRIU does not save it. Close it. | not run |" in document
     assert "**rolled back**: cannot dump. Wait." in document
     assert "**harmed**: BAD lost" in document
+    assert "| to run again: it was lost | not run |" in document
 
 
 def test_harm_comes_before_everything_else() -> None:

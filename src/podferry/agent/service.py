@@ -198,11 +198,14 @@ class Agent:
         facts = await run(self.pods.node_facts if self.config.crio else self.inspection.node_facts)
         return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers), **facts.to_dict()}
 
-    async def op_check(self, emit: Emit, name: str, to: str, *, rehearse: bool = False) -> Record:
+    async def op_check(
+        self, emit: Emit, name: str, to: str, *, rehearse: bool = False, max_freeze_s: float | None = None
+    ) -> Record:
         """Could this container move there? Nothing is touched, unless it is to be rehearsed as well."""
         answer = await self._check(name, to)
         if rehearse and answer["movable"]:
-            source, story = await self._set_out(name, to, REHEARSAL, Rehearsal)
+            order = replace(REHEARSAL, max_freeze=max_freeze_s or REHEARSAL.max_freeze)
+            source, story = await self._set_out(name, to, order, Rehearsal)
             await source.ended.wait()
             answer |= told(story.to_dict())
         return answer

@@ -37,7 +37,8 @@ SAVED = frozenset({"eventfd", "eventpoll", "inotify", "fanotify", "signalfd", "t
 # null, zero, full, random, urandom; tty, console, ptmx; pseudo-terminals.
 PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)})
 PTS_MAJORS = range(136, 144)
-SECONDS_TO_ACCEPT = 0.5
+SECONDS_TO_ACCEPT = 3.0
+"""For as long as a freeze waits for it at least (`workload/source.py`)."""
 LISTED = 32  # of each kind, at most: facts travel
 _SECRET = "/secretmem"
 """How the kernel names what memfd_secret(2) makes."""

@@ -123,7 +123,9 @@ def unaccepted_for(seconds: float, pid: int, pids: Iterable[int]) -> tuple[str, 
     """Those of them that wait for so long: nobody is about to accept them."""
     pids = tuple(pids)
     found = unaccepted(pid, pids)
-    for _ in range(LOOKS if found else 0):
+    for _ in range(LOOKS):
+        if not found:
+            break
         time.sleep(seconds / LOOKS)
         there = unaccepted(pid, pids)
         found = tuple(one for one in found if one in there)
