@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,3 +230,24 @@ async def test_a_node_is_drained_and_the_terminal_shows_each_pod(world: World, r
     assert (code, "is not being drained" in err) == (2, True)
     code, _, err = await run("drain", "no-such-node")
     assert (code, "there is no node no-such-node" in err) == (2, True)
+
+
+async def test_list_watch_says_each_change_until_ctrl_c(world: World, control_plane: Path) -> None:
+    await world.pod()
+    world.controller()
+    environment = {**os.environ, "KUBECONFIG": str(control_plane), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    argv = [str(BIN / "kubectl-podferry"), "list", "-n", world.namespace, "--watch"]
+    async with await anyio.open_process(argv, env=environment, stderr=None) as watching:
+        await world.migrate()
+        await world.agents_move()
+        assert watching.stdout is not None
+        said = ""
+        with anyio.fail_after(60):
+            while "Completed" not in said:
+                said += (await watching.stdout.receive()).decode()
+        watching.send_signal(signal.SIGINT)
+        with anyio.fail_after(30):
+            assert await watching.wait() == 130
+    assert "move  train" in said
+    assert f"{world.nodes[0]} > {world.nodes[1]}" in said
+    assert "stopped for 42ms" in said

@@ -17,6 +17,7 @@ from podferry.cli import kubectl_drain as draining
 from podferry.cli import kubectl_moves as moves
 from podferry.cli import kubectl_preview as previewing
 from podferry.cli import kubectl_tables as tables
+from podferry.cli import kubectl_watch as watching
 from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.running import run_program
@@ -352,6 +353,9 @@ def drain(
 def list_(
     *,
     all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on: those that have not ended, and what changes, until Ctrl-C.")
+    ] = False,
     json: Json = False,
     namespace: Namespace = None,
     context: Context = None,
@@ -359,9 +363,17 @@ def list_(
 ) -> None:
     """List the migrations, the newest last.
 
-    Example: [bold]kubectl podferry list -A[/]
+    Examples:
+
+    [bold]kubectl podferry list -A[/]
+
+    [bold]kubectl podferry list -A --watch[/]
     """
-    found = _do(partial(moves.migrations, ClusterOptions(namespace, context, kubeconfig), everywhere=all_namespaces))
+    where = ClusterOptions(namespace, context, kubeconfig)
+    if watch:
+        _do(partial(watching.watch, where, everywhere=all_namespaces, json=json))
+        raise typer.Exit(Exit.LEFT)
+    found = _do(partial(moves.migrations, where, everywhere=all_namespaces))
     if json:
         print_json({"migrations": [one.to_json() for one in found]})
     else:

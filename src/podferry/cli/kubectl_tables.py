@@ -30,6 +30,11 @@ def print_migrations(found: list[Migration], *, namespaces: bool) -> None:
     if not found:
         stderr().print("no migrations")
         return
+    stdout().print(migrations_table(found, namespaces=namespaces))
+
+
+def migrations_table(found: list[Migration], *, namespaces: bool) -> Table:
+    """A line for each."""
     titles = [
         *(["NAMESPACE"] if namespaces else []),
         "NAME",
@@ -55,7 +60,7 @@ def print_migrations(found: list[Migration], *, namespaces: bool) -> None:
             words(status.downtime or ""),
             words(_age(str(one.metadata.get("creationTimestamp")))),
         )
-    stdout().print(table)
+    return table
 
 
 def print_end(migration: Migration) -> None:
