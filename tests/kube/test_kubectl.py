@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from anyio import to_thread
 
 from podferry import __version__
-from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES
+from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS
 
 from .real import BINARIES
 from .world import World
@@ -251,3 +252,40 @@ async def test_list_watch_says_each_change_until_ctrl_c(world: World, control_pl
     assert "move  train" in said
     assert f"{world.nodes[0]} > {world.nodes[1]}" in said
     assert "stopped for 42ms" in said
+
+
+async def test_a_report_holds_what_a_bug_report_needs_and_no_secret(world: World, run: Run, tmp_path: Path) -> None:
+    secrets = ("hunter2", "--password=x", "s3cr3t-header", "annotated")
+    main = {
+        "name": "main",
+        "image": "train",
+        "command": ["train", "--password=x"],
+        "env": [{"name": "TOKEN", "value": "hunter2"}],
+        "livenessProbe": {"httpGet": {"port": 80, "httpHeaders": [{"name": "A", "value": "s3cr3t-header"}]}},
+    }
+    await world.pod(containers=[main])
+    await world.patch(PODS, "train", {"metadata": {"annotations": {"example.com/x": "annotated"}}}, world.namespace)
+    world.controller()
+    await world.migrate()
+    await world.reached(lambda one: one.status.phase == "Running")
+    await world.agents_end("rolled-back", "move", "Engine", "the link broke")
+    await world.ended()
+    file = tmp_path / "found.tar.gz"
+    code, out, err = await run("report", "move", "-n", world.namespace, "-o", str(file))
+    assert (code, "migration.json" in out) == (0, True), err
+    with tarfile.open(file) as tar:
+        files = {
+            Path(one.name).name: content.read().decode()
+            for one in tar.getmembers()
+            if (content := tar.extractfile(one)) is not None
+        }
+    assert {"README.txt", "events.json", "migration.json", "nodes.json", "source-pod.json", "versions.json"} == set(
+        files
+    )
+    assert "the link broke" in files["migration.json"]
+    assert "MigrationRolledBack" in files["events.json"]
+    assert "TOKEN" in files["source-pod.json"], "what there is of it is told"
+    assert [one for one in secrets if any(one in text for text in files.values())] == []
+    assert json.loads(files["versions.json"])["kubernetes"]["gitVersion"].startswith("v1.")
+    code, _, err = await run("report", "move", "-n", world.namespace, "-o", str(file))
+    assert (code, "is there already" in err) == (3, True)

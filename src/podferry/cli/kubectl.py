@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import anyio
 import typer
 
 from podferry import __version__
 from podferry.cli import kubectl_drain as draining
+from podferry.cli import kubectl_look as looking
 from podferry.cli import kubectl_moves as moves
 from podferry.cli import kubectl_preview as previewing
 from podferry.cli import kubectl_tables as tables
-from podferry.cli import kubectl_watch as watching
 from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.kubectl_moves import ClusterOptions
+from podferry.cli.kubectl_options import Context, Json, Kubeconfig, MigrationName, Namespace, PodName, do, offering
 from podferry.cli.running import run_program
 from podferry.cli.terminal import print_error, print_json, stderr, stdout
 from podferry.cli.units import parse_rate
 from podferry.cli.views import choose
 from podferry.core.drain import DrainPhase
 from podferry.core.migration import OUTCOME_OF_END
-from podferry.kube.client import MIGRATIONS, NODES, PODS, ResourceKind
+from podferry.kube.client import NODES
 from podferry.model import Mode
 
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled back, 5 failed, 6 cancelled,
 7 no API server answers, 130 left with Ctrl-C."""
-
-T = TypeVar("T")
 
 REHEARSED_TTL = 3600
 """Seconds for which the Migration of a rehearsal stays."""
@@ -48,43 +44,6 @@ app = typer.Typer(
 )
 
 
-def _offering(kind: ResourceKind) -> Callable[[typer.Context], list[str]]:
-    """What the shell offers on TAB: the names that there are. Silent where it cannot know."""
-
-    def offer(context: typer.Context) -> list[str]:
-        given = {
-            name: value
-            for name, value in context.params.items()
-            if value and name in ClusterOptions.__dataclass_fields__
-        }
-        try:
-            return _do(partial(moves.names, ClusterOptions(**given), kind))
-        except Exception:  # noqa: BLE001 - a failed completion must not print into the user's line
-            return []
-
-    return offer
-
-
-PodName = Annotated[str, typer.Argument(metavar="POD", help="The pod.", autocompletion=_offering(PODS))]
-MigrationName = Annotated[
-    str, typer.Argument(metavar="MIGRATION", help="The Migration.", autocompletion=_offering(MIGRATIONS))
-]
-Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", metavar="NAMESPACE", help="Default: the context's.")
-]
-Context = Annotated[
-    str | None, typer.Option("--context", metavar="NAME", help="Default: the kubeconfig's current one.")
-]
-Kubeconfig = Annotated[
-    Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG or ~/.kube/config.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON: Migration objects as the API server has them.")]
-
-
-def _do(work: Callable[[], Awaitable[T]]) -> T:
-    return anyio.run(work)
-
-
 @app.callback(invoke_without_command=True)
 def podferry(context: typer.Context) -> None:
     """Move running pods between nodes, with their memory and files, stopped for a fraction of a second."""
@@ -98,7 +57,7 @@ def migrate(
     pod: PodName,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="NODE", help="Default: the scheduler chooses.", autocompletion=_offering(NODES)),
+        typer.Option("--to", metavar="NODE", help="Default: the scheduler chooses.", autocompletion=offering(NODES)),
     ] = None,
     selector: Annotated[
         list[str] | None, typer.Option("--node-selector", metavar="KEY=VALUE", help="A label that the node must have.")
@@ -179,10 +138,10 @@ def migrate(
     body = moves.body(pod, name, {key: value for key, value in spec.items() if value is not None})
     where = ClusterOptions(namespace, context, kubeconfig)
     if detach:
-        made = _do(partial(moves.create, where, body))
+        made = do(partial(moves.create, where, body))
         print_json(made.to_json()) if json else stdout().print(f"migration/{made.name} created", markup=False)
         return
-    end = _do(partial(moves.follow_to_the_end, where, body, choose(json)))
+    end = do(partial(moves.follow_to_the_end, where, body, choose(json)))
     if json:
         print_json(end.to_json(), indent=None)
     else:
@@ -219,10 +178,10 @@ def check(
     [bold]kubectl podferry check train-x7k2p --rehearse[/]
     """
     where = ClusterOptions(namespace, context, kubeconfig)
-    found, policy = _do(partial(moves.obstacles, where, pod))
+    found, policy = do(partial(moves.obstacles, where, pod))
     if rehearse and not found:
         body = moves.body(pod, None, {"podName": pod, "dryRun": True, "ttlSecondsAfterFinished": REHEARSED_TTL})
-        end = _do(partial(moves.follow_to_the_end, where, body, choose(json)))
+        end = do(partial(moves.follow_to_the_end, where, body, choose(json)))
         print_json(end.to_json(), indent=None) if json else tables.print_end(end)
         raise typer.Exit(OF_OUTCOME[OUTCOME_OF_END[end.status.phase]])
     refusals = [{**one.to_dict(), "reason": one.reason} for one in found]
@@ -247,7 +206,7 @@ def check(
 @app.command(epilog=EXIT_CODES)
 def drain(
     *,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node to empty.", autocompletion=_offering(NODES))],
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node to empty.", autocompletion=offering(NODES))],
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would become of each pod, where to, how soon. Nothing is touched."),
@@ -313,11 +272,11 @@ def drain(
     """
     where = ClusterOptions(None, context, kubeconfig)
     if dry_run:
-        rows = _do(partial(previewing.preview, where, node, evict_others=evict_others))
+        rows = do(partial(previewing.preview, where, node, evict_others=evict_others))
         print_json({"node": node, "pods": rows}) if json else previewing.print_preview(node, rows)
         return
     if stop:
-        stopped = _do(partial(draining.stop, where, node))
+        stopped = do(partial(draining.stop, where, node))
         message = f"{node}: no further move begins; resume with kubectl podferry drain {node}"
         print_json(stopped.to_json()) if json else stdout().print(message, markup=False)
         return
@@ -334,12 +293,12 @@ def drain(
     if within is not None:
         wishes["deadline"] = draining.deadline(moves.whole_seconds(within))
     spec = {name: value for name, value in wishes.items() if value is not None}
-    begun = _do(partial(draining.begin, where, node, spec))
+    begun = do(partial(draining.begin, where, node, spec))
     if detach:
         print_json(begun.to_json()) if json else stdout().print(f"nodedrain/{begun.name} created", markup=False)
         return
     try:
-        end = _do(partial(draining.to_the_end, where, begun, json=json))
+        end = do(partial(draining.to_the_end, where, begun, json=json))
     except draining.Interrupted:
         stderr().print(f"left; {node} is drained without you: kubectl podferry drain {node} --stop stops it")
         raise typer.Exit(Exit.LEFT) from None
@@ -347,57 +306,6 @@ def drain(
         draining.print_end(end)
     if end.status.phase is DrainPhase.INCOMPLETE:
         raise typer.Exit(Exit.FAILED)
-
-
-@app.command(name="list")
-def list_(
-    *,
-    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Go on: those that have not ended, and what changes, until Ctrl-C.")
-    ] = False,
-    json: Json = False,
-    namespace: Namespace = None,
-    context: Context = None,
-    kubeconfig: Kubeconfig = None,
-) -> None:
-    """List the migrations, the newest last.
-
-    Examples:
-
-    [bold]kubectl podferry list -A[/]
-
-    [bold]kubectl podferry list -A --watch[/]
-    """
-    where = ClusterOptions(namespace, context, kubeconfig)
-    if watch:
-        _do(partial(watching.watch, where, everywhere=all_namespaces, json=json))
-        raise typer.Exit(Exit.LEFT)
-    found = _do(partial(moves.migrations, where, everywhere=all_namespaces))
-    if json:
-        print_json({"migrations": [one.to_json() for one in found]})
-    else:
-        tables.print_migrations(found, namespaces=all_namespaces)
-
-
-@app.command()
-def status(
-    *,
-    migration: MigrationName,
-    json: Json = False,
-    namespace: Namespace = None,
-    context: Context = None,
-    kubeconfig: Kubeconfig = None,
-) -> None:
-    """Show one migration.
-
-    Example: [bold]kubectl podferry status move-train-x7k2p-4f2a[/]
-    """
-    found = _do(partial(moves.get, ClusterOptions(namespace, context, kubeconfig), migration))
-    if json:
-        print_json(found.to_json())
-    else:
-        tables.print_end(found)
 
 
 @app.command()
@@ -415,7 +323,7 @@ def cancel(
 
     Example: [bold]kubectl podferry cancel move-train-x7k2p-4f2a[/]
     """
-    end = _do(partial(moves.cancel_and_wait, ClusterOptions(namespace, context, kubeconfig), migration))
+    end = do(partial(moves.cancel_and_wait, ClusterOptions(namespace, context, kubeconfig), migration))
     if json:
         print_json(end.to_json())
     else:
@@ -424,24 +332,8 @@ def cancel(
     raise typer.Exit(Exit.OK if code is Exit.CANCELLED else code or Exit.FAILED)
 
 
-@app.command()
-def explain(
-    *,
-    migration: MigrationName,
-    json: Json = False,
-    namespace: Namespace = None,
-    context: Context = None,
-    kubeconfig: Kubeconfig = None,
-) -> None:
-    """Tell the story of one migration: its conditions and events in order, how it ended and what to do about it.
-
-    Example: [bold]kubectl podferry explain move-train-x7k2p-4f2a[/]
-    """
-    found, events = _do(partial(moves.story, ClusterOptions(namespace, context, kubeconfig), migration))
-    if json:
-        print_json({"migration": found.to_json(), "events": events})
-    else:
-        tables.print_story(found, events)
+for name, command in looking.COMMANDS.items():
+    app.command(name=name)(command)
 
 
 @app.command()
