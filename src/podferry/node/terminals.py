@@ -1,4 +1,4 @@
-"""What waits to be read in the pseudo-terminals of a job: CRIU saves their settings, and nothing of what is in them.
+"""What waits to be read in the pseudo-terminals of a job: CRIU reads it and writes it back, and with that changes it.
 
 Only pairs count whose master the job has open itself, as `script`, `tmux` and `expect` do. What a person has typed into
 the container's own console is the business of whoever is attached.
