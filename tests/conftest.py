@@ -185,7 +185,7 @@ def run_in_node(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
         }
 
 
-def in_lab(item: pytest.Item) -> inside_node.Attempt:
+def in_lab(item: pytest.Item) -> inside_node.Side:
     """Runs tests of the item's module in a node of the session's lab."""
     reports, output = (Path(f"/tmp/{item.path.stem}.{kind}") for kind in ("jsonl", "out"))
     environment = {**INSIDE_ENVIRONMENT, inside_node.REPORTS: str(reports)}
@@ -212,7 +212,7 @@ def in_lab(item: pytest.Item) -> inside_node.Attempt:
     return attempt
 
 
-def in_machine(suite: str, processor: str = "amd64") -> inside_node.Attempt:
+def in_machine(suite: str, processor: str = "amd64") -> inside_node.Side:
     """Runs tests in an emulated machine with the kernel of a Debian release, booted each time."""
     environment = {
         **INSIDE_ENVIRONMENT,

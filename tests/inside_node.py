@@ -93,12 +93,12 @@ def _write(data: Any) -> None:
 
 # -- on the host --------------------------------------------------------------------------------------------------
 
-Attempt = Callable[[Sequence[str]], tuple[str, str]]
+Side = Callable[[Sequence[str]], tuple[str, str]]
 """Runs these tests inside; returns what was said there, and the contents of the reports' file."""
 
 
 def from_node(
-    config: pytest.Config, tests: Mapping[str, pytest.Item], attempt: Attempt
+    config: pytest.Config, tests: Mapping[str, pytest.Item], attempt: Side
 ) -> dict[str, list[pytest.TestReport]]:
     """The reports of all `tests`. A test that ends the run inside fails, and the tests behind it are run in another."""
     outcomes: dict[str, list[pytest.TestReport]] = {name: [] for name in tests}

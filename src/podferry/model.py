@@ -18,14 +18,15 @@ class Mode(StrEnum):
 
 
 class Dump(StrEnum):
-    """What of CRIU's dump was spared while the job stood still; the values are part of the JSON contract.
+    """What CRIU's dump did not have to do while the job stood still; the values are part of the JSON contract.
 
-    `ordinary`: nothing. `prepared`: runc was started before the freeze. `thin`: that, and private memory was left where it is.
+    `ordinary`: nothing. `prepared`: runc was started before the freeze. `memory-skipping`: that, and CRIU skipped
+    private memory, which stays where it is. Records of 0.1 call it `thin`.
     """
 
     ORDINARY = "ordinary"
     PREPARED = "prepared"
-    THIN = "thin"
+    MEMORY_SKIPPING = "memory-skipping"
 
 
 class Outcome(StrEnum):

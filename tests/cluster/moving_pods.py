@@ -27,7 +27,7 @@ DIRECTORY = "run/podferry-standin"
 GATES = "run/podferry-gates"
 SETTINGS = "etc/podferry/standin.json"
 PATHS = "PYTHONPATH=/opt/podferry/src:/opt/podferry/site PYTHONPYCACHEPREFIX=/var/lib/podferry/pycache"
-PYTHON = f"PODFERRY_GATES=/{GATES} {PATHS} python3 -P"
+PYTHON = f"PODFERRY_BREAKPOINTS=/{GATES} {PATHS} python3 -P"
 
 RUNTIME_CLASS = {
     "apiVersion": "node.k8s.io/v1",
@@ -126,8 +126,8 @@ class Movers:
         self.lab.exec(node, ["sh", "-c", f"setsid sh -c '{line}' < /dev/null > /dev/null 2>&1 &"])
         self.hear(node, "agent", "ready")
 
-    def close_gate(self, gate: str) -> Path:
-        """Close a gate of the agents (`podferry.engine.gate`); removing the file opens it."""
+    def close_breakpoint(self, gate: str) -> Path:
+        """Close a gate of the agents (`podferry.engine.breakpoints`); removing the file opens it."""
         for node in NODES:
             (self.root(node) / GATES).mkdir(exist_ok=True)
         path = self.root(A) / GATES / gate
@@ -210,7 +210,7 @@ class Movers:
         return move
 
     def make_target(self, move: Move) -> None:
-        """What the controller does at `poise`."""
+        """What the controller does at `prepare-target`."""
         self.hear(move.target, move.id, "wants-pod")
         clone = clone_of(move)
         made = self.kubectl.run("create", "-o", "json", "-f", "-", input=json.dumps(clone))

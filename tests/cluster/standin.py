@@ -23,7 +23,7 @@ from podferry.model import Mode
 from podferry.workload.config import load
 from podferry.workload.pod.ports import PodName, PodOrder
 
-LOOK_EVERY = 0.01
+POLL_INTERVAL = 0.01
 
 
 class Directory:
@@ -65,7 +65,7 @@ class Directory:
 
     async def hear(self, id: str, what: str) -> Any:
         while not (path := self.path / f"{id}.{what}").exists():
-            await anyio.sleep(LOOK_EVERY)
+            await anyio.sleep(POLL_INTERVAL)
         return json.loads(path.read_text())
 
 
@@ -100,7 +100,7 @@ async def follow(agent: Agent, cluster: Directory) -> None:
                 if (half.id, half.role) not in followed:
                     followed.add((half.id, half.role))
                     tasks.start_soon(watch, half)
-            await anyio.sleep(LOOK_EVERY)
+            await anyio.sleep(POLL_INTERVAL)
 
 
 async def main() -> None:

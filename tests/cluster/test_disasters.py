@@ -255,7 +255,7 @@ def test_it_is_killed_while_the_move_is_taken_back(move: Move, victim: str, phas
     move.check()
 
 
-@pytest.mark.parametrize("phase", ["pre-copy", "poise"])
+@pytest.mark.parametrize("phase", ["pre-copy", "prepare-target"])
 def test_it_is_cancelled(move: Move, phase: str) -> None:
     move.begin()
     move.reach(phase)

@@ -126,7 +126,7 @@ def move(kubectl: Kubectl, pod: str, to: str, watch: Callable[[Json], None] = la
 
 
 def dump_of(lab: Lab, node: str) -> str:
-    """What was spared of the last dump on a node, as its agent says."""
+    """What the last dump on a node skipped, as its agent says."""
     newest = "cd /var/lib/podferry/migrations && cat $(ls -t | head -n 1)/record.json"
     record = json.loads(lab.exec(node, ["sh", "-c", newest]).stdout)
     assert record["source"] == node
@@ -149,7 +149,7 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
             (pod,) = until(lambda: pods(kubectl, "moved"), "it has a pod")
             assert pod["metadata"]["name"] == status["targetPod"]["name"] != begun
             assert pod["spec"]["nodeName"] == there
-            assert dump_of(installed, here) == "thin"
+            assert dump_of(installed, here) == "memory-skipping"
             begun, here = pod["metadata"]["name"], there
             if number == 0:
                 assert not lines(kubectl, "moved")[-1].startswith(job.FINAL), "it was to compute while it moves"

@@ -141,7 +141,7 @@ def deleted(request: pytest.FixtureRequest, movers: Movers) -> tuple[Move, Path]
     manifest = pod("deleted", busy.replace("16 << 20", "64 << 20"))
     manifest["metadata"]["labels"] = {STAYS: "yes"}
     here = movers.create(manifest)
-    gate = movers.close_gate("source-cut-over-default_deleted")
+    gate = movers.close_breakpoint("source-cut-over-default_deleted")
     move = movers.order(here, B, policy={"max_downtime": 10.0})
     movers.make_target(move)
     until(gate.with_name(f"{gate.name}.reached").exists, "the source is about to cut over")

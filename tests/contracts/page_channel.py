@@ -1,4 +1,4 @@
-"""`podferry.engine.ports.PageChannel`: the agent's end of the page daemons' sockets, in post-copy on the target."""
+"""`podferry.engine.ports.PageChannel`: the agent's end of the lazy-pages daemons' sockets, in post-copy on the target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from podferry.engine.ports import PageChannel
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.wire.frames import PAGE
-from podferry.workload.numbers import space_of
+from podferry.workload.numbers import address_space_of
 
 from . import Contract
 
@@ -19,7 +19,7 @@ BASE, PID = 0x7000_0000_0000, 7
 
 
 class PageChannelCase(Protocol):
-    """Two page daemons, of the containers 0 and 1, which the test plays."""
+    """Two lazy-pages daemons, of the containers 0 and 1, which the test plays."""
 
     connect: Callable[[], PageChannel]
     """Raises `Failed` where one of them is not there."""
@@ -29,7 +29,7 @@ class PageChannelCase(Protocol):
         ...
 
     def end(self, container: int) -> None:
-        """The page daemon ends."""
+        """The lazy-pages daemon ends."""
         ...
 
     def heard(self, container: int) -> list[tuple[str, int, int, int]]:
@@ -44,30 +44,30 @@ class PageChannelContract(Contract):
         channel = case.connect()
         for container in (0, 1):
             case.want(container, PID, BASE)
-            want = await channel.wanted()
+            want = await channel.next_request()
             assert want is not None
-            assert (want.space, want.start, want.end) == (space_of(container, PID), BASE, BASE + PAGE)
+            assert (want.address_space, want.start, want.end) == (address_space_of(container, PID), BASE, BASE + PAGE)
         with anyio.move_on_after(0.05) as waiting:
-            await channel.wanted()
+            await channel.next_request()
         assert waiting.cancelled_caught
         channel.close()
 
     async def test_a_wait_that_was_cancelled_loses_nothing(self, case: PageChannelCase) -> None:
         channel = case.connect()
         with anyio.move_on_after(0.01):
-            await channel.wanted()
+            await channel.next_request()
         case.want(1, PID, BASE)
-        want = await channel.wanted()
-        assert want is not None and want.space == space_of(1, PID)
+        want = await channel.next_request()
+        assert want is not None and want.address_space == address_space_of(1, PID)
         channel.close()
 
     async def test_nothing_is_wanted_once_every_daemon_has_ended(self, case: PageChannelCase) -> None:
         channel = case.connect()
         case.end(0)
         case.want(1, PID, BASE)
-        assert await channel.wanted() is not None
+        assert await channel.next_request() is not None
         case.end(1)
-        assert await channel.wanted() is None
+        assert await channel.next_request() is None
         channel.close()
 
     async def test_who_waits_hears_of_the_last_daemons_end(self, case: PageChannelCase) -> None:
@@ -75,7 +75,7 @@ class PageChannelContract(Contract):
         async with anyio.create_task_group() as tasks:
 
             async def wait() -> None:
-                assert await channel.wanted() is None
+                assert await channel.next_request() is None
 
             tasks.start_soon(wait)
             await anyio.sleep(0.01)
@@ -85,9 +85,9 @@ class PageChannelContract(Contract):
 
     async def test_each_daemon_hears_of_its_own_container_in_order(self, case: PageChannelCase) -> None:
         channel = case.connect()
-        channel.arrived(space_of(0, PID), BASE, BASE + 2 * PAGE)
-        channel.zero(space_of(1, PID), BASE, BASE + PAGE)
-        channel.zero(space_of(0, PID), BASE + 2 * PAGE, BASE + 3 * PAGE)
+        channel.arrived(address_space_of(0, PID), BASE, BASE + 2 * PAGE)
+        channel.zero(address_space_of(1, PID), BASE, BASE + PAGE)
+        channel.zero(address_space_of(0, PID), BASE + 2 * PAGE, BASE + 3 * PAGE)
         await channel.flush()
         assert case.heard(0) == [
             ("arrived", PID, BASE, BASE + 2 * PAGE),
@@ -99,16 +99,16 @@ class PageChannelContract(Contract):
     async def test_a_container_that_is_not_there_is_the_peers_fault(self, case: PageChannelCase) -> None:
         channel = case.connect()
         with pytest.raises(PeerMisbehaved, match="container 2"):
-            channel.arrived(space_of(2, PID), BASE, BASE + PAGE)
+            channel.arrived(address_space_of(2, PID), BASE, BASE + PAGE)
         with pytest.raises(PeerMisbehaved, match="container 2"):
-            channel.zero(space_of(2, PID), BASE, BASE + PAGE)
+            channel.zero(address_space_of(2, PID), BASE, BASE + PAGE)
         channel.close()
 
     async def test_a_daemon_that_has_ended_need_hear_nothing(self, case: PageChannelCase) -> None:
         channel = case.connect()
         case.end(0)
-        channel.arrived(space_of(0, PID), BASE, BASE + PAGE)
-        channel.arrived(space_of(1, PID), BASE, BASE + PAGE)
+        channel.arrived(address_space_of(0, PID), BASE, BASE + PAGE)
+        channel.arrived(address_space_of(1, PID), BASE, BASE + PAGE)
         await channel.flush()
         assert case.heard(1) == [("arrived", PID, BASE, BASE + PAGE)]
         channel.close()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import anyio
 import pytest
 
-from podferry.engine.ports import Change, OriginalGone
+from podferry.engine.ports import DirtySet, OriginalGone
 from podferry.errors import PodferryError
 
 from . import Contract
@@ -65,10 +65,10 @@ class SourceContainerContract(Contract):
     # Memory.
 
     async def test_the_first_scan_finds_all_and_the_next_what_changed(self, case: SourceContainerCase) -> None:
-        first: Change = await case.container.look()
+        first: DirtySet = await case.container.scan_dirty()
         assert first.bytes > 0
         await case.works()
-        second: Change = await case.container.look()
+        second: DirtySet = await case.container.scan_dirty()
         assert 0 < second.bytes < first.bytes
 
     async def test_nothing_is_left_for_later_that_nobody_left(self, case: SourceContainerCase) -> None:
@@ -77,7 +77,7 @@ class SourceContainerContract(Contract):
 
     async def test_what_is_left_for_later_is_what_was_found(self, case: SourceContainerCase) -> None:
         await case.container.freeze()
-        found = await case.container.last_look()
+        found = await case.container.final_scan()
         list(case.container.memory.leave(found))
         assert sum(runs.size for runs in case.container.left().runs.values()) == found.bytes
         await self.goes_on(case)
@@ -85,11 +85,11 @@ class SourceContainerContract(Contract):
     async def test_what_was_sent_and_is_left_for_later_is_taken_from_the_target(
         self, case: SourceContainerCase
     ) -> None:
-        first = await case.container.look()
+        first = await case.container.scan_dirty()
         list(case.container.memory.read(first, 1))
         assert sum(one.pages for one in case.container.memory.totals()) > 0
         await case.container.freeze()
-        found = first | await case.container.last_look()
+        found = first | await case.container.final_scan()
         assert list(case.container.memory.leave(found))
         assert sum(one.pages for one in case.container.memory.totals()) == 0
         await self.goes_on(case)
@@ -133,27 +133,27 @@ class SourceContainerContract(Contract):
         await self.goes_on(case)
 
     async def test_the_door_is_shut_twice_and_opened_once(self, case: SourceContainerCase) -> None:
-        await case.container.shut_the_door()
-        await case.container.shut_the_door()
+        await case.container.lock_exec()
+        await case.container.lock_exec()
         assert case.residue()
         await self.goes_on(case)
 
     async def test_a_slowed_job_gets_its_time_back_at_the_freeze(self, case: SourceContainerCase) -> None:
-        await case.container.look()
+        await case.container.scan_dirty()
         await case.works()
-        await case.container.look()
-        await case.container.slow_down(0.5)
-        await case.container.slow_down(0.3)
+        await case.container.scan_dirty()
+        await case.container.throttle(0.5)
+        await case.container.throttle(0.3)
         assert case.residue()
         await case.container.freeze()
         assert "quota" not in case.residue()
         await self.goes_on(case)
 
     async def test_a_slowed_job_gets_its_time_back_on_the_way_back(self, case: SourceContainerCase) -> None:
-        await case.container.look()
+        await case.container.scan_dirty()
         await case.works()
-        await case.container.look()
-        await case.container.slow_down(0.5)
+        await case.container.scan_dirty()
+        await case.container.throttle(0.5)
         await self.goes_on(case)
 
     # The dump.
@@ -199,7 +199,7 @@ class SourceContainerContract(Contract):
 
     async def test_a_restarted_agent_finds_it_and_kills_it(self, case: SourceContainerCase) -> None:
         await case.container.freeze()
-        found = await case.container.last_look()
+        found = await case.container.final_scan()
         await case.container.dump()
         frozen = case.found_by_another_agent()
         assert await frozen.runs()
@@ -223,9 +223,9 @@ class SourceContainerContract(Contract):
 
     async def test_what_has_ended_by_itself_is_taken_back(self, case: SourceContainerCase) -> None:
         """The end comes between any two steps: nothing of the way back may need the job."""
-        await case.container.look()
+        await case.container.scan_dirty()
         await case.container.stand_by()
-        await case.container.shut_the_door()
+        await case.container.lock_exec()
         await case.end()
         await case.take_back()
         assert case.residue() == []
@@ -239,7 +239,7 @@ class SourceContainerContract(Contract):
         assert case.residue() == []
 
     async def test_it_is_closed_twice_and_taken_back_after_that(self, case: SourceContainerCase) -> None:
-        await case.container.look()
+        await case.container.scan_dirty()
         await case.container.freeze()
         await case.container.dump()
         await case.container.close()

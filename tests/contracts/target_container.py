@@ -16,7 +16,7 @@ from podferry.engine.ports import LOG, PageChannel, RemotePages
 from podferry.errors import PodferryError, Refused
 from podferry.wire.frames import PAGE, Drop, Pages
 from podferry.wire.messages import FileSum, StateEnd
-from podferry.workload.numbers import container_of_space, directory_of
+from podferry.workload.numbers import container_of_address_space, directory_of
 
 from . import Contract
 
@@ -36,9 +36,9 @@ class State:
     @classmethod
     async def of(cls, source: Any, *, postcopy: bool = False) -> State:
         """Freeze and dump a container of the contract in `source_container.py`, and read it. In post-copy its memory stays."""
-        first = await source.look()
+        first = await source.scan_dirty()
         await source.freeze()
-        found = first | await source.last_look()
+        found = first | await source.final_scan()
         memory = [] if postcopy else [_kept(frame) for frame in source.memory.read(found, 1)]
         if postcopy:
             list(source.memory.leave(found))
@@ -48,14 +48,14 @@ class State:
         images = {name: data.read_bytes() if isinstance(data, Path) else data for name, data in dumped.items()}
         files = [FileSum(at, name, len(data), xxhash.xxh3_128_hexdigest(data)) for (at, name), data in images.items()]
         files.append(FileSum(directory_of(0, LOG), "log", len(log), ""))
-        spaces = () if postcopy else source.memory.totals()
-        end = StateEnd("contract", tuple(files), spaces, (source.tree.total(0),))
+        address_spaces = () if postcopy else source.memory.totals()
+        end = StateEnd("contract", tuple(files), address_spaces, (source.tree.total(0),))
         return cls(tuple(memory), tuple(records), log, images, end)
 
     def arrive(self, container: Any) -> None:
         """Hand it to the container on the target, as the engine does."""
         for frame in self.memory:
-            pid = container_of_space(frame.space)[1]
+            pid = container_of_address_space(frame.address_space)[1]
             if isinstance(frame, Pages):
                 for address, data in frame.pieces():
                     container.pages(frame.round, pid, address, data)
@@ -104,7 +104,7 @@ class TargetContainerCase(Protocol):
         ...
 
     def kill_feeder(self) -> None:
-        """The page daemon is killed."""
+        """The lazy-pages daemon is killed."""
         ...
 
     def found_by_another_agent(self) -> Any:
@@ -119,10 +119,10 @@ class TargetContainerCase(Protocol):
 class TargetContainerContract(Contract):
     """The fixture `case` is a `TargetContainerCase`."""
 
-    async def poise(self, case: TargetContainerCase, *, postcopy: bool = False) -> None:
+    async def make_ready(self, case: TargetContainerCase, *, postcopy: bool = False) -> None:
         await case.container.prepare()
         case.journal.note(postcopy=postcopy)
-        await case.container.start_feeder(postcopy=postcopy)
+        await case.container.start_lazypages(postcopy=postcopy)
         await case.container.make(MAKE_PATIENCE)
 
     async def release(self, case: TargetContainerCase) -> float:
@@ -147,27 +147,27 @@ class TargetContainerContract(Contract):
         await self.goes(case)
 
     async def test_nothing_of_what_waits_is_left(self, case: TargetContainerCase) -> None:
-        await self.poise(case)
+        await self.make_ready(case)
         await self.goes(case)
 
     async def test_nothing_is_left_where_making_it_is_broken_off(self, case: TargetContainerCase) -> None:
         await case.container.prepare()
         case.journal.note(postcopy=False)
-        await case.container.start_feeder(postcopy=False)
+        await case.container.start_lazypages(postcopy=False)
         with anyio.move_on_after(0.02):
             await case.container.make(MAKE_PATIENCE)
         await self.goes(case)
 
     async def test_nothing_is_left_of_what_arrived(self, case: TargetContainerCase) -> None:
         state = await State.of(case.source)
-        await self.poise(case)
+        await self.make_ready(case)
         state.arrive(case.container)
         await case.container.verify(state.end)
         await self.goes(case)
 
     async def test_nothing_is_left_of_what_runs_but_was_not_kept(self, case: TargetContainerCase) -> None:
         state = await State.of(case.source)
-        await self.poise(case)
+        await self.make_ready(case)
         state.arrive(case.container)
         await case.container.verify(state.end)
         await self.release(case)
@@ -185,7 +185,7 @@ class TargetContainerContract(Contract):
     # Waiting for the state.
 
     async def test_it_is_made_once(self, case: TargetContainerCase) -> None:
-        await self.poise(case)
+        await self.make_ready(case)
         before = case.residue()
         await case.container.make(MAKE_PATIENCE)
         assert case.residue() == before
@@ -194,12 +194,12 @@ class TargetContainerContract(Contract):
     async def test_live_that_turns_to_postcopy_has_another_page_daemon(self, case: TargetContainerCase) -> None:
         """The target is ready, and one task waits for its end: all of that holds for the second time, too."""
         state = await State.of(case.source, postcopy=True)
-        await self.poise(case)
+        await self.make_ready(case)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(case.container.lost)
             await anyio.sleep(0.05)
             case.journal.note(postcopy=True)
-            await case.container.start_feeder(postcopy=True)
+            await case.container.start_lazypages(postcopy=True)
             await case.container.make(MAKE_PATIENCE)
             state.arrive(case.container)
             await case.container.verify(state.end)
@@ -207,7 +207,7 @@ class TargetContainerContract(Contract):
         await self.run_on_remote_pages(case)
 
     async def test_that_nobody_waits_any_more_is_told(self, case: TargetContainerCase) -> None:
-        await self.poise(case)
+        await self.make_ready(case)
         with anyio.move_on_after(0.1) as waiting:
             await case.container.lost()
         assert waiting.cancelled_caught, "it waits, and a wait that was broken off may be begun again"
@@ -218,7 +218,7 @@ class TargetContainerContract(Contract):
 
     async def test_one_task_waits_for_its_end(self, case: TargetContainerCase) -> None:
         """A second one would wait for one descriptor with the first: it hears so at once."""
-        await self.poise(case)
+        await self.make_ready(case)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(case.container.lost)
             await anyio.sleep(0.05)
@@ -268,7 +268,7 @@ class TargetContainerContract(Contract):
                 part = replace(state, records=state.records[:-1])
             case _:
                 part = replace(state, log=state.log[:-1])
-        await self.poise(case)
+        await self.make_ready(case)
         with pytest.raises(PodferryError):
             part.arrive(case.container)
             await case.container.verify(state.end)
@@ -278,7 +278,7 @@ class TargetContainerContract(Contract):
 
     async def test_it_runs_and_stays_once_it_is_entrusted(self, case: TargetContainerCase) -> None:
         state = await State.of(case.source)
-        await self.poise(case)
+        await self.make_ready(case)
         state.arrive(case.container)
         await case.container.verify(state.end)
         await self.release(case)
@@ -294,7 +294,7 @@ class TargetContainerContract(Contract):
 
     async def test_what_lost_its_wrapper_does_not_run_and_never_will(self, case: TargetContainerCase) -> None:
         state = await State.of(case.source)
-        await self.poise(case)
+        await self.make_ready(case)
         state.arrive(case.container)
         await case.container.verify(state.end)
         case.kill_wrapper()
@@ -305,7 +305,7 @@ class TargetContainerContract(Contract):
 
     async def test_a_restarted_agent_finds_what_runs(self, case: TargetContainerCase) -> None:
         state = await State.of(case.source)
-        await self.poise(case)
+        await self.make_ready(case)
         state.arrive(case.container)
         await case.container.verify(state.end)
         since = await self.release(case)
@@ -320,7 +320,7 @@ class TargetContainerContract(Contract):
         await case.works()
 
     async def test_a_restarted_agent_is_told_of_what_does_not_run(self, case: TargetContainerCase) -> None:
-        await self.poise(case)
+        await self.make_ready(case)
         await case.container.close()
         case.kill_feeder()
         again = case.found_by_another_agent()
@@ -335,19 +335,19 @@ class TargetContainerContract(Contract):
         channel, remote = case.channel(), case.remote_pages()
 
         def put(frame: Pages | Drop) -> None:
-            pid = container_of_space(frame.space)[1]
+            pid = container_of_address_space(frame.address_space)[1]
             if isinstance(frame, Pages):
                 for address, data in frame.pieces():
                     case.container.pages(0, pid, address, data)
-                    channel.arrived(frame.space, address, address + len(data))
+                    channel.arrived(frame.address_space, address, address + len(data))
             else:
                 for start, end in frame.runs:
-                    channel.zero(frame.space, start, end)
+                    channel.zero(frame.address_space, start, end)
 
         async def serve() -> None:
             with suppress(PodferryError):
-                while (want := await channel.wanted()) is not None:
-                    for frame in remote.wanted(want.space, want.start):
+                while (want := await channel.next_request()) is not None:
+                    for frame in remote.answer(want.address_space, want.start):
                         put(frame)
                     await channel.flush()
 
@@ -357,7 +357,7 @@ class TargetContainerContract(Contract):
             for frame in remote.rest():
                 put(frame)
                 await channel.flush()
-            case.container.all_owed_came(channel)
+            case.container.remote_pages_complete(channel)
             await channel.flush()
             with anyio.fail_after(PATIENCE):
                 assert await case.container.filled()
@@ -369,14 +369,14 @@ class TargetContainerContract(Contract):
 
     async def test_it_runs_on_pages_that_come_afterwards(self, case: TargetContainerCase) -> None:
         state = await State.of(case.source, postcopy=True)
-        await self.poise(case, postcopy=True)
+        await self.make_ready(case, postcopy=True)
         state.arrive(case.container)
         await case.container.verify(state.end)
         await self.run_on_remote_pages(case)
 
     async def test_a_page_daemon_that_dies_before_the_resume_is_told(self, case: TargetContainerCase) -> None:
         state = await State.of(case.source, postcopy=True)
-        await self.poise(case, postcopy=True)
+        await self.make_ready(case, postcopy=True)
         state.arrive(case.container)
         await case.container.verify(state.end)
         case.kill_feeder()

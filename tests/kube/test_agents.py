@@ -99,7 +99,7 @@ async def test_a_pod_moves_and_the_migration_tells_how(world: World) -> None:
     assert (ended.status.progress.bytes, ended.status.progress.rounds) == (500, 2)
     assert ended.status.engine_ending is not None
     assert ended.status.engine_ending.outcome == "completed"
-    assert ended.status.holds("Poised")
+    assert ended.status.holds("TargetReady")
 
 
 async def test_what_is_worth_knowing_of_a_move_is_in_its_status_and_its_events(world: World) -> None:
@@ -294,7 +294,7 @@ async def test_agents_that_are_killed_and_started_again_go_on(world: World, when
     source.enter(SourcePhase.PRECOPY, wire_bytes=500)
     restart("while it copies")
     await agents.clusters[1].target_pod(migration.uid)
-    target.enter(TargetPhase.POISED)
+    target.enter(TargetPhase.PREPARED)
     await agents.resume()
     source.enter(SourcePhase.COMMIT, downtime_ms=100.0)
     restart("before the hand-over")
@@ -438,7 +438,7 @@ async def test_an_api_server_that_is_away_does_not_say_that_a_migration_is_gone(
     source = await agents.begun(migration)
     target = agents.arriving(migration)
     await agents.clusters[1].target_pod(migration.uid)
-    target.enter(TargetPhase.POISED)
+    target.enter(TargetPhase.PREPARED)
     await agents.resume()
     target.enter(TargetPhase.FILL)
     agents.kill(0)

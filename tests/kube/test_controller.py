@@ -9,7 +9,7 @@ from functools import partial
 import anyio
 import pytest
 
-from podferry.controller import troubles
+from podferry.controller import failures
 from podferry.controller.pods import PLACEHOLDER
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
 from podferry.kube.errors import Conflict
@@ -17,8 +17,8 @@ from podferry.kube.events import Events
 from podferry.kube.migration import (
     HANDED_OVER,
     NAME_ANNOTATION,
-    POISED,
     ROLE_LABEL,
+    TARGET_READY,
     TARGET_REQUESTED,
     UID_LABEL,
     EnginePhases,
@@ -88,7 +88,7 @@ async def handed_over(world: World, source: str, target: str, **spec: object) ->
     await world.pod()
     world.controller()
     await world.migrate(**spec)
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.agents_resume(source=source)
     migration = await world.reached(lambda one: one.status.holds(HANDED_OVER))
     assert migration.status.target_pod is not None
@@ -207,7 +207,7 @@ async def test_the_target_has_its_labels_before_the_job_runs_in_it_and_is_nobody
     await world.pod(labels={"app": "train", "tier": "batch"})
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     seen = (await world.api.list(PODS, world.namespace, labels={"app": "train", "tier": "batch"}))[0]
     (target,) = [one for one in seen if one["metadata"]["name"] != "train"]
     assert [one["kind"] for one in target["metadata"]["ownerReferences"] if one.get("controller")] == ["Migration"]
@@ -231,11 +231,11 @@ async def test_a_controller_that_died_before_the_target_had_its_labels_is_made_g
     scope = world.controller()
     await world.migrate()
 
-    world.tasks.start_soon(world.agents_poise)
+    world.tasks.start_soon(world.agents_prepare_target)
     await died.wait()
     monkeypatch.undo()
     world.controller()
-    await world.reached(lambda one: one.status.holds(POISED))
+    await world.reached(lambda one: one.status.holds(TARGET_READY))
     assert len((await world.api.list(PODS, world.namespace, labels={"app": "train"}))[0]) == 2
 
 
@@ -358,13 +358,13 @@ async def test_it_stays_for_an_agent_that_has_not_heard_the_verdict(world: World
     await world.pod()
     world.controller()
     await world.migrate(ttlSecondsAfterFinished=0)
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.agents_resume()
     ended = await world.ended()
     assert ended.status.phase == "Completed"
     now = datetime.datetime.fromisoformat(ended.status.completion_time or "")
-    assert troubles.of_age(ended, now) == troubles.VERDICT_KEPT
-    assert troubles.of_age(ended, now + datetime.timedelta(seconds=troubles.VERDICT_KEPT)) == 0
+    assert failures.of_age(ended, now) == failures.VERDICT_KEPT
+    assert failures.of_age(ended, now + datetime.timedelta(seconds=failures.VERDICT_KEPT)) == 0
     await anyio.sleep(1.0)
     assert not await gone(world)
 
@@ -373,7 +373,7 @@ async def test_a_second_migration_of_one_pod_is_refused_and_the_first_goes_on(wo
     await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.migrate(name="second")
     second = await world.ended("second")
     assert (second.status.phase, said(second, "Eligible")[1]) == ("Refused", "AlreadyMigrating")
@@ -405,7 +405,7 @@ async def test_it_is_cancelled_while_the_engine_works(world: World, how: str) ->
     source = await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await cancelled(world, how)
     asked = await world.reached(lambda one: one.status.abort is not None)
     assert asked.status.phase == "Running", "only the source's agent knows whether it is too late"
@@ -423,7 +423,7 @@ async def test_a_cancel_that_comes_too_late_changes_nothing(world: World) -> Non
     await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await cancelled(world, "field")
     await world.reached(lambda one: one.status.abort is not None)
     await world.agents_resume()
@@ -446,7 +446,7 @@ async def test_the_engine_rolls_back_and_says_why(world: World) -> None:
     source = await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.agents_end("rolled-back", reason="Engine", message="the job writes faster than the link carries")
     migration = await world.ended()
     assert (migration.status.phase, said(migration, "Failed")) == ("RolledBack", ("True", "Engine"))
@@ -458,7 +458,7 @@ async def test_the_pod_is_deleted_during_the_move(world: World) -> None:
     await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.api.delete(PODS, "train", world.namespace)
     await world.reached(lambda one: one.status.abort is not None)
     await world.agents_end("failed", message="the container ended during the move")
@@ -476,7 +476,7 @@ async def test_the_pod_is_deleted_after_the_job_has_left_it(world: World) -> Non
     await world.pod()
     scope = world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     scope.cancel()
     await world.api.delete(PODS, "train", world.namespace)
     await world.agents_resume()
@@ -495,7 +495,7 @@ async def test_the_target_pod_is_deleted_before_the_job_has_moved(world: World) 
     source = await world.pod()
     world.controller()
     await world.migrate()
-    migration = await world.agents_poise()
+    migration = await world.agents_prepare_target()
     assert migration.status.target_pod is not None
     await world.api.delete(PODS, migration.status.target_pod.name, world.namespace, grace=0)
     await world.reached(lambda one: one.status.abort is not None)
@@ -510,8 +510,8 @@ async def target_that_waits(world: World) -> Json:
     await world.reached(lambda one: one.status.phase == "Running")
 
     def asked(now: Migration) -> bool:
-        now.status.engine = EnginePhases(source="poise", target="receive")
-        now.status.say(TARGET_REQUESTED, True, "Converged")
+        now.status.engine = EnginePhases(source="prepare-target", target="receive")
+        now.status.set_condition(TARGET_REQUESTED, True, "Converged")
         return True
 
     await world.set(asked)
@@ -525,14 +525,14 @@ async def test_a_target_pod_whose_volume_cannot_be_mounted_is_not_waited_for(wor
     world.controller(replace(QUICK, starting=1.0))
     await world.migrate()
     target = {"apiVersion": PODS.api, "kind": PODS.kind, **await target_that_waits(world)}
-    await Events(world.api, "kubelet").say(
+    await Events(world.api, "kubelet").publish(
         {**target, "metadata": source["metadata"]}, "Unhealthy", "not this one", warning=True
     )
-    await Events(world.api, "kubelet").say(target, "Pulled", "all is well")
+    await Events(world.api, "kubelet").publish(target, "Pulled", "all is well")
     await anyio.sleep(4.0)
     assert (await world.get()).status.abort is None, "nobody has warned of it"
     said_by_kubelet = 'MountVolume.SetUp failed for volume "settings": configmap "train" not found'
-    await Events(world.api, "kubelet").say(target, "FailedMount", said_by_kubelet, warning=True)
+    await Events(world.api, "kubelet").publish(target, "FailedMount", said_by_kubelet, warning=True)
     await world.reached(lambda one: one.status.abort is not None)
     await world.agents_end("cancelled")
     migration = await world.ended()
@@ -545,7 +545,7 @@ async def test_the_targets_node_is_lost_before_go(world: World) -> None:
     source = await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     lost = {"status": {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]}}
     await world.patch(NODES, world.nodes[1], lost, part="status")
     asked = await world.reached(lambda one: one.status.abort is not None)
@@ -560,7 +560,7 @@ async def test_nodes_that_lost_each_other_after_go_are_arbitrated_once_one_is_go
     source = await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
 
     def lost(now: Migration) -> bool:
         assert now.status.engine is not None
@@ -583,7 +583,7 @@ async def test_the_target_that_runs_is_right_where_the_source_heard_nothing(worl
     await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.agents_resume()
 
     def lost(now: Migration) -> bool:
@@ -600,7 +600,7 @@ async def test_a_migration_ends_although_the_sources_agent_never_returns(world: 
     await world.pod()
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.agents_resume()
     assert (await world.ended()).status.phase == "Completed"
 

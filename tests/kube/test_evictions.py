@@ -127,7 +127,7 @@ async def test_an_eviction_begins_a_move_and_waits_for_it(world: World) -> None:
         await world.reached(lambda one: one.status.phase == "Running", move.name)
         assert await evict(world, "train") == 429
         assert f"Migration {move.name}, Running" in said[-1]
-        await world.agents_poise(move.name)
+        await world.agents_prepare_target(move.name)
         target = (await world.get(move.name)).status.target_pod
         assert target is not None
         assert await evict(world, target.name) == 429, "it is just arriving"

@@ -212,7 +212,7 @@ async def test_a_job_that_is_suspended_during_the_move_gets_its_way(world: World
     world.controller()
     (pod,) = await running(world, 1)
     await world.migrate(pod["metadata"]["name"])
-    await world.agents_poise()
+    await world.agents_prepare_target()
     await world.patch(JOBS, "train", {"spec": {"suspend": True}}, world.namespace)
     asked = await world.reached(lambda one: one.status.abort is not None)
     assert asked.status.abort is not None
@@ -258,7 +258,7 @@ async def test_a_rollout_in_the_middle_wins(world: World) -> None:
     world.controller()
     (pod,) = await running(world, 1)
     await world.migrate(pod["metadata"]["name"])
-    await world.agents_poise()
+    await world.agents_prepare_target()
     newer = {"spec": {"template": {"metadata": {"labels": {"rollout": "two"}}}}}
     await world.patch(DEPLOYMENTS, "serve", newer, world.namespace)
     asked = await world.reached(lambda one: one.status.abort is not None)
@@ -293,7 +293,7 @@ async def test_an_owner_does_not_count_the_target_by_its_labels(world: World, ki
     world.controller()
     pods = await running(world, 2)
     await world.migrate(pods[0]["metadata"]["name"])
-    migration = await world.agents_poise()
+    migration = await world.agents_prepare_target()
     assert migration.status.target_pod is not None
     census = Census(world)
     target = await owned_pod(world, migration)
@@ -335,7 +335,7 @@ async def test_a_controller_that_dies_inside_the_hand_over(
     pods = await running(world, 2 if kind == "indexed" else 1)
     census = Census(world)
     await world.migrate(pods[0]["metadata"]["name"])
-    await world.agents_poise()
+    await world.agents_prepare_target()
     died = anyio.Event()
 
     async def die() -> None:
@@ -407,7 +407,7 @@ async def test_an_owner_that_removes_the_source_just_when_it_leaves(
 
         monkeypatch.setattr(HandOver, "_patch", patched)
         await world.migrate(pod["metadata"]["name"])
-        await world.agents_poise()
+        await world.agents_prepare_target()
         await world.agents_resume(source="serve")  # nobody else removes the source while its memory is being fetched
         await world.reached(lambda one: one.status.holds(HANDED_OVER))
 
@@ -453,7 +453,7 @@ async def test_a_namespace_that_goes_takes_the_migration_with_it(world: World) -
     await world.pod(terminationGracePeriodSeconds=1)  # the namespace controller looks again after half of it
     world.controller()
     await world.migrate()
-    await world.agents_poise()
+    await world.agents_prepare_target()
 
     await world.api.delete(NAMESPACES, world.namespace)
     await world.reached(lambda one: one.status.abort is not None)
@@ -494,8 +494,8 @@ async def test_a_webhook_that_refuses_the_target_pod(world: World) -> None:
         await world.reached(lambda one: one.status.phase == "Running")
 
         def asked(now: Migration) -> bool:
-            now.status.engine = EnginePhases(source="poise", target="receive")
-            now.status.say("TargetRequested", True, "Converged")
+            now.status.engine = EnginePhases(source="prepare-target", target="receive")
+            now.status.set_condition("TargetRequested", True, "Converged")
             return True
 
         await anyio.sleep(TAKEN_UP)

@@ -114,8 +114,8 @@ async def scheduled(world: World) -> tuple[Json, Migration]:
 
 async def request_target(world: World) -> None:
     def asked(now: Migration) -> bool:
-        now.status.engine = EnginePhases(source="poise", target="receive")
-        now.status.say(TARGET_REQUESTED, True, "Converged")
+        now.status.engine = EnginePhases(source="prepare-target", target="receive")
+        now.status.set_condition(TARGET_REQUESTED, True, "Converged")
         return True
 
     await world.set(asked)
@@ -350,10 +350,10 @@ async def test_a_target_that_only_says_that_it_was_handed_over_is_not(world: Wor
     await world.pod(labels={"app": "train"})
     world.controller()
     await world.migrate()
-    poised = await world.agents_poise()
-    assert poised.status.target_pod is not None
+    prepared = await world.agents_prepare_target()
+    assert prepared.status.target_pod is not None
     forged = {"metadata": {"annotations": {HANDED_OVER_ANNOTATION: "somebody"}}}
-    await world.patch(PODS, poised.status.target_pod.name, forged, world.namespace)
+    await world.patch(PODS, prepared.status.target_pod.name, forged, world.namespace)
     await world.agents_resume()
     await world.agents_part()
     assert (await world.ended()).status.phase == "Completed"

@@ -173,7 +173,7 @@ async def counted_requests(world: World) -> AsyncIterator[list[str]]:
 async def test_progress_makes_no_requests(world: World) -> None:
     """Agents tell several times a second how far they are."""
     async with counted_requests(world) as requests:
-        await world.agents_poise()
+        await world.agents_prepare_target()
         await anyio.wait_all_tasks_blocked()
         requests.clear()
         ticks = 60

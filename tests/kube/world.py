@@ -24,10 +24,10 @@ from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.migration import (
     HANDED_OVER,
     HANDED_OVER_ANNOTATION,
-    POISED,
     RESUMED,
     ROLE_LABEL,
     TARGET_CREATED,
+    TARGET_READY,
     TARGET_REQUESTED,
     Ending,
     EnginePhases,
@@ -200,23 +200,23 @@ class World:
 
     # What agents do.
 
-    async def agents_poise(self, name: str = "move") -> Migration:
+    async def agents_prepare_target(self, name: str = "move") -> Migration:
         """Both agents up to the point where only GO is missing."""
         await self.reached(lambda one: one.status.phase == "Running", name)
 
         def asked(now: Migration) -> bool:
-            now.status.engine = EnginePhases(source="poise", target="receive")
-            now.status.say(TARGET_REQUESTED, True, "Converged")
+            now.status.engine = EnginePhases(source="prepare-target", target="receive")
+            now.status.set_condition(TARGET_REQUESTED, True, "Converged")
             return True
 
         await self.set(asked, name)
         await self.reached(lambda one: one.status.holds(TARGET_CREATED), name)
 
-        def poised(now: Migration) -> bool:
-            now.status.say(POISED, True, "Waiting")
+        def prepared(now: Migration) -> bool:
+            now.status.set_condition(TARGET_READY, True, "Waiting")
             return True
 
-        return await self.set(poised, name)
+        return await self.set(prepared, name)
 
     async def agents_resume(self, name: str = "move", source: str = "commit") -> Migration:
         """GO: the job runs on the target, and its kubelet says so. The source goes on in phase `source`."""
@@ -228,7 +228,7 @@ class World:
         def resumed(now: Migration) -> bool:
             now.status.engine = EnginePhases(source=source, target="fill")
             now.status.downtime = "42ms"
-            now.status.say(RESUMED, True, "Running")
+            now.status.set_condition(RESUMED, True, "Running")
             return True
 
         return await self.set(resumed, name)
@@ -249,7 +249,7 @@ class World:
 
     async def agents_move(self, name: str = "move") -> None:
         """All of it."""
-        await self.agents_poise(name)
+        await self.agents_prepare_target(name)
         await self.agents_resume(name)
         await self.agents_part(name)
 

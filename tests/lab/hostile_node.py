@@ -22,7 +22,7 @@ from podferry.errors import PodferryError
 from podferry.model import Mode
 from podferry.node.records import Container, Opaque
 from podferry.wire.channel import Channel
-from podferry.wire.messages import Abort, Go, Offer, Poise, Query, StateEnd
+from podferry.wire.messages import Abort, Go, Offer, PrepareTarget, Query, StateEnd
 from podferry.wire.tls import Credentials
 from podferry.wire.transport import dial, parse_address
 
@@ -76,7 +76,9 @@ async def questions(channel: Channel) -> None:
 
 async def words_out_of_turn(channel: Channel) -> None:
     one = migration()
-    await channel.send(chance.choice([Go(one), Abort(one, "x" * 500), Poise(one, True), StateEnd(one, (), (), ())]))
+    await channel.send(
+        chance.choice([Go(one), Abort(one, "x" * 500), PrepareTarget(one, True), StateEnd(one, (), (), ())])
+    )
     await channel.receive()
 
 

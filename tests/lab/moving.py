@@ -20,7 +20,7 @@ from podferry.node.containerd import Containerd
 A, B = NODES = ("node-a", "node-b")
 JOBS = Path(__file__).parent / "jobs"
 PATIENCE = 180.0
-LOOK_EVERY = 0.02
+POLL_INTERVAL = 0.02
 GATES = "run/podferry/gates"
 BUNDLES = "/run/containerd/io.containerd.runtime.v2.task/default"
 SERVICES = ("tini", "runsvdir", "runsv", "containerd", "glusterfs", "agent", "images")
@@ -38,7 +38,7 @@ def until(holds: Callable[[], Any], what: str = "", patience: float = PATIENCE) 
     deadline = time.monotonic() + patience
     while not (found := holds()):
         assert time.monotonic() < deadline, f"it never came to be: {what or holds}"
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_INTERVAL)
     return found
 
 
@@ -63,7 +63,7 @@ class Process:
 
 
 class Cluster:
-    """The session's lab, its agents and their gates, and the job that this test moves."""
+    """The session's lab, its agents and their breakpoints, and the job that this test moves."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -145,15 +145,15 @@ class Cluster:
 
     # Gates.
 
-    def close_gate(self, gate: str) -> None:
+    def close_breakpoint(self, gate: str) -> None:
         """Close a gate, named `ROLE-PHASE-JOB`, on both nodes."""
         for node in NODES:
             self._gate(node, gate).parent.mkdir(exist_ok=True)
             self._gate(node, f"{gate}.reached").unlink(missing_ok=True)
             self._gate(node, gate).touch()
 
-    def open_gates(self, pattern: str = "*") -> None:
-        """Let everybody through the gates that match."""
+    def open_breakpoints(self, pattern: str = "*") -> None:
+        """Let everybody through the breakpoints that match."""
         for node in NODES:
             with suppress(PodferryError, OSError):
                 for gate in self._gate(node, "x").parent.glob(pattern):
@@ -173,12 +173,12 @@ class Cluster:
         return self.root(node) / GATES / gate
 
     def install_gates(self) -> None:
-        """Have the agents look for gates from their next start on, which is now."""
+        """Have the agents look for breakpoints from their next start on, which is now."""
         for node in NODES:
             run = self.root(node) / "run/service/agent/run"
             text = run.read_text()
-            if "PODFERRY_GATES" not in text:
-                run.write_text(text.replace("exec ", f"export PODFERRY_GATES=/{GATES}\nexec ", 1))
+            if "PODFERRY_BREAKPOINTS" not in text:
+                run.write_text(text.replace("exec ", f"export PODFERRY_BREAKPOINTS=/{GATES}\nexec ", 1))
                 self.kill(node, "agent")
 
     # Disasters.
@@ -310,7 +310,7 @@ class Cluster:
         deadline = time.monotonic() + PATIENCE / 2
         while left := {node: found for node in NODES if (found := surplus(node))}:
             assert time.monotonic() < deadline, f"left behind: {left}"
-            time.sleep(5 * LOOK_EVERY)
+            time.sleep(5 * POLL_INTERVAL)
 
 
 class Witness:
@@ -351,7 +351,7 @@ class Witness:
                     )
 
     def _watch(self) -> None:
-        while not self._over.wait(LOOK_EVERY):
+        while not self._over.wait(POLL_INTERVAL):
             self._look()
 
     def _look(self) -> None:

@@ -44,7 +44,7 @@ def cluster(lab: Lab) -> Cluster:
 def job(cluster: Cluster) -> Iterator[str]:
     cluster.start(JOB, "simple", "8")
     yield JOB
-    cluster.open_gates()
+    cluster.open_breakpoints()
     cluster.stop(JOB)
 
 
@@ -141,13 +141,13 @@ def test_a_container_with_a_device(cluster: Cluster) -> None:
 def test_a_second_migration_of_one_container(cluster: Cluster, job: str) -> None:
     cluster.install_gates()
     gate = f"source-cut-over-{job}"
-    cluster.close_gate(gate)
+    cluster.close_breakpoint(gate)
     move = cluster.begin(job, source=A)
     cluster.reached(gate, move)
     error = refused(cluster, name=job, to=B, mode="stop")
     assert isinstance(error, Refused)
     assert "on its way already" in str(error)
-    cluster.open_gates()
+    cluster.open_breakpoints()
     assert move.result(60)["outcome"] == "completed"
     cluster.only_on(B, job)
 
@@ -155,7 +155,7 @@ def test_a_second_migration_of_one_container(cluster: Cluster, job: str) -> None
 def test_a_container_that_ends_during_the_move(cluster: Cluster, job: str) -> None:
     cluster.install_gates()
     gate = f"source-pre-copy-{job}"
-    cluster.close_gate(gate)
+    cluster.close_breakpoint(gate)
     move = cluster.begin(job, source=A)
     cluster.reached(gate, move)
     cluster.containerd(A).kill_task(job, signal.SIGTERM)
@@ -249,12 +249,12 @@ def test_garbage_on_the_agents_port_harms_nobody(cluster: Cluster, job: str, gar
 def test_ctrl_c(cluster: Cluster, job: str, phase: str) -> None:
     cluster.install_gates()
     gate = f"{phase}-{job}"
-    cluster.close_gate(gate)
+    cluster.close_breakpoint(gate)
     command = [*PODFERRY, "--lab", cluster.lab.name, "migrate", job, "--to", B, "--mode", "stop"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as shell:
         cluster.reached(gate)
         shell.send_signal(signal.SIGINT)
-        cluster.open_gates()
+        cluster.open_breakpoints()
         said, _ = shell.communicate(timeout=60)
     assert shell.returncode == 6, said
     assert cluster.ended(A, job)["outcome"] == "cancelled"

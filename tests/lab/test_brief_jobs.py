@@ -26,7 +26,7 @@ def cluster(lab: Lab) -> Cluster:
 @pytest.fixture
 def name(cluster: Cluster) -> Iterator[str]:
     yield "brief"
-    cluster.open_gates()
+    cluster.open_breakpoints()
     cluster.stop("brief")
 
 
@@ -34,17 +34,17 @@ def move(cluster: Cluster, name: str, mode: str, *, kill_agent_at: str = "") -> 
     """Move a job that looks out for a stop from the moment before the freeze on. `kill_agent_at` is a phase of the target, whose
     agent is killed in it."""
     gate = f"source-cut-over-{name}"
-    cluster.close_gate(gate)
+    cluster.close_breakpoint(gate)
     going = cluster.begin(name, source=A, mode=mode)
     cluster.reached(gate, going)
     cluster.containerd(A).kill_task(name, signal.SIGUSR1)
     if kill_agent_at:
-        cluster.close_gate(f"target-{kill_agent_at}-{name}")
-    cluster.open_gates(gate)
+        cluster.close_breakpoint(f"target-{kill_agent_at}-{name}")
+    cluster.open_breakpoints(gate)
     if kill_agent_at:
         cluster.reached(f"target-{kill_agent_at}-{name}", going)
         cluster.kill(B, "agent")
-        cluster.open_gates()
+        cluster.open_breakpoints()
     return going.result()
 
 

@@ -37,7 +37,7 @@ def name(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
     name = f"connected-{request.node.callspec.id}" if hasattr(request.node, "callspec") else "connected"
     name = name.replace("_", "-").lower()
     yield name
-    cluster.open_gates()
+    cluster.open_breakpoints()
     cluster.stop(name)
 
 
@@ -50,11 +50,11 @@ def test_a_pair_goes_on_where_it_was_after_the_dump_was_for_nothing(
     cluster.start(name, "counting situations", situation)
     with Witness(cluster, name) as witness:
         gate = f"target-{TargetPhase.READY}-{name}"
-        cluster.close_gate(gate)
+        cluster.close_breakpoint(gate)
         move = cluster.begin(name, source=A, mode=Mode.LIVE)
         cluster.reached(gate, move)
         cluster.kill(killed, "agent")
-        cluster.open_gates()
+        cluster.open_breakpoints()
         record = cluster.ended(A, name)
         assert record["outcome"] != "completed", record
         cluster.goes_on(A, name)

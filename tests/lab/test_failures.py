@@ -60,7 +60,7 @@ RUNS_THERE: list[Phase] = [S.SERVE, S.COMMIT, S.DRAIN, T.FILL]
 """Behind these doors the job has been started on the target."""
 HELD: list[Phase] = [S.RESUME, S.LOST, S.SERVE, S.COMMIT, S.UNDO, T.READY, T.RESUME, T.GIVING_UP]
 """At these doors CRIU holds the frozen original."""
-POISED: list[Phase] = [S.CUTOVER, S.RESUME, S.LOST, S.UNDO, T.POISED, T.READY, T.RESUME, T.GIVING_UP, *RUNS_THERE]
+POISED: list[Phase] = [S.CUTOVER, S.RESUME, S.LOST, S.UNDO, T.PREPARED, T.READY, T.RESUME, T.GIVING_UP, *RUNS_THERE]
 """At these doors the target's shim is there."""
 
 
@@ -157,7 +157,7 @@ class Aftermath:
                 self._try(lambda door: hold(cluster, door), [door for door in doors if door.phase is S.LOST])
                 self._try(lambda door: hold(cluster, door), [door for door in doors if door.phase is not S.LOST])
                 disaster.strike(cluster)
-                cluster.open_gates()
+                cluster.open_breakpoints()
                 if disaster.cuts:
                     self._try(self._rest, doors)
                 if disaster.stalls:
@@ -168,7 +168,7 @@ class Aftermath:
                 self._look_around(doors)
                 self._try(self._move_again, doors)
         finally:
-            cluster.open_gates()
+            cluster.open_breakpoints()
             disaster.aid(cluster)
             for door in doors:
                 cluster.stop(door.name)
@@ -268,7 +268,7 @@ def hold(cluster: Cluster, door: Door) -> None:
     way: dict[Phase, list[Phase]] = {S.LOST: [S.RESUME], S.UNDO: [T.READY], T.GIVING_UP: [T.READY, S.UNDO]}
     *before, gate = [door.gate(phase) for phase in (*way.get(door.phase, []), door.phase)]
     for one in (*before, gate):
-        cluster.close_gate(one)
+        cluster.close_breakpoint(one)
     move = cluster.begin(door.name, source=A, mode=door.mode, max_downtime_ms=MINUTE)  # however busy the machine is
     if door.phase is S.LOST:
         cluster.reached(before[0], move)
@@ -281,7 +281,7 @@ def hold(cluster: Cluster, door: Door) -> None:
     if door.phase is S.UNDO:
         return cluster.reached(gate, move)
     for passed in before:
-        cluster.open_gates(passed)
+        cluster.open_breakpoints(passed)
     return cluster.reached(gate, move)
 
 

@@ -13,13 +13,13 @@ from moving import A, B, Cluster, until
 
 from podferry.cli.images import show
 from podferry.errors import UsageError
-from podferry.images import open_share
 from podferry.lab import Lab, containers, images, oci, registry
 from podferry.lab.builder import Recipe, build
 from podferry.lab.config import METRICS_PORT, REGISTRY, SNAPSHOTTER
 from podferry.lab.debian import architecture
 from podferry.lab.progress import quiet
 from podferry.node.process import run
+from podferry.snapshotter import open_share
 
 pytestmark = pytest.mark.lab
 TINY = f"{REGISTRY}/tiny:1"

@@ -12,10 +12,10 @@ from moving import A, B, until
 from test_lab_images import CTR, TINY, archive
 
 from podferry.errors import PodferryError
-from podferry.images import FormName
 from podferry.lab import Lab, containers
 from podferry.lab.config import SNAPSHOTTER
 from podferry.lab.state import STORAGE
+from podferry.snapshotter import FormName
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 CHECKOUT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ class Storage:
         lab.up(2, agent=False, binds={IN_NODE: CHECKOUT}, progress=print)
         for node in (A, B):
             run = lab.root(node) / "run/service/snapshotter/run"
-            text = run.read_text().replace("-m podferry.images", f"{IN_NODE}/tests/node/images_gate.py")
+            text = run.read_text().replace("-m podferry.snapshotter", f"{IN_NODE}/tests/node/images_gate.py")
             run.write_text(text)
             (lab.root(node) / "etc/podferry/snapshotter.options").write_text(f"--form {form} --deadline 5\n")
             lab.exec(node, ["sv", "restart", "/run/service/snapshotter"])

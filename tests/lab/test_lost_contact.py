@@ -31,7 +31,7 @@ def job(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.node.name.split("[")[0].removeprefix("test_").replace("_", "-")
     cluster.start(name, "simple", "8")
     yield name
-    cluster.open_gates()
+    cluster.open_breakpoints()
     cluster.lab.mend(B)
     cluster.stop(name)
 
@@ -45,7 +45,7 @@ def held(cluster: Cluster, name: str, phase: SourcePhase | TargetPhase, mode: Mo
     """Begin to move `name`, and hold it at the door of a phase. The migration's id."""
     role = "source" if isinstance(phase, SourcePhase) else "target"
     gate = f"{role}-{phase}-{name}"
-    cluster.close_gate(gate)
+    cluster.close_breakpoint(gate)
     cluster.reached(gate, cluster.begin(name, source=A, mode=mode))
     return str(cluster.record(A, name)["id"])
 
@@ -53,7 +53,7 @@ def held(cluster: Cluster, name: str, phase: SourcePhase | TargetPhase, mode: Mo
 def lost(cluster: Cluster, name: str) -> None:
     """Cut the link, let both go on, and wait until the source knows nothing of the target."""
     cluster.lab.cut(B)
-    cluster.open_gates()
+    cluster.open_breakpoints()
     until(lambda: cluster.record(A, name)["phase"] == SourcePhase.LOST, f"the source of {name} lost contact")
 
 

@@ -25,7 +25,7 @@ def cluster(lab: Lab) -> Cluster:
 @pytest.fixture
 def name(cluster: Cluster) -> Iterator[str]:
     yield "still"
-    cluster.open_gates()
+    cluster.open_breakpoints()
     cluster.stop("still")
 
 
@@ -34,14 +34,14 @@ def test_a_target_that_says_nothing_does_not_keep_the_job(cluster: Cluster, name
     """Its kernel goes on acknowledging what is sent, so nobody else would notice for half a minute."""
     cluster.start(name, "simple", "8")
     gate = f"source-cut-over-{name}"
-    cluster.close_gate(gate)
+    cluster.close_breakpoint(gate)
     going = cluster.begin(name, source=A, mode=mode, max_freeze_s=2.0)
     cluster.reached(gate, going)
     agents = [one.pid for one in cluster.processes(B) if one.name == "agent"]
     for pid in agents:
         os.kill(pid, signal.SIGSTOP)
     try:
-        cluster.open_gates(gate)
+        cluster.open_breakpoints(gate)
         record = going.result()
         cluster.goes_on(A, name)
     finally:

@@ -21,11 +21,11 @@ from podferry.node.containerd import ContainerdNotFound
 from podferry.node.records import Stdio, TaskStatus, upper_dir
 from podferry.workload import frozen
 from podferry.workload.config import Config
-from podferry.workload.feeder_channel import FeederChannel
 from podferry.workload.helpers import process_of
 from podferry.workload.inspection import DUMP_FLAGS
 from podferry.workload.makers.containerd import ContainerdContainer, target_handlers
 from podferry.workload.offered import Offered
+from podferry.workload.page_channel import DaemonPageChannel
 from podferry.workload.remote_pages import FrozenPages
 from podferry.workload.source_container import Output, RunningContainer, SourceContainer
 from podferry.workload.target_container import TargetContainer
@@ -161,16 +161,16 @@ class RealTargetCase:
         os.kill(self.container.incoming.wrapper, signal.SIGKILL)
 
     def kill_feeder(self) -> None:
-        feeder = process_of(self.journal.held("feeder"))
-        assert feeder is not None
-        feeder.kill()
-        assert feeder.wait(20.0)
+        daemon = process_of(self.journal.held("lazy-pages-daemon"))
+        assert daemon is not None
+        daemon.kill()
+        assert daemon.wait(20.0)
 
     def found_by_another_agent(self) -> TargetContainer:
         return self._container(Part(Journal(self.directory), 0))
 
-    def channel(self) -> FeederChannel:
-        return FeederChannel([self.container.feeder_socket()])
+    def channel(self) -> DaemonPageChannel:
+        return DaemonPageChannel([self.container.daemon_socket()])
 
     def remote_pages(self) -> FrozenPages:
         left = self.source.left()

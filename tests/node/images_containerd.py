@@ -24,8 +24,8 @@ from pathlib import Path
 import grpc
 
 from podferry.fs.mounts import unmount
-from podferry.images.mounts import mount_points
 from podferry.node.process import Completed, run, spawn
+from podferry.snapshotter.mounts import mount_points
 
 NAMESPACE = "k8s.io"
 READY = 30.0
@@ -169,7 +169,7 @@ class ContainerdNode:
     name: str
     snapshotter: str = "podferry"
     options: list[str] = field(default_factory=list)
-    driver: list[str] = field(default_factory=lambda: ["-c", "from podferry.images import main; main()"])
+    driver: list[str] = field(default_factory=lambda: ["-c", "from podferry.snapshotter import main; main()"])
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property

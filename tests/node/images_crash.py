@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from podferry.images import program
-from podferry.images.metadata import Metadata
-from podferry.images.posix import PosixShare
+from podferry.snapshotter import program
+from podferry.snapshotter.metadata import Metadata
+from podferry.snapshotter.posix import PosixShare
 
 
 def serve(arguments: list[str], log: str, crash_at: int, counted: str) -> None:

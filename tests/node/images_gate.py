@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from podferry.images import program
-from podferry.images.metadata import Metadata
-from podferry.images.posix import PosixShare
+from podferry.snapshotter import program
+from podferry.snapshotter.metadata import Metadata
+from podferry.snapshotter.posix import PosixShare
 
 GATE = Path("/run/podferry/snapshotter-gate")
 

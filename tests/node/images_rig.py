@@ -15,26 +15,26 @@ from pathlib import Path
 import grpc
 
 from podferry.fs.mounts import unmount
-from podferry.images import layout
-from podferry.images.erofs import ErofsForm
-from podferry.images.guard import Guard
-from podferry.images.layout import FormName
-from podferry.images.leases import Leases
-from podferry.images.metadata import Metadata
-from podferry.images.mounts import mount_points
-from podferry.images.opening import initialise, open_share
-from podferry.images.ports import SystemClock
-from podferry.images.posix import PosixShare
-from podferry.images.publisher import Publisher
-from podferry.images.references import References
-from podferry.images.service import Service
-from podferry.images.snapshotter import REF, Snapshotter
-from podferry.images.store import LayerStore
-from podferry.images.tree import TreeForm
 from podferry.node.process import run
 from podferry.protos import snapshots_pb2 as pb
 from podferry.protos import snapshots_pb2_grpc
 from podferry.protos.types_pb2 import Mount
+from podferry.snapshotter import layout
+from podferry.snapshotter.erofs import ErofsForm
+from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.layout import FormName
+from podferry.snapshotter.leases import Leases
+from podferry.snapshotter.metadata import Metadata
+from podferry.snapshotter.mounts import mount_points
+from podferry.snapshotter.opening import initialise, open_share
+from podferry.snapshotter.ports import SystemClock
+from podferry.snapshotter.posix import PosixShare
+from podferry.snapshotter.publisher import Publisher
+from podferry.snapshotter.references import References
+from podferry.snapshotter.service import Service
+from podferry.snapshotter.snapshotter import REF, Snapshotter
+from podferry.snapshotter.store import LayerStore
+from podferry.snapshotter.tree import TreeForm
 
 KINDS = {"view": pb.VIEW, "active": pb.ACTIVE, "committed": pb.COMMITTED}
 GC = {"containerd.io/gc.root": "2026"}

@@ -1,4 +1,5 @@
-"""A job without CRIU: memory behind a userfaultfd, handed to a feeder as CRIU hands it over, next to a twin that never moved.
+"""A job without CRIU: memory behind a userfaultfd, handed to a lazy-pages daemon as CRIU hands it over, next to a twin that
+never moved.
 
 Every change is made to both copies at the same place, so at any time the two must be equal byte for byte.
 """
@@ -56,13 +57,13 @@ def image(path: Path, magic: int, messages: list[bytes]) -> None:
 
 def write_images(
     images: Path,
-    spaces: dict[int, list[tuple[int, int]]],
+    address_spaces: dict[int, list[tuple[int, int]]],
     areas: dict[int, list[tuple[int, int, int]]] | None = None,
 ) -> None:
     """pstree, pagemap and mm images for processes with these lazy runs, in these areas (the third is the advice they had)."""
-    trees = [pagemap_pb2.PstreeEntry(pid=pid, ppid=0).SerializeToString() for pid in spaces]
+    trees = [pagemap_pb2.PstreeEntry(pid=pid, ppid=0).SerializeToString() for pid in address_spaces]
     image(images / "pstree.img", 0x50273030, trees)
-    for pid, runs in spaces.items():
+    for pid, runs in address_spaces.items():
         entries = [
             pagemap_pb2.PagemapEntry(
                 vaddr=start, compat_nr_pages=(end - start) // PAGE, nr_pages=(end - start) // PAGE, flags=2
@@ -99,7 +100,7 @@ def fill_store(directory: Path, pid: int, seed: int, pages: int, rounds: int = 3
 
 
 def hand_over(work: Path, pid: int, start: int, length: int) -> socket.socket:
-    """Register our memory and send it to the feeder as CRIU does; returns the connection."""
+    """Register our memory and send it to the lazy-pages daemon as CRIU does; returns the connection."""
     fd = uffd.create()
     uffd.api(fd, EVENTS)
     uffd.register(fd, start, length, uffd.RegisterMode.MISSING)

@@ -15,9 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from node_look import ended, family, inside, portrait, said
+from node_facts_of import ended, family, inside, portrait, said
 
-from podferry.criu.checkpoint import Hold
+from podferry.criu.checkpoint import HeldDump
 from podferry.criu.images import lazy_runs
 from podferry.criu.incoming import Incoming
 from podferry.errors import Failed
@@ -45,7 +45,7 @@ class Job:
         self.id = id
         self.place = place
         self.log = place / f"{id}.log"
-        self._hold: Hold | None = None
+        self._held: HeldDump | None = None
 
     def start(self, script: str = COUNT, *options: str) -> None:
         """Start it anew."""
@@ -82,7 +82,7 @@ class Job:
         """Its processes, by their pids inside, zombies too."""
         return family(self.task.pid)
 
-    def wait_said(self, word: str, speakers: dict[str, int]) -> None:
+    def wait_reported(self, word: str, speakers: dict[str, int]) -> None:
         """Wait until every speaker has said a line `NAME WORD ...`. `speakers` are the names, and their pids here.
 
         Each has to go on saying lines that begin with its name. One that ends, or says `NAME BAD ...`, ends the wait at once.
@@ -104,25 +104,25 @@ class Job:
             assert not silent, f"{silent} of {self.id} said nothing for {QUIET:g} s"
             threading.Event().wait(0.05)
 
-    def hold(self, **options: object) -> Hold:
+    def held(self, **options: object) -> HeldDump:
         """Freeze it and have CRIU hold it."""
         self.cgroup.freeze()
-        hold = self._start_hold(**options)
-        hold.wait_ready()
-        return hold
+        held = self._start_held_dump(**options)
+        held.wait_ready()
+        return held
 
-    def hold_early(self, **options: object) -> Hold:
+    def start_dump_early(self, **options: object) -> HeldDump:
         """Have runc wait with the dump. The job runs on."""
-        return self._start_hold(wait=True, **options)
+        return self._start_held_dump(wait=True, **options)
 
-    def _start_hold(self, **options: object) -> Hold:
+    def _start_held_dump(self, **options: object) -> HeldDump:
         work = self.place / f"{self.id}-hold"
         shutil.rmtree(work, ignore_errors=True)
         root = self.client.runc_root(self.record)
-        hold = self._hold = Hold.start(
+        held = self._held = HeldDump.start(
             self.id, self.cgroup, runc_root=root, images=work / "images", work=work / "work", **options
         )  # type: ignore[arg-type]
-        return hold
+        return held
 
     def remove(self) -> None:
         """Remove what is left of it."""
@@ -131,7 +131,7 @@ class Job:
             with contextlib.suppress(ContainerdNotFound):
                 task = self.task
                 with contextlib.suppress(Failed):
-                    (self._hold.commit if self._hold else self.cgroup.kill)()
+                    (self._held.commit if self._held else self.cgroup.kill)()
                 with contextlib.suppress(ContainerdFailed):
                     self.client.wait_task(task.id, 20)
                 with contextlib.suppress(ContainerdFailed):
@@ -142,7 +142,7 @@ class Job:
 
 
 class Arrival:
-    """The container that a `Job` becomes: poised, then given a verdict."""
+    """The container that a `Job` becomes: prepared, then given a verdict."""
 
     def __init__(self, source: Job, id: str) -> None:
         self.job = Job(source.client, id, source.place)
@@ -164,7 +164,7 @@ class Arrival:
             options=Opaque("containerd.runc.v1.Options", Options(binary_name=RUNTIME).SerializeToString()),
         )
 
-    def poise(self) -> None:
+    def make_ready(self) -> None:
         """Have containerd create the task up to where the wrapper waits."""
         client = self.source.client
         client.create_container(self.record)
@@ -172,7 +172,7 @@ class Arrival:
         log = f"file://{self.job.log}"
         self.created = self._pool.submit(client.create_task, self.record.id, mounts, Stdio(stdout=log, stderr=log))
         self.created.add_done_callback(self._abandon)
-        self.incoming.wait_poised(60)
+        self.incoming.wait_prepared(60)
 
     def _abandon(self, created: Future[int]) -> None:
         if error := created.exception():
@@ -184,13 +184,13 @@ class Arrival:
         shutil.copytree(images, self.incoming.images, dirs_exist_ok=True)
         directory = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="store-"))  # sparse up to the largest address
         with contextlib.closing(PageStore.create(directory)) as store:
-            for space, runs in lazy_runs(images).items():
-                memory = os.open(f"/proc/{self._source_pid(space)}/mem", os.O_RDONLY)
+            for address_space, runs in lazy_runs(images).items():
+                memory = os.open(f"/proc/{self._source_pid(address_space)}/mem", os.O_RDONLY)
                 for start, end in runs:
                     for at in range(start, end, PIECE):
-                        store.write(space, at, os.pread(memory, min(PIECE, end - at), at), 0)
+                        store.write(address_space, at, os.pread(memory, min(PIECE, end - at), at), 0)
                 os.close(memory)
-                store.complete(space)
+                store.complete(address_space)
             store.sync()
         with self.feeding(directory):
             yield
@@ -202,17 +202,17 @@ class Arrival:
         argv += ["--images", self.incoming.images, "--status", self.source.place / "feeder.json"]
         with (self.source.place / "feeder.log").open("wb") as log:
             environment = {"PYTHONPATH": os.environ["PYTHONPATH"]}
-            feeder = spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=log)
-        assert feeder.stdout is not None
+            daemon = spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=log)
+        assert daemon.stdout is not None
         try:
             with self.telling():
-                assert feeder.stdout.readline() == b"ready\n"
+                assert daemon.stdout.readline() == b"ready\n"
                 yield
-                assert feeder.wait(60) == 0
+                assert daemon.wait(60) == 0
         finally:
-            feeder.kill()
-            feeder.wait()
-            feeder.stdout.close()
+            daemon.kill()
+            daemon.wait()
+            daemon.stdout.close()
             shutil.rmtree(store)
 
     @contextlib.contextmanager
@@ -223,11 +223,11 @@ class Arrival:
         except BaseException as error:
             if not self._told:
                 self._told = True
-                error.add_note(self.story())
+                error.add_note(self.record())
             raise
 
-    def story(self) -> str:
-        """How the feeder, CRIU and the processes here and there are, and what they said last."""
+    def migration_record(self) -> str:
+        """How the lazy-pages daemon, CRIU and the processes here and there are, and what they said last."""
         threading.Event().wait(0.5)  # what a process said as it ended is still on its way into the log
         place = self.source.place
         files = {name: said(place / name) for name in ("feeder.json", "feeder.log")}

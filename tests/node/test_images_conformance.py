@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from images_rig import GC, LOCAL, NETWORK, Rig, picture, refused, scratch
 
-from podferry.images.layout import FormName
 from podferry.protos import snapshots_pb2 as pb
+from podferry.snapshotter.layout import FormName
 
 pytestmark = pytest.mark.node
 

@@ -19,9 +19,9 @@ from images_rig import LOCAL, NETWORK, picture, scratch
 
 from podferry.errors import CommandFailed
 from podferry.fs.mounts import unmount
-from podferry.images import images_report, layout
 from podferry.node.containerd import Containerd
 from podferry.node.process import run
+from podferry.snapshotter import images_report, layout
 
 pytestmark = pytest.mark.node
 

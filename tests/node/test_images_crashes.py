@@ -18,12 +18,12 @@ import images_crash
 import pytest
 from images_rig import GC, LOCAL, Rig, scratch, some_chain
 
-from podferry.images import layout
-from podferry.images.layout import FormName
-from podferry.images.mounts import mount_points
-from podferry.images.snapshotter import REF
 from podferry.protos import snapshots_pb2 as pb
 from podferry.protos import snapshots_pb2_grpc
+from podferry.snapshotter import layout
+from podferry.snapshotter.layout import FormName
+from podferry.snapshotter.mounts import mount_points
+from podferry.snapshotter.snapshotter import REF
 
 pytestmark = pytest.mark.node
 

@@ -10,8 +10,8 @@ import pytest
 from images_rig import LOCAL, Rig, scratch
 from test_images_conformance import *  # noqa: F403
 
-from podferry.images.layout import FormName
 from podferry.node.process import run
+from podferry.snapshotter.layout import FormName
 
 pytestmark = [pytest.mark.node, pytest.mark.slow, pytest.mark.kernel("bookworm")]
 del test_a_hundred_and_twenty_eight_layers_are_mounted  # type: ignore[name-defined]  # noqa: F821  the emulated machine takes ten minutes for it

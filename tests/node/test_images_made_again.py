@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from images_rig import LOCAL, Rig, scratch
 
-from podferry.images import layout
-from podferry.images.layout import FormName
 from podferry.node.process import run
+from podferry.snapshotter import layout
+from podferry.snapshotter.layout import FormName
 
 pytestmark = pytest.mark.node
 CHAIN = f"sha256:{'ab' * 32}"

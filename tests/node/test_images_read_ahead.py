@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from images_rig import LOCAL, NETWORK, Rig, refused, scratch, some_chain
 
-from podferry.images import layout
-from podferry.images.erofs import IMAGE
-from podferry.images.prefetch import Prefetcher, cached
-from podferry.images.snapshotter import REF
+from podferry.snapshotter import layout
+from podferry.snapshotter.erofs import IMAGE
+from podferry.snapshotter.prefetch import Prefetcher, cached
+from podferry.snapshotter.snapshotter import REF
 
 pytestmark = pytest.mark.node
 

@@ -15,13 +15,13 @@ from images_containerd import ContainerdNode, Image, Registry, file, make_image,
 from images_rig import LOCAL, Rig, refused, scratch, some_chain
 
 from podferry.fs.mounts import unmount
-from podferry.images import check_layers, images_report, layout
-from podferry.images.layout import FormName
-from podferry.images.metadata import Home
-from podferry.images.mounts import mount_points
-from podferry.images.snapshotter import REF
 from podferry.node.process import run, spawn
 from podferry.protos import snapshots_pb2 as pb
+from podferry.snapshotter import check_layers, images_report, layout
+from podferry.snapshotter.layout import FormName
+from podferry.snapshotter.metadata import Home
+from podferry.snapshotter.mounts import mount_points
+from podferry.snapshotter.snapshotter import REF
 
 pytestmark = pytest.mark.node
 

@@ -1,4 +1,4 @@
-"""The feeder with real CRIU: a container of several processes that remap, drop and fork while they are being fed."""
+"""The lazy-pages daemon with real CRIU: a container of several processes that remap, drop and fork while they are being fed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_processes_that_turn_their_memory_over_are_fed_rightly(job: Job, client:
     arrival = Arrival(job, "feeder-target")
     try:
         with arrival.telling():
-            arrival.poise()
+            arrival.make_ready()
             hold = job.hold()
             with arrival.fed(hold.work.parent / "images"):
                 arrival.incoming.restore()
@@ -132,7 +132,7 @@ def test_processes_that_turn_their_memory_over_are_fed_rightly(job: Job, client:
             assert hold.criu is not None
             hold.commit()
             here, names = arrival.job.family(), (line.split() for line in job.lines() if " is " in line)
-            arrival.job.wait_said("whole", {name: here[int(pid)] for name, _, pid in names})
+            arrival.job.wait_reported("whole", {name: here[int(pid)] for name, _, pid in names})
             assert not any("BAD" in line for line in job.lines())
             status = read_status(job.place / "feeder.json")
             assert (status.state, status.bytes_left, status.error) == (DaemonState.DONE, 0, None)

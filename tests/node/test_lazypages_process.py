@@ -1,4 +1,4 @@
-"""The feeder as a process: what it prints, when it ends, what it holds on to, and what a job sees when it fails."""
+"""The lazy-pages daemon as a process: what it prints, when it ends, what it holds on to, and what a job sees when it fails."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ PID, SEED, PAGES = 42, 7, 64
 SIZE = PAGES * PAGE
 
 
-class Feeder:
-    """A feeder in a process of its own, over the store of one process."""
+class Daemon:
+    """A lazy-pages daemon in a process of its own, over the store of one process."""
 
     def __init__(self, place: Path, *options: str) -> None:
         self.place = place
@@ -67,7 +67,7 @@ class Feeder:
         return read_status(self.place / "status")
 
     def child(self) -> int:
-        """The process that feeds; the one we have started is its keeper."""
+        """The process that feeds; the one we have started is its descriptor holder."""
         pid = self.process.pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
@@ -92,19 +92,19 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture
-def start(place: Path) -> Iterator[Callable[..., Feeder]]:
-    started: list[Feeder] = []
+def start(place: Path) -> Iterator[Callable[..., Daemon]]:
+    started: list[Daemon] = []
 
-    def begin(*options: str) -> Feeder:
-        started.append(Feeder(place, *options))
+    def begin(*options: str) -> Daemon:
+        started.append(Daemon(place, *options))
         return started[-1]
 
     yield begin
-    for feeder in started:
-        feeder.process.kill()
-        feeder.process.wait()
-        if feeder.process.stdout:
-            feeder.process.stdout.close()
+    for daemon in started:
+        daemon.process.kill()
+        daemon.process.wait()
+        if daemon.process.stdout:
+            daemon.process.stdout.close()
 
 
 def make_store(place: Path, pages: range = range(PAGES), *, complete: bool = True) -> None:
@@ -149,7 +149,7 @@ class Job:
                 theirs.send(b"!")
             ended = 0
         except BrokenPipeError:
-            pass  # the feeder refused: a restore ends then
+            pass  # the lazy-pages daemon refused: a restore ends then
         finally:
             os._exit(ended)
 
@@ -187,104 +187,104 @@ def job(place: Path, setup: Callable[[], None] = lambda: None) -> Iterator[Job]:
         one.kill()
 
 
-def test_it_feeds_and_ends(place: Path, start: Callable[..., Feeder]) -> None:
+def test_it_feeds_and_ends(place: Path, start: Callable[..., Daemon]) -> None:
     make_store(place)
-    feeder = start()
-    assert feeder.status.state is DaemonState.LISTENING
+    daemon = start()
+    assert daemon.status.state is DaemonState.LISTENING
     with job(place) as one:
         one.ask(5)
         assert one.answers() == content(SEED, 5)[:8]
-        feeder.wait(DaemonState.RESTORING)
-        assert feeder.status.bytes_left == 0 or feeder.status.bytes_fed > 0
+        daemon.wait(DaemonState.RESTORING)
+        assert daemon.status.bytes_left == 0 or daemon.status.bytes_fed > 0
         one.finish()
-        assert feeder.end() == 0
+        assert daemon.end() == 0
         one.ask(63)
         assert one.answers() == content(SEED, 63)[:8]
-    assert (feeder.status.state, feeder.status.bytes_fed, feeder.status.bytes_left) == (DaemonState.DONE, SIZE, 0)
+    assert (daemon.status.state, daemon.status.bytes_fed, daemon.status.bytes_left) == (DaemonState.DONE, SIZE, 0)
 
 
-def test_it_ends_when_told_before_anything_depends_on_it(place: Path, start: Callable[..., Feeder]) -> None:
+def test_it_ends_when_told_before_anything_depends_on_it(place: Path, start: Callable[..., Daemon]) -> None:
     make_store(place)
-    feeder = start()
-    feeder.process.terminate()
-    assert feeder.end() == 1
+    daemon = start()
+    daemon.process.terminate()
+    assert daemon.end() == 1
 
 
-def test_a_restore_that_fails_ends_it(place: Path, start: Callable[..., Feeder]) -> None:
+def test_a_restore_that_fails_ends_it(place: Path, start: Callable[..., Daemon]) -> None:
     make_store(place)
-    feeder = start()
+    daemon = start()
     with job(place) as one:
-        feeder.wait(DaemonState.RESTORING)
+        daemon.wait(DaemonState.RESTORING)
         one.kill()
-        assert feeder.end() == 1
-    assert feeder.status.state is DaemonState.FAILED
-    assert "the restore ended" in json.dumps(feeder.status.error)
+        assert daemon.end() == 1
+    assert daemon.status.state is DaemonState.FAILED
+    assert "the restore ended" in json.dumps(daemon.status.error)
 
 
 @pytest.mark.parametrize("flaw", ["no store", "incomplete", "no images"])
 def test_what_it_cannot_feed_it_refuses_before_the_task_runs(
-    place: Path, start: Callable[..., Feeder], flaw: str
+    place: Path, start: Callable[..., Daemon], flaw: str
 ) -> None:
     if flaw != "no store":
         make_store(place, range(1, PAGES), complete=flaw != "incomplete")
     if flaw == "no images":
         (place / f"pagemap-{PID}.img").unlink()
-    feeder = start()
+    daemon = start()
     with job(place):
-        assert feeder.end() == 1
-    assert feeder.status.state is DaemonState.FAILED
-    assert feeder.status.error
+        assert daemon.end() == 1
+    assert daemon.status.state is DaemonState.FAILED
+    assert daemon.status.error
 
 
-def test_a_failure_while_filling_never_shows_as_zeroes(place: Path, start: Callable[..., Feeder]) -> None:
-    """A store whose file was cut short: the job waits for its page, the feeder for SIGTERM."""
+def test_a_failure_while_filling_never_shows_as_zeroes(place: Path, start: Callable[..., Daemon]) -> None:
+    """A store whose file was cut short: the job waits for its page, the lazy-pages daemon for SIGTERM."""
     make_store(place)
-    feeder = start()
+    daemon = start()
     with job(place) as one:
-        feeder.wait(DaemonState.RESTORING)
+        daemon.wait(DaemonState.RESTORING)
         os.truncate(place / "store" / f"space-{PID}", 0)
         one.finish()
-        feeder.wait(DaemonState.FAILED)
-        assert "should hold" in json.dumps(feeder.status.error)
+        daemon.wait(DaemonState.FAILED)
+        assert "should hold" in json.dumps(daemon.status.error)
         one.ask(9)
         assert one.answers(0.5) is None
-        assert feeder.process.poll() is None
+        assert daemon.process.poll() is None
         one.kill()
-        feeder.process.terminate()
-        assert feeder.end() == 1
+        daemon.process.terminate()
+        assert daemon.end() == 1
 
 
-def test_a_feeder_that_is_killed_leaves_no_zeroes_behind(place: Path, start: Callable[..., Feeder]) -> None:
+def test_a_feeder_that_is_killed_leaves_no_zeroes_behind(place: Path, start: Callable[..., Daemon]) -> None:
     make_store(place, range(32), complete=False)
-    feeder = start("--source", str(place / "source"))
+    daemon = start("--source", str(place / "source"))
     with job(place) as one:
         one.finish()
         one.ask(3)
         assert one.answers() == content(SEED, 3)[:8]
-        os.kill(feeder.child(), signal.SIGKILL)
-        feeder.wait(DaemonState.FAILED)
-        assert "SIGKILL" in json.dumps(feeder.status.error)
+        os.kill(daemon.child(), signal.SIGKILL)
+        daemon.wait(DaemonState.FAILED)
+        assert "SIGKILL" in json.dumps(daemon.status.error)
         one.ask(40)
         assert one.answers(0.5) is None
         one.kill()
-        feeder.process.terminate()
-        assert feeder.end() in (1, -signal.SIGTERM)
+        daemon.process.terminate()
+        assert daemon.end() in (1, -signal.SIGTERM)
 
 
-def test_it_does_not_end_while_a_task_is_owed_pages(place: Path, start: Callable[..., Feeder]) -> None:
+def test_it_does_not_end_while_a_task_is_owed_pages(place: Path, start: Callable[..., Daemon]) -> None:
     make_store(place, range(32), complete=False)
-    feeder = start("--source", str(place / "source"))
+    daemon = start("--source", str(place / "source"))
     with job(place) as one:
         one.finish()
-        feeder.wait(DaemonState.FILLING)
+        daemon.wait(DaemonState.FILLING)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            feeder.process.send_signal(number)
+            daemon.process.send_signal(number)
         one.ask(3)
         assert one.answers() == content(SEED, 3)[:8]
         one.kill()
         agent = connect(place / "source")
         agent.send(Frame(Word.ZERO, PID, 0, MOVED + SIZE).encode())
-        assert feeder.end() == 0
+        assert daemon.end() == 0
         agent.close()
 
 
@@ -295,9 +295,9 @@ def connect(path: Path) -> socket.socket:
     return agent
 
 
-def test_pages_that_arrive_later_are_asked_for_and_fed(place: Path, start: Callable[..., Feeder]) -> None:
+def test_pages_that_arrive_later_are_asked_for_and_fed(place: Path, start: Callable[..., Daemon]) -> None:
     make_store(place, range(16), complete=False)
-    feeder = start("--source", str(place / "source"))
+    daemon = start("--source", str(place / "source"))
     store = PageStore.open(place / "store")
     with job(place) as one:
         one.finish()
@@ -323,32 +323,32 @@ def test_pages_that_arrive_later_are_asked_for_and_fed(place: Path, start: Calla
         for page in (30, 50, 51):
             one.ask(page)
             assert one.answers() == (content(SEED, page)[:8] if page < 51 else bytes(8))
-        assert feeder.end() == 0
+        assert daemon.end() == 0
         assert agent.recv(64) == b""
         agent.close()
     store.close()
 
 
-def test_a_task_that_ends_meanwhile_is_let_go(place: Path, start: Callable[..., Feeder]) -> None:
+def test_a_task_that_ends_meanwhile_is_let_go(place: Path, start: Callable[..., Daemon]) -> None:
     make_store(place)
-    feeder = start()
+    daemon = start()
     with job(place) as one:
-        feeder.wait(DaemonState.RESTORING)
-        os.kill(feeder.child(), signal.SIGSTOP)
+        daemon.wait(DaemonState.RESTORING)
+        os.kill(daemon.child(), signal.SIGSTOP)
         one.finish()
         one.kill()
-        os.kill(feeder.child(), signal.SIGCONT)
-        assert feeder.end() == 0
-    assert (feeder.status.bytes_left, feeder.status.tasks) == (0, 0)
+        os.kill(daemon.child(), signal.SIGCONT)
+        assert daemon.end() == 0
+    assert (daemon.status.bytes_left, daemon.status.tasks) == (0, 0)
 
 
 @pytest.mark.parametrize("advice", [MADV_WIPEONFORK, MADV_DONTFORK])
-def test_what_a_child_does_not_inherit_it_is_not_fed(place: Path, start: Callable[..., Feeder], advice: int) -> None:
+def test_what_a_child_does_not_inherit_it_is_not_fed(place: Path, start: Callable[..., Daemon], advice: int) -> None:
     """As the images say: page 0 to 7 have this advice. They are still missing in the parent when it forks."""
     make_store(place, range(8, PAGES), complete=False)
     areas = [(MOVED, MOVED + 8 * PAGE, 1 << advice), (MOVED + 8 * PAGE, MOVED + SIZE, 0)]
     write_images(place, {PID: [(MOVED, MOVED + SIZE)]}, {PID: areas})
-    feeder = start("--source", str(place / "source"))
+    daemon = start("--source", str(place / "source"))
     with job(place, lambda: check(libc.madvise(MOVED, 8 * PAGE, advice))) as one:
         one.finish()
         one.fork()
@@ -361,7 +361,7 @@ def test_what_a_child_does_not_inherit_it_is_not_fed(place: Path, start: Callabl
         store.write(PID, MOVED, b"".join(content(SEED, page) for page in range(8)), 1)
         agent = connect(place / "source")
         agent.send(Frame(Word.ARRIVED, PID, MOVED, MOVED + 8 * PAGE).encode())
-        assert feeder.end() == 0
+        assert daemon.end() == 0
         agent.close()
         store.close()
         if advice == MADV_WIPEONFORK:
@@ -369,7 +369,7 @@ def test_what_a_child_does_not_inherit_it_is_not_fed(place: Path, start: Callabl
             assert one.answers() == bytes(8)
 
 
-def test_the_kernel_has_what_the_feeder_needs() -> None:
+def test_the_kernel_has_what_the_lazy_pages_daemon_needs() -> None:
     fd = uffd.create()
     assert uffd.api(fd, EVENTS) & EVENTS == EVENTS
     assert not uffd.changing(fd)

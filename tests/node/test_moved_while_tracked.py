@@ -14,9 +14,9 @@ from node_job import Arrival, Job
 from test_lazypages_criu import PROCESSES, WILD
 
 from podferry.criu.images import missing
-from podferry.criu.restored_group import group_to_tell
+from podferry.criu.restored_group import group_to_restore
 from podferry.engine.journal import Journal, Part
-from podferry.engine.ports import Change
+from podferry.engine.ports import DirtySet
 from podferry.lazypages.status import DaemonState, read_status
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.store.page_store import PageStore, Totals
@@ -64,17 +64,17 @@ def leaving(job: Job, work: Path) -> SourceWorkload:
     return SourceWorkload([container], ContainerdOwner(job.client, log))
 
 
-def take_in(store: PageStore, source: SourceWorkload, change: Change, number: int) -> int:
+def take_in(store: PageStore, source: SourceWorkload, change: DirtySet, number: int) -> int:
     """What the target does with the frames of a round. Returns how many pages came."""
     pages = 0
     for frame in source.read(change, number):
         if isinstance(frame, Pages):
             pages += frame.count
             for address, data in frame.pieces():
-                store.write(frame.space, address, data, number)
+                store.write(frame.address_space, address, data, number)
         else:
             for start, end in frame.runs:
-                store.drop(frame.space, start, end)
+                store.drop(frame.address_space, start, end)
     return pages
 
 
@@ -89,28 +89,28 @@ async def test_a_container_computes_while_it_is_copied_and_goes_on_with_all_it_w
         with arrival.telling(), closing(PageStore.create(directory)) as store:
             rounds = []
             for number in range(1, ROUNDS + 1):
-                rounds.append(take_in(store, source, await source.look(), number))
+                rounds.append(take_in(store, source, await source.scan_dirty(), number))
                 job.wait_lines(PROCESSES)  # it computes between the rounds
-            arrival.poise()
+            arrival.make_ready()
             await source.stand_by()
-            await source.shut_the_door()
+            await source.lock_exec()
             await source.freeze()
             assert job.cgroup.state() is Frozen.FROZEN
             assert not source.executing()
-            rounds.append(take_in(store, source, await source.last_look(), ROUNDS + 1))
+            rounds.append(take_in(store, source, await source.final_scan(), ROUNDS + 1))
             images = await source.dump()
             for (_, name), data in images.items():
                 (arrival.incoming.images / name).write_bytes(data if isinstance(data, bytes) else data.read_bytes())
             for one in source.memory_totals():
-                store.complete(one.space)
-            store.verify({one.space: Totals(1, one.pages, one.pages * PAGE) for one in source.memory_totals()})
+                store.complete(one.address_space)
+            store.verify({one.address_space: Totals(1, one.pages, one.pages * PAGE) for one in source.memory_totals()})
             assert missing(store, arrival.incoming.images) == {}
             store.sync()
         assert not source.executing()
         names = [line.split() for line in job.lines() if " is " in line]  # the log goes with the original
         await source.commit()  # which nothing needs any more
         with arrival.feeding(directory):
-            arrival.incoming.belongs_in(group_to_tell(arrival.record.spec_json(), version("runc")))
+            arrival.incoming.belongs_in(group_to_restore(arrival.record.spec_json(), version("runc")))
             arrival.incoming.restore()
             assert arrival.created is not None
             arrival.created.result(60)
@@ -118,7 +118,7 @@ async def test_a_container_computes_while_it_is_copied_and_goes_on_with_all_it_w
         here = arrival.job.family()
         speakers = {name: here[int(pid)] for name, _, pid in names}
         assert set(speakers.values()) <= set(arrival.job.cgroup.pids())
-        arrival.job.wait_said("whole", speakers)
+        arrival.job.wait_reported("whole", speakers)
         assert len(names) == PROCESSES
         assert not any("BAD" in line for line in arrival.job.lines())
         status = read_status(job.place / "feeder.json")

@@ -27,9 +27,9 @@ def pid() -> Iterator[int]:
 
 
 def test_a_new_namespace_differs_in_nothing_but_loopback(pid: int) -> None:
-    assert network.look(pid) == Network(up=False)
+    assert network.read(pid) == Network(up=False)
     network.make(DEFAULT, pid)
-    assert network.look(pid) == DEFAULT
+    assert network.read(pid) == DEFAULT
 
 
 def test_what_was_set_is_seen_and_made_again(pid: int) -> None:
@@ -39,13 +39,13 @@ def test_what_was_set_is_seen_and_made_again(pid: int) -> None:
         settings={"ipv4/ip_unprivileged_port_start": "80", "ipv4/conf/lo/rp_filter": "2", "core/somaxconn": "77"},
     )
     network.make(wanted, pid)
-    seen = network.look(pid)
+    seen = network.read(pid)
     assert seen == wanted
 
 
 def test_settings_that_this_kernel_has_not_are_left_out(pid: int) -> None:
     network.make(Network(settings={"ipv4/there_is_none": "1", "core/somaxconn": "78"}), pid)
-    assert network.look(pid) == Network(settings={"core/somaxconn": "78"})
+    assert network.read(pid) == Network(settings={"core/somaxconn": "78"})
 
 
 def test_interfaces_other_than_loopback_are_told_when_they_are_up(pid: int) -> None:
@@ -61,7 +61,7 @@ def test_an_address_is_given_and_taken_twice_without_harm(pid: int) -> None:
     address = ipaddress.ip_interface("10.7.0.6/32")
     for _ in range(2):
         in_network_of(pid, lambda: netlink.add_address(address))
-    assert network.look(pid).addresses == (str(address),)
+    assert network.read(pid).addresses == (str(address),)
     for _ in range(2):
         in_network_of(pid, lambda: netlink.remove_address(address))
-    assert network.look(pid) == DEFAULT
+    assert network.read(pid) == DEFAULT

@@ -15,7 +15,7 @@ import pytest
 from node_job import COUNT, Arrival, Job
 
 from podferry.core.facts import NodeFacts
-from podferry.criu.checkpoint import CheckpointFailed, Hold, Process, _children
+from podferry.criu.checkpoint import CheckpointFailed, HeldDump, Process, _children
 from podferry.criu.incoming import Incoming
 from podferry.errors import Refused, TimedOut
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
@@ -115,39 +115,39 @@ def test_a_kill_leaves_nothing(job: Job) -> None:
 def test_rollback(job: Job, after: str) -> None:
     job.start()
     job.wait_lines()
-    hold = job.hold()
+    held = job.held()
     stands_still(job)
-    assert hold.alive()
+    assert held.alive()
     if "restart" in after:
-        hold = Hold.from_dict(hold.to_dict())
+        held = HeldDump.from_dict(held.to_dict())
     if "death" in after:
-        assert hold.criu is not None
-        hold.criu.kill()
-        assert hold.criu.wait(10)
+        assert held.criu is not None
+        held.criu.kill()
+        assert held.criu.wait(10)
         stands_still(job)
     before = job.lines()
-    hold.rollback()
+    held.rollback()
     job.wait_lines()
     lines = job.lines()
     assert [int(line) for line in lines] == list(range(len(lines))), "it went on where it was"
     assert len(before) < len(job.lines())
     assert job.cgroup.state() is Frozen.THAWED
     assert job.task.status is TaskStatus.RUNNING
-    hold.rollback()
+    held.rollback()
     job.wait_lines()
-    again = job.hold()
+    again = job.held()
     again.rollback()
     job.wait_lines()
 
 
-def at_the_gate(hold: Hold, timeout: float = 20.0) -> int:
+def at_the_gate(held: HeldDump, timeout: float = 20.0) -> int:
     """Wait until runc has come to the request to dump; returns the pid of the `criu` that holds it."""
-    assert hold.runc is not None
+    assert held.runc is not None
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        for pid in _children(hold.runc.pid):
+        for pid in _children(held.runc.pid):
             with contextlib.suppress(OSError):
-                if str(hold.work / "gate") in {str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()}:
+                if str(held.work / "gate") in {str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()}:
                     return pid
         time.sleep(0.01)
     raise AssertionError("runc never came to the gate")
@@ -155,17 +155,17 @@ def at_the_gate(hold: Hold, timeout: float = 20.0) -> int:
 
 def test_a_dump_that_waits_touches_nothing_until_it_is_let_go_on(job: Job) -> None:
     job.start()
-    hold = job.hold_early()
-    at_the_gate(hold)
+    held = job.start_dump_early()
+    at_the_gate(held)
     before = job.lines()
     job.wait_lines()
     assert len(job.lines()) > len(before), "it runs on"
     job.cgroup.freeze()
-    hold.go_on()
-    hold.wait_ready()
+    held.go_on()
+    held.wait_ready()
     stands_still(job)
-    hold = Hold.from_dict(hold.to_dict())
-    hold.rollback()
+    held = HeldDump.from_dict(held.to_dict())
+    held.rollback()
     job.wait_lines()
     lines = job.lines()
     assert [int(line) for line in lines] == list(range(len(lines)))
@@ -175,28 +175,28 @@ def test_a_dump_that_waits_touches_nothing_until_it_is_let_go_on(job: Job) -> No
 def test_a_dump_that_waits_is_called_off(job: Job, by: str) -> None:
     """By the agent, by the next agent, or since the agent died: the job has noticed nothing."""
     job.start()
-    hold = job.hold_early()
-    runc = hold.runc
+    held = job.start_dump_early()
+    runc = held.runc
     assert runc is not None
-    shim = None if by == "early" else Process.of(at_the_gate(hold))
+    shim = None if by == "early" else Process.of(at_the_gate(held))
     match by:
         case "death":
-            hold.let_go()
+            held.let_go()
         case "restart":
-            Hold.from_dict(hold.to_dict()).rollback()
+            HeldDump.from_dict(held.to_dict()).rollback()
         case "restart before it was journalled":
-            Hold.from_dict({"work": str(hold.work), "cgroup": job.cgroup.to_dict(), "waits": True}).rollback()
+            HeldDump.from_dict({"work": str(held.work), "cgroup": job.cgroup.to_dict(), "waits": True}).rollback()
         case _:
-            hold.rollback()
+            held.rollback()
     assert runc.wait(10)
     assert shim is None or shim.wait(10)
     job.wait_lines()
     assert job.cgroup.state() is Frozen.THAWED
-    assert not (hold.work / "dump.log").exists(), "CRIU was never asked"
+    assert not (held.work / "dump.log").exists(), "CRIU was never asked"
     if by == "death":
         with pytest.raises(CheckpointFailed):
-            hold.wait_ready()
-    again = job.hold()
+            held.wait_ready()
+    again = job.held()
     again.rollback()
     job.wait_lines()
 
@@ -205,21 +205,21 @@ def test_a_dump_that_waits_is_called_off(job: Job, by: str) -> None:
 def test_commit(job: Job, after: str) -> None:
     job.start()
     job.wait_lines()
-    hold = job.hold()
+    held = job.held()
     before = job.lines()
     if "restart" in after:
-        hold = Hold.from_dict(hold.to_dict())
+        held = HeldDump.from_dict(held.to_dict())
     if "death" in after:
-        assert hold.criu is not None
-        hold.criu.kill()
-    hold.commit()
+        assert held.criu is not None
+        held.criu.kill()
+    held.commit()
     assert job.client.wait_task(job.id, 20) == 137
     assert job.lines() == before, "not one instruction more"
-    assert not hold.alive()
-    hold.commit()
+    assert not held.alive()
+    held.commit()
     job.client.delete_task(job.id)
     with pytest.raises(CgroupFailed):
-        hold.rollback()
+        held.rollback()
 
 
 SHARED = """
@@ -236,14 +236,14 @@ while True:
 
 
 @contextlib.contextmanager
-def in_the_middle_of_the_dump(hold: Hold) -> Iterator[None]:
+def in_the_middle_of_the_dump(held: HeldDump) -> Iterator[None]:
     """CRIU has written its first images, of a job with much to write, and is stopped there. Afterwards it goes on."""
-    assert hold.images is not None
+    assert held.images is not None
     deadline = time.monotonic() + 30
-    while not ((criu := hold._find_criu()) and any(hold.images.glob("core-*"))):
+    while not ((criu := held._find_criu()) and any(held.images.glob("core-*"))):
         assert time.monotonic() < deadline
     criu.send(signal.SIGSTOP)
-    assert not hold.images.joinpath("inventory.img").exists(), "it is written last"
+    assert not held.images.joinpath("inventory.img").exists(), "it is written last"
     try:
         yield
     finally:
@@ -255,20 +255,20 @@ def test_a_dump_that_takes_too_long_is_broken_off_and_the_job_is_whole(job: Job)
     job.start(SHARED)
     job.wait_lines()
     job.cgroup.freeze()
-    hold = job._start_hold()
+    held = job._start_held_dump()
     stop = os.eventfd(0)
     with ThreadPoolExecutor(1) as pool:
-        with in_the_middle_of_the_dump(hold):
-            waiting = pool.submit(hold.wait_ready, stop=stop)
+        with in_the_middle_of_the_dump(held):
+            waiting = pool.submit(held.wait_ready, stop=stop)
             os.eventfd_write(stop, 1)
-            while hold.images is not None and hold.images.exists():
+            while held.images is not None and held.images.exists():
                 assert not waiting.done(), waiting.exception()
         assert isinstance(waiting.exception(60), TimedOut)
     os.close(stop)
     job.wait_lines()
     lines = job.lines()
     assert [int(line) for line in lines] == list(range(len(lines))), "it went on where it was"
-    again = job.hold()
+    again = job.held()
     again.rollback()
     job.wait_lines()
 
@@ -282,14 +282,14 @@ def test_an_agent_that_died_in_the_middle_of_the_dump(job: Job, place: Path, kno
     planned = {"cgroup": cgroup.to_dict(), "work": str(place / "work")}  # all that the journal had
     if knows == "images":
         planned |= {"images": str(place / "images")}
-    hold = Hold.start(job.id, cgroup, runc_root=root, images=place / "images", work=place / "work")
-    assert hold._status is not None
-    os.close(hold._status)
-    again = Hold.from_dict(planned)
+    held = HeldDump.start(job.id, cgroup, runc_root=root, images=place / "images", work=place / "work")
+    assert held._status is not None
+    os.close(held._status)
+    again = HeldDump.from_dict(planned)
     again.rollback()
     job.wait_lines()
     assert again._find_criu() is None
-    assert hold._child is not None and hold._child.wait(20) is not None
+    assert held._child is not None and held._child.wait(20) is not None
 
 
 def test_a_criu_that_dies_before_the_freezer_holds_spoils_the_dump(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +299,7 @@ def test_a_criu_that_dies_before_the_freezer_holds_spoils_the_dump(job: Job, mon
 
     def freeze_late(cgroup: Cgroup) -> None:
         if frozen:  # the second time is under CRIU's hold
-            criu = job._hold and job._hold.criu
+            criu = job._held and job._held.criu
             assert criu
             criu.kill()
             assert criu.wait(10)
@@ -308,18 +308,18 @@ def test_a_criu_that_dies_before_the_freezer_holds_spoils_the_dump(job: Job, mon
 
     monkeypatch.setattr(Cgroup, "freeze", freeze_late)
     with pytest.raises(CheckpointFailed, match="died"):
-        job.hold()
+        job.held()
     job.wait_lines()
 
 
 def test_nobody_else_reaches_the_page_server(job: Job) -> None:
     job.start()
     job.wait_lines()
-    hold = job.hold()
+    held = job.held()
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", 7117), timeout=5)
-    assert hold.alive()
-    hold.rollback()
+    assert held.alive()
+    held.rollback()
 
 
 def test_a_dump_that_fails_leaves_the_job_running_and_says_why(job: Job) -> None:
@@ -330,7 +330,7 @@ def test_a_dump_that_fails_leaves_the_job_running_and_says_why(job: Job) -> None
     )
     job.wait_lines()
     with pytest.raises(CheckpointFailed) as failed:
-        job.hold()
+        job.held()
     assert "packet" in failed.value.why, failed.value.report()
     assert failed.value.evidence
     job.wait_lines()
@@ -359,7 +359,7 @@ def test_what_criu_cannot_save_is_named(job: Job, place: Path, what: str) -> Non
         if what in ("io_uring", "userfaultfd"):
             assert what in facts_of(job).unsaved
         with pytest.raises(CheckpointFailed) as failed:
-            job.hold(flags=[] if what == "file locks" else ["--file-locks"])
+            job.held(flags=[] if what == "file locks" else ["--file-locks"])
         assert what in failed.value.why, failed.value.report()
         assert failed.value.remedy
         job.wait_lines()
@@ -394,28 +394,28 @@ def test_facts(job: Job) -> None:
 
 
 def test_the_whole_way_to_another_container(job: Job, client: Containerd) -> None:
-    """Poised, frozen, held, restored from the pages of the frozen source, running; then the source is killed."""
+    """TargetReady, frozen, held, restored from the pages of the frozen source, running; then the source is killed."""
     job.start(MEMORY)
     job.wait_lines()
     assert Container.from_bytes(job.record.to_bytes()) == job.record
     arrival = Arrival(job, "hold-target")
     try:
-        arrival.poise()
+        arrival.make_ready()
         assert arrival.incoming.alive()
-        hold = job.hold()
-        with arrival.fed(hold.work.parent / "images"):
+        held = job.held()
+        with arrival.fed(held.work.parent / "images"):
             arrival.incoming.restore()
             assert arrival.created is not None
             pid = arrival.created.result(60)
             assert client.start_task("hold-target") == pid
             arrival.job.wait_lines()
-        hold.commit()
+        held.commit()
         assert client.wait_task(job.id, 20) == 137
         arrival.job.wait_lines(10)
         assert expected(job.lines() + arrival.job.lines())
         assert client.task("hold-target").status is TaskStatus.RUNNING
-        assert arrival.job.cgroup != hold.cgroup
-        again = arrival.job.hold()
+        assert arrival.job.cgroup != held.cgroup
+        again = arrival.job.held()
         again.rollback()
         arrival.job.wait_lines()
         assert expected(job.lines() + arrival.job.lines())
@@ -446,7 +446,7 @@ def test_refused_and_cold(job: Job, client: Containerd) -> None:
     for verdict in ("refuse", "cold"):
         arrival = Arrival(job, "hold-target")
         try:
-            arrival.poise()
+            arrival.make_ready()
             assert arrival.created is not None
             if verdict == "cold":
                 arrival.incoming.cold()
@@ -467,7 +467,7 @@ def test_an_agent_that_dies_ends_the_poised_task(job: Job) -> None:
     job.start()
     arrival = Arrival(job, "hold-target")
     try:
-        arrival.poise()
+        arrival.make_ready()
         arrival.incoming.close()
         assert arrival.created is not None
         with pytest.raises(ContainerdFailed, match="the agent went away"):

@@ -37,14 +37,14 @@ class Copy:
     def apply(self, seen: DirtyScan) -> None:
         for pid in seen.gone:
             self.pages.pop(pid, None)
-        for pid, space in seen.spaces.items():
+        for pid, address_space in seen.address_spaces.items():
             pages = self.pages.setdefault(pid, {})
-            assert not space.written & space.dropped
-            for page, _ in space.dropped.pieces(PAGE):
+            assert not address_space.written & address_space.dropped
+            for page, _ in address_space.dropped.pieces(PAGE):
                 del pages[page]  # a KeyError would be a page dropped that was never reported
             try:
                 with Reader(pid) as reader:
-                    for piece in reader.read(space.written):
+                    for piece in reader.read(address_space.written):
                         match piece:
                             case Data(address, memory):
                                 for offset in range(0, len(memory), PAGE):
@@ -113,7 +113,7 @@ def live_through(zoo: Zoo, tracker: Tracker, seed: int) -> None:
     copy.apply(last)
     assert set(copy.pages) == set(zoo.jobs)
     for pid in zoo.jobs:
-        assert not last.spaces[pid].deferred
+        assert not last.address_spaces[pid].deferred
         copy.check(pid)
 
 

@@ -19,7 +19,7 @@ from podferry.memory.kernel.pagemap import open_pagemap, read_entries
 from podferry.memory.kernel.reader import Data, Gone, Piece, Reader, Zero
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking.injector import Injector
-from podferry.memory.tracking.tracker import SpaceRound, Tracker, TrackerKind, choose, create, no_pause, probe
+from podferry.memory.tracking.tracker import AddressSpaceRound, Tracker, TrackerKind, choose, create, no_pause, probe
 from podferry.memory.tracking.userfaultfd_owner import share_memory
 
 FACTS = probe()
@@ -62,13 +62,13 @@ def fill(job: Job, where: Runs, byte: int = 1) -> None:
         job.do(f"ctypes.memset({start}, {byte}, {end - start})")
 
 
-def one(tracker: Tracker, job: Job) -> SpaceRound:
-    return tracker.collect().spaces[job.pid]
+def one(tracker: Tracker, job: Job) -> AddressSpaceRound:
+    return tracker.collect().address_spaces[job.pid]
 
 
-def finally_(tracker: Tracker, zoo: Zoo, job: Job) -> SpaceRound:
+def finally_(tracker: Tracker, zoo: Zoo, job: Job) -> AddressSpaceRound:
     zoo.freeze()
-    return tracker.final().spaces[job.pid]
+    return tracker.final().address_spaces[job.pid]
 
 
 @needs_tracker
@@ -133,7 +133,7 @@ def test_memory_given_back_that_is_read_again_is_dropped(zoo: Zoo, follow: Calla
 
 @needs_tracker
 def test_a_fork_is_seen_whole(zoo: Zoo, follow: Callable[[], Tracker]) -> None:
-    """Its pages are its parent's, which nobody has written since the last look; it comes in a round, or with the freeze."""
+    """Its pages are its parent's, which nobody has written since the final scan; it comes in a round, or with the freeze."""
     job, tracker, copy = zoo.fork(), follow(), Copy()
     where = anonymous(job, 16)
     fill(job, where)
@@ -172,8 +172,8 @@ def test_memory_moved_by_whole_page_tables_is_written_where_other_memory_was(
     zoo: Zoo, follow: Callable[[], Tracker]
 ) -> None:
     job, tracker = zoo.fork(), follow()
-    spaces = [anonymous(job, 3 * HUGE // PAGE) for _ in range(2)]
-    starts = [(space.start + HUGE - 1) // HUGE * HUGE for space in spaces]
+    address_spaces = [anonymous(job, 3 * HUGE // PAGE) for _ in range(2)]
+    starts = [(address_space.start + HUGE - 1) // HUGE * HUGE for address_space in address_spaces]
     for start in starts:
         job.do(f"LIBC.madvise({start}, {HUGE}, 15)")  # MADV_NOHUGEPAGE
     where, there = (Runs.of(start, start + HUGE) for start in starts)
@@ -376,10 +376,10 @@ def test_the_quick_last_look_misses_nothing_written(zoo: Zoo, follow: Callable[[
         job.ask(f"step {seed + 50} 10")
         zoo.freeze()
         last = tracker.final(dropped=False)
-        assert not last.spaces[job.pid].dropped
+        assert not last.address_spaces[job.pid].dropped
         copy.apply(last)
         with contextlib.closing(create(TrackerKind.NONE, lambda: [job.pid])) as eyes:
-            there = eyes.final().spaces[job.pid].written
+            there = eyes.final().address_spaces[job.pid].written
         kept = {page: data for page, data in copy.pages[job.pid].items() if page in there}
         exact = Copy()
         exact.pages[job.pid] = kept
@@ -400,15 +400,15 @@ def test_shared_address_spaces_are_copied_once(zoo: Zoo, follow: Callable[[], Tr
     pids = [child, job.pid]
     with contextlib.closing(create(KIND, lambda: pids, pause=zoo.paused)) as tracker:
         seen = tracker.collect()
-        assert len(seen.spaces) == 1
+        assert len(seen.address_spaces) == 1
         assert seen.shared in ({child: job.pid}, {job.pid: child})
-        assert not next(iter(seen.spaces.values())).untracked
+        assert not next(iter(seen.address_spaces.values())).untracked
         os.kill(child, signal.SIGKILL)
         pids.remove(child)
         seen = tracker.collect()
-        assert set(seen.spaces) == {job.pid}
+        assert set(seen.address_spaces) == {job.pid}
         assert not seen.shared
-        assert not seen.spaces[job.pid].foreign_uffd
+        assert not seen.address_spaces[job.pid].foreign_uffd
         where = anonymous(job, 4)
         fill(job, where)
         assert one(tracker, job).written & where == where
@@ -422,7 +422,7 @@ def test_200_processes_come_and_go(zoo: Zoo, follow: Callable[[], Tracker]) -> N
         zoo.fork()
     seen = tracker.collect()
     assert seen.new == set(zoo.jobs)
-    assert not any(space.untracked for space in seen.spaces.values())
+    assert not any(address_space.untracked for address_space in seen.address_spaces.values())
     copy.apply(seen)
     leaving = list(zoo.jobs.values())[::2]
     for job in leaving:
@@ -448,7 +448,7 @@ def test_a_zombie_has_no_memory(follow: Callable[[], Tracker]) -> None:
     with contextlib.closing(create(KIND, lambda: [child, 2], pause=no_pause)) as tracker:
         seen = tracker.collect()
     os.waitpid(child, 0)
-    assert not seen.spaces
+    assert not seen.address_spaces
     assert not seen.gone
 
 
@@ -473,7 +473,7 @@ def test_without_tracking_all_memory_is_written_every_time(zoo: Zoo) -> None:
             seen = tracker.final()
             copy.apply(seen)
             copy.check(job.pid)
-            assert seen.spaces[job.pid].untracked
+            assert seen.address_spaces[job.pid].untracked
         assert seen.written >= 100 * PAGE
 
 

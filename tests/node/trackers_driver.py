@@ -171,8 +171,8 @@ def grow_heap(rng: random.Random) -> None:
 
 
 def huge(rng: random.Random) -> None:
-    space = LIBC.mmap(None, 2 * HUGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
-    address = (space + HUGE - 1) // HUGE * HUGE
+    address_space = LIBC.mmap(None, 2 * HUGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
+    address = (address_space + HUGE - 1) // HUGE * HUGE
     LIBC.madvise(address, HUGE, HUGEPAGE)
     if rng.random() < 0.5:
         ctypes.string_at(address, 1)  # the huge zero page

@@ -1,6 +1,6 @@
 """A container on two nodes without any kernel behind it: what a migration does to it, in dictionaries.
 
-`SourceNode` and `TargetNode` are what outlives a killed agent: containerd, CRIU, the cgroup, the page feeder. `FakeSource`,
+`SourceNode` and `TargetNode` are what outlives a killed agent: containerd, CRIU, the cgroup, the lazy-pages daemon. `FakeSource`,
 `FakeFrozen` and `FakeTarget` are a container on them. The job writes whenever anything happens
 while it executes, so that whatever the engine forgets to send is seen at the end.
 """
@@ -16,15 +16,15 @@ from typing import Any
 import anyio
 import xxhash
 
-from podferry.engine.ports import IMAGES, LOG, UPPER, Change, OriginalGone
+from podferry.engine.ports import IMAGES, LOG, UPPER, DirtySet, OriginalGone
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import PAGE, Drop, Pages
-from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
-from podferry.workload.numbers import container_of_space, directory_of, space_of
+from podferry.wire.messages import AddressSpaceSum, StateEnd, TreeSum
+from podferry.workload.numbers import address_space_of, container_of_address_space, directory_of
 from podferry.workload.source_memory import Left
 
 Memory = dict[int, dict[int, bytes]]
@@ -42,8 +42,11 @@ def page(number: int) -> bytes:
 
 def without_zeros(memory: Memory) -> Memory:
     """What a job can tell apart: an absent page and one of zeros are the same, and so is a space without any."""
-    kept = {space: {at: data for at, data in pages.items() if data != ZERO} for space, pages in memory.items()}
-    return {space: pages for space, pages in kept.items() if pages}
+    kept = {
+        address_space: {at: data for at, data in pages.items() if data != ZERO}
+        for address_space, pages in memory.items()
+    }
+    return {address_space: pages for address_space, pages in kept.items() if pages}
 
 
 class SourceNode:
@@ -52,17 +55,18 @@ class SourceNode:
     def __init__(self, number: int = 0) -> None:
         self.number = number
         self.memory: Memory = {
-            space: {BASE + n * PAGE: page(1000 * space + n) for n in range(8)} for space in (FIRST, SECOND)
+            address_space: {BASE + n * PAGE: page(1000 * address_space + n) for n in range(8)}
+            for address_space in (FIRST, SECOND)
         }
         self.files = {"data": b"first", "idle": b"never written again"}
         self.log = b"it begins\n"
         self.alive, self.frozen, self.held, self.scratch, self.quota = True, False, False, False, 1.0
-        self.door_shut = self.spoilt = False
+        self.exec_locked = self.spoilt = False
         self.ended = anyio.Event()
         self.ticks = 0
         self.written: dict[int, set[int]] = {}
         self.gone: dict[int, set[int]] = {}
-        self.spaces_gone: set[int] = set()
+        self.address_spaces_gone: set[int] = set()
 
     @property
     def executing(self) -> bool:
@@ -70,9 +74,9 @@ class SourceNode:
 
     def residue(self) -> list[str]:
         """What a migration that has ended must not leave here."""
-        held = {"outgoing": self.scratch, "quota": self.quota != 1.0, "door": self.door_shut}
+        held = {"outgoing": self.scratch, "quota": self.quota != 1.0, "exec-lock": self.exec_locked}
         if self.alive:
-            held |= {"hold": self.held, "freeze": self.frozen}
+            held |= {"held-dump": self.held, "freeze": self.frozen}
         return [kind for kind, there in held.items() if there]
 
     def tick(self) -> None:
@@ -93,13 +97,13 @@ class SourceNode:
             self.gone.setdefault(FIRST, set()).add(at)
         if self.ticks == 6 and SECOND in self.memory:
             del self.memory[SECOND]
-            self.spaces_gone.add(SECOND)
+            self.address_spaces_gone.add(SECOND)
         if self.ticks >= 8:
             self._write(LATE, BASE + self.ticks % 4 * PAGE, page(-self.ticks))
 
-    def _write(self, space: int, at: int, data: bytes) -> None:
-        self.memory.setdefault(space, {})[at] = data
-        self.written.setdefault(space, set()).add(at)
+    def _write(self, address_space: int, at: int, data: bytes) -> None:
+        self.memory.setdefault(address_space, {})[at] = data
+        self.written.setdefault(address_space, set()).add(at)
 
     def end_by_itself(self) -> bool:
         """The job's own end. A frozen job cannot end."""
@@ -111,7 +115,7 @@ class SourceNode:
 
     def crash(self) -> None:
         """The frozen original ends, though nobody asked for it: its node was switched off, say."""
-        self.alive = self.held = self.frozen = self.door_shut = False
+        self.alive = self.held = self.frozen = self.exec_locked = False
         self.memory.clear()
         self.ended.set()
 
@@ -129,9 +133,9 @@ class SourceNode:
             self.quota = facts["quota"]
 
         async def door(facts: Mapping[str, Any]) -> None:
-            self.door_shut = False
+            self.exec_locked = False
 
-        return {"outgoing": outgoing, "hold": hold, "freeze": freeze, "quota": quota, "door": door}
+        return {"outgoing": outgoing, "held-dump": hold, "freeze": freeze, "quota": quota, "exec-lock": door}
 
 
 class FakeFrozen:
@@ -143,16 +147,19 @@ class FakeFrozen:
     def left(self) -> Left:
         if not self.node.alive:
             raise OriginalGone("the frozen original has ended")
-        runs = {space: Runs((at, at + PAGE) for at in pages) for space, pages in spaces(self.node).items()}
+        runs = {
+            address_space: Runs((at, at + PAGE) for at in pages)
+            for address_space, pages in address_spaces(self.node).items()
+        }
         return Left(dict.fromkeys(runs, self.node), runs)  # type: ignore[arg-type]
 
     async def kill(self) -> None:
         if self.node.alive and not self.node.frozen:
             raise Bug("the original is killed although it executes")
-        self.node.alive = self.node.held = self.node.frozen = self.node.door_shut = False
+        self.node.alive = self.node.held = self.node.frozen = self.node.exec_locked = False
         self.node.quota = 1.0
         self.node.ended.set()
-        for kind in ("hold", "freeze", "quota", "door"):
+        for kind in ("held-dump", "freeze", "quota", "exec-lock"):
             self.journal.release(kind)
 
     async def runs(self) -> bool:
@@ -165,9 +172,9 @@ class FakeFrozen:
         pass
 
 
-def spaces(node: SourceNode) -> Memory:
+def address_spaces(node: SourceNode) -> Memory:
     """The node's memory, by the numbers of the wire."""
-    return {space_of(node.number, pid): pages for pid, pages in node.memory.items()}
+    return {address_space_of(node.number, pid): pages for pid, pages in node.memory.items()}
 
 
 class FakeMemory:
@@ -179,56 +186,62 @@ class FakeMemory:
         self._sent: dict[int, Runs] = {}
         self.left: Left | None = None
 
-    def scan(self) -> Change:
+    def scan(self) -> DirtySet:
         node = self.node
         written, dropped = node.written, {pid: set(at) for pid, at in node.gone.items()}
         if not self._looked:
             written = {pid: set(pages) for pid, pages in node.memory.items()}
         self._looked = True
-        gone = [space_of(node.number, pid) for pid in node.spaces_gone]
-        found = Change(
-            {self._space(pid): self._runs(pages) for pid, pages in written.items() if pid in node.memory},
-            {self._space(pid): self._runs(pages) for pid, pages in dropped.items()}
-            | {space: self._sent.get(space, EMPTY) for space in gone},
+        gone = [address_space_of(node.number, pid) for pid in node.address_spaces_gone]
+        found = DirtySet(
+            {self._address_space(pid): self._runs(pages) for pid, pages in written.items() if pid in node.memory},
+            {self._address_space(pid): self._runs(pages) for pid, pages in dropped.items()}
+            | {address_space: self._sent.get(address_space, EMPTY) for address_space in gone},
         )
-        node.written, node.gone, node.spaces_gone = {}, {}, set()
+        node.written, node.gone, node.address_spaces_gone = {}, {}, set()
         return found
 
-    def _space(self, pid: int) -> int:
-        return space_of(self.node.number, pid)
+    def _address_space(self, pid: int) -> int:
+        return address_space_of(self.node.number, pid)
 
     def _runs(self, pages: set[int]) -> Runs:
         return Runs((at, at + PAGE) for at in pages)
 
     def _own(self, found: Mapping[int, Runs]) -> dict[int, Runs]:
-        return {space: runs for space, runs in found.items() if container_of_space(space)[0] == self.node.number}
+        return {
+            address_space: runs
+            for address_space, runs in found.items()
+            if container_of_address_space(address_space)[0] == self.node.number
+        }
 
-    def leave(self, change: Change) -> Iterator[Drop]:
+    def leave(self, change: DirtySet) -> Iterator[Drop]:
         dropped, written = self._own(change.dropped), self._own(change.written)
-        for space in {**dropped, **written}:
-            yield from self._forget(space, dropped.get(space, EMPTY) | written.get(space, EMPTY))
+        for address_space in {**dropped, **written}:
+            yield from self._forget(
+                address_space, dropped.get(address_space, EMPTY) | written.get(address_space, EMPTY)
+            )
         self.left = Left(dict.fromkeys(written, self.node), written)  # type: ignore[arg-type]
 
-    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
-        for space, runs in self._own(change.dropped).items():
-            yield from self._forget(space, runs)
-        for space, runs in self._own(change.written).items():
-            batch, memory = PageBatch(space, round), spaces(self.node).get(space, {})
+    def read(self, change: DirtySet, round: int) -> Iterator[Pages | Drop]:
+        for address_space, runs in self._own(change.dropped).items():
+            yield from self._forget(address_space, runs)
+        for address_space, runs in self._own(change.written).items():
+            batch, memory = PageBatch(address_space, round), address_spaces(self.node).get(address_space, {})
             there = Runs((at, at + PAGE) for at, data in memory.items() if at in runs and data != ZERO)
             for start, end in there:
                 yield from batch.add(start, b"".join(memory[at] for at in range(start, end, PAGE)))
             yield from batch.flush()
-            yield from self._forget(space, runs - there)
-            self._sent[space] = self._sent.get(space, EMPTY) | there
+            yield from self._forget(address_space, runs - there)
+            self._sent[address_space] = self._sent.get(address_space, EMPTY) | there
 
-    def _forget(self, space: int, runs: Runs) -> Iterator[Drop]:
-        void = self._sent.get(space, EMPTY) & runs
-        self._sent[space] = self._sent.get(space, EMPTY) - runs
+    def _forget(self, address_space: int, runs: Runs) -> Iterator[Drop]:
+        void = self._sent.get(address_space, EMPTY) & runs
+        self._sent[address_space] = self._sent.get(address_space, EMPTY) - runs
         if void:
-            yield Drop(space, tuple(void))
+            yield Drop(address_space, tuple(void))
 
-    def totals(self) -> tuple[SpaceSum, ...]:
-        return tuple(SpaceSum(space, runs.size // PAGE) for space, runs in self._sent.items())
+    def totals(self) -> tuple[AddressSpaceSum, ...]:
+        return tuple(AddressSpaceSum(address_space, runs.size // PAGE) for address_space, runs in self._sent.items())
 
 
 class FakeTree:
@@ -256,17 +269,17 @@ class FakeTree:
 class FakeSource(FakeFrozen):
     """`podferry.workload.source_container.SourceContainer` on a `SourceNode`."""
 
-    cgroup, dumped = None, Dump.THIN
+    cgroup, dumped = None, Dump.MEMORY_SKIPPING
 
     def __init__(self, node: SourceNode, journal: Any) -> None:
         super().__init__(node, journal)
         self.memory, self.tree = FakeMemory(node), FakeTree(node)
         self._log_sent = 0
 
-    async def look(self) -> Change:
+    async def scan_dirty(self) -> DirtySet:
         return self.memory.scan()
 
-    async def last_look(self) -> Change:
+    async def final_scan(self) -> DirtySet:
         if self.node.executing:
             raise Bug("the last look at a job that executes")
         return self.memory.scan()
@@ -287,11 +300,11 @@ class FakeSource(FakeFrozen):
     async def stand_by(self) -> None:
         self.journal.acquire("outgoing", node=self.node.number)
         self.node.scratch = True
-        self.journal.acquire("hold", node=self.node.number)
+        self.journal.acquire("held-dump", node=self.node.number)
 
-    async def shut_the_door(self) -> None:
-        self.journal.acquire("door", node=self.node.number)
-        self.node.door_shut = True
+    async def lock_exec(self) -> None:
+        self.journal.acquire("exec-lock", node=self.node.number)
+        self.node.exec_locked = True
 
     async def freeze(self) -> None:
         self.journal.acquire("freeze", node=self.node.number)
@@ -310,13 +323,13 @@ class FakeSource(FakeFrozen):
     async def dump(self) -> Mapping[tuple[int, str], bytes]:
         self.journal.acquire("outgoing", node=self.node.number)
         self.node.scratch = True
-        self.journal.acquire("hold", node=self.node.number)
+        self.journal.acquire("held-dump", node=self.node.number)
         if not self.node.alive or self.node.spoilt:
             raise Failed("there is nothing to dump")
         if not self.node.frozen:
             raise Bug("the dump of a job that executes")
         self.node.held = True
-        lazy = {space: sorted(pages) for space, pages in self.node.memory.items()}
+        lazy = {address_space: sorted(pages) for address_space, pages in self.node.memory.items()}
         lazy[FIRST].append(UNTOUCHED)
         directory = directory_of(self.node.number, IMAGES)
         return {(directory, "pagemap.img"): json.dumps(lazy).encode(), (directory, "empty.img"): b""}
@@ -324,7 +337,7 @@ class FakeSource(FakeFrozen):
     async def demand_quota(self) -> None:
         pass
 
-    async def slow_down(self, quota: float) -> None:
+    async def throttle(self, quota: float) -> None:
         if self.journal.held("quota") is None:
             self.journal.acquire("quota", node=self.node.number, quota=self.node.quota)
         self.node.quota = quota
@@ -347,26 +360,26 @@ class FakePages:
     def bytes(self) -> int:
         return sum(runs.size for runs in self._left.values())
 
-    def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
-        if address not in self._all.get(space, EMPTY):
-            yield Drop(space, ((address, address + PAGE),))
-        elif address in self._left[space]:
-            yield self._take(space, address)
+    def answer(self, address_space: int, address: int) -> Iterator[Pages | Drop]:
+        if address not in self._all.get(address_space, EMPTY):
+            yield Drop(address_space, ((address, address + PAGE),))
+        elif address in self._left[address_space]:
+            yield self._take(address_space, address)
 
     def rest(self) -> Iterator[Pages | Drop]:
-        for space, runs in list(self._left.items()):
+        for address_space, runs in list(self._left.items()):
             for start, end in runs:
                 for at in range(start, end, PAGE):
-                    if at in self._left[space]:
-                        yield self._take(space, at)
+                    if at in self._left[address_space]:
+                        yield self._take(address_space, at)
 
-    def _take(self, space: int, at: int) -> Pages | Drop:
-        node = self._nodes[space]
+    def _take(self, address_space: int, at: int) -> Pages | Drop:
+        node = self._nodes[address_space]
         if not node.alive:
             raise OriginalGone("the frozen original has ended")
-        data = spaces(node).get(space, {}).get(at, ZERO)
-        self._left[space] = self._left.get(space, EMPTY) - Runs.of(at, at + PAGE)
-        return Drop(space, ((at, at + PAGE),)) if data == ZERO else Pages(space, 0, ((at, 1),), data)
+        data = address_spaces(node).get(address_space, {}).get(at, ZERO)
+        self._left[address_space] = self._left.get(address_space, EMPTY) - Runs.of(at, at + PAGE)
+        return Drop(address_space, ((at, at + PAGE),)) if data == ZERO else Pages(address_space, 0, ((at, 1),), data)
 
     def close(self) -> None:
         pass
@@ -377,7 +390,7 @@ class TargetNode:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
-        self.container = self.scratch = self.task = self.feeder = False
+        self.container = self.scratch = self.task = self.daemon = False
         self.running = self.released = self.postcopy = self.died = False
         self.crashed = self.marked = self.taken = False
         self.store: Memory = {}
@@ -396,7 +409,7 @@ class TargetNode:
 
     def residue(self) -> list[str]:
         """What a migration that has ended must not leave here."""
-        held = {"scratch": self.scratch, "feeder": self.feeder}
+        held = {"scratch": self.scratch, "lazy-pages-daemon": self.daemon}
         if not self.running:
             held |= {"container": self.container, "task": self.task}
         return [kind for kind, there in held.items() if there]
@@ -405,13 +418,13 @@ class TargetNode:
         self.news.set()
         self.news = anyio.Event()
 
-    def arrived(self, space: int, start: int, end: int, *, zero: bool = False) -> None:
-        """The page feeder hears of pages."""
+    def arrived(self, address_space: int, start: int, end: int, *, zero: bool = False) -> None:
+        """The lazy-pages daemon hears of pages."""
         for at in range(start, end, PAGE):
-            if (space, at) in self.absent:
-                self.absent.remove((space, at))
+            if (address_space, at) in self.absent:
+                self.absent.remove((address_space, at))
                 if not zero:
-                    self.memory.setdefault(space, {})[at] = self.store[space][at]
+                    self.memory.setdefault(address_space, {})[at] = self.store[address_space][at]
         self.wants = [want for want in self.wants if want in self.absent]
         self.tell()
 
@@ -421,7 +434,7 @@ class TargetNode:
         self.lost.set()
 
     def crash(self) -> None:
-        """The job's shim is killed, and the job with it: who is gone lacks no page, so the page feeder is done."""
+        """The job's shim is killed, and the job with it: who is gone lacks no page, so the lazy-pages daemon is done."""
         self.running = self.task = False
         self.absent.clear()
         self.wants.clear()
@@ -437,10 +450,10 @@ class TargetNode:
         async def task(facts: Mapping[str, Any]) -> None:
             self.task = self.running = False
 
-        async def feeder(facts: Mapping[str, Any]) -> None:
-            self.feeder = False
+        async def daemon(facts: Mapping[str, Any]) -> None:
+            self.daemon = False
 
-        return {"container": container, "scratch": scratch, "task": task, "feeder": feeder}
+        return {"container": container, "scratch": scratch, "task": task, "lazy-pages-daemon": daemon}
 
 
 async def first_of(events: list[anyio.Event]) -> None:
@@ -456,24 +469,24 @@ async def first_of(events: list[anyio.Event]) -> None:
 
 
 class FakeChannel:
-    """`podferry.workload.feeder_channel.FeederChannel` without sockets: `nodes` stand in for their paths."""
+    """`podferry.workload.page_channel.DaemonPageChannel` without sockets: `nodes` stand in for their paths."""
 
     def __init__(self, nodes: Sequence[TargetNode]) -> None:
-        if not all(node.feeder for node in nodes):
-            raise Failed("the page feeder takes no connection")
+        if not all(node.daemon for node in nodes):
+            raise Failed("the lazy-pages daemon takes no connection")
         self._nodes = nodes
         self._asked: set[tuple[int, int]] = set()
 
-    def arrived(self, space: int, start: int, end: int) -> None:
-        node, pid = self._node(space)
+    def arrived(self, address_space: int, start: int, end: int) -> None:
+        node, pid = self._node(address_space)
         node.arrived(pid, start, end)
 
-    def zero(self, space: int, start: int, end: int) -> None:
-        node, pid = self._node(space)
+    def zero(self, address_space: int, start: int, end: int) -> None:
+        node, pid = self._node(address_space)
         node.arrived(pid, start, end, zero=True)
 
-    def _node(self, space: int) -> tuple[TargetNode, int]:
-        number, pid = container_of_space(space)
+    def _node(self, address_space: int) -> tuple[TargetNode, int]:
+        number, pid = container_of_address_space(address_space)
         if number >= len(self._nodes):
             raise PeerMisbehaved(f"memory of container {number}, which the workload has not")
         return self._nodes[number], pid
@@ -481,15 +494,15 @@ class FakeChannel:
     async def flush(self) -> None:
         await anyio.lowlevel.checkpoint()
 
-    async def wanted(self) -> Frame | None:
+    async def next_request(self) -> Frame | None:
         while True:
             for node in self._nodes:
                 for pid, at in node.wants:
-                    space = space_of(node.number, pid)
-                    if (space, at) not in self._asked:
-                        self._asked.add((space, at))
-                        return Frame(Word.WANT, space, at, at + PAGE)
-            if not any(node.feeder for node in self._nodes):
+                    address_space = address_space_of(node.number, pid)
+                    if (address_space, at) not in self._asked:
+                        self._asked.add((address_space, at))
+                        return Frame(Word.WANT, address_space, at, at + PAGE)
+            if not any(node.daemon for node in self._nodes):
                 return None
             await first_of([node.news for node in self._nodes])
 
@@ -536,9 +549,9 @@ class FakeTarget:
     def expect_restore(self, **how: Any) -> None:
         pass
 
-    async def start_feeder(self, *, postcopy: bool) -> None:
-        self.journal.acquire("feeder", node=self.node.number)
-        self.node.feeder = True
+    async def start_lazypages(self, *, postcopy: bool) -> None:
+        self.journal.acquire("lazy-pages-daemon", node=self.node.number)
+        self.node.daemon = True
         self.node.postcopy = postcopy
 
     async def make(self, timeout: float) -> None:
@@ -601,7 +614,7 @@ class FakeTarget:
             raise Failed("images or files did not arrive whole")
         if [one.size for one in end.files if one.directory == log] != [len(node.log)]:
             raise Failed("the log did not arrive whole")
-        numbered = [(container_of_space(one.space), one.pages) for one in end.spaces]
+        numbered = [(container_of_address_space(one.address_space), one.pages) for one in end.address_spaces]
         counted = {pid: pages for (part, pid), pages in numbered if part == number}
         if not node.postcopy and counted != {pid: len(pages) for pid, pages in node.store.items()} | {
             pid: 0 for pid, pages in counted.items() if not pages
@@ -613,17 +626,19 @@ class FakeTarget:
         if not node.released:
             await self.make(0)
             node.released = True
-            node.memory = {space: dict(pages) for space, pages in node.store.items()}
+            node.memory = {address_space: dict(pages) for address_space, pages in node.store.items()}
             if node.postcopy:
                 lazy = json.loads(node.images["pagemap.img"])
-                listed = {(int(space), at) for space, pages in lazy.items() for at in pages}
-                node.absent = {(space, at) for space, at in listed if at not in node.store.get(space, {})}
+                listed = {(int(address_space), at) for address_space, pages in lazy.items() for at in pages}
+                node.absent = {
+                    (address_space, at) for address_space, at in listed if at not in node.store.get(address_space, {})
+                }
                 node.wants = sorted(node.absent)[:1]
                 node.tell()
-        while node.wants and node.feeder and not node.running:
+        while node.wants and node.daemon and not node.running:
             await node.news.wait()
-        if not (node.feeder or node.running):
-            raise Failed("the page feeder died")
+        if not (node.daemon or node.running):
+            raise Failed("the lazy-pages daemon died")
         if not node.task:
             raise Failed("there is no task")
         node.running = True
@@ -634,13 +649,13 @@ class FakeTarget:
     def differences(self) -> tuple[str, ...]:
         return ("comm of 1/1: was a, is b",)
 
-    def feeder_socket(self) -> TargetNode:
+    def daemon_socket(self) -> TargetNode:
         self._prepared = True
         return self.node
 
-    def all_owed_came(self, channel: FakeChannel) -> None:
+    def remote_pages_complete(self, channel: FakeChannel) -> None:
         for pid, at in sorted(self.node.absent):
-            channel.zero(space_of(self.node.number, pid), at, at + PAGE)
+            channel.zero(address_space_of(self.node.number, pid), at, at + PAGE)
 
     async def close(self) -> None:
         self._closed = True
@@ -652,8 +667,8 @@ class FakeTarget:
 
     async def filled(self) -> dict[str, Any]:
         while self.node.absent:
-            if not self.node.feeder:
-                raise Failed("the page feeder died")
+            if not self.node.daemon:
+                raise Failed("the lazy-pages daemon died")
             await self.node.news.wait()
         if self.node.postcopy and not (self.node.marked or await self.maker.is_here()):
             raise Failed("the job is gone, and had not all its memory yet")

@@ -15,7 +15,7 @@ from agent_rig import Guarded, Rig, guarded
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.workload.makers import kubelet
 from podferry.workload.makers.kubelet import KubeletMaker, KubeletOwner
-from podferry.workload.numbers import space_of
+from podferry.workload.numbers import address_space_of
 from podferry.workload.pod.offered import OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 
@@ -36,7 +36,7 @@ class Several:
 
     @property
     def memory(self) -> Memory:
-        return {space_of(node.number, pid): pages for node in self.nodes for pid, pages in node.memory.items()}
+        return {address_space_of(node.number, pid): pages for node in self.nodes for pid, pages in node.memory.items()}
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -176,4 +176,4 @@ class PodRig(Rig):
             assert not self.handed_over
             assert not self.departed.exists(), "what is still here may not start again"
             with suppress(IndexError):
-                assert self.given_back or "poised" not in self.phases("b")
+                assert self.given_back or "prepared" not in self.phases("b")

@@ -43,9 +43,9 @@ from anyio.abc import TaskStatus
 from podferry.agent import service
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import PreCopyPolicy
-from podferry.engine import attempt
+from podferry.engine import side
 from podferry.engine.journal import JOURNAL, Journal, Part
-from podferry.engine.ports import ArrivingJob, HeldJob, LeavingJob
+from podferry.engine.ports import FrozenSource, SourceJob, TargetJob
 from podferry.engine.source import Order, Source
 from podferry.engine.target import Target
 from podferry.errors import Failed, PeerLost, PodferryError, Refused
@@ -370,7 +370,7 @@ RECORD = Container(NAME, "image", "overlayfs", NAME, Opaque("spec", b"{}"))
 
 
 class FakeInspection:
-    """Looks at nothing and refuses what the test says."""
+    """Scans at nothing and refuses what the test says."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -503,7 +503,7 @@ class Rig:
         if when == "before":
             self.trace.append((side, name))
             self.source.tick()
-        self.look_on()
+        self.sample()
         self.passed[side, name, when] += 1
         nth = self.passed[side, name, when]
         due = [one for one in self.faults if (one.side, one.name, one.when, one.nth) == (side, name, when, nth)]
@@ -523,13 +523,13 @@ class Rig:
         if LIFE.get().dead:
             raise Killed
 
-    def look_on(self) -> None:
+    def sample(self) -> None:
         """I1, at every point."""
         if self.source.executing and self.target.executing:
             self.violations.append(f"both execute after {self.trace[-1]}")
 
     async def hold(self, role: str, phase: str, *_: str) -> None:
-        await self.apoint(role, f"gate {phase}", "before")
+        await self.apoint(role, f"breakpoint {phase}", "before")
 
     # What the agents are made with.
 
@@ -551,12 +551,12 @@ class Rig:
     def source_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
         containers = self.containers(FakeSource, "source", journal)
         self.used += [weakref.ref(one) for one in containers]
-        return Guarded(SourceWorkload(containers, self.owner(journal)), (LeavingJob,), self, "source")
+        return Guarded(SourceWorkload(containers, self.owner(journal)), (SourceJob,), self, "source")
 
     def frozen(self, containers: list[Part], owner: Part) -> Guarded:
         journal = containers[0]._journal
         workload = FrozenWorkload(self.containers(FakeFrozen, "source", journal), self.owner(journal))
-        return Guarded(workload, (HeldJob,), self, "source")
+        return Guarded(workload, (FrozenSource,), self, "source")
 
     def maker(self, config: Config, journal: Journal) -> Any:
         """Who makes them on the target."""
@@ -565,7 +565,7 @@ class Rig:
     def target_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
         containers = self.containers(FakeTarget, "target", journal)
         workload = TargetWorkload(config, journal, containers, self.maker(config, journal))
-        return Guarded(workload, (ArrivingJob,), self, "target")
+        return Guarded(workload, (TargetJob,), self, "target")
 
     def handlers(self, side: str) -> dict[str, Any]:
         there = self.source.handlers() if side == "source" else self.target.handlers()
@@ -584,12 +584,12 @@ class Rig:
             patch.setattr(service, "FrozenContainer", lambda journal, *_: journal)
             patch.setattr(service, "FrozenWorkload", self.frozen)
             patch.setattr(workload_source, "FrozenPages", FakePages)
-            patch.setattr(workload_target, "FeederChannel", FakeChannel)
+            patch.setattr(workload_target, "DaemonPageChannel", FakeChannel)
             patch.setattr(service, "frozen", SimpleNamespace(handlers=lambda *_: self.handlers("source")))
             made = SimpleNamespace(target=self.target_of, target_handlers=lambda *_: self.handlers("target"))
             patch.setattr(service, "containerd", made)
             patch.setattr(threads, "to_thread", SimpleNamespace(run_sync=direct))
-            patch.setattr(attempt.gate, "hold", self.hold)
+            patch.setattr(side.breakpoints, "hold", self.hold)
             anyio.run(self._run, replace(self.order, mode=mode), backend_options={"loop_factory": LeapingLoop})
         self.check()
         return self
@@ -610,7 +610,7 @@ class Rig:
                     await self._ended()
             await anyio.sleep(SETTLE)
             self.over = True
-            self.keep_what_was_said()
+            self.record_messages()
             tasks.cancel_scope.cancel()
 
     def _help(self) -> None:
@@ -681,7 +681,7 @@ class Rig:
         for source in self.agents["a"]._sources.values():
             source.cancel()
 
-    def keep_what_was_said(self) -> None:
+    def record_messages(self) -> None:
         """The last word of both agents, for assertions after the loop has ended."""
         self.halves: list[Source | Target] = [
             *self.agents["a"]._sources.values(),

@@ -16,7 +16,7 @@ from anyio.from_thread import start_blocking_portal
 
 from podferry.agent.control import Emit, serve
 from podferry.core.precopy import Round
-from podferry.engine.story import Story
+from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import CommandFailed, Failed, Refused, UsageError
 from podferry.model import Mode, Outcome
 
@@ -35,10 +35,12 @@ SCRIPTS = {
 class FakeAgent:
     """One node's agent; `stories` are its migrations by id."""
 
-    def __init__(self, node: str, containers: dict[str, str], stories: dict[str, Story] | None = None) -> None:
+    def __init__(
+        self, node: str, containers: dict[str, str], records: dict[str, MigrationRecord] | None = None
+    ) -> None:
         self.node_name = node
         self.containers = containers
-        self.stories = {} if stories is None else stories
+        self.records = {} if records is None else records
         self.asked: list[dict[str, Any]] = []
         self.begun = threading.Event()
         self.deaf = False
@@ -105,78 +107,82 @@ class FakeAgent:
         self._known(name)
         if name == "shy":
             raise io_uring()
-        story = Story(f"m{len(self.stories) + 1}", name, self.node_name, to, Mode(mode))
-        self.stories[story.id] = story
+        migration_record = MigrationRecord(f"m{len(self.records) + 1}", name, self.node_name, to, Mode(mode))
+        self.records[migration_record.id] = migration_record
         events: list[dict[str, Any]] = []
-        story.listen(events.append)
+        migration_record.listen(events.append)
 
         async def flush() -> None:
             while events:
                 await emit(events.pop(0))
 
-        story.enter("check")
+        migration_record.enter("check")
         await flush()
         if name == "greedy":
-            story.end(Outcome.REFUSED, "io_uring", io_uring())
+            migration_record.end(Outcome.REFUSED, "io_uring", io_uring())
         elif name == "broken":
-            story.end(Outcome.FAILED, "both ends are gone", Failed("the job is lost"))
+            migration_record.end(Outcome.FAILED, "both ends are gone", Failed("the job is lost"))
         elif name == "slow":
-            self._cancelled[story.id] = anyio.Event()
-            story.enter("pre-copy")
+            self._cancelled[migration_record.id] = anyio.Event()
+            migration_record.enter("pre-copy")
             await flush()
             self.begun.set()
-            await self._cancelled[story.id].wait()
-            story.enter("undo", "thawing the source")
-            story.end(Outcome.CANCELLED, "somebody asked for it")
+            await self._cancelled[migration_record.id].wait()
+            migration_record.enter("undo", "thawing the source")
+            migration_record.end(Outcome.CANCELLED, "somebody asked for it")
         elif name == "mute":
             raise anyio.ClosedResourceError
         else:
-            self._move(story, weak=name == "weak")
+            self._move(migration_record, weak=name == "weak")
         await flush()
-        return story.to_dict()
+        return migration_record.to_dict()
 
     async def status(self, emit: Emit, id: str | None) -> list[dict[str, Any]]:
-        return [story.to_dict() for story in self.stories.values() if id in (None, story.id)]
+        return [
+            migration_record.to_dict()
+            for migration_record in self.records.values()
+            if id in (None, migration_record.id)
+        ]
 
     async def cancel(self, emit: Emit, id: str) -> dict[str, Any]:
         if id not in self._cancelled:
             raise UsageError(f"no migration '{id}' is under way")
         if not self.deaf:
             self._cancelled[id].set()
-        return self.stories[id].to_dict()
+        return self.records[id].to_dict()
 
     async def resolve(self, emit: Emit, id: str, run_on: str, *, filled: bool = False) -> dict[str, Any]:
-        if id not in self.stories:
+        if id not in self.records:
             raise UsageError(f"no migration {id} began here")
         if self.refuses_to_stand_down:
             raise Refused("the job runs here already")
         self.asked.append({"resolve": id, "run_on": run_on} | ({"filled": True} if filled else {}))
-        return self.stories[id].to_dict()
+        return self.records[id].to_dict()
 
     def _known(self, name: str) -> None:
         if name not in self.containers:
             raise UsageError(f"no container '{name}'", remedy="podferry ps")
 
-    def _move(self, story: Story, *, weak: bool) -> None:
-        story.enter("pre-copy")
-        story.expect(560 * MIB)
-        story.extra["tracker"], story.extra["dump"] = "userfaultfd", "thin"
-        story.memory_bytes, story.upper_bytes = 512 * MIB, 3 * MIB
+    def _move(self, migration_record: MigrationRecord, *, weak: bool) -> None:
+        migration_record.enter("pre-copy")
+        migration_record.expect(560 * MIB)
+        migration_record.extra["tracker"], migration_record.extra["dump"] = "userfaultfd", "memory-skipping"
+        migration_record.memory_bytes, migration_record.upper_bytes = 512 * MIB, 3 * MIB
         pages = 131072
         for number in range(1, 5):
-            story.add_round(make_round(number, pages))
-            story.sent(story.wire_bytes + pages * 4096)
+            migration_record.add_round(make_round(number, pages))
+            migration_record.sent(migration_record.wire_bytes + pages * 4096)
             pages //= 37
-        story.add_span("pre-copy", "source", 12, 4650)
-        story.add_span("upper layer", "source", 40, 900)
+        migration_record.add_span("pre-copy", "source", 12, 4650)
+        migration_record.add_span("upper layer", "source", 40, 900)
         if weak:
-            story.enter("undo")
+            migration_record.enter("undo")
             error = CommandFailed("failed: runc restore", why="exit status 1", evidence=["<Error> \x1b[31mno pidns"])
-            story.end(Outcome.ROLLED_BACK, "the target could not restore it", error)
+            migration_record.end(Outcome.ROLLED_BACK, "the target could not restore it", error)
             return
-        story.enter("poise")
-        story.add_span("create", "target", 4300, 4810)
-        story.enter("cut-over")
+        migration_record.enter("prepare-target")
+        migration_record.add_span("create", "target", 4300, 4810)
+        migration_record.enter("cut-over")
         for name, where, start, end in (
             ("freeze", "source", 4812, 4821),
             ("last scan", "source", 4821, 4826),
@@ -189,11 +195,11 @@ class FakeAgent:
             ("fill", "target", 5034, 5390),
             ("commit", "source", 5036, 5080),
         ):
-            story.add_span(name, where, start, end, detail=f"{name} <done> & well")
-        story.enter("resume")
-        story.downtime_ms = 222.0
-        story.end(Outcome.COMPLETED)
-        story.total_ms = 5391.0
+            migration_record.add_span(name, where, start, end, detail=f"{name} <done> & well")
+        migration_record.enter("resume")
+        migration_record.downtime_ms = 222.0
+        migration_record.end(Outcome.COMPLETED)
+        migration_record.total_ms = 5391.0
 
 
 def make_round(number: int, pages: int) -> Round:

@@ -34,12 +34,12 @@ from podferry.criu.rights import MAGIC, against
 from podferry.criu.seccomp import reason_against
 from podferry.engine.journal import Journal
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, Refused, UsageError
-from podferry.images import filters, layout
-from podferry.images.faults import LayerDamaged, ShareRefused
 from podferry.kube.migration import Migration, MigrationUnreadable
 from podferry.model import Mode
 from podferry.node.records import Container, Opaque
 from podferry.node.upper import records
+from podferry.snapshotter import filters, layout
+from podferry.snapshotter.faults import LayerDamaged, ShareRefused
 from podferry.wire import compression, frames, messages
 from podferry.workload.offered import Offered
 
@@ -266,10 +266,10 @@ def _frame_seeds() -> tuple[bytes, ...]:
 
 def _message_seeds() -> tuple[bytes, ...]:
     report = messages.ErrorReport("PF200", "it broke", "because", "mend it", ("line",))
-    sums = (messages.FileSum(0, "core-1.img", 5, "ab"),), (messages.SpaceSum(1, 2),)
+    sums = (messages.FileSum(0, "core-1.img", 5, "ab"),), (messages.AddressSpaceSum(1, 2),)
     made: list[Any] = [
         messages.Hello(messages.PROTOCOL, "0.1.0", "node-a"),
-        messages.Trouble(report),
+        messages.PeerFailure(report),
         messages.Offer("m-1", "job", Mode.LIVE, {"image": "x", "n": [1, 2.5, None, True]}, {}, 1 << 40, 0),
         messages.Accept("m-1", {"cpu": {"flags": ["a"]}}),
         messages.Refuse("m-1", (report,)),

@@ -34,38 +34,38 @@ def account(**free: int) -> Account:
 
 @pytest.mark.parametrize("kind", ["memory", "run", "disk"])
 def test_what_is_promised_to_one_is_not_promised_to_another(kind: str) -> None:
-    books = account(**{kind: 10 * GIB})
-    books.promise("first", Room(**{kind: 6 * GIB}))
+    writer = account(**{kind: 10 * GIB})
+    writer.promise("first", Room(**{kind: 6 * GIB}))
     with pytest.raises(NoRoom) as refused:
-        books.promise("second", Room(**{kind: 5 * GIB}))
+        writer.promise("second", Room(**{kind: 5 * GIB}))
     asked = 5 * GIB + getattr(RESERVE, kind)
     assert str(asked >> 20) in refused.value.why
     assert f"{10 * 1024} MiB are free" in refused.value.why
     assert f"{6 * 1024} MiB of that are promised to 1 other" in refused.value.why
     assert refused.value.remedy
-    books.release("first")
-    books.promise("second", Room(**{kind: 5 * GIB}))
+    writer.release("first")
+    writer.promise("second", Room(**{kind: 5 * GIB}))
 
 
 def test_what_has_arrived_is_not_counted_twice() -> None:
     free = [Room(10 * GIB, 10 * GIB, 10 * GIB)]
-    books = Account(lambda: free[0])
-    first = books.promise("first", Room(6 * GIB, 6 * GIB, 0))
+    writer = Account(lambda: free[0])
+    first = writer.promise("first", Room(6 * GIB, 6 * GIB, 0))
     first.take(run=6 * GIB)
     free[0] = Room(4 * GIB, 4 * GIB, 10 * GIB)  # it is here now
-    books.promise("second", Room(3 * GIB, 3 * GIB, 0))
+    writer.promise("second", Room(3 * GIB, 3 * GIB, 0))
 
 
 def test_a_job_that_grows_asks_for_more_and_is_refused_what_belongs_to_others() -> None:
-    books = account(run=3 * GIB)
-    growing, other = books.promise("growing", Room(run=GIB)), books.promise("other", Room(run=GIB))
+    writer = account(run=3 * GIB)
+    growing, other = writer.promise("growing", Room(run=GIB)), writer.promise("other", Room(run=GIB))
     growing.take(run=GIB)
     growing.take(run=PAGE)
     assert growing.room.run == GIB + PAGE + STEP
     other.take(run=GIB)
     free = [Room(64 * GIB, 3 * GIB, 64 * GIB)]
-    books = Account(lambda: free[0])
-    growing, other = books.promise("growing", Room(run=GIB)), books.promise("other", Room(run=2 * GIB))
+    writer = Account(lambda: free[0])
+    growing, other = writer.promise("growing", Room(run=GIB)), writer.promise("other", Room(run=2 * GIB))
     growing.take(run=GIB)
     other.take(run=GIB)
     free[0] = Room(64 * GIB, GIB, 64 * GIB)  # all of it is the other's
@@ -77,23 +77,23 @@ def test_a_job_that_grows_asks_for_more_and_is_refused_what_belongs_to_others() 
 def test_never_is_more_promised_than_there_is(steps: list[tuple[int, int, bool]]) -> None:
     """Whatever is promised, used and given back: what the promises may still use is free."""
     total, used = 100 * MIB, dict[str, int]()
-    books = Account(lambda: Room(1 << 50, total - sum(used.values()), 1 << 50))
+    writer = Account(lambda: Room(1 << 50, total - sum(used.values()), 1 << 50))
     for number, size, use in steps:
         id = str(number)
         try:
-            if use and id in books._promises:
-                promise = books._promises[id]
+            if use and id in writer._promises:
+                promise = writer._promises[id]
                 more = min(size * MIB, promise.open.run)
                 promise.take(run=more)
                 used[id] = used.get(id, 0) + more
-            elif id in books._promises:
-                books.release(id)
+            elif id in writer._promises:
+                writer.release(id)
                 used.pop(id, None)
             else:
-                books.promise(id, Room(run=size * MIB))
+                writer.promise(id, Room(run=size * MIB))
         except NoRoom:
             continue
-        assert sum(one.open.run for one in books._promises.values()) <= total - sum(used.values())
+        assert sum(one.open.run for one in writer._promises.values()) <= total - sum(used.values())
 
 
 def test_a_store_says_how_it_grows_before_it_does(tmp_path: Path) -> None:
@@ -155,7 +155,9 @@ def test_an_offer_for_which_there_is_no_room_is_refused_with_the_limit(
     assert "0 MiB are free" in error["why"]
 
 
-@pytest.mark.parametrize("faults", [[], [Fault("target", "gate poised", die)], [Fault("target", "gate fill", die)]])
+@pytest.mark.parametrize(
+    "faults", [[], [Fault("target", "breakpoint prepared", die)], [Fault("target", "breakpoint fill", die)]]
+)
 def test_a_promise_is_held_from_the_accept_to_the_end(
     faults: list[Fault], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +169,9 @@ def test_a_promise_is_held_from_the_accept_to_the_end(
         held.append((rig.phase("b"), agent.account.to_dict() == {rig.id: {"memory": 1, "run": 1, "disk": 1}}))
 
     gates = [
-        Fault("target", f"gate {phase}", look, nth=n) for phase in ("poised", "ready", "resume", "fill") for n in (1, 2)
+        Fault("target", f"breakpoint {phase}", look, nth=n)
+        for phase in ("prepared", "ready", "resume", "fill")
+        for n in (1, 2)
     ]
     rig = Rig(tmp_path, [*gates, *faults]).move(Mode.LIVE, monkeypatch)
     assert held and all(ok for _, ok in held), held

@@ -15,8 +15,8 @@ import pytest
 from agent_rig import Act, Cut, Fault, Rig, cancel, crash, die, fail, lose, methods, oserror, stall, stop, unique
 
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
-from podferry.engine import attempt
-from podferry.engine.ports import ArrivingJob, HeldJob, JobDied, LeavingJob
+from podferry.engine import side
+from podferry.engine.ports import FrozenSource, JobDied, SourceJob, TargetJob
 from podferry.errors import Cancelled, PeerLost
 from podferry.model import Mode
 
@@ -28,10 +28,10 @@ RUNS: dict[str, tuple[Mode, list[Fault], Cut | None]] = {
     "postcopy": (Mode.POSTCOPY, [], None),
     "undo": (Mode.LIVE, [Fault("target", "verify", fail)], None),
     "gave-up": (Mode.STOP, [Fault("target", "release", fail)], None),
-    "source again": (Mode.STOP, [Fault("source", "gate resume", die)], None),
-    "source again, owing": (Mode.POSTCOPY, [Fault("source", "gate serve", die)], None),
-    "target again": (Mode.STOP, [Fault("target", "gate resume", die)], None),
-    "target again, filling": (Mode.POSTCOPY, [Fault("target", "gate fill", die)], None),
+    "source again": (Mode.STOP, [Fault("source", "breakpoint resume", die)], None),
+    "source again, owing": (Mode.POSTCOPY, [Fault("source", "breakpoint serve", die)], None),
+    "target again": (Mode.STOP, [Fault("target", "breakpoint resume", die)], None),
+    "target again, filling": (Mode.POSTCOPY, [Fault("target", "breakpoint fill", die)], None),
     "died": (Mode.STOP, [Fault("target", "filled", fail)], None),
 }
 Point = tuple[str, str, str]
@@ -65,8 +65,8 @@ def awaited(*runs: str) -> list[Point]:
 
 def test_every_method_of_the_ports_is_among_the_points() -> None:
     there = {(side, name) for _, side, name in points()}
-    ports = {"source": methods(LeavingJob, HeldJob), "target": methods(ArrivingJob)}
-    assert {(side, name) for side, names in ports.items() for name in names} - there == {("source", "slow_down")}
+    ports = {"source": methods(SourceJob, FrozenSource), "target": methods(TargetJob)}
+    assert {(side, name) for side, names in ports.items() for name in names} - there == {("source", "throttle")}
 
 
 def move(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *faults: Fault, cut: Cut | None = None) -> Rig:
@@ -92,8 +92,8 @@ def test_an_agent_dies_after(run: str, side: str, name: str, tmp_path: Path, mon
 
 
 def effects() -> list[Point]:
-    """All but the gates, where nothing can fail."""
-    return [point for point in points() if point[0] != "stop" and not point[2].startswith("gate")]
+    """All but the breakpoints, where nothing can fail."""
+    return [point for point in points() if point[0] != "stop" and not point[2].startswith("breakpoint")]
 
 
 @pytest.mark.parametrize(("run", "side", "name"), effects())
@@ -110,7 +110,7 @@ def test_what_the_target_breaks_off_is_not_said_to_be_cancelled_on_request(
     def broken_off(rig: Rig) -> None:
         raise Cancelled("nobody waits any more")
 
-    rig = move("live", tmp_path, monkeypatch, Fault("target", "poise", broken_off))
+    rig = move("live", tmp_path, monkeypatch, Fault("target", "make_ready", broken_off))
     assert (rig.phase("a"), rig.records["a"]["outcome"]) == (SourcePhase.ROLLED_BACK, "rolled-back")
 
 
@@ -144,14 +144,15 @@ def test_a_job_that_has_run_to_an_end_on_the_target_is_not_taken_back(
     assert rig.helped
 
 
-HALF_FILLED = [("source", "gate serve"), ("target", "gate fill"), ("target", "filled")]
+HALF_FILLED = [("source", "breakpoint serve"), ("target", "breakpoint fill"), ("target", "filled")]
 
 
 @pytest.mark.parametrize(("side", "name"), HALF_FILLED)
 def test_a_job_dies_on_the_target_before_it_has_all_its_memory(
     side: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the feeder owes it nothing more does not mean that it runs. Only a person can take it back to where it was frozen."""
+    """That the lazy-pages daemon owes it nothing more does not mean that it runs. Only a person can take it back to where
+    it was frozen."""
     rig = move("postcopy", tmp_path, monkeypatch, Fault(side, name, crash))
     assert (rig.phase("b"), rig.records["b"]["outcome"]) == (TargetPhase.DIED, "failed")
     assert "had not all its memory" in rig.records["b"]["reason"]
@@ -163,14 +164,14 @@ def test_a_job_dies_on_the_target_before_it_has_all_its_memory(
 @pytest.mark.parametrize(
     "faults",
     [
-        [Fault("source", "gate serve", lose)],
-        [Fault("target", "gate fill", lose)],
-        [Fault("source", "gate serve", lose), Fault("source", "gate serve", die)],
-        [Fault("source", "gate serve", die), Fault("source", "gate lost-contact", lose)],
-        [Fault("source", "gate serve", lose), Fault("target", "filled", die)],
+        [Fault("source", "breakpoint serve", lose)],
+        [Fault("target", "breakpoint fill", lose)],
+        [Fault("source", "breakpoint serve", lose), Fault("source", "breakpoint serve", die)],
+        [Fault("source", "breakpoint serve", die), Fault("source", "breakpoint lost-contact", lose)],
+        [Fault("source", "breakpoint serve", lose), Fault("target", "filled", die)],
         [
-            Fault("source", "gate serve", die),
-            Fault("source", "gate lost-contact", lose),
+            Fault("source", "breakpoint serve", die),
+            Fault("source", "breakpoint lost-contact", lose),
             Fault("target", "filled", crash),
         ],
     ],
@@ -188,12 +189,12 @@ def test_the_frozen_original_ends_before_the_target_has_all_memory(
     assert not rig.target.executing
 
 
-@pytest.mark.parametrize("kind", ["freeze", "hold"])
+@pytest.mark.parametrize("kind", ["freeze", "held-dump"])
 def test_what_cannot_be_taken_back_is_said_and_tried_again_at_the_next_start(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that stays frozen since the cgroup cannot be thawed, say, until somebody has seen to it."""
-    tries = 1 + len(attempt.UNDO_PAUSES)
+    tries = 1 + len(side.UNDO_PAUSES)
     broken = [Fault("source", f"undo {kind}", fail, nth=nth + 1) for nth in range(tries)]
     rig = move("undo", tmp_path, monkeypatch, *broken, Fault("source", "line phase failed", die, "after"))
     assert not rig.helped

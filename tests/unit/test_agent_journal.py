@@ -67,13 +67,34 @@ def test_half_a_line_of_an_older_agent_does_not_hide_the_line_behind_it(tmp_path
 def test_the_format_before_is_read_and_one_to_come_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "new").close()
     raw = (tmp_path / "new" / JOURNAL).read_bytes()
-    assert json.loads(raw.split(b"\n")[0]) == {"format": 3}
+    assert json.loads(raw.split(b"\n")[0]) == {"format": 4}
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / JOURNAL).write_bytes(raw.split(b"\n", 1)[1])
     assert state(tmp_path / "old") == state(tmp_path / "new")
-    (tmp_path / "new" / JOURNAL).write_bytes(raw.replace(b'"format":3', b'"format":4'))
-    with pytest.raises(Failed, match="format 4"):
+    (tmp_path / "new" / JOURNAL).write_bytes(raw.replace(b'"format":4', b'"format":5'))
+    with pytest.raises(Failed, match="format 5"):
         Journal(tmp_path / "new")
+
+
+def test_a_journal_of_format_3_is_read_under_the_names_of_format_4(tmp_path: Path) -> None:
+    """A migration that an agent of the version before has begun must be undone by this one."""
+    lines = [
+        {"format": 3},
+        {"t": 1, "facts": {"role": "source", "promise": {}}},
+        {"t": 2, "acquire": "door.0", "with": {"path": "/run/leaving/c0ffee"}},
+        {"t": 3, "phase": "poise"},
+        {"t": 4, "acquire": "hold.0", "with": {"work": "/w"}},
+        {"t": 5, "acquire": "feeder.1", "with": {"pid": 7}},
+        {"t": 6, "release": "feeder.1"},
+    ]
+    (tmp_path / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "record.json").write_text(json.dumps({"phase": "poise", "phases": {"check": 1.0, "poise": 2.0}}))
+    journal = Journal(tmp_path)
+    assert journal.phase == "prepare-target"
+    assert [entry.kind for entry in journal.ledger.entries] == ["exec-lock.0", "held-dump.0"]
+    assert module.Part(journal, 0).held("held-dump") == {"work": "/w"}
+    assert journal.load_record() == {"phase": "prepare-target", "phases": {"check": 1.0, "prepare-target": 2.0}}
+    journal.close()
 
 
 def test_only_what_has_ended_and_holds_nothing_is_forgotten(tmp_path: Path) -> None:

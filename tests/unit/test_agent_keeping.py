@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from podferry.agent.telling import say_intact
+from podferry.agent.status_reporter import set_intact
 from podferry.core.inventory import encode
 from podferry.criu.incoming import STOPPED, Incoming
 from podferry.errors import Failed
@@ -111,11 +111,11 @@ async def test_other_actions_of_criu_do_not_wait(incoming: Incoming, process: in
 
 def test_a_migration_says_whether_the_job_has_what_it_had() -> None:
     migration = Migration.from_json({"metadata": {"name": "m"}, "spec": {"podName": "p"}})
-    say_intact(migration, None)
+    set_intact(migration, None)
     assert migration.status.condition(INTACT) is None
-    say_intact(migration, [])
+    set_intact(migration, [])
     assert migration.status.holds(INTACT)
-    say_intact(migration, ["affinity of 1/1: was 0, is anywhere"])
+    set_intact(migration, ["affinity of 1/1: was 0, is anywhere"])
     said = migration.status.condition(INTACT)
     assert said is not None
     assert (said.status, said.message) == ("False", "affinity of 1/1: was 0, is anywhere")

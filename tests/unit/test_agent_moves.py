@@ -33,7 +33,7 @@ def test_a_job_moves_whole(mode: Mode, tmp_path: Path, monkeypatch: pytest.Monke
     assert rig.phases("a") == [
         "check",
         "pre-copy",
-        "poise",
+        "prepare-target",
         "cut-over",
         "resume",
         *serve,
@@ -41,7 +41,7 @@ def test_a_job_moves_whole(mode: Mode, tmp_path: Path, monkeypatch: pytest.Monke
         "drain",
         "completed",
     ]
-    assert rig.phases("b") == ["receive", "poised", "ready", "resume", "fill", "done"]
+    assert rig.phases("b") == ["receive", "prepared", "ready", "resume", "fill", "done"]
     assert (rig.restarts, rig.helped) == (0, False)
     record = rig.records["a"]
     assert record["outcome"] == "completed"
@@ -50,12 +50,12 @@ def test_a_job_moves_whole(mode: Mode, tmp_path: Path, monkeypatch: pytest.Monke
     assert record["downtime_ms"] is not None
     assert record["postcopy_dependency"] == (mode is Mode.POSTCOPY)
     assert (record["rounds"] > 1) == (mode is Mode.LIVE)
-    assert {"freeze", "last look", "dump", "downtime", "commit"} <= {span["name"] for span in record["spans"]}
+    assert {"freeze", "final scan", "dump", "downtime", "commit"} <= {span["name"] for span in record["spans"]}
 
 
-@pytest.mark.parametrize("phase", ["pre-copy", "poise", "cut-over"])
+@pytest.mark.parametrize("phase", ["pre-copy", "prepare-target", "cut-over"])
 def test_a_job_that_ends_by_itself_leaves_nothing(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig(tmp_path, [Fault("source", f"gate {phase}", end_by_itself)]).move(Mode.LIVE, monkeypatch)
+    rig = Rig(tmp_path, [Fault("source", f"breakpoint {phase}", end_by_itself)]).move(Mode.LIVE, monkeypatch)
     assert rig.phase("a") == SourcePhase.FAILED
     assert "exit status 3" in rig.records["a"]["reason"]
     assert not rig.passed_the_right
@@ -68,7 +68,7 @@ def lose(rig: Rig) -> None:
 def test_a_target_whose_wrapper_dies_while_it_waits_gives_up_before_the_freeze(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = Rig(tmp_path, [Fault("target", "gate poised", lose)]).move(Mode.LIVE, monkeypatch)
+    rig = Rig(tmp_path, [Fault("target", "breakpoint prepared", lose)]).move(Mode.LIVE, monkeypatch)
     assert rig.phase("a") == SourcePhase.ROLLED_BACK
     assert "nobody waits for the state" in rig.records["b"]["reason"]
     assert not rig.passed_the_right
@@ -91,7 +91,7 @@ def test_a_job_that_writes_too_fast_is_slowed_down_and_given_back_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = Rig(tmp_path, order=order(max_downtime=1e-6, max_rounds=3)).move(Mode.LIVE, monkeypatch)
-    assert ("source", "slow_down") in rig.trace
+    assert ("source", "throttle") in rig.trace
     assert rig.phase("a") == SourcePhase.ROLLED_BACK
     assert "cannot converge" in rig.records["a"]["reason"]
     assert rig.source.quota == 1.0
@@ -103,8 +103,8 @@ def test_a_job_that_cannot_be_slowed_down_goes_by_postcopy_where_that_is_allowed
 ) -> None:
     """A container without a cpu controller, say: that is no reason to go back."""
     policy = order(max_downtime=1e-6, max_rounds=3, postcopy=True)
-    rig = Rig(tmp_path, [Fault("source", "slow_down", how)], order=policy).move(Mode.LIVE, monkeypatch)
-    assert [one.name for one in rig.fired] == ["slow_down"]
+    rig = Rig(tmp_path, [Fault("source", "throttle", how)], order=policy).move(Mode.LIVE, monkeypatch)
+    assert [one.name for one in rig.fired] == ["throttle"]
     assert rig.phase("a") == SourcePhase.COMPLETED
     assert SourcePhase.SERVE in rig.phases("a")
 
@@ -150,7 +150,7 @@ def test_it_is_decided_again_once_the_target_is_poised(
     monkeypatch.setattr("podferry.engine.rounds.decide", lambda *_, quota, **__: Decision(left.pop(0), "so", quota / 2))
     rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
     assert (left, rig.phase("a")) == ([], end), rig.records["a"]["reason"]
-    assert rig.messages.count(("source", "Poise")) == len(asked)
+    assert rig.messages.count(("source", "PrepareTarget")) == len(asked)
     assert rig.records["a"]["postcopy_dependency"] == asked[-1]
     assert rig.target.postcopy == (asked[-1] and end is SourcePhase.COMPLETED)
     assert rig.source.quota == 1.0
@@ -172,10 +172,10 @@ def test_nobody_resolves_to_a_target_that_still_needs_the_original(
     [
         *((mode, None, SourcePhase.COMPLETED) for mode in Mode),
         (Mode.LIVE, Fault("source", "dump", fail), SourcePhase.ROLLED_BACK),
-        (Mode.LIVE, Fault("source", "last_look", oserror), SourcePhase.ROLLED_BACK),
+        (Mode.LIVE, Fault("source", "final_scan", oserror), SourcePhase.ROLLED_BACK),
         (Mode.LIVE, Fault("target", "verify", fail), SourcePhase.ROLLED_BACK),
         (Mode.LIVE, Fault("target", "release", fail), SourcePhase.ROLLED_BACK),
-        (Mode.LIVE, Fault("source", "gate poise", cancel), SourcePhase.CANCELLED),
+        (Mode.LIVE, Fault("source", "breakpoint prepare-target", cancel), SourcePhase.CANCELLED),
     ],
 )
 def test_what_a_migration_needed_goes_with_its_end_and_its_record_stays(

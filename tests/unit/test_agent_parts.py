@@ -23,7 +23,7 @@ from podferry.agent.program import _serve_metrics
 from podferry.core.precopy import Round
 from podferry.engine import metrics
 from podferry.engine.journal import JOURNAL, Journal, forget_old, journals
-from podferry.engine.story import Story
+from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, Refused, UsageError
 from podferry.model import Mode, Outcome
 from podferry.node.records import Container, Opaque, Stdio
@@ -41,9 +41,9 @@ def written(directory: Path) -> Journal:
     journal.note(role="source", target_pod="b")
     journal.enter("check")
     journal.acquire("freeze", cgroup="/a")
-    journal.acquire("hold", work="/w")
+    journal.acquire("held-dump", work="/w")
     journal.acquire("freeze", cgroup="/b")
-    journal.release("hold")
+    journal.release("held-dump")
     journal.enter("resume", sync=True)
     return journal
 
@@ -286,18 +286,18 @@ RECORD_FIELDS = [
 
 
 def test_a_story_has_the_fields_of_the_contract() -> None:
-    story, events = Story("m", "job", "a", "b", Mode.LIVE), list[dict[str, Any]]()
-    stop = story.listen(events.append)
-    story.enter("check")
-    story.expect(100)
-    story.sent(50)
-    with story.span("freeze"):
-        story.add_round(Round(1, 2, 8192, 0.5, 4096))
-    story.downtime_ms = 12.34567
-    story.end(Outcome.ROLLED_BACK, "why", Failed("why"))
+    migration_record, events = MigrationRecord("m", "job", "a", "b", Mode.LIVE), list[dict[str, Any]]()
+    stop = migration_record.listen(events.append)
+    migration_record.enter("check")
+    migration_record.expect(100)
+    migration_record.sent(50)
+    with migration_record.span("freeze"):
+        migration_record.add_round(Round(1, 2, 8192, 0.5, 4096))
+    migration_record.downtime_ms = 12.34567
+    migration_record.end(Outcome.ROLLED_BACK, "why", Failed("why"))
     stop()
-    story.enter("unheard")
-    record = json.loads(json.dumps(story.to_dict()))
+    migration_record.enter("unheard")
+    record = json.loads(json.dumps(migration_record.to_dict()))
     assert set(RECORD_FIELDS) <= record.keys()
     assert (record["outcome"], record["downtime_ms"], record["rounds"]) == ("rolled-back", 12.346, 1)
     assert record["rounds_detail"] == [{"round": 1, "pages": 2, "bytes": 8192, "ms": 500.0, "dirty_rate": 8192}]
@@ -305,7 +305,7 @@ def test_a_story_has_the_fields_of_the_contract() -> None:
     assert set(events[0]) == {"id", "phase", "t_ms", "bytes", "total_bytes", "rate", "eta_s", "round", "note"}
     assert events[0]["phase"] == "check"
     assert "unheard" not in [one["phase"] for one in events]
-    again = Story.from_dict(record)
+    again = MigrationRecord.from_dict(record)
     assert (again.id, again.mode, again.wire_bytes) == ("m", Mode.LIVE, 50)
 
 
@@ -313,12 +313,12 @@ def test_ends_and_broken_rules_are_counted() -> None:
     def value(name: str, **labels: str) -> float:
         return metrics.REGISTRY.get_sample_value(name, labels) or 0.0
 
-    story = Story("m", "job", "a", "b", Mode.STOP)
-    story.end(Outcome.COMPLETED)
-    story.downtime_ms = 250.0
+    migration_record = MigrationRecord("m", "job", "a", "b", Mode.STOP)
+    migration_record.end(Outcome.COMPLETED)
+    migration_record.downtime_ms = 250.0
     ends = {"role": "source", "mode": "stop", "outcome": "completed"}
     before = value("podferry_migrations_total", **ends), value("podferry_invariant_violations_total", rule="I1")
-    metrics.ended("source", story)
+    metrics.ended("source", migration_record)
     metrics.violated("I1")
     assert value("podferry_migrations_total", **ends) == before[0] + 1
     assert value("podferry_invariant_violations_total", rule="I1") == before[1] + 1

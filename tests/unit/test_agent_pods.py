@@ -37,7 +37,7 @@ def test_where_the_second_container_cannot_be_restored_the_first_is_killed_befor
 
 
 def test_one_container_that_ends_ends_the_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = PodRig(tmp_path, [Fault("source", "gate poise", end_by_itself)])
+    rig = PodRig(tmp_path, [Fault("source", "breakpoint prepare-target", end_by_itself)])
     rig.move(Mode.LIVE, monkeypatch)
     assert "container 1: exit status 3" in rig.records["a"]["reason"]
 
@@ -63,7 +63,7 @@ def points(mode: Mode) -> list[tuple[str, str]]:
             (side, name)
             for side, name in unique(rig.trace)
             if name.startswith("1 ")
-            or name in ("target_pod", "hand_over", "release", "commit", "freeze", "dump", "poise")
+            or name in ("target_pod", "hand_over", "release", "commit", "freeze", "dump", "make_ready")
         ]
 
 

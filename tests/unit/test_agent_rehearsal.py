@@ -45,7 +45,7 @@ def test_a_job_goes_on_before_its_images_travel(tmp_path: Path, monkeypatch: pyt
     stage = rehearse(tmp_path, monkeypatch)
     record = stage.records["a"]
     assert (record["outcome"], stage.records["b"]["outcome"]) == ("rehearsed", "rehearsed")
-    assert stage.phases("b") == ["receive", "poised", "ready", "giving-up", "gave-up"]
+    assert stage.phases("b") == ["receive", "prepared", "ready", "giving-up", "gave-up"]
     assert (record["memory_bytes"], record["upper_bytes"], record["downtime_ms"]) == (0, 0, None)
     steps = [span["name"] for span in record["spans"]]
     assert steps.index("freeze") < steps.index("dump") < steps.index("go on") < steps.index("send images")
@@ -109,9 +109,9 @@ def test_a_dump_that_fails_is_the_answer(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_target_takes_no_go_of_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def go(self: Rehearsal, letters: Any) -> None:
-        await real(self, letters)
-        await letters.channel.send(Go(self.story.id))
+    async def go(self: Rehearsal, inbox: Any) -> None:
+        await real(self, inbox)
+        await inbox.channel.send(Go(self.record.id))
         await anyio.sleep(1.0)
 
     real = Rehearsal._have_judged

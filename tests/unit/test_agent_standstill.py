@@ -13,9 +13,9 @@ from agent_fakes import SourceNode
 from agent_rig import Fault, LeapingLoop, Rig, order
 
 from podferry.core.phases import SourcePhase
-from podferry.engine.attempt import leaves
+from podferry.engine.migration_record import MigrationRecord
+from podferry.engine.side import leaves
 from podferry.engine.standstill import BEYOND_DOWNTIME, GRACE, STALLED, Standstill
-from podferry.engine.story import Story
 from podferry.errors import PodferryError, TimedOut
 from podferry.model import Mode
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.unit
 
 SLOW = [
     ("source", "freeze", "freeze"),
-    ("source", "last_look", "last look"),
+    ("source", "final_scan", "final scan"),
     ("source", "read", "last pages"),
     ("source", "dump", "dump"),
     ("source", "trees", "upper layer, last pass"),
@@ -104,14 +104,14 @@ def test_the_users_own_limit_holds_in_every_mode(tmp_path: Path, monkeypatch: py
 
 
 def bounded(
-    limit: Standstill, work: Callable[[Story, list[PodferryError]], Awaitable[None]], sent: Any = None
+    limit: Standstill, work: Callable[[MigrationRecord, list[PodferryError]], Awaitable[None]], sent: Any = None
 ) -> float:
     """Run `work` under the limit; returns when it ended on the loop's clock."""
 
     async def go() -> float:
-        story, severed = Story("1", "job", "a", "b", Mode.LIVE), list[PodferryError]()
+        record, severed = MigrationRecord("1", "job", "a", "b", Mode.LIVE), list[PodferryError]()
         try:
-            await limit.bound(lambda: work(story, severed), story, sent=sent or (lambda: 0), sever=severed.append)
+            await limit.bound(lambda: work(record, severed), record, sent=sent or (lambda: 0), sever=severed.append)
         except (TimedOut, BaseExceptionGroup) as error:
             assert {type(one) for one in leaves(error)} == {TimedOut}
             return anyio.current_time()
@@ -121,8 +121,8 @@ def bounded(
 
 
 def test_a_send_that_cannot_be_cancelled_is_ended_by_breaking_the_link() -> None:
-    async def work(story: Story, severed: list[PodferryError]) -> None:
-        with story.span("last pages"), anyio.CancelScope(shield=True):
+    async def work(record: MigrationRecord, severed: list[PodferryError]) -> None:
+        with record.span("last pages"), anyio.CancelScope(shield=True):
             while not severed:
                 await anyio.sleep(0.01)
             raise severed[0]
@@ -133,7 +133,7 @@ def test_a_send_that_cannot_be_cancelled_is_ended_by_breaking_the_link() -> None
 def test_in_mode_stop_a_slow_link_is_no_reason_as_long_as_it_carries_anything() -> None:
     count = [0]
 
-    async def work(story: Story, severed: list[PodferryError]) -> None:
+    async def work(record: MigrationRecord, severed: list[PodferryError]) -> None:
         for _ in range(10):
             await anyio.sleep(STALLED - 1)
             count[0] += 1
@@ -145,11 +145,13 @@ def test_in_mode_stop_a_slow_link_is_no_reason_as_long_as_it_carries_anything() 
 
 def test_what_is_done_in_time_is_not_touched() -> None:
     async def go() -> None:
-        story = Story("1", "job", "a", "b", Mode.LIVE)
+        record = MigrationRecord("1", "job", "a", "b", Mode.LIVE)
 
         async def work() -> None:
             await anyio.sleep(2.9)
 
-        await Standstill(Mode.LIVE, 3.0, 0.1).bound(work, story, sent=lambda: 0, sever=lambda _: pytest.fail("severed"))
+        await Standstill(Mode.LIVE, 3.0, 0.1).bound(
+            work, record, sent=lambda: 0, sever=lambda _: pytest.fail("severed")
+        )
 
     anyio.run(go, backend_options={"loop_factory": LeapingLoop})

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio import to_thread
-from test_agent_leaving import leaving, made
+from test_agent_source_container import leaving, made
 
 import podferry
 from podferry.core.undo import Ledger
@@ -22,7 +22,7 @@ from podferry.engine.journal import Journal
 from podferry.memory.tracking.tracker import DirtyScan
 from podferry.workload import source_container as module
 from podferry.workload.frozen import handlers
-from podferry.workload.threads import Looks, at_once, patiently, run
+from podferry.workload.threads import Scans, at_once, patiently, run
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 
@@ -66,7 +66,7 @@ async def test_a_cut_over_and_a_roll_back_wait_for_nobody(tmp_path: Path, monkey
     fake_tracker: Any = SimpleNamespace(final=lambda: DirtyScan({}, frozenset(), frozenset(), {}), close=lambda: None)
     job.memory.tracker = fake_tracker
     monkeypatch.setattr(module, "freeze_apart_from_vfork", lambda *_: 0)
-    monkeypatch.setattr(module, "guests", lambda *_: ())
+    monkeypatch.setattr(module, "exec_sessions", lambda *_: ())
     monkeypatch.setattr(module, "drained", lambda *_: None)
     monkeypatch.setattr(module.SourceContainer, "_dump", lambda self, stop: {})
     monkeypatch.setattr(module.SourceContainer, "mapped_shared", lambda self, at="/": set())
@@ -76,7 +76,7 @@ async def test_a_cut_over_and_a_roll_back_wait_for_nobody(tmp_path: Path, monkey
     ledger.add("freeze", {"cgroup": cgroup.to_dict()})
     async with everybody_waits():
         await job.freeze()
-        await job.last_look()
+        await job.final_scan()
         await job.dump()
         assert [record async for record in job.tree.changes(last=True)]
         assert [piece async for piece in job.logs(last=True)]
@@ -108,14 +108,14 @@ async def test_a_call_that_is_no_longer_wanted_is_interrupted() -> None:
 
 
 async def test_a_look_at_the_job_does_not_hold_up_its_way_back() -> None:
-    looks, over, told = Looks(), threading.Event(), threading.Event()
+    looks, over, told = Scans(), threading.Event(), threading.Event()
 
-    def look() -> None:
+    def scan_dirty() -> None:
         over.wait()
         told.set()
 
     with anyio.move_on_after(0.01):
-        await looks.at_once(look)
+        await looks.at_once(scan_dirty)
     assert not told.is_set(), "it goes on alone"
     over.set()
     await looks.ended()

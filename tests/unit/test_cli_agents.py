@@ -11,7 +11,7 @@ from cli_fake_agent import FakeAgent, serving
 
 from podferry.cli.agents import AgentOptions, Endpoint, Fleet
 from podferry.cli.client import AgentClient, AgentUnreachable
-from podferry.engine.story import Story
+from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import Refused, UsageError
 from podferry.model import Mode, Outcome
 
@@ -47,7 +47,7 @@ def agents(tmp_path: Path) -> Iterator[dict[str, FakeAgent]]:
         yield {
             node: stack.enter_context(serving(FakeAgent(node, containers), tmp_path / node))
             for node, containers in {
-                "node-a": {"train": "poised", "web": "running"},
+                "node-a": {"train": "prepared", "web": "running"},
                 "node-b": {"train": "running"},
             }.items()
         }
@@ -83,13 +83,13 @@ def test_a_move_goes_to_the_node_where_it_runs(fleet: Fleet) -> None:
 
 def test_the_sources_record_counts_while_it_answers(fleet: Fleet, agents: dict[str, FakeAgent]) -> None:
     for node, phase in (("node-a", "serve"), ("node-b", "fill")):
-        story = Story("m1", "train", "node-b", "node-a", Mode.LIVE)
-        story.enter(phase)
-        agents[node].stories["m1"] = story
-    gone = Story("m0", "web", "node-c", "node-a", Mode.LIVE)
+        record = MigrationRecord("m1", "train", "node-b", "node-a", Mode.LIVE)
+        record.enter(phase)
+        agents[node].records["m1"] = record
+    gone = MigrationRecord("m0", "web", "node-c", "node-a", Mode.LIVE)
     gone.started_at = 1.0
     gone.end(Outcome.COMPLETED)
-    agents["node-a"].stories["m0"] = gone
+    agents["node-a"].records["m0"] = gone
     assert [(row["id"], row["phase"]) for row in fleet.records().rows] == [("m0", "completed"), ("m1", "fill")]
     assert fleet.record("m1").phase == "fill"
     assert fleet.record("m0").source == "node-c"
@@ -108,11 +108,11 @@ def test_the_target_stands_in_for_a_dead_source(fleet: Fleet) -> None:
 
 def test_who_shall_not_run_is_told_first(fleet: Fleet, agents: dict[str, FakeAgent]) -> None:
     for agent in agents.values():
-        agent.stories["m1"] = Story("m1", "train", "node-a", "node-b", Mode.LIVE)
+        agent.records["m1"] = MigrationRecord("m1", "train", "node-a", "node-b", Mode.LIVE)
     assert fleet.stand_down("node-b", id="m1", run_on="node-a") is None
     assert agents["node-b"].asked == [{"resolve": "m1", "run_on": "node-a"}]
     assert agents["node-a"].asked == []
-    agents["node-b"].stories["m1"].end(Outcome.COMPLETED, "the job runs here")
+    agents["node-b"].records["m1"].end(Outcome.COMPLETED, "the job runs here")
     assert fleet.stand_down("node-a", id="m1", run_on="node-b") is None
     assert agents["node-a"].asked == [{"resolve": "m1", "run_on": "node-b", "filled": True}], (
         "so it may drop its original"

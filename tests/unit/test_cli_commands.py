@@ -115,7 +115,7 @@ def test_migrate_sends_what_was_asked_for(podferry: Podferry, agent: FakeAgent) 
 def test_migrate_prints_a_line_for_each_phase(podferry: Podferry, agent: FakeAgent) -> None:
     ran = podferry("migrate", "train", "--to", "node-b")
     phases = [line.split()[2] for line in ran.err.splitlines()]
-    assert list(dict.fromkeys(phases)) == ["check", "pre-copy", "poise", "cut-over", "resume"]
+    assert list(dict.fromkeys(phases)) == ["check", "pre-copy", "prepare-target", "cut-over", "resume"]
     assert "round 4: 2 pages" in ran.err
     assert "stood still for 222 ms" in ran.out
     assert "restore" in ran.out

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from podferry.cli.app import run
-from podferry.images import layout, open_share
-from podferry.images.ports import SystemClock
-from podferry.images.references import References
+from podferry.snapshotter import layout, open_share
+from podferry.snapshotter.ports import SystemClock
+from podferry.snapshotter.references import References
 
 pytestmark = pytest.mark.unit
 CHAIN = "sha256:" + "c" * 64

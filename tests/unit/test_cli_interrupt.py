@@ -95,7 +95,7 @@ def test_a_terminal_sees_progress_and_finished_phases(tmp_path: Path, agent: Fak
     podferry = Process(tmp_path / "agent", "migrate", "train", "--to", "node-b", terminal=True)
     code, out = podferry.end()
     assert code == Exit.OK
-    for phase in ("check", "pre-copy", "poise", "cut-over", "resume"):
+    for phase in ("check", "pre-copy", "prepare-target", "cut-over", "resume"):
         assert f"✓ {phase}" in podferry.seen
     assert "560 MiB" in podferry.seen
     assert "\x1b[" in podferry.seen

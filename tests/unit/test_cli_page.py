@@ -12,7 +12,7 @@ from cli_fake_agent import FakeAgent
 
 from podferry.cli.page import page
 from podferry.cli.record import Record
-from podferry.engine.story import Story
+from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import Failed
 from podferry.model import Mode, Outcome
 
@@ -48,16 +48,18 @@ class Reader(HTMLParser):
 
 
 def completed(name: str = "train") -> dict[str, Any]:
-    story = Story("m1", name, "node-a", "node-b", Mode.LIVE)
-    FakeAgent("node-a", {})._move(story, weak=False)
-    return story.to_dict()
+    migration_record = MigrationRecord("m1", name, "node-a", "node-b", Mode.LIVE)
+    FakeAgent("node-a", {})._move(migration_record, weak=False)
+    return migration_record.to_dict()
 
 
 def failed() -> dict[str, Any]:
-    story = Story("m2", "train", "node-a", "node-b", Mode.LIVE)
-    story.enter("check")
-    story.end(Outcome.FAILED, "the disk is gone", Failed("disk", remedy="a new disk", evidence=["I/O error"]))
-    return story.to_dict()
+    migration_record = MigrationRecord("m2", "train", "node-a", "node-b", Mode.LIVE)
+    migration_record.enter("check")
+    migration_record.end(
+        Outcome.FAILED, "the disk is gone", Failed("disk", remedy="a new disk", evidence=["I/O error"])
+    )
+    return migration_record.to_dict()
 
 
 @pytest.mark.parametrize("record", [completed(), failed(), completed() | {"outcome": None, "downtime_ms": None}])

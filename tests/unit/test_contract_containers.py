@@ -85,14 +85,14 @@ class FakeTargetCase:
         self.node.lose()
 
     def kill_feeder(self) -> None:
-        self.node.feeder = False
+        self.node.daemon = False
         self.node.tell()
 
     def found_by_another_agent(self) -> Any:
         return FakeTarget(self.node, Part(Journal(self.directory), 0))
 
     def channel(self) -> FakeChannel:
-        return FakeChannel([self.container.feeder_socket()])
+        return FakeChannel([self.container.daemon_socket()])
 
     def remote_pages(self) -> FakePages:
         left = self.source.left()

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from agent_fakes import FakeChannel, FakePages, SourceNode, TargetNode, page
 from contracts.page_channel import PageChannelCase, PageChannelContract
-from contracts.remote_pages import ALL, OWED, SPACE, WRITTEN, RemotePagesCase, RemotePagesContract
+from contracts.remote_pages import ADDRESS_SPACE, ALL, OWED, WRITTEN, RemotePagesCase, RemotePagesContract
 
 from podferry.engine.ports import PageChannel
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import Runs
 from podferry.wire.frames import PAGE
-from podferry.workload.feeder_channel import PACKET, FeederChannel
+from podferry.workload.page_channel import PACKET, DaemonPageChannel
 from podferry.workload.remote_pages import FrozenPages
 
 pytestmark = pytest.mark.unit
@@ -41,8 +41,8 @@ class FakeRemotePages:
 
     def __init__(self) -> None:
         self.node = SourceNode()
-        self.node.memory = {SPACE: {self.base + number * PAGE: self.content(number) for number in range(ALL)}}
-        self.pages = FakePages({SPACE: self.node}, {SPACE: Runs.of(self.base, self.base + OWED * PAGE)})
+        self.node.memory = {ADDRESS_SPACE: {self.base + number * PAGE: self.content(number) for number in range(ALL)}}
+        self.pages = FakePages({ADDRESS_SPACE: self.node}, {ADDRESS_SPACE: Runs.of(self.base, self.base + OWED * PAGE)})
 
     def content(self, number: int) -> bytes:
         return bytes(PAGE) if WRITTEN <= number < OWED else page(number)
@@ -57,7 +57,9 @@ class RealRemotePages:
         assert process.stdout is not None
         self.base = int(process.stdout.readline())
         process.send_signal(signal.SIGSTOP)
-        self.pages = FrozenPages({SPACE: process.pid}, {SPACE: Runs.of(self.base, self.base + OWED * PAGE)})
+        self.pages = FrozenPages(
+            {ADDRESS_SPACE: process.pid}, {ADDRESS_SPACE: Runs.of(self.base, self.base + OWED * PAGE)}
+        )
 
     def content(self, number: int) -> bytes:
         return bytes(PAGE) if WRITTEN <= number < OWED else bytes([number + 1]) * PAGE
@@ -101,7 +103,7 @@ class FakeDaemons:
         self.nodes[container].tell()
 
     def end(self, container: int) -> None:
-        self.nodes[container].feeder = False
+        self.nodes[container].daemon = False
         self.nodes[container].tell()
 
     def heard(self, container: int) -> list[tuple[str, int, int, int]]:
@@ -111,7 +113,7 @@ class FakeDaemons:
 class HearingNode(TargetNode):
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.feeder = True
+        self.daemon = True
         self.heard: list[tuple[str, int, int, int]] = []
 
     def arrived(self, space: int, start: int, end: int, *, zero: bool = False) -> None:
@@ -128,7 +130,7 @@ class RealDaemons:
             one.listen()
 
     def connect(self) -> PageChannel:
-        channel = FeederChannel(self.paths)
+        channel = DaemonPageChannel(self.paths)
         self.ends = [one.accept()[0] for one in self.listening]
         return channel
 
@@ -149,7 +151,7 @@ class RealDaemons:
         try:
             while packet := end.recv(PACKET):
                 frame = Frame.decode(packet)
-                found.append((frame.word.name.lower(), frame.space, frame.start, frame.end))
+                found.append((frame.word.name.lower(), frame.address_space, frame.start, frame.end))
         except BlockingIOError:
             pass
         return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from podferry.controller import pods, troubles
+from podferry.controller import failures, pods
 from podferry.errors import Failed
 from podferry.kube.errors import of_status
 from podferry.kube.migration import (
@@ -279,7 +279,7 @@ def test_only_readiness_is_taken_from_the_source() -> None:
 def test_a_refused_pod_has_a_word_and_the_servers_words(status: int, reason: str, message: str, word: str) -> None:
     body = {"reason": reason, "message": message, "details": {"name": "x"}}
     error = of_status(status, body, "cannot create Pod default/train")
-    end = troubles.of_creation(error, "the target pod")
+    end = failures.of_creation(error, "the target pod")
     assert (end.outcome, end.reason) == ("rolled-back", word)
     assert message in end.message
 
@@ -302,7 +302,7 @@ def test_a_refused_pod_has_a_word_and_the_servers_words(status: int, reason: str
 def test_the_sources_wishes(change: Json | None, owner: Json | None, reason: str | None) -> None:
     under_way = migration()
     under_way = Migration.from_json({**under_way.to_json(), "status": {"sourcePod": {"name": "train", "uid": "s1"}}})
-    end = troubles.of_source(change, owner, under_way)
+    end = failures.of_source(change, owner, under_way)
     assert (end and end.reason) == reason
 
 
@@ -312,15 +312,15 @@ def test_a_pod_that_is_not_placed_is_waited_for_so_long() -> None:
         "spec": {},
         "status": {"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/2 nodes are available"}]},
     }
-    assert troubles.of_waiting(waiting, "the pod", 61.0, NOW) is None
-    end = troubles.of_waiting(waiting, "the pod", 59.0, NOW)
+    assert failures.of_waiting(waiting, "the pod", 61.0, NOW) is None
+    end = failures.of_waiting(waiting, "the pod", 59.0, NOW)
     assert end is not None
     assert (end.reason, "0/2 nodes" in end.message) == ("Unschedulable", True)
     waiting["status"]["conditions"][0]["message"] = 'persistentvolumeclaim "data" not found'
-    missing = troubles.of_waiting(waiting, "the pod", 59.0, NOW)
+    missing = failures.of_waiting(waiting, "the pod", 59.0, NOW)
     assert missing is not None
     assert missing.reason == "VolumeMissing"
-    assert troubles.of_waiting({**waiting, "spec": {"nodeName": "b"}}, "the pod", 0.0, NOW) is None
+    assert failures.of_waiting({**waiting, "spec": {"nodeName": "b"}}, "the pod", 0.0, NOW) is None
 
 
 def waiting(reason: str) -> Json:
@@ -358,7 +358,7 @@ SANDBOX = {"type": "PodReadyToStartContainers", "status": "True"}
     ],
 )
 def test_what_keeps_the_target_pod_from_starting(status: Json, warnings: list[Json], reason: str | None) -> None:
-    found = troubles.of_start({"metadata": {}, "status": status}, warnings)
+    found = failures.of_start({"metadata": {}, "status": status}, warnings)
     assert (found.reason if found else None) == reason
 
 
@@ -366,8 +366,8 @@ def test_the_timeout_counts_from_the_start() -> None:
     late = Migration.from_json(
         {"metadata": {}, "spec": {"podName": "p", "timeout": "5m"}, "status": {"startTime": "2026-01-01T00:04:00Z"}}
     )
-    assert troubles.of_time(late, NOW, slack=61.0) is None
-    end = troubles.of_time(late, NOW, slack=30.0)
+    assert failures.of_time(late, NOW, slack=61.0) is None
+    end = failures.of_time(late, NOW, slack=30.0)
     assert end is not None
     assert end.reason == "TimedOut"
 
@@ -375,9 +375,9 @@ def test_the_timeout_counts_from_the_start() -> None:
 def test_only_a_node_that_is_gone_or_fenced_runs_nothing_for_certain() -> None:
     ready = {"spec": {}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}}
     silent = {"spec": {}, "status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}
-    fenced = {"spec": {"taints": [{"key": troubles.OUT_OF_SERVICE}]}, "status": silent["status"]}
-    assert [troubles.gone_or_fenced(one) for one in (ready, silent, fenced, None)] == [False, False, True, True]
+    fenced = {"spec": {"taints": [{"key": failures.OUT_OF_SERVICE}]}, "status": silent["status"]}
+    assert [failures.gone_or_fenced(one) for one in (ready, silent, fenced, None)] == [False, False, True, True]
 
 
 def test_an_error_that_is_none_of_the_api_servers_is_a_refusal_too() -> None:
-    assert troubles.of_creation(Failed("x", why="y"), "the pod").reason == "PodRefused"
+    assert failures.of_creation(Failed("x", why="y"), "the pod").reason == "PodRefused"

@@ -120,7 +120,7 @@ NODE = NodeFacts(
     pagemap_scan=True,
     wp_async=True,
     soft_dirty=False,
-    thin_dump=True,
+    memory_skipping_dump=True,
     pipe_max_size=4 << 20,
     clock=1000.0,
     selinux=False,
@@ -234,7 +234,7 @@ def test_a_container_without_a_cpu_controller_moves_and_that_is_said() -> None:
 
 def test_much_memory_in_pipes_is_worth_knowing() -> None:
     for size, thin, told in ((1 << 30, False, 0), (3 << 30, True, 0), (3 << 30, False, 1)):
-        question = Question(replace(JOB, anonymous=size), replace(NODE, thin_dump=thin), NODE, Mode.LIVE)
+        question = Question(replace(JOB, anonymous=size), replace(NODE, memory_skipping_dump=thin), NODE, Mode.LIVE)
         assert len(warnings(question)) == told
 
 

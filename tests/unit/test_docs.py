@@ -16,9 +16,9 @@ from podferry.cli.app import app
 from podferry.core.phases import SourcePhase
 from podferry.core.preflight import OLDEST_CRIU, OLDEST_RUNC, PIPE_BYTES
 from podferry.errors import Failed
-from podferry.images import program
-from podferry.images.metrics import Metrics
 from podferry.model import Mode
+from podferry.snapshotter import program
+from podferry.snapshotter.metrics import Metrics
 from podferry.workload.config import Config, load
 
 pytestmark = pytest.mark.unit

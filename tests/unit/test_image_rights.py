@@ -399,10 +399,10 @@ def test_an_image_that_is_not_known_is_refused(name: str, images: Path) -> None:
 def test_in_a_network_that_somebody_else_made_criu_makes_nothing(images: Path) -> None:
     (images / "iptables-9.img").write_bytes(b"*filter")
     assert against(images, rights()) == []
-    spaces = [
+    address_spaces = [
         one | ({"path": "/run/netns/x"} if one["type"] == "network" else {}) for one in SPEC["linux"]["namespaces"]
     ]
-    assert against(images, rights(linux={"namespaces": spaces})) == ["iptables-9.img would make a network"]
+    assert against(images, rights(linux={"namespaces": address_spaces})) == ["iptables-9.img would make a network"]
 
 
 @pytest.mark.parametrize(

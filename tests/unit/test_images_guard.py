@@ -7,14 +7,14 @@ import threading
 
 import pytest
 
-from podferry.images.faults import (
+from podferry.snapshotter.faults import (
     ShareFull,
     ShareHung,
     ShareReadOnly,
     ShareUnavailable,
     faults,
 )
-from podferry.images.guard import Guard
+from podferry.snapshotter.guard import Guard
 
 pytestmark = pytest.mark.unit
 

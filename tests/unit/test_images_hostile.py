@@ -16,18 +16,18 @@ from test_images_share import CHAIN, OTHER, Clock, needs_root, store
 from upper_tree import picture
 
 from podferry.errors import PodferryError
-from podferry.images import initialise, layout, open_share
-from podferry.images.checking import check_layers
-from podferry.images.collect import DAY, Collector
-from podferry.images.erofs import ErofsForm
-from podferry.images.faults import LayerDamaged, ShareTampered
-from podferry.images.guard import Guard
-from podferry.images.layout import FormName, LayerRecord
-from podferry.images.leases import Leases
-from podferry.images.posix import PosixShare
-from podferry.images.prefetch import Prefetcher
-from podferry.images.references import References
-from podferry.images.report import images_report
+from podferry.snapshotter import initialise, layout, open_share
+from podferry.snapshotter.checking import check_layers
+from podferry.snapshotter.collect import DAY, Collector
+from podferry.snapshotter.erofs import ErofsForm
+from podferry.snapshotter.faults import LayerDamaged, ShareTampered
+from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.layout import FormName, LayerRecord
+from podferry.snapshotter.leases import Leases
+from podferry.snapshotter.posix import PosixShare
+from podferry.snapshotter.prefetch import Prefetcher
+from podferry.snapshotter.references import References
+from podferry.snapshotter.report import images_report
 
 pytestmark = pytest.mark.unit
 
@@ -304,7 +304,7 @@ def test_what_is_exchanged_while_a_layer_is_published_is_not_followed(scene: Sce
 
 
 def test_a_folder_with_more_names_than_any_is_not_listed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("podferry.images.posix.MOST_NAMES", 10)
+    monkeypatch.setattr("podferry.snapshotter.posix.MOST_NAMES", 10)
     for number in range(11):
         (scene.root / layout.LAYERS / str(number)).touch()
     with pytest.raises(PodferryError, match="more than 10 names"):

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from test_images_share import CHAIN, OTHER, Clock, needs_root, store
 
-from podferry.images import initialise, layout, open_share
-from podferry.images.collect import Collector
-from podferry.images.guard import Guard
-from podferry.images.housekeeping import Chore, Housekeeping
-from podferry.images.metadata import Metadata, SnapshotKind
-from podferry.images.metrics import Metrics
-from podferry.images.prefetch import Prefetcher
-from podferry.images.publisher import Publisher
+from podferry.snapshotter import initialise, layout, open_share
+from podferry.snapshotter.collect import Collector
+from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.housekeeping import Chore, Housekeeping
+from podferry.snapshotter.metadata import Metadata, SnapshotKind
+from podferry.snapshotter.metrics import Metrics
+from podferry.snapshotter.prefetch import Prefetcher
+from podferry.snapshotter.publisher import Publisher
 
 pytestmark = pytest.mark.unit
 

@@ -14,20 +14,20 @@ import pytest
 from test_images_share import CHAIN, Clock
 
 from podferry.errors import PodferryError
-from podferry.images import initialise, layout, open_share
-from podferry.images.erofs import MAGIC, MAGIC_AT, ErofsForm
-from podferry.images.faults import LayerDamaged, LayerExchanged
-from podferry.images.guard import Guard
-from podferry.images.kept import LayerWatch, NodeDigests
-from podferry.images.layout import FormName, LayerRecord
-from podferry.images.leases import Lease, Leases
-from podferry.images.metadata import Metadata
-from podferry.images.ports import Payload
-from podferry.images.publisher import Publisher
-from podferry.images.references import References
-from podferry.images.snapshotter import REF, Snapshotter
-from podferry.images.store import LayerStore
 from podferry.node.containerd import LAYER_MAKER
+from podferry.snapshotter import initialise, layout, open_share
+from podferry.snapshotter.erofs import MAGIC, MAGIC_AT, ErofsForm
+from podferry.snapshotter.faults import LayerDamaged, LayerExchanged
+from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.kept import LayerWatch, NodeDigests
+from podferry.snapshotter.layout import FormName, LayerRecord
+from podferry.snapshotter.leases import Lease, Leases
+from podferry.snapshotter.metadata import Metadata
+from podferry.snapshotter.ports import Payload
+from podferry.snapshotter.publisher import Publisher
+from podferry.snapshotter.references import References
+from podferry.snapshotter.snapshotter import REF, Snapshotter
+from podferry.snapshotter.store import LayerStore
 
 pytestmark = pytest.mark.unit
 NAME = layout.name_of(CHAIN)

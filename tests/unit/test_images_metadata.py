@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from podferry.errors import PodferryError, UsageError
-from podferry.images.filters import parse
-from podferry.images.metadata import (
+from podferry.snapshotter.filters import parse
+from podferry.snapshotter.metadata import (
     Home,
     Metadata,
     MetadataBroken,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from podferry.images import layout, prefetch
-from podferry.images.collect import Collector
-from podferry.images.erofs import IMAGE
-from podferry.images.guard import Guard
-from podferry.images.opening import initialise, open_share
-from podferry.images.ports import SystemClock
-from podferry.images.posix import PosixShare
-from podferry.images.prefetch import Prefetcher, cached
 from podferry.memory.ranges import Runs
+from podferry.snapshotter import layout, prefetch
+from podferry.snapshotter.collect import Collector
+from podferry.snapshotter.erofs import IMAGE
+from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.opening import initialise, open_share
+from podferry.snapshotter.ports import SystemClock
+from podferry.snapshotter.posix import PosixShare
+from podferry.snapshotter.prefetch import Prefetcher, cached
 
 pytestmark = pytest.mark.unit
 

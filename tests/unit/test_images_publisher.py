@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from podferry.images.metadata import Metadata, SnapshotKind
-from podferry.images.publisher import YIELDS_TO_PULLS, Publisher
-from podferry.images.store import LayerStore
+from podferry.snapshotter.metadata import Metadata, SnapshotKind
+from podferry.snapshotter.publisher import YIELDS_TO_PULLS, Publisher
+from podferry.snapshotter.store import LayerStore
 
 pytestmark = pytest.mark.unit
 CHAIN = f"sha256:{'a' * 64}"

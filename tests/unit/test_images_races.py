@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import PodferryError
-from podferry.images import layout
-from podferry.images.collect import Collector
-from podferry.images.faults import LayerDamaged, ShareHung
-from podferry.images.layout import FormName, LayerRecord
-from podferry.images.leases import Lease, Leases
-from podferry.images.ports import Payload
-from podferry.images.references import References
-from podferry.images.store import Layer, LayerStore
+from podferry.snapshotter import layout
+from podferry.snapshotter.collect import Collector
+from podferry.snapshotter.faults import LayerDamaged, ShareHung
+from podferry.snapshotter.layout import FormName, LayerRecord
+from podferry.snapshotter.leases import Lease, Leases
+from podferry.snapshotter.ports import Payload
+from podferry.snapshotter.references import References
+from podferry.snapshotter.store import Layer, LayerStore
 
 pytestmark = pytest.mark.unit
 

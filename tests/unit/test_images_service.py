@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from podferry.errors import CommandFailed
-from podferry.images.faults import LayerMissing
-from podferry.images.service import _sentence
+from podferry.snapshotter.faults import LayerMissing
+from podferry.snapshotter.service import _sentence
 
 pytestmark = pytest.mark.unit
 

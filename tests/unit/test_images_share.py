@@ -14,18 +14,25 @@ from typing import Any
 import pytest
 
 from podferry.errors import PodferryError, UsageError
-from podferry.images import forget, images_report, initialise, layout, open_share
-from podferry.images.checking import check_layers
-from podferry.images.collect import DAY, Collector
-from podferry.images.faults import LayerDamaged, LayerMissing, LayerUnfit, ShareFull, ShareRefused, ShareUnavailable
-from podferry.images.guard import Guard
-from podferry.images.layout import FormName, LayerRecord
-from podferry.images.leases import Lease, Leases, Taken
-from podferry.images.ports import Payload
-from podferry.images.posix import PosixShare
-from podferry.images.references import References, all_nodes
-from podferry.images.store import Layer, LayerStore
-from podferry.images.tree import TreeForm, walk
+from podferry.snapshotter import forget, images_report, initialise, layout, open_share
+from podferry.snapshotter.checking import check_layers
+from podferry.snapshotter.collect import DAY, Collector
+from podferry.snapshotter.faults import (
+    LayerDamaged,
+    LayerMissing,
+    LayerUnfit,
+    ShareFull,
+    ShareRefused,
+    ShareUnavailable,
+)
+from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.layout import FormName, LayerRecord
+from podferry.snapshotter.leases import Lease, Leases, Taken
+from podferry.snapshotter.ports import Payload
+from podferry.snapshotter.posix import PosixShare
+from podferry.snapshotter.references import References, all_nodes
+from podferry.snapshotter.store import Layer, LayerStore
+from podferry.snapshotter.tree import TreeForm, walk
 
 pytestmark = pytest.mark.unit
 
@@ -110,14 +117,14 @@ def test_somebody_elses_files_are_named_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_empty_mount_point_is_not_taken_for_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("podferry.images.opening._mounted_kind", lambda root: None)
+    monkeypatch.setattr("podferry.snapshotter.opening._mounted_kind", lambda root: None)
     with pytest.raises(ShareRefused, match="nothing is mounted"):
         open_share(tmp_path)
     assert contents(tmp_path) == []
 
 
 def test_an_object_store_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("podferry.images.opening._mounted_kind", lambda root: "fuse.s3fs")
+    monkeypatch.setattr("podferry.snapshotter.opening._mounted_kind", lambda root: "fuse.s3fs")
     with pytest.raises(ShareRefused, match=r"fuse\.s3fs renames by copying"):
         open_share(tmp_path)
     assert contents(tmp_path) == []
@@ -595,7 +602,7 @@ def test_a_share_that_does_not_answer_is_reported_as_such(
     where: Path, share: PosixShare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr("podferry.images.opening._identify", lambda root: gate.wait())
+    monkeypatch.setattr("podferry.snapshotter.opening._identify", lambda root: gate.wait())
     report = images_report(where, deadline=0.05)
     assert "no answer" in report.state
     assert report.layers == []

@@ -457,7 +457,7 @@ def test_uninstalling_waits_for_an_agent_that_is_about_to_end(on: Node, monkeypa
     on.install()
     answers = iter([7, 7, None])
     monkeypatch.setattr(remains, "listener", lambda path: next(answers))
-    monkeypatch.setattr(node, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(node, "POLL_INTERVAL", 0.0)
     on.uninstall(wait=True)
     assert on.said.count("waiting: its agent still runs") == 1
     assert not (on.root / node.WRAPPER[1:]).exists()

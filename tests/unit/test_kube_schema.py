@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import podferry
-from podferry.controller import troubles
+from podferry.controller import failures
 from podferry.core.migration import (
     MIGRATION,
     MIGRATION_ENDS,
@@ -84,17 +84,17 @@ def test_a_migration_survives_reading_and_writing_and_keeps_what_it_does_not_kno
 
 def test_a_conditions_time_changes_only_with_its_status() -> None:
     migration = Migration.from_json({"metadata": {}, "spec": {"podName": "train"}})
-    migration.status.say("Poised", False, "NotYet")
-    first = migration.status.condition("Poised")
+    migration.status.set_condition("TargetReady", False, "NotYet")
+    first = migration.status.condition("TargetReady")
     assert first is not None
     first.last_transition_time = "2001-01-01T00:00:00Z"
-    migration.status.say("Poised", False, "StillNot")
-    again = migration.status.condition("Poised")
+    migration.status.set_condition("TargetReady", False, "StillNot")
+    again = migration.status.condition("TargetReady")
     assert again is not None
     assert (again.reason, again.last_transition_time) == ("StillNot", "2001-01-01T00:00:00Z")
-    migration.status.say("Poised", True, "Waiting")
-    assert migration.status.holds("Poised")
-    assert migration.status.condition("Poised").last_transition_time > "2001"  # type: ignore[union-attr]
+    migration.status.set_condition("TargetReady", True, "Waiting")
+    assert migration.status.holds("TargetReady")
+    assert migration.status.condition("TargetReady").last_transition_time > "2001"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,19 @@ def test_every_reason_has_its_line_in_the_table_of_eligibility() -> None:
 
 def test_every_trouble_is_in_the_table_of_what_goes_wrong() -> None:
     page = (ROOT / "docs/migrations.md").read_text()
-    words = [troubles.UNSCHEDULABLE, troubles.QUOTA_EXCEEDED, troubles.WEBHOOK_DENIED, troubles.NAMESPACE_TERMINATING]
-    words += [troubles.TARGET_POD_GONE, troubles.TARGET_POD_FAILED, troubles.TARGET_NODE_LOST, troubles.POD_DELETED]
-    words += [troubles.JOB_SUSPENDED, troubles.CANCEL_REQUESTED, troubles.TIMED_OUT, troubles.VOLUME_MISSING]
-    words += [troubles.TARGET_POD_STUCK, troubles.NAME_TAKEN, troubles.JOB_DIED, troubles.SOURCE_NODE_LOST]
+    words = [failures.UNSCHEDULABLE, failures.QUOTA_EXCEEDED, failures.WEBHOOK_DENIED, failures.NAMESPACE_TERMINATING]
+    words += [failures.TARGET_POD_GONE, failures.TARGET_POD_FAILED, failures.TARGET_NODE_LOST, failures.POD_DELETED]
+    words += [failures.JOB_SUSPENDED, failures.CANCEL_REQUESTED, failures.TIMED_OUT, failures.VOLUME_MISSING]
+    words += [failures.TARGET_POD_STUCK, failures.NAME_TAKEN, failures.JOB_DIED, failures.SOURCE_NODE_LOST]
     assert [one for one in words if f"`{one}`" not in page] == []
 
 
 def test_the_policy_lets_agents_say_the_conditions_that_they_say() -> None:
     """What it denies, an agent cannot tell: the controller would wait for the end of a move that is over."""
     agent = Path(migration.__file__).parents[1] / "agent"
-    said = {name for path in agent.glob("*.py") for name in re.findall(r"status\.say\(\s*([A-Z_]+)", path.read_text())}
-    assert {getattr(migration, name) for name in said} == set(MIGRATION_CONDITIONS)
+    said = {
+        name
+        for path in agent.glob("*.py")
+        for name in re.findall(r"status\.set_condition\(\s*([A-Z_]+)", path.read_text())
+    }
+    assert {getattr(migration, name) for name in said} | {migration.TARGET_READY_BEFORE} == set(MIGRATION_CONDITIONS)

@@ -1,4 +1,4 @@
-"""The feeder's two processes at their start, when one may be slower than the other."""
+"""The lazy-pages daemon's two processes at their start, when one may be slower than the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from podferry.node.process import spawn
 
 pytestmark = pytest.mark.unit
 
-SLOW_KEEPER = """
+SLOW_HOLDER = """
 import sys, time
 from podferry.lazypages import daemon, descriptors
 keep = descriptors._keep
@@ -31,7 +31,7 @@ sys.exit(daemon.main(sys.argv[1:]))
 def test_told_to_end_before_the_keeper_is_ready_both_end_in_order(tmp_path: Path) -> None:
     with closing(PageStore.create(tmp_path / "store")) as store:
         store.sync()
-    argv = [sys.executable, "-c", SLOW_KEEPER, "--work", tmp_path, "--images", tmp_path]
+    argv = [sys.executable, "-c", SLOW_HOLDER, "--work", tmp_path, "--images", tmp_path]
     argv += ["--store", tmp_path / "store", "--status", tmp_path / "status"]
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     daemon = spawn(argv, env=environment, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""The feeder's loop over tasks that are played: what must be tried again is, though no event ever says when."""
+"""The lazy-pages daemon's loop over tasks that are played: what must be tried again is, though no event ever says when."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 
 from podferry.lazypages.criu_socket import CriuSocket
-from podferry.lazypages.descriptors import Keeper
-from podferry.lazypages.loop import Pump
+from podferry.lazypages.descriptors import DescriptorHolder
+from podferry.lazypages.loop import Loop
 from podferry.lazypages.page_source import NoSource
 from podferry.lazypages.status import StatusFile
 from podferry.lazypages.task import FaultAnswer, FedTask
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
 TRIES = 3
 
 
-class NoKeeper:
+class NoHolder:
     def hold(self, fd: int) -> None: ...
 
     def release(self, fd: int) -> None: ...
@@ -89,12 +89,12 @@ def test_what_finds_the_address_space_changing_is_tried_again(tmp_path: Path, qu
     def no_store() -> Any:
         raise AssertionError("CRIU does not connect")
 
-    keeper, report = cast(Keeper, NoKeeper()), StatusFile(tmp_path / "status")
-    pump = Pump(cast(CriuSocket, Criu()), tmp_path, no_store, NoSource(), keeper, report)
+    holder, report = cast(DescriptorHolder, NoHolder()), StatusFile(tmp_path / "status")
+    loop = Loop(cast(CriuSocket, Criu()), tmp_path, no_store, NoSource(), holder, report)
     task = Played(os.dup(quiet), faults)
-    pump._add(cast(FedTask, task))
-    pump._filling = pump._more = True  # something has just been put in place
-    run = threading.Thread(target=pump.run, daemon=True)
+    loop._add(cast(FedTask, task))
+    loop._filling = loop._more = True  # something has just been put in place
+    run = threading.Thread(target=loop.run, daemon=True)
     run.start()
     run.join(10)
     assert not run.is_alive(), f"it waits for an event that never comes: {task}"

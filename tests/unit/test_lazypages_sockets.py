@@ -1,4 +1,4 @@
-"""The feeder's two sockets and its status file, without a kernel's userfaultfd."""
+"""The lazy-pages daemon's two sockets and its status file, without a kernel's userfaultfd."""
 
 from __future__ import annotations
 

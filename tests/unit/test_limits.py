@@ -22,16 +22,16 @@ from podferry.core.limits import (
     TooMuch,
     of_image,
 )
+from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.sending import Sender
-from podferry.engine.story import Story
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.model import Mode
 from podferry.node import jobfacts, payloads
 from podferry.node.newfile import small_file
 from podferry.node.upper import scan
 from podferry.wire.frames import MAX_PAYLOAD, File
-from podferry.workload import arriving_image
-from podferry.workload.arriving_image import ArrivingImage
+from podferry.workload import received_image
+from podferry.workload.received_image import ReceivedImage
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +59,7 @@ class Wire:
 
     def __init__(self, images: dict[tuple[int, str], bytes | Path], into: Path) -> None:
         self.images, self.into = images, into
-        self.arrived: dict[str, ArrivingImage] = {}
+        self.arrived: dict[str, ReceivedImage] = {}
         self.whole: dict[str, tuple[int, str]] = {}
         self.longest = 0
         self.traffic = SimpleNamespace(sent=0)
@@ -68,7 +68,7 @@ class Wire:
         return self.images
 
     def dumped(self) -> str:
-        return "thin"
+        return "memory-skipping"
 
     def closed_connections(self) -> tuple[str, ...]:
         return ()
@@ -77,7 +77,7 @@ class Wire:
         assert isinstance(frame, File)
         self.longest = max(self.longest, len(frame.payload))
         image = (
-            self.arrived.setdefault(frame.name, ArrivingImage(self.into / frame.name))
+            self.arrived.setdefault(frame.name, ReceivedImage(self.into / frame.name))
             if (frame.name not in self.arrived)
             else self.arrived[frame.name]
         )
@@ -100,7 +100,7 @@ def test_images_are_streamed_at_both_ends(tmp_path: Path) -> None:
         (0, "none.img"): b"",
     }
     wire = Wire(images, tmp_path / "into")
-    sender = Sender(wire, Story("1", "job", "a", "b", Mode.LIVE))  # type: ignore[arg-type]
+    sender = Sender(wire, MigrationRecord("1", "job", "a", "b", Mode.LIVE))  # type: ignore[arg-type]
     tracemalloc.start()
     anyio.run(sender.images, wire)
     _, peak = tracemalloc.get_traced_memory()
@@ -123,14 +123,14 @@ def test_an_image_beyond_the_limit_is_refused_before_it_is_sent(tmp_path: Path) 
         file.truncate(PARSED_IMAGE.most + 1)
     wire = Wire({(0, "files.img"): files}, tmp_path)
     with pytest.raises(TooMuch, match="read as a whole"):
-        anyio.run(Sender(wire, Story("1", "job", "a", "b", Mode.LIVE)).images, wire)  # type: ignore[arg-type]
+        anyio.run(Sender(wire, MigrationRecord("1", "job", "a", "b", Mode.LIVE)).images, wire)  # type: ignore[arg-type]
     assert wire.longest == 0
 
 
 def test_an_image_that_arrives_otherwise_than_it_must_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = ArrivingImage(tmp_path / "core-1.img")
+    image = ReceivedImage(tmp_path / "core-1.img")
     image.take(0, memoryview(b"abc"))
     with pytest.raises(PeerMisbehaved, match="out of order"):
         image.take(1, memoryview(b"abc"))
@@ -138,7 +138,7 @@ def test_an_image_that_arrives_otherwise_than_it_must_is_not_taken(
         image._size = PARSED_IMAGE.most
         image.take(PARSED_IMAGE.most, memoryview(b"abc"))
     image._size = 3
-    monkeypatch.setattr(arriving_image.os, "pwrite", lambda fd, data, offset: 1)
+    monkeypatch.setattr(received_image.os, "pwrite", lambda fd, data, offset: 1)
     with pytest.raises(Failed, match="cannot be written"):
         image.take(3, memoryview(b"abc"))
     image.close()

@@ -16,7 +16,7 @@ from podferry.criu.checkpoint import Process
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
 from podferry.node.records import Container, Opaque
-from podferry.workload import feeder_process
+from podferry.workload import lazypages_process
 from podferry.workload.config import Config
 from podferry.workload.helpers import start_helper
 from podferry.workload.makers import containerd
@@ -40,7 +40,7 @@ class Incoming:
     def __init__(self) -> None:
         self.abandoned = threading.Event()
 
-    def wait_poised(self, timeout: float) -> None:
+    def wait_prepared(self, timeout: float) -> None:
         assert self.abandoned.wait(timeout)
         raise Failed("podferry-runc is not there")
 
@@ -96,13 +96,13 @@ async def test_a_page_daemon_is_told_of_pages_that_come_afterwards_in_postcopy_o
         (scratch / "feeder.json").write_text('{"state": "listening"}')
         return this
 
-    monkeypatch.setattr(feeder_process, "start_helper", start)
-    feeder = feeder_process.FeederProcess(Part(Journal(tmp_path / "m"), 0), tmp_path)
+    monkeypatch.setattr(lazypages_process, "start_helper", start)
+    daemon = lazypages_process.LazyPagesProcess(Part(Journal(tmp_path / "m"), 0), tmp_path)
     incoming: Any = SimpleNamespace(work=tmp_path / "work", images=tmp_path / "images")
-    await feeder.start(incoming, postcopy=postcopy)
+    await daemon.start(incoming, postcopy=postcopy)
     (argv,) = started
     assert ("--source" in argv) is postcopy
-    assert (feeder.socket in argv) is postcopy
+    assert (daemon.socket in argv) is postcopy
 
 
 def test_a_pod_without_volumes_has_no_places_for_them(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from podferry.errors import UsageError
 from podferry.memory.kernel import pagemap
 from podferry.memory.kernel.maps import private_anonymous, read_areas
 from podferry.memory.kernel.pagemap import PAGE, Category, Entries, Regions, decode_entries, open_pagemap, read_entries
-from podferry.memory.kernel.reader import Data, Gone, Reader, Zero, tell_zeroes
+from podferry.memory.kernel.reader import Data, Gone, Reader, Zero, split_zeroes
 from podferry.memory.kernel.zero_frames import ZeroFrames
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking import none
@@ -107,7 +107,7 @@ def test_zero_pages_are_told_from_data(kinds: list[str]) -> None:
     base = 0x10000
     memory = b"".join(PAGES[kind] for kind in kinds)
     seen = bytearray()
-    for piece in tell_zeroes(base, memoryview(bytearray(memory))):
+    for piece in split_zeroes(base, memoryview(bytearray(memory))):
         assert base + len(seen) == (piece.address if isinstance(piece, Data) else piece.start)
         if isinstance(piece, Data):
             assert all(piece.memory[at : at + PAGE] != bytes(PAGE) for at in range(0, len(piece.memory), PAGE))
@@ -197,8 +197,8 @@ def test_entries_are_read_of_areas_and_not_of_the_terabytes_between(
     monkeypatch.setattr(none, "has_scan", lambda: False)
     monkeypatch.setattr(pagemap.os, "pread", counted)
     with contextlib.closing(make()) as tracker:
-        [space] = tracker.final().spaces.values()
-    assert space.areas
+        [address_space] = tracker.final().address_spaces.values()
+    assert address_space.areas
     assert asked <= 2 * sum(area.size for area in private_anonymous(read_areas(os.getpid())))
 
 

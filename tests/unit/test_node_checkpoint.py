@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from podferry.criu.causes import CAUSES, Cause
-from podferry.criu.checkpoint import CheckpointFailed, Hold, Process
+from podferry.criu.checkpoint import CheckpointFailed, HeldDump, Process
 from podferry.criu.log import error_lines, explained
 from podferry.errors import EVIDENCE_LINES, UNEXPLAINED, PeerMisbehaved, TimedOut
 from podferry.node.cgroup import Cgroup
@@ -41,26 +41,26 @@ def test_a_process_is_itself_only(sleeper: subprocess.Popen[bytes]) -> None:
 
 
 def test_the_journal_keeps_a_hold(tmp_path: Path) -> None:
-    hold = Hold("job", Cgroup(tmp_path), tmp_path / "work")
+    held = HeldDump("job", Cgroup(tmp_path), tmp_path / "work")
     for runc, criu in ((None, None), (Process(12, 34), None), (Process(12, 34), Process(56, 78))):
-        hold.runc, hold.criu = runc, criu
-        again = Hold.from_dict(json.loads(json.dumps(hold.to_dict())))
-        assert again.to_dict() == hold.to_dict()
+        held.runc, held.criu = runc, criu
+        again = HeldDump.from_dict(json.loads(json.dumps(held.to_dict())))
+        assert again.to_dict() == held.to_dict()
         assert (again.runc, again.criu) == (runc, criu)
-    assert Hold.from_dict({"cgroup": hold.cgroup.to_dict(), "work": "/w"}).runc is None
+    assert HeldDump.from_dict({"cgroup": held.cgroup.to_dict(), "work": "/w"}).runc is None
     for wrong in (
         {},
         {"id": "x", "cgroup": {}, "work": "/"},
-        {**hold.to_dict(), "runc": [1]},
-        {**hold.to_dict(), "criu": 3},
+        {**held.to_dict(), "runc": [1]},
+        {**held.to_dict(), "criu": 3},
     ):
         with pytest.raises(PeerMisbehaved):
-            Hold.from_dict(wrong)
+            HeldDump.from_dict(wrong)
 
 
 def test_dump_options_are_checked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointFailed, match="leave-running"):
-        Hold.start(
+        HeldDump.start(
             "job",
             Cgroup(tmp_path),
             runc_root=tmp_path,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from podferry.criu.dump_gate import ON_NODE, SHIM, Gate
+from podferry.criu.dump_gate import ON_NODE, SHIM, DumpGate
 from podferry.criu.gatekeeper import DUMP
 from podferry.node import outside
 
@@ -110,7 +110,7 @@ def where(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @dataclass
 class Held:
-    gate: Gate
+    gate: DumpGate
     runc: socket.socket
     shim: subprocess.Popen[bytes]
     called: Path
@@ -133,7 +133,7 @@ def held(tmp_path: Path, where: Where, request: pytest.FixtureRequest) -> Iterat
     seen = f'read line <{tmp_path}/shared/real; echo "$line" >{called}.seen'
     (programs / "criu").write_text(f'#!/bin/sh\necho "$@ $PATH" >{called}\n{seen}\n')
     (programs / "criu").chmod(0o755)
-    gate = Gate(tmp_path / "shared/gate")
+    gate = DumpGate(tmp_path / "shared/gate")
     runc, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kind, _, how = request.param.partition(b" ")
     environment = gate.environment(f"{programs}:/usr/sbin:/usr/bin:/bin")
@@ -157,28 +157,28 @@ def held(tmp_path: Path, where: Where, request: pytest.FixtureRequest) -> Iterat
 
 def test_the_shim_is_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(outside.IN_POD, raising=False)
-    assert Gate.usable()
+    assert DumpGate.usable()
     assert SHIM.name == ON_NODE.name == "criu"
 
 
 @pytest.mark.parametrize("where", ["pod"], indirect=True)
 def test_a_pod_tries_whether_its_node_can_come_to_its_python(where: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("podferry.criu.dump_gate.PATH", "/usr/sbin:/bin:/usr/bin")
-    assert not Gate.usable(), "there is no criu"
+    assert not DumpGate.usable(), "there is no criu"
     criu = where.top / "bin" / "criu"
     criu.write_text('#!/bin/sh\n[ "$*" = --version ]\n')
     criu.chmod(0o755)
-    assert Gate.usable()
+    assert DumpGate.usable()
     for lost in (where.top / "bin" / "chroot", where.path(ON_NODE)):
         lost.rename(where.top / "lost")
-        assert not Gate.usable()
+        assert not DumpGate.usable()
         (where.top / "lost").rename(lost)
     where.path(ON_NODE).write_text("#!/bin/sh\nexit 1\n")
-    assert not Gate.usable()
+    assert not DumpGate.usable()
     shutil.copy(SHIM, where.path(ON_NODE))
-    assert Gate.usable()
+    assert DumpGate.usable()
     where.close()
-    assert not Gate.usable(), "there is no way back"
+    assert not DumpGate.usable(), "there is no way back"
 
 
 @pytest.mark.parametrize("held", [DUMP], indirect=True)

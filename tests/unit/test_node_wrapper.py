@@ -20,7 +20,7 @@ from podferry.criu.waiting import wake
 from podferry.errors import Bug, TimedOut, UsageError
 from podferry.lab.state import CACHE
 from podferry.node.process import spawn
-from podferry.workload.frozen import open_door
+from podferry.workload.frozen import unlock_exec
 
 pytestmark = pytest.mark.unit
 
@@ -134,7 +134,7 @@ def test_what_is_not_ours_reaches_runc_as_it_came(bench: Bench, words: list[str]
 def test_create_becomes_restore(bench: Bench, given: list[str], kept: list[str] | None) -> None:
     with Incoming.prepare("job", flags=["--lazy-pages", "--file-locks"], run=bench.run) as incoming:
         child = bench.start(*given)
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         assert incoming.alive()
         assert not bench.call.exists(), "it did not wait"
         incoming.restore()
@@ -150,7 +150,7 @@ def test_create_becomes_restore(bench: Bench, given: list[str], kept: list[str] 
 def test_start_of_a_restored_container_does_nothing_and_delete_forgets(bench: Bench) -> None:
     with Incoming.prepare("job", run=bench.run) as incoming:
         child = bench.start(*GLOBALS, *CREATE, "job")
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         incoming.restore()
         bench.ended(child)
     bench.call.unlink()
@@ -174,7 +174,7 @@ def test_cold_when_told_so(bench: Bench) -> None:
     words = [*GLOBALS, *CREATE, "--no-new-keyring", "job"]
     with Incoming.prepare("job", run=bench.run) as incoming:
         child = bench.start(*words)
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         incoming.cold()
         assert bench.ended(child) == (0, "")
     assert bench.called() == [str(bench.log) if word == "LOG" else word for word in words]
@@ -185,7 +185,7 @@ def test_cold_when_told_so(bench: Bench) -> None:
 def test_a_refusal_reaches_containerd(bench: Bench) -> None:
     with Incoming.prepare("job", run=bench.run) as incoming:
         child = bench.start(*GLOBALS, *CREATE, "job")
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         incoming.refuse('the store is "incomplete"\n\\ 5 pages')
         status, said = bench.ended(child)
     assert status == 1
@@ -198,7 +198,7 @@ def test_a_refusal_reaches_containerd(bench: Bench) -> None:
 def test_the_agents_death_while_the_wrapper_waits_ends_it_without_a_start(bench: Bench) -> None:
     incoming = Incoming.prepare("job", run=bench.run)
     child = bench.start(*GLOBALS, *CREATE, "job")
-    incoming.wait_poised(20)
+    incoming.wait_prepared(20)
     incoming.close()
     status, said = bench.ended(child)
     assert status == 1 and "the agent went away" in said
@@ -217,7 +217,7 @@ def test_a_directory_of_a_dead_agent_does_not_hang_the_wrapper(bench: Bench) -> 
     assert status == 1 and "the agent went away" in said
     with Incoming.adopt("job", run=bench.run) as again:
         child = bench.start(*GLOBALS, *CREATE, "job")
-        again.wait_poised(20)
+        again.wait_prepared(20)
         again.restore()
         assert bench.ended(child) == (0, "")
     assert "restore" in bench.called()
@@ -226,7 +226,7 @@ def test_a_directory_of_a_dead_agent_does_not_hang_the_wrapper(bench: Bench) -> 
 def test_the_wrappers_death_is_noticed(bench: Bench) -> None:
     with Incoming.prepare("job", run=bench.run) as incoming:
         child = bench.start(*GLOBALS, *CREATE, "job")
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         assert select.select([incoming], [], [], 0)[0] == []
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -260,7 +260,7 @@ def test_a_container_of_kubernetes_is_found_by_its_pod(bench: Bench) -> None:
     (bundle / "config.json").write_text(json.dumps(spec, separators=(",", ":")))
     with Incoming.prepare(pod_key(uid, "train"), run=bench.run) as incoming:
         child = bench.start(*GLOBALS, "create", "--bundle", str(bundle), "c0ffee")
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         incoming.restore()
         assert bench.ended(child) == (0, "")
     assert bench.called()[-1] == "c0ffee"
@@ -301,7 +301,7 @@ def test_a_container_of_an_arriving_pod_waits_for_the_agent(bench: Bench) -> Non
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.2)
     with Incoming.prepare(pod_key(UID, "train"), criu_conf="tcp-close\n", run=bench.run) as incoming:
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         assert (incoming.container, incoming.wrapper) == ("c0ffee", child.pid)
         incoming.restore()
         assert bench.ended(child) == (0, "")
@@ -328,10 +328,10 @@ def test_who_waits_does_not_look_again_and_again(bench: Bench) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         arrives.wait(1.0)
     assert slept() == ["10", "59"]
-    open_door({"path": str(guarded)})
+    unlock_exec({"path": str(guarded)})
     assert bench.ended(enters) == (0, "")
     with Incoming.prepare(pod_key(UID, "train"), run=bench.run) as incoming:
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         assert not list((bench.run / "waiting").iterdir())
         incoming.restore()
         assert bench.ended(arrives) == (0, "")
@@ -372,24 +372,24 @@ def test_nothing_of_a_pod_that_leaves_starts_here_again(bench: Bench) -> None:
 
 
 def test_nobody_comes_in_while_a_container_leaves(bench: Bench) -> None:
-    door = bench.run / "leaving/c0ffee"
-    door.parent.mkdir(parents=True)
-    door.touch()
+    exec_lock = bench.run / "leaving/c0ffee"
+    exec_lock.parent.mkdir(parents=True)
+    exec_lock.touch()
     child = bench.start(*GLOBALS, "exec", "--process", "/tmp/p", "--detach", "--pid-file", "/p", "c0ffee")
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.3)
     assert not bench.call.exists()
-    open_door({"path": str(door)})
+    unlock_exec({"path": str(exec_lock)})
     assert bench.ended(child) == (0, "")
     assert bench.called()[-1] == "c0ffee"
 
 
 def guard(bench: Bench) -> Path:
     """The container c0ffee of a pod stands still to be moved."""
-    door = bench.run / "leaving/c0ffee"
-    door.parent.mkdir(parents=True)
-    door.write_text("guarded\n")
-    return door
+    exec_lock = bench.run / "leaving/c0ffee"
+    exec_lock.parent.mkdir(parents=True)
+    exec_lock.write_text("guarded\n")
+    return exec_lock
 
 
 def test_a_probe_that_comes_in_while_a_pod_stands_still_has_no_result(bench: Bench) -> None:
@@ -403,21 +403,21 @@ def test_a_probe_that_comes_in_while_a_pod_stands_still_has_no_result(bench: Ben
 
 @pytest.mark.parametrize("words", [["15"], ["--all", "SIGHUP"], ["9"], [], ["KILL"]])
 def test_a_container_of_a_pod_that_stands_still_is_not_killed(bench: Bench, words: list[str]) -> None:
-    door = guard(bench)
+    exec_lock = guard(bench)
     options, signals = [one for one in words if one.startswith("-")], [one for one in words if not one.startswith("-")]
     kill = [*GLOBALS, "kill", *options, "c0ffee", *signals]
     status, said = bench.end(*kill)
     assert (status, bench.call.exists()) == (1, False)
     assert "not killed before that has ended" in said
     assert not {"not running", "no such process", "already finished"} & {said}, "containerd would take that for its end"
-    kept = door.with_name("c0ffee.signal")
+    kept = exec_lock.with_name("c0ffee.signal")
     first = None if signals in (["9"], ["KILL"]) else (signals or ["15"])[0]
     assert (kept.read_text().strip() if kept.exists() else None) == first
     bench.end(*GLOBALS, "kill", "c0ffee", "9")
     bench.end(*GLOBALS, "kill", "c0ffee", "2")
     assert kept.read_text().strip() == (first or "2"), "the first one counts"
     assert bench.end(*GLOBALS, "kill", "another", "9") == (0, "")
-    door.unlink()
+    exec_lock.unlink()
     assert bench.end(*kill) == (0, "")
     assert bench.called()[-len(words) - 2 :] == kill[-len(words) - 2 :]
 
@@ -432,10 +432,10 @@ def test_no_wrapper_comes(tmp_path: Path) -> None:
     with Incoming.prepare("job", run=tmp_path) as incoming:
         assert incoming.left(tmp_path) == ("job",)
         with pytest.raises(TimedOut):
-            incoming.wait_poised(0)
+            incoming.wait_prepared(0)
         incoming.abandon()
         with pytest.raises(WrapperGone):
-            incoming.wait_poised(20)
+            incoming.wait_prepared(20)
     assert Incoming.left(tmp_path) == ()
 
 
@@ -453,7 +453,7 @@ def test_flags_are_checked(tmp_path: Path) -> None:
 def test_there_is_one_verdict(bench: Bench) -> None:
     with Incoming.prepare("job", run=bench.run) as incoming:
         child = bench.start(*CREATE, "job")
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         incoming.refuse("no")
         with pytest.raises(Bug):
             incoming.restore()
@@ -483,7 +483,7 @@ def of_crio(bench: Bench, kind: str, name: str) -> list[str]:
 def test_a_container_of_crio_is_found_by_its_pod_and_its_sandbox_is_not(bench: Bench) -> None:
     with Incoming.prepare(pod_key(UID, "train"), run=bench.run) as incoming:
         child = bench.start(*of_crio(bench, "container", "train"))
-        incoming.wait_poised(20)
+        incoming.wait_prepared(20)
         incoming.restore()
         assert bench.ended(child) == (0, "")
         assert "restore" in bench.called()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from podferry.core.undo import Ledger
 from podferry.engine.journal import JOURNAL, Journal, Part
-from podferry.engine.ports import IMAGES, LOG, Change, is_log
+from podferry.engine.ports import IMAGES, LOG, DirtySet, is_log
 from podferry.errors import Failed, PeerMisbehaved, UsageError
 from podferry.lazypages.page_source import Frame, Word
 from podferry.memory.ranges import Runs
@@ -26,16 +26,16 @@ from podferry.node.containerd import Containerd
 from podferry.node.cri import SharedMountKind, Volume
 from podferry.node.records import Container, Opaque, PodContainer
 from podferry.node.upper import copy
-from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
-from podferry.workload.feeder_channel import FeederChannel
+from podferry.wire.messages import AddressSpaceSum, FileSum, StateEnd, TreeSum
 from podferry.workload.makers import kubelet
 from podferry.workload.numbers import (
+    address_space_of,
+    container_of_address_space,
     container_of_directory,
-    container_of_space,
     demand_known,
     directory_of,
-    space_of,
 )
+from podferry.workload.page_channel import DaemonPageChannel
 from podferry.workload.pod.offered import OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 from podferry.workload.source import union
@@ -48,15 +48,15 @@ PARTS, PIDS = st.integers(0, 63), st.integers(1, (1 << 22) - 1)
 RUNS = st.lists(st.integers(0, 40), max_size=4).map(
     lambda pages: Runs((n * 4096, (n + 1) * 4096) for n in sorted(set(pages)))
 )
-SPACES = st.dictionaries(PIDS, RUNS, max_size=3)
+ADDRESS_SPACES = st.dictionaries(PIDS, RUNS, max_size=3)
 UID = "0f8a1c9e-1111-4222-8333-444455556666"
 
 
 @given(PARTS, PIDS)
 def test_spaces_are_told_apart_and_fit_the_wire(part: int, pid: int) -> None:
-    assert container_of_space(space_of(part, pid)) == (part, pid)
-    assert space_of(part, pid) < 1 << 32
-    assert space_of(0, pid) == pid, "the first container is numbered as one alone"
+    assert container_of_address_space(address_space_of(part, pid)) == (part, pid)
+    assert address_space_of(part, pid) < 1 << 32
+    assert address_space_of(0, pid) == pid, "the first container is numbered as one alone"
 
 
 @given(PARTS, st.sampled_from([0, 1]))
@@ -66,12 +66,12 @@ def test_directories_are_told_apart(part: int, directory: int) -> None:
     assert directory_of(part, directory) < 256
 
 
-@given(st.lists(st.builds(Change, SPACES, SPACES), min_size=1, max_size=4))
-def test_what_was_found_in_each_container_is_looked_up_in_one(changes: list[Change]) -> None:
-    def numbered(part: int, spaces: dict[int, Runs]) -> dict[int, Runs]:
-        return {space_of(part, pid): runs for pid, runs in spaces.items()}
+@given(st.lists(st.builds(DirtySet, ADDRESS_SPACES, ADDRESS_SPACES), min_size=1, max_size=4))
+def test_what_was_found_in_each_container_is_looked_up_in_one(changes: list[DirtySet]) -> None:
+    def numbered(part: int, address_spaces: dict[int, Runs]) -> dict[int, Runs]:
+        return {address_space_of(part, pid): runs for pid, runs in address_spaces.items()}
 
-    found = [Change(numbered(n, one.written), numbered(n, one.dropped)) for n, one in enumerate(changes)]  # type: ignore[arg-type]
+    found = [DirtySet(numbered(n, one.written), numbered(n, one.dropped)) for n, one in enumerate(changes)]  # type: ignore[arg-type]
     all_of_it = union(found)
     assert all_of_it.bytes == sum(one.bytes for one in changes)
     for one in found:
@@ -82,7 +82,7 @@ def test_what_was_found_in_each_container_is_looked_up_in_one(changes: list[Chan
 END = StateEnd(
     "m",
     (FileSum(0, "a", 1, "x"), FileSum(1, "log", 7, ""), FileSum(2, "a", 2, "y"), FileSum(3, "log", 8, "")),
-    (SpaceSum(space_of(0, 1), 3), SpaceSum(space_of(1, 1), 4)),
+    (AddressSpaceSum(address_space_of(0, 1), 3), AddressSpaceSum(address_space_of(1, 1), 4)),
     (TreeSum(0, 1, 1, "p"), TreeSum(1, 2, 2, "q"), TreeSum(2, 3, 3, "volume")),
 )
 
@@ -128,8 +128,8 @@ class Received:
 def test_what_arrives_goes_to_the_container_of_its_number(tmp_path: Path) -> None:
     containers, data = [Received(), Received()], memoryview(b"x")
     workload = TargetWorkload(None, Journal(tmp_path / "m"), containers, None)  # type: ignore[arg-type]
-    workload.pages(1, space_of(1, 7), 4096, data)
-    workload.drop(space_of(0, 7), 0, 4096)
+    workload.pages(1, address_space_of(1, 7), 4096, data)
+    workload.drop(address_space_of(0, 7), 0, 4096)
     workload.tree(1, data)
     workload.log(directory_of(1, LOG), 3, data)
     workload.image(directory_of(1, IMAGES), "a", 0, data, last=True)
@@ -138,7 +138,7 @@ def test_what_arrives_goes_to_the_container_of_its_number(tmp_path: Path) -> Non
         ("pages", 1, 7, 4096, data), ("tree", data), ("log", 3, data), ("image", "a", 0, data)
     ]  # fmt: skip
     for strange in (
-        lambda: workload.pages(1, space_of(2, 7), 4096, data),
+        lambda: workload.pages(1, address_space_of(2, 7), 4096, data),
         lambda: workload.tree(2, data),
         lambda: workload.log(directory_of(2, LOG), 0, data),
     ):
@@ -214,9 +214,9 @@ async def test_what_the_containers_of_a_pod_hold_is_taken_back_by_one_handler_an
     async def thaw(facts: Any) -> None:
         taken.append(facts["at"])
 
-    for kind, at in (("freeze.0", 0), ("freeze.1", 1), ("hold.1", 2)):
+    for kind, at in (("freeze.0", 0), ("freeze.1", 1), ("held-dump.1", 2)):
         ledger.add(kind, {"at": at})
-    ledger.remove("hold")
+    ledger.remove("held-dump")
     assert [entry.kind for entry in ledger.entries] == ["freeze.0", "freeze.1"]
     assert await ledger.unwind({"freeze": thaw}) == []
     assert taken == [1, 0]
@@ -328,32 +328,32 @@ def test_of_each_container_the_latest_attempt() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_feeders_of_a_pod_are_heard_as_one(tmp_path: Path) -> None:
-    listeners, feeders = [], []
+async def test_the_lazy_pages_daemon_of_a_pod_are_heard_as_one(tmp_path: Path) -> None:
+    listeners, daemons = [], []
     for number in range(2):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(str(tmp_path / str(number)))
         listener.listen(1)
         listeners.append(listener)
-    relay = FeederChannel([tmp_path / str(number) for number in range(2)])
-    feeders = [listener.accept()[0] for listener in listeners]
+    page_channel = DaemonPageChannel([tmp_path / str(number) for number in range(2)])
+    daemons = [listener.accept()[0] for listener in listeners]
     try:
-        feeders[1].send(Frame(Word.WANT, 7, 4096, 8192).encode())
+        daemons[1].send(Frame(Word.WANT, 7, 4096, 8192).encode())
         with anyio.fail_after(5):
-            assert await relay.wanted() == Frame(Word.WANT, space_of(1, 7), 4096, 8192)
-            relay.arrived(space_of(1, 7), 4096, 8192)
-            relay.zero(space_of(0, 3), 0, 4096)
-            await relay.flush()
-            assert Frame.decode(feeders[1].recv(64)) == Frame(Word.ARRIVED, 7, 4096, 8192)
-            assert Frame.decode(feeders[0].recv(64)) == Frame(Word.ZERO, 3, 0, 4096)
-            feeders[0].close()
-            feeders[1].send(Frame(Word.WANT, 8, 0, 4096).encode())
-            assert await relay.wanted() == Frame(Word.WANT, space_of(1, 8), 0, 4096)
-            feeders[1].close()
-            assert await relay.wanted() is None
+            assert await page_channel.next_request() == Frame(Word.WANT, address_space_of(1, 7), 4096, 8192)
+            page_channel.arrived(address_space_of(1, 7), 4096, 8192)
+            page_channel.zero(address_space_of(0, 3), 0, 4096)
+            await page_channel.flush()
+            assert Frame.decode(daemons[1].recv(64)) == Frame(Word.ARRIVED, 7, 4096, 8192)
+            assert Frame.decode(daemons[0].recv(64)) == Frame(Word.ZERO, 3, 0, 4096)
+            daemons[0].close()
+            daemons[1].send(Frame(Word.WANT, 8, 0, 4096).encode())
+            assert await page_channel.next_request() == Frame(Word.WANT, address_space_of(1, 8), 0, 4096)
+            daemons[1].close()
+            assert await page_channel.next_request() is None
     finally:
-        relay.close()
-        for one in (*listeners, *feeders):
+        page_channel.close()
+        for one in (*listeners, *daemons):
             one.close()
 
 

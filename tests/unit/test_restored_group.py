@@ -9,7 +9,7 @@ import pytest
 from podferry.core.facts import CgroupKind
 from podferry.criu import restored_group
 from podferry.criu.incoming import Incoming
-from podferry.criu.restored_group import group_of, group_to_tell
+from podferry.criu.restored_group import group_of, group_to_restore
 
 pytestmark = pytest.mark.unit
 
@@ -50,8 +50,8 @@ def test_it_is_told_where_runc_does_not(
     monkeypatch: pytest.MonkeyPatch, kind: CgroupKind, runc: str, told: bool
 ) -> None:
     monkeypatch.setattr(restored_group, "cgroup_kind", lambda: kind)
-    assert group_to_tell({"linux": {"cgroupsPath": "/pods/c1"}}, runc) == ("/pods/c1" if told else "")
-    assert group_to_tell({}, runc) == ""
+    assert group_to_restore({"linux": {"cgroupsPath": "/pods/c1"}}, runc) == ("/pods/c1" if told else "")
+    assert group_to_restore({}, runc) == ""
 
 
 @pytest.mark.parametrize("settings", ["", "network-lock skip"])

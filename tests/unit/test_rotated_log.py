@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_agent_leaving import leaving, made
+from test_agent_source_container import leaving, made
 
 from podferry.engine.journal import Journal
 from podferry.node.rotated_log import RotatedLog

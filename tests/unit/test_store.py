@@ -36,8 +36,8 @@ def store(place: Path) -> Iterator[PageStore]:
     store.close()
 
 
-def stored(place: Path, space: int, address: int, length: int) -> bytes:
-    with (place / f"space-{space}").open("rb") as file:
+def stored(place: Path, address_space: int, address: int, length: int) -> bytes:
+    with (place / f"space-{address_space}").open("rb") as file:
         file.seek(address)
         return file.read(length)
 
@@ -52,7 +52,7 @@ def test_the_offset_is_the_address_and_the_last_write_wins(place: Path, store: P
     store.write(8, HIGH, b"c" * PAGE, 1)
     assert stored(place, 7, HIGH, 2 * PAGE) == b"a" * PAGE + b"b" * PAGE
     assert stored(place, 8, HIGH, PAGE) == b"c" * PAGE
-    assert store.totals() == Totals(spaces=2, pages=3, bytes=3 * PAGE)
+    assert store.totals() == Totals(address_spaces=2, pages=3, bytes=3 * PAGE)
     assert used(place) == 3 * PAGE
 
 
@@ -73,7 +73,7 @@ def test_a_store_opens_as_it_was_recorded(place: Path, store: PageStore) -> None
     store.complete(7)
     store.sync()
     again = PageStore.open(place)
-    assert again.spaces() == [7, 8]
+    assert again.address_spaces() == [7, 8]
     assert (again.is_complete(7), again.is_complete(8), again.is_complete(9)) == (True, False, False)
     assert again.present(7) == store.present(7)
     assert list(again.newest_first(7)) == [(HIGH + PAGE, HIGH + 2 * PAGE, 2), (HIGH, HIGH + 5 * PAGE, 0)]
@@ -103,7 +103,7 @@ def test_no_store_is_made_over_another(place: Path, store: PageStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("space", "address", "length", "round"),
+    ("address_space", "address", "length", "round"),
     [
         (-1, HIGH, PAGE, 0),
         (1 << 32, HIGH, PAGE, 0),
@@ -119,10 +119,10 @@ def test_no_store_is_made_over_another(place: Path, store: PageStore) -> None:
     ],
 )
 def test_what_a_peer_cannot_mean_is_refused(
-    place: Path, store: PageStore, space: int, address: int, length: int, round: int
+    place: Path, store: PageStore, address_space: int, address: int, length: int, round: int
 ) -> None:
     with pytest.raises(PeerMisbehaved):
-        store.write(space, address, bytes(length), round)
+        store.write(address_space, address, bytes(length), round)
     assert not list(place.iterdir())
 
 

@@ -12,8 +12,10 @@ from podferry.memory.store.runs import Run, RunMap
 
 pytestmark = pytest.mark.unit
 
-SPACE = 40
-ranges = st.tuples(st.integers(0, SPACE), st.integers(0, SPACE)).filter(lambda r: r[0] != r[1]).map(sorted)
+ADDRESS_SPACE = 40
+ranges = (
+    st.tuples(st.integers(0, ADDRESS_SPACE), st.integers(0, ADDRESS_SPACE)).filter(lambda r: r[0] != r[1]).map(sorted)
+)
 changes = st.lists(st.tuples(st.booleans(), ranges, st.integers(0, 3)), max_size=30)
 
 
@@ -34,7 +36,7 @@ def build(steps: list[tuple[bool, list[int], int]], slope: int) -> tuple[RunMap,
 @given(changes, st.sampled_from([0, 1]), ranges)
 def test_a_run_map_is_a_dictionary(steps: list[tuple[bool, list[int], int]], slope: int, look: list[int]) -> None:
     runs, model = build(steps, slope)
-    assert {at: runs.at(at) for at in range(SPACE) if runs.at(at) is not None} == model
+    assert {at: runs.at(at) for at in range(ADDRESS_SPACE) if runs.at(at) is not None} == model
     assert runs.total() == len(model)
     assert list(runs.runs()) == list(runs.copy().runs())
     start, end = look

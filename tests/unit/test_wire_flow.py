@@ -28,7 +28,7 @@ def test_a_batch_sends_every_page_once_in_legal_frames(sizes: list[int]) -> None
     batch, came = PageBatch(7, 3), dict[int, bytes]()
 
     def take(frame: Pages) -> None:
-        assert (frame.space, frame.round) == (7, 3)
+        assert (frame.address_space, frame.round) == (7, 3)
         head, payload = encode(frame)
         for decoded in FrameReader().receive_data(head + bytes(payload)):
             assert isinstance(decoded, Pages)

@@ -43,7 +43,7 @@ def solid(frame: Frame) -> Frame:
         case Control():
             return Control(bytes(frame.payload))
         case Pages():
-            return Pages(frame.space, frame.round, frame.runs, bytes(frame.payload), frame.zstd)
+            return Pages(frame.address_space, frame.round, frame.runs, bytes(frame.payload), frame.zstd)
         case Tree():
             return Tree(frame.tree, bytes(frame.records))
         case File():

@@ -20,6 +20,7 @@ from podferry.wire.messages import (
     PROTOCOL,
     Abort,
     Accept,
+    AddressSpaceSum,
     ErrorReport,
     FileSum,
     Filled,
@@ -28,21 +29,20 @@ from podferry.wire.messages import (
     Hello,
     Message,
     Offer,
+    PageRequest,
     PagesEnd,
     PagesLost,
-    PageWanted,
-    Poise,
+    PeerFailure,
+    PrepareTarget,
     Progress,
     Query,
     Refuse,
     RoundAck,
     RoundEnd,
     Running,
-    SpaceSum,
     StateEnd,
     StatePart,
     TreeSum,
-    Trouble,
     decode,
     encode,
 )
@@ -52,17 +52,17 @@ pytestmark = pytest.mark.unit
 REPORT = ErrorReport("PF200", "it broke", "because", "mend it", ("line 1", "line 2"))
 SAMPLES: list[Message] = [
     Hello(PROTOCOL, __version__, "node-a"),
-    Trouble(REPORT),
+    PeerFailure(REPORT),
     Offer("m-1", "job", Mode.LIVE, {"image": "x", "n": [1, 2.5, None, True]}, {}, 1 << 40, 0),
     Accept("m-1", {"cpu": {"flags": ["a"]}}),
     Refuse("m-1", (REPORT,)),
-    Poise("m-1", True),
+    PrepareTarget("m-1", True),
     RoundEnd(1, 2, 3),
     RoundAck(1),
-    StatePart("m-1", (FileSum(0, "core-2.img", 5, "ab"),), (SpaceSum(1, 2),)),
-    StateEnd("m-1", (FileSum(0, "core-1.img", 5, "ab"),), (SpaceSum(1, 2),), (TreeSum(0, 1, 2, "cd"),)),
+    StatePart("m-1", (FileSum(0, "core-2.img", 5, "ab"),), (AddressSpaceSum(1, 2),)),
+    StateEnd("m-1", (FileSum(0, "core-1.img", 5, "ab"),), (AddressSpaceSum(1, 2),), (TreeSum(0, 1, 2, "cd"),)),
     Running("m-1", 1_790_000_000_000_000_000),
-    PageWanted(1, 0x7FFF_0000_0000),
+    PageRequest(1, 0x7FFF_0000_0000),
     PagesEnd("m-1", ()),
     PagesLost("m-1"),
     Progress("filling", 1, 2),
@@ -137,7 +137,7 @@ def test_a_field_that_is_missing_added_or_of_another_type_is_refused(sample: Mes
         b'{"type":"Accept","migration":"a","facts":' + b'{"a":' * 100 + b"1" + b"}" * 101,
         b'{"type":"Accept","migration":"a","facts":' + b"[" * 200_000,
         b'{"type":"Refuse","migration":"a","refusals":[]}',
-        b'{"type":"PageWanted","space":4294967296,"address":0}',
+        b'{"type":"PageRequest","space":4294967296,"address":0}',
     ],
     ids=lambda text: text[:50].decode("latin-1"),
 )
@@ -216,7 +216,7 @@ def test_an_error_arrives_as_it_left() -> None:
 
 def test_an_error_of_any_size_can_travel() -> None:
     huge = PeerLost("w" * 9000, why="y" * 99000, remedy="r" * 9000, evidence=["e" * 9000] * 99)
-    assert decode(encode(Trouble(ErrorReport.of(huge))))
+    assert decode(encode(PeerFailure(ErrorReport.of(huge))))
 
 
 def test_messages_are_frozen_and_all_are_known() -> None:

@@ -30,9 +30,9 @@ from podferry.wire.messages import (
     Hello,
     Message,
     Offer,
+    PeerFailure,
     RoundAck,
     RoundEnd,
-    Trouble,
 )
 from podferry.wire.pki import Authority
 from podferry.wire.session import SessionState
@@ -283,7 +283,7 @@ async def test_a_client_that_says_it_is_another_node_is_not_trusted(pki: Path) -
         reported = await target.reported()
         assert isinstance(reported, PeerUntrusted)
         assert "node-a" in str(reported)
-    assert isinstance(heard[0], Trouble)
+    assert isinstance(heard[0], PeerFailure)
     assert isinstance(heard[0].error.error(), PeerUntrusted)
 
 
@@ -337,7 +337,7 @@ def illegal_words() -> Iterator[tuple[str, list[Message | frames.Frame | bytes],
     yield "path for a file name", [HELLO, OFFER, hostile_file()], "illegal frame"
     yield "damaged compressed pages", [HELLO, OFFER, Pages(1, 1, ((0, 1),), b"x" * 99, zstd=True)], "compressed pages"
     yield "the target's word", [HELLO, OFFER, Accept("m-1", {})], "illegal Accept"
-    yield "another migration", [HELLO, OFFER, messages.Poise("m-2", False)], "this session about"
+    yield "another migration", [HELLO, OFFER, messages.PrepareTarget("m-2", False)], "this session about"
     yield "message cut", [HELLO, head + bytes(payload)[:-5]], "closed the connection"
     yield "header cut", [HELLO, head[:3]], "closed the connection"
     yield "nothing after hello", [HELLO], "closed the connection"
@@ -371,7 +371,7 @@ async def test_illegal_words_end_the_conversation(
     assert what in str(reported)
     assert isinstance(reported, PeerLost if "closed" in what else PeerMisbehaved)
     if "closed" not in what:
-        assert isinstance(heard[-1], Trouble), "the peer was not told why"
+        assert isinstance(heard[-1], PeerFailure), "the peer was not told why"
 
 
 async def test_the_target_hears_of_another_protocol_and_so_does_the_source(pki: Path) -> None:

@@ -30,7 +30,7 @@ RENEW = AGENT_LIFE * 2 / 3
 OVERLAP = datetime.timedelta(hours=1)
 """How long a new authority is trusted before a certificate of it is shown: by then every agent trusts it."""
 PATIENCE = 120.0
-LOOK_AGAIN = 0.5
+POLL_AGAIN = 0.5
 CHECK_EVERY = 300.0
 
 
@@ -44,7 +44,7 @@ async def ensure(api: Api, namespace: str, node: str, directory: Path) -> None:
                 return await obtain(api, namespace, node, directory)
             except PodferryError as error:
                 structlog.get_logger().warning("no certificate yet", error=str(error))
-                await anyio.sleep(2 * LOOK_AGAIN)
+                await anyio.sleep(2 * POLL_AGAIN)
     raise TimedOut("no certificate was had", remedy="is podferry-controller running? kubectl get csr")
 
 
@@ -137,7 +137,7 @@ async def obtain(api: Api, namespace: str, node: str, directory: Path) -> None:
             for one in status.get("conditions") or []:
                 if one["type"] in ("Denied", "Failed"):
                     raise Failed("the certificate was denied", why=one.get("message", ""))
-            await anyio.sleep(LOOK_AGAIN)
+            await anyio.sleep(POLL_AGAIN)
         private_directory(directory, below=directory.parent)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -44,7 +44,7 @@ async def serve(path: Path, ops: Mapping[str, Op], *, started: Callable[[], obje
 async def _answer(stream: SocketStream, ops: Mapping[str, Op]) -> None:
     requests = BufferedByteReceiveStream(stream)
 
-    async def say(line: dict[str, Any]) -> None:
+    async def send(line: dict[str, Any]) -> None:
         await stream.send(json.dumps(line).encode() + b"\n")
 
     while True:
@@ -53,9 +53,9 @@ async def _answer(stream: SocketStream, ops: Mapping[str, Op]) -> None:
         except (anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError):
             return None
         except anyio.DelimiterNotFound:
-            return await say({"error": UsageError("a request is longer than 1 MiB").to_dict()})
+            return await send({"error": UsageError("a request is longer than 1 MiB").to_dict()})
         try:
-            reply: dict[str, Any] = {"result": await _do(line, ops, lambda event: say({"event": event}))}
+            reply: dict[str, Any] = {"result": await _do(line, ops, lambda event: send({"event": event}))}
         except PodferryError as error:
             reply = {"error": error.to_dict()}
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -63,7 +63,7 @@ async def _answer(stream: SocketStream, ops: Mapping[str, Op]) -> None:
         except Exception as error:  # noqa: BLE001 - one bad request must not end the agent
             reply = {"error": Bug.because("the agent failed at a request", error).to_dict()}
         try:
-            await say(reply)
+            await send(reply)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             return None
 

@@ -41,7 +41,7 @@ class Known:
     def learn(self, migration: Migration) -> None:
         """This is the newest of it."""
         self._keys[migration.uid] = migration.namespace, migration.name
-        self._tell(migration.uid, migration)
+        self._notify(migration.uid, migration)
 
     def see(self, body: Json) -> bool:
         """Learn what the API server sent. One that a newer podferry has written, so that it cannot be read here, is left alone:
@@ -105,9 +105,9 @@ class Known:
     def _gone(self, uid: str) -> None:
         self._keys.pop(uid, None)
         self._skipped.pop(uid, None)
-        self._tell(uid, None)
+        self._notify(uid, None)
 
-    def _tell(self, uid: str, migration: Migration | None) -> None:
+    def _notify(self, uid: str, migration: Migration | None) -> None:
         self._seen[uid] = migration
         self._news.set()
         self._news = anyio.Event()

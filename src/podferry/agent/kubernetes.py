@@ -16,7 +16,7 @@ from anyio.abc import TaskGroup
 from podferry.agent.addresses import Addresses
 from podferry.agent.claims import claim, is_decided
 from podferry.agent.known import Key, Known
-from podferry.agent.telling import Reporter, say_resumed
+from podferry.agent.status_reporter import Reporter, set_resumed
 from podferry.core.migration import MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.core.precopy import PreCopyPolicy
@@ -152,7 +152,7 @@ class Kubernetes:
                 raise  # nothing was said about the pod: it is tried again
             await store.change(self._api, migration, _never_began(error))
             return None
-        await self._events.say(migration.to_json(), "MigrationRunning", f"copying to {status.target_node}")
+        await self._events.publish(migration.to_json(), "MigrationRunning", f"copying to {status.target_node}")
         return half
 
     def _report(self, migration: Migration, half: PodMigration) -> None:
@@ -192,7 +192,7 @@ class Kubernetes:
         def asked(now: Migration) -> bool:
             now.status.engine = now.status.engine or EnginePhases()
             now.status.engine.target = str(TargetPhase.RECEIVE)
-            now.status.say(TARGET_REQUESTED, True, "Converged", f"{self._node} is ready for the pod")
+            now.status.set_condition(TARGET_REQUESTED, True, "Converged", f"{self._node} is ready for the pod")
             return True
 
         await self._known.change(id, asked)
@@ -213,7 +213,7 @@ class Kubernetes:
             now.status.engine = now.status.engine or EnginePhases()
             now.status.engine.target = str(TargetPhase.GAVE_UP)
             if now.status.condition(TARGET_REQUESTED) is not None:
-                now.status.say(TARGET_REQUESTED, False, "GaveUp", "the job will not run here")
+                now.status.set_condition(TARGET_REQUESTED, False, "GaveUp", "the job will not run here")
             return not now.ended
 
         with contextlib.suppress(ObjectNotFound):  # its pods went with it
@@ -223,7 +223,7 @@ class Kubernetes:
         """Tell the controller that the job runs on the target, and wait until the owner has its pod."""
         while True:
             try:
-                await self._known.change(id, lambda now: say_resumed(now, committing=True))
+                await self._known.change(id, lambda now: set_resumed(now, committing=True))
                 await self._known.once(id, lambda one: one.status.holds(HANDED_OVER) or _is_over(one))
                 return
             except ObjectNotFound:

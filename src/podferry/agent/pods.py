@@ -16,9 +16,9 @@ from podferry.core.phases import SourceEvent
 from podferry.core.preflight import Question, refusals
 from podferry.core.strict import from_json, to_json
 from podferry.engine.journal import Journal, Part
+from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.rehearsal import REHEARSAL, RehearsalAlone
 from podferry.engine.source import Order, Source
-from podferry.engine.story import Story
 from podferry.engine.target import Target
 from podferry.errors import Refused, UsageError
 from podferry.model import Mode
@@ -50,18 +50,18 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 class Half:
     """One half of a pod's migration that is under way, or has ended since the agent's start."""
 
-    def __init__(self, attempt: Source | Target, pod: PodName) -> None:
-        self._attempt, self._pod = attempt, pod
+    def __init__(self, side: Source | Target, pod: PodName) -> None:
+        self._side, self._pod = side, pod
 
     @property
     def id(self) -> str:
         """The Migration's uid."""
-        return self._attempt.story.id
+        return self._side.record.id
 
     @property
     def role(self) -> str:
         """`source` or `target`."""
-        return self._attempt.role
+        return self._side.role
 
     @property
     def pod(self) -> PodName:
@@ -70,26 +70,26 @@ class Half:
 
     def record(self) -> Json:
         """All that is known now."""
-        return self._attempt.story.to_dict()
+        return self._side.record.to_dict()
 
     def listen(self, listener: Callable[[Json], None]) -> Callable[[], None]:
         """Call `listener` with each event."""
-        return self._attempt.story.listen(listener)
+        return self._side.record.listen(listener)
 
     async def wait(self) -> Json:
         """Return the record once this half has ended."""
-        await self._attempt.ended.wait()
+        await self._side.ended.wait()
         return self.record()
 
     def cancel(self) -> bool:
         """Ask for the way back."""
-        return isinstance(self._attempt, Source) and self._attempt.cancel()
+        return isinstance(self._side, Source) and self._side.cancel()
 
     def resolve(self, *, run_on_source: bool) -> None:
         """An arbiter's verdict on a migration that lost contact after GO."""
-        if not isinstance(self._attempt, Source):
+        if not isinstance(self._side, Source):
             raise Refused("the source's half is the one that can be resolved")
-        self._attempt.resolve(SourceEvent.RESOLVED_HERE if run_on_source else SourceEvent.RESOLVED_THERE)
+        self._side.resolve(SourceEvent.RESOLVED_HERE if run_on_source else SourceEvent.RESOLVED_THERE)
 
 
 class Remembered:
@@ -169,18 +169,21 @@ class PodEngine:
         self._refuse_second(order.pod)
         self._start(partial(run, self.sweep))
         journal = Journal(self._config.migrations / order.id)
-        story = Story(order.id, str(order.pod), self._config.node, order.target, order.order.mode)
-        journal.note(role="source", record=story.to_dict(), pod=to_json(order.pod))
+        migration_record = MigrationRecord(order.id, str(order.pod), self._config.node, order.target, order.order.mode)
+        journal.note(role="source", record=migration_record.to_dict(), pod=to_json(order.pod))
         engine, half = (REHEARSAL, RehearsalAlone) if order.rehearse else (order.order, Source)
-        source = half(engine, partial(self._dial, order.target), journal, story, kubelet.source_handlers())
+        source = half(engine, partial(self._dial, order.target), journal, migration_record, kubelet.source_handlers())
         self._sources[order.id] = source
 
         async def propose() -> tuple[Offer, SourceWorkload]:
             view = await run(self._inspection.pod, order.pod, order.containers)
             choice = view.demand_movable(order.order.mode)
-            story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
-            story.extra["warnings"] = view.warnings(order.order.mode)
-            journal.note(offered=view.offered.to_dict(), record=story.to_dict())
+            migration_record.extra["tracker"], migration_record.extra["tracker_reason"] = (
+                str(choice.kind),
+                choice.reason,
+            )
+            migration_record.extra["warnings"] = view.warnings(order.order.mode)
+            journal.note(offered=view.offered.to_dict(), record=migration_record.to_dict())
             hand_over = partial(self._cluster.hand_over, order.id)
             job = view.source(self._config, self.runtime, journal, choice.kind, hand_over, order.probes)
             return replace(view.offer(order.id, order.order.mode), rehearsal=order.rehearse), job
@@ -191,10 +194,10 @@ class PodEngine:
     def migrations(self) -> Mapping[str, PodMigration]:
         """Every half on this node since the agent's start, by id."""
         halves: dict[str, PodMigration] = {}
-        attempts: list[Source | Target] = [*self._sources.values(), *self._targets.values()]
-        for attempt in attempts:
-            if (pod := pod_of(attempt.journal)) is not None:
-                halves[attempt.story.id] = Half(attempt, pod)
+        sides: list[Source | Target] = [*self._sources.values(), *self._targets.values()]
+        for side in sides:
+            if (pod := pod_of(side.journal)) is not None:
+                halves[side.record.id] = Half(side, pod)
         return halves
 
     def _known(self, id: str) -> PodMigration | None:
@@ -235,33 +238,43 @@ class PodEngine:
             found.insert(0, outside)
         return here, found
 
-    def target(self, journal: Journal, story: Story, offered: OfferedPod, promise: Promise | None = None) -> Target:
+    def target(
+        self, journal: Journal, migration_record: MigrationRecord, offered: OfferedPod, promise: Promise | None = None
+    ) -> Target:
         """The target's half. `promise` is what the pod was promised of memory and disk."""
         self._start(partial(run, self.sweep))
         job = kubelet.target(self._config, self.runtime, journal, offered, self._cluster, promise)
         handlers = kubelet.target_handlers(self._config, self.runtime, self._cluster)
-        return Target(job, journal, story, handlers)
+        return Target(job, journal, migration_record, handlers)
 
-    def source_again(self, journal: Journal, story: Story) -> Source:
+    def source_again(self, journal: Journal, migration_record: MigrationRecord) -> Source:
         """The source's half that an earlier agent left."""
         held = None
         if "offered" in journal.facts:
-            offered = OfferedPod.from_dict(journal.facts["offered"], story.name)
+            offered = OfferedPod.from_dict(journal.facts["offered"], migration_record.name)
             containers = [
                 FrozenContainer(Part(journal, number), self.runtime, _record(one.id))
                 for number, one in enumerate(offered.containers)
             ]
             departed = self._config.departed / offered.pod.uid
             held = FrozenWorkload(
-                containers, KubeletOwner(journal, partial(self._cluster.hand_over, story.id), departed=departed)
+                containers,
+                KubeletOwner(journal, partial(self._cluster.hand_over, migration_record.id), departed=departed),
             )
         return Source(
-            Order(story.mode), partial(self._dial, story.target), journal, story, kubelet.source_handlers(), held
+            Order(migration_record.mode),
+            partial(self._dial, migration_record.target),
+            journal,
+            migration_record,
+            kubelet.source_handlers(),
+            held,
         )
 
-    def target_again(self, journal: Journal, story: Story) -> Target:
+    def target_again(self, journal: Journal, migration_record: MigrationRecord) -> Target:
         """The target's half that an earlier agent left."""
-        return self.target(journal, story, OfferedPod.from_dict(journal.facts["offered"], story.name))
+        return self.target(
+            journal, migration_record, OfferedPod.from_dict(journal.facts["offered"], migration_record.name)
+        )
 
     def sweep(self) -> None:
         """Remove the marks of pods that are gone from this node."""

@@ -76,7 +76,7 @@ def _raise_file_limit() -> None:
 async def _alone(config: Config) -> None:
     agent = Agent(config)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_until_told, tasks.cancel_scope)
+        tasks.start_soon(_until_signalled, tasks.cancel_scope)
         await agent.run(lambda: _ready(agent))
 
 
@@ -87,7 +87,7 @@ async def _in_cluster(config: Config) -> None:
 
     namespace = os.environ.get("POD_NAMESPACE", "podferry-system")
     async with Api.open() as api, anyio.create_task_group() as tasks:
-        tasks.start_soon(_until_told, tasks.cancel_scope)
+        tasks.start_soon(_until_signalled, tasks.cancel_scope)
         await certificate.ensure(api, namespace, config.node, config.certificates)
         tasks.start_soon(certificate.keep, api, namespace, config.node, config.certificates)
         cluster = Kubernetes(api, config.node)
@@ -104,7 +104,7 @@ def _ready(agent: Agent) -> None:
     agent.log.info("ready", socket=str(agent.config.socket), listen=agent.config.listen)
 
 
-async def _until_told(scope: anyio.CancelScope) -> None:
+async def _until_signalled(scope: anyio.CancelScope) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             scope.cancel()

@@ -25,12 +25,12 @@ from podferry.agent.pods import PodEngine
 from podferry.core.facts import NodeFacts
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, TARGET_MAY_RUN, SourceEvent
 from podferry.core.precopy import PreCopyPolicy
-from podferry.engine.attempt import Attempt, leaves
+from podferry.engine.inbox import Inbox
 from podferry.engine.journal import Journal, Part, forget_old, journals
-from podferry.engine.letters import Letters
+from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.rehearsal import REHEARSAL, Rehearsal, told
+from podferry.engine.side import Side, leaves
 from podferry.engine.source import Order, Source
-from podferry.engine.story import Story
 from podferry.engine.target import Target
 from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
 from podferry.fs.private import private_directory
@@ -153,39 +153,50 @@ class Agent:
                 self.log.exception("what is left of a migration cannot be read", migration=directory.name)
 
     def _again(self, journal: Journal) -> Source | Target:
-        story = Story.from_dict(journal.load_record() or journal.facts["record"])
+        migration_record = MigrationRecord.from_dict(journal.load_record() or journal.facts["record"])
         if journal.facts["role"] == "source":
-            source = self._sources[story.id] = self._source_again(journal, story)
+            source = self._sources[migration_record.id] = self._source_again(journal, migration_record)
             return source
-        target = self._targets[story.id] = self._target_again(journal, story)
+        target = self._targets[migration_record.id] = self._target_again(journal, migration_record)
         if not target.machine.ended:
-            self.account.restore(story.id, Room.from_dict(journal.facts.get("promise")))
+            self.account.restore(migration_record.id, Room.from_dict(journal.facts.get("promise")))
             self._start(partial(self._hold_promise, target))
         return target
 
     async def _hold_promise(self, target: Target) -> None:
         """What a migration was promised is free for others once it has ended here."""
         await target.ended.wait()
-        self.account.release(target.story.id)
+        self.account.release(target.record.id)
 
-    def _source_again(self, journal: Journal, story: Story) -> Source:
+    def _source_again(self, journal: Journal, migration_record: MigrationRecord) -> Source:
         if journal.is_of_a_pod:
-            return self.pods.source_again(journal, story)
+            return self.pods.source_again(journal, migration_record)
         held = None
         if "offered" in journal.facts:
-            offered = Offered.from_dict(journal.facts["offered"], story.name)
+            offered = Offered.from_dict(journal.facts["offered"], migration_record.name)
             container = FrozenContainer(Part(journal, 0), self.containerd, offered.record)
             held = FrozenWorkload([container], ContainerdOwner(self.containerd, offered.log))
-        return Source(Order(story.mode), partial(self._dial, story.target), journal, story, frozen.handlers(), held)
+        return Source(
+            Order(migration_record.mode),
+            partial(self._dial, migration_record.target),
+            journal,
+            migration_record,
+            frozen.handlers(),
+            held,
+        )
 
-    def _target_again(self, journal: Journal, story: Story) -> Target:
+    def _target_again(self, journal: Journal, migration_record: MigrationRecord) -> Target:
         if journal.is_of_a_pod:
-            return self.pods.target_again(journal, story)
-        return self._target(journal, story, Offered.from_dict(journal.facts["offered"], story.name))
+            return self.pods.target_again(journal, migration_record)
+        return self._target(
+            journal, migration_record, Offered.from_dict(journal.facts["offered"], migration_record.name)
+        )
 
-    def _target(self, journal: Journal, story: Story, offered: Offered, promise: Promise | None = None) -> Target:
+    def _target(
+        self, journal: Journal, migration_record: MigrationRecord, offered: Offered, promise: Promise | None = None
+    ) -> Target:
         job = containerd.target(self.config, self.containerd, journal, offered, promise)
-        return Target(job, journal, story, containerd.target_handlers(self.config, self.containerd))
+        return Target(job, journal, migration_record, containerd.target_handlers(self.config, self.containerd))
 
     # What people ask.
 
@@ -205,9 +216,9 @@ class Agent:
         answer = await self._check(name, to)
         if rehearse and answer["movable"]:
             order = replace(REHEARSAL, max_freeze=max_freeze_s or REHEARSAL.max_freeze)
-            source, story = await self._set_out(name, to, order, Rehearsal)
+            source, migration_record = await self._set_out(name, to, order, Rehearsal)
             await source.ended.wait()
-            answer |= told(story.to_dict())
+            answer |= told(migration_record.to_dict())
         return answer
 
     async def _check(self, name: str, to: str) -> Record:
@@ -217,15 +228,15 @@ class Agent:
         target: NodeFacts | None = None
         offer = view.offer(f"check-{secrets.token_hex(4)}", Mode.LIVE)
         async with anyio.create_task_group() as helpers:
-            letters = await Letters.open(helpers, self._dial(to))
-            await letters.channel.send(offer)
-            answer = await letters.expect(Accept, Refuse)
+            inbox = await Inbox.open(helpers, self._dial(to))
+            await inbox.channel.send(offer)
+            answer = await inbox.expect(Accept, Refuse)
             if isinstance(answer, Refuse):
                 reasons += [one.error() for one in answer.refusals]
             elif isinstance(answer, Accept):
                 target = NodeFacts.from_dict(answer.facts)
-            await letters.channel.send(Abort(offer.migration, "only a check"))
-            await letters.close()
+            await inbox.channel.send(Abort(offer.migration, "only a check"))
+            await inbox.close()
         return {
             "name": name,
             "source": self.config.node,
@@ -267,35 +278,35 @@ class Agent:
             ),
         )
         self._check_names(name, to)
-        source, story = await self._set_out(name, to, order)
+        source, migration_record = await self._set_out(name, to, order)
         events, inbox = anyio.create_memory_object_stream[Record](1024)
 
-        def hear(event: Record) -> None:
+        def receive(event: Record) -> None:
             if events.statistics().current_buffer_used < 1024:
                 events.send_nowait(event)
 
-        stop = story.listen(hear)
+        stop = migration_record.listen(receive)
         try:
-            async with anyio.create_task_group() as relay:
+            async with anyio.create_task_group() as forwarding:
 
                 async def pass_on() -> None:
                     async for event in inbox:
                         await emit(event)
 
-                relay.start_soon(pass_on)
+                forwarding.start_soon(pass_on)
                 await source.ended.wait()
                 events.close()
         finally:
             stop()
-        return story.to_dict()
+        return migration_record.to_dict()
 
     async def op_status(self, emit: Emit, id: str | None = None) -> list[Record]:
         """What happened in one migration, or in all that this node remembers, oldest first."""
         found = []
         for directory in journals(self.config.migrations):
             if id is None or directory.name == id:
-                live: Attempt[Any, Any] | None = self._sources.get(directory.name) or self._targets.get(directory.name)
-                record = live.story.to_dict() if live else _saved(directory)
+                live: Side[Any, Any] | None = self._sources.get(directory.name) or self._targets.get(directory.name)
+                record = live.record.to_dict() if live else _saved(directory)
                 if record is not None:
                     found.append(record)
         return found
@@ -306,7 +317,7 @@ class Agent:
         if not source.cancel():
             raise Refused(f"{id} cannot be cancelled any more", why=f"it is in phase {source.phase}")
         await source.ended.wait()
-        return source.story.to_dict()
+        return source.record.to_dict()
 
     async def op_resolve(self, emit: Emit, id: str, run_on: str, *, filled: bool = False) -> Record:
         """A person decides where a migration that lost contact after GO goes on. `filled`: the target has said that it has all
@@ -314,32 +325,34 @@ class Agent:
         if id in self._targets:
             return await self._resolve_target(self._targets[id], run_on)
         source = self._source(id)
-        if run_on not in (source.story.source, source.story.target):
+        if run_on not in (source.record.source, source.record.target):
             raise UsageError(f"{run_on} is neither the source nor the target of {id}")
-        here = run_on == source.story.source
+        here = run_on == source.record.source
         source.resolve(SourceEvent.RESOLVED_HERE if here else SourceEvent.RESOLVED_THERE, filled=filled)
         await source.ended.wait()
-        return source.story.to_dict()
+        return source.record.to_dict()
 
     async def _resolve_target(self, target: Target, run_on: str) -> Record:
         """The source decides; here a verdict can only hold the target to what it said."""
-        if run_on == target.story.source and target.phase in TARGET_MAY_RUN:
+        if run_on == target.record.source and target.phase in TARGET_MAY_RUN:
             raise Refused(
-                f"{target.story.name} runs here already",
-                why=f"the target of {target.story.id} is in phase {target.phase}",
-                remedy=f"podferry resolve {target.story.id} --run-on {target.story.target}",
+                f"{target.record.name} runs here already",
+                why=f"the target of {target.record.id} is in phase {target.phase}",
+                remedy=f"podferry resolve {target.record.id} --run-on {target.record.target}",
             )
-        return target.story.to_dict()
+        return target.record.to_dict()
 
     # Setting out.
 
-    async def _set_out(self, name: str, to: str, order: Order, half: type[Source] = Source) -> tuple[Source, Story]:
+    async def _set_out(
+        self, name: str, to: str, order: Order, half: type[Source] = Source
+    ) -> tuple[Source, MigrationRecord]:
         self._refuse_second(name)
         id = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         journal = Journal(self.config.migrations / id)
-        story = Story(id, name, self.config.node, to, order.mode)
-        journal.note(role="source", record=story.to_dict())
-        source = half(order, partial(self._dial, to), journal, story, frozen.handlers())
+        migration_record = MigrationRecord(id, name, self.config.node, to, order.mode)
+        journal.note(role="source", record=migration_record.to_dict())
+        source = half(order, partial(self._dial, to), journal, migration_record, frozen.handlers())
         self._sources[id] = source
         rehearsal = issubclass(
             half, Rehearsal
@@ -349,27 +362,30 @@ class Agent:
         async def propose() -> tuple[Offer, SourceWorkload]:
             view = await run(partial(self.inspection.container, name))
             choice = view.demand_movable(mode)
-            story.extra["tracker"], story.extra["tracker_reason"] = str(choice.kind), choice.reason
-            story.extra["warnings"] = view.warnings(order.mode, None)
-            journal.note(offered=view.offered.for_journal(), record=story.to_dict())
+            migration_record.extra["tracker"], migration_record.extra["tracker_reason"] = (
+                str(choice.kind),
+                choice.reason,
+            )
+            migration_record.extra["warnings"] = view.warnings(order.mode, None)
+            journal.note(offered=view.offered.for_journal(), record=migration_record.to_dict())
             job = view.source(self.config, self.containerd, journal, choice.kind)
             return replace(view.offer(id, mode), rehearsal=rehearsal), job
 
         self._start(partial(source.run, propose))
-        return source, story
+        return source, migration_record
 
     def _refuse_second(self, name: str) -> None:
         for source in self._sources.values():
-            if source.story.name == name and not source.machine.ended:
+            if source.record.name == name and not source.machine.ended:
                 raise Refused(
                     f"{name} is on its way already",
-                    why=f"migration {source.story.id} is in phase {source.phase}",
-                    remedy=f"wait for it, or podferry cancel {source.story.id}",
+                    why=f"migration {source.record.id} is in phase {source.phase}",
+                    remedy=f"wait for it, or podferry cancel {source.record.id}",
                 )
         for target in self._targets.values():
-            if target.story.name == name and not target.machine.ended:
+            if target.record.name == name and not target.machine.ended:
                 raise Refused(
-                    f"{name} is still arriving here", why=f"migration {target.story.id}", remedy="wait for it"
+                    f"{name} is still arriving here", why=f"migration {target.record.id}", remedy="wait for it"
                 )
 
     def _check_names(self, name: str, to: str) -> None:
@@ -448,18 +464,20 @@ class Agent:
             await channel.send(GaveUp(offer.migration, ErrorReport.of(nothing)))
             return None
         journal = Journal(self.config.migrations / offer.migration)
-        story = Story(offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode))
+        migration_record = MigrationRecord(
+            offer.migration, offer.name, channel.peer, self.config.node, Mode(offer.mode)
+        )
         journal.note(
             role="target",
             offered=offered.for_journal(),
-            record=story.to_dict(),
+            record=migration_record.to_dict(),
             promise=promise.room.to_dict(),
             rehearsal=offer.rehearsal,
         )
         if isinstance(offered, OfferedPod):
-            target = self.pods.target(journal, story, offered, promise)
+            target = self.pods.target(journal, migration_record, offered, promise)
         else:
-            target = self._target(journal, story, offered, promise)
+            target = self._target(journal, migration_record, offered, promise)
         self._targets[offer.migration] = target
         return target, first
 
@@ -475,9 +493,9 @@ class Agent:
         if target is None:
             await channel.send(Unknown(migration))
             return
-        if target.story.source != channel.peer:
-            raise PeerUntrusted(f"{channel.peer} asks for a migration of {target.story.source}'s")
-        await target.tell(channel, asked=True)
+        if target.record.source != channel.peer:
+            raise PeerUntrusted(f"{channel.peer} asks for a migration of {target.record.source}'s")
+        await target.report(channel, asked=True)
 
     def _remembered(self, migration: str) -> Target | None:
         """The target's half of a migration that had ended before this agent began."""
@@ -487,7 +505,7 @@ class Agent:
         journal.close()
         if journal.facts.get("role") != "target" or journal.phase not in TARGET_ENDS:
             return None
-        return self._target_again(journal, Story.from_dict(journal.load_record() or journal.facts["record"]))
+        return self._target_again(journal, MigrationRecord.from_dict(journal.load_record() or journal.facts["record"]))
 
     def _report(self, error: PodferryError) -> None:
         cause = next(leaves(error.__cause__ or error))

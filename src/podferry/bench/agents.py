@@ -15,7 +15,7 @@ from podferry.errors import Failed, PodferryError
 from podferry.lab import Lab
 
 PERIOD = 0.05
-FEEDER = "podferry.lazypages.daemon"
+DAEMON = "podferry.lazypages.daemon"
 
 
 def ask(lab: Lab, node: str, op: str, **arguments: Any) -> Any:
@@ -63,16 +63,16 @@ def peak_bytes(lab: Lab, node: str) -> int:
 
 @dataclass(frozen=True)
 class Sample:
-    """The target at a moment (ns): bytes in the page store, in the page feeder, and in the job."""
+    """The target at a moment (ns): bytes in the page store, in the lazy-pages daemon, and in the job."""
 
     at: int
     store: int
-    feeder: int
+    daemon: int
     job: int
 
 
 class TargetSampler:
-    """Samples of the target from the feeder's start on, twenty a second, on a thread of its own."""
+    """Samples of the target from the lazy-pages daemon's start on, twenty a second, on a thread of its own."""
 
     def __init__(self, lab: Lab, node: str, bundle: Path) -> None:
         self._root, self._bundle = lab.root(node), bundle
@@ -89,16 +89,16 @@ class TargetSampler:
         self._thread.join()
 
     def _run(self) -> None:
-        feeder: Path | None = None
+        daemon: Path | None = None
         while not self._end.wait(PERIOD):
-            feeder = feeder or self._find_feeder()
-            if feeder is not None:
-                self.samples.append(Sample(time.time_ns(), self._store(), _resident(feeder), self._job()))
+            daemon = daemon or self._find_daemon()
+            if daemon is not None:
+                self.samples.append(Sample(time.time_ns(), self._store(), _resident(daemon), self._job()))
 
-    def _find_feeder(self) -> Path | None:
+    def _find_daemon(self) -> Path | None:
         for process in self._root.glob("proc/[0-9]*"):
             with suppress(OSError):
-                if FEEDER.encode() in (process / "cmdline").read_bytes():
+                if DAEMON.encode() in (process / "cmdline").read_bytes():
                     return process
         return None
 

@@ -65,7 +65,7 @@ def _sizes(axes: Any, runs: ScenarioRuns) -> bool:
 
 
 def _drain(axes: Any, runs: ScenarioRuns) -> bool:
-    """The last run's page store, job and feeder while the job's memory is put in place."""
+    """The last run's page store, job and lazy-pages daemon while the job's memory is put in place."""
     samples: list[list[int]] = next(
         (one["facts"]["samples"] for one in reversed(runs.of("drain", "live")) if one["facts"]["samples"]), []
     )
@@ -74,7 +74,7 @@ def _drain(axes: Any, runs: ScenarioRuns) -> bool:
     resumed = next(at for at, *_, job in samples if job)
     near = [sample for sample in samples if abs(sample[0] - resumed) < 3e9]
     times = [(at - resumed) / 1e9 for at, *_ in near]
-    for column, label in ((1, "page store"), (2, "page feeder"), (3, "job on the target")):
+    for column, label in ((1, "page store"), (2, "lazy-pages daemon"), (3, "job on the target")):
         axes.plot(times, [sample[column] / MIB for sample in near], label=label)
     axes.set(
         xlabel="seconds after the resume", ylabel="MiB", title="The page store shrinks as the job's memory is filled"

@@ -146,7 +146,9 @@ def _speed(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
 def _memory(runs: ScenarioRuns) -> Iterator[GoalVerdict]:
     count = len(runs.of("drain", "live"))
     peak = runs.median("drain", "live", agents_peak)
-    yield GoalVerdict("memory of the larger agent, its feeder included", 150, False, "MiB", peak and peak / MIB, count)
+    yield GoalVerdict(
+        "memory of the larger agent, its lazy-pages daemon included", 150, False, "MiB", peak and peak / MIB, count
+    )
     drain = runs.median("drain", "live", store_and_job)
     yield GoalVerdict(
         "page store and job together while it drains, against the job alone afterwards", 1.25, False, "x", drain, count
@@ -241,13 +243,13 @@ def wire_over_need(record: Record) -> float | None:
 
 
 def agents_peak(record: Record) -> float | None:
-    """The larger agent's peak in bytes; the page feeder's counts as the target's."""
+    """The larger agent's peak in bytes; the lazy-pages daemon's counts as the target's."""
     peaks = record["facts"].get("agent_bytes")
     if not peaks:
         return None
-    feeder = max((sample[2] for sample in record["facts"].get("samples", [])), default=0)
+    daemon = max((sample[2] for sample in record["facts"].get("samples", [])), default=0)
     source, target = peaks.values()
-    return float(max(source, target + feeder))
+    return float(max(source, target + daemon))
 
 
 def store_and_job(record: Record) -> float | None:

@@ -18,7 +18,7 @@ from podferry.lab import Lab, containers
 
 BUNDLES = Path("run/containerd/io.containerd.runtime.v2.task") / containers.NAMESPACE
 PATIENCE = 180.0
-LOOK_EVERY = 0.02
+POLL_INTERVAL = 0.02
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Job:
                 raise Failed(f"the benchmark's job has ended on {self.node}", remedy="see its log")
             if time.monotonic() > deadline:
                 raise TimedOut(f"the benchmark's job says nothing after {PATIENCE:.0f} s")
-            time.sleep(LOOK_EVERY)  # a file's birth is an event only to inotify, which Python does not have
+            time.sleep(POLL_INTERVAL)  # a file's birth is an event only to inotify, which Python does not have
 
 
 def start(lab: Lab, node: str, name: str, workload: Workload) -> Job:

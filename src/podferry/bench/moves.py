@@ -102,7 +102,7 @@ class Podferry:
             "dump": record.get("dump"),
             "postcopy": record.get("postcopy_dependency", False),
             "agent_bytes": {node: agents.peak_bytes(lab, node) for node in (SOURCE, TARGET)},
-            "samples": [[one.at, one.store, one.feeder, one.job] for one in samples],
+            "samples": [[one.at, one.store, one.daemon, one.job] for one in samples],
         }
         return Moved(
             outcome=record["outcome"],

@@ -15,13 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from podferry.bench.moves import SOURCE, TARGET
 from podferry.errors import TimedOut
-from podferry.images import layout
-from podferry.images.layout import FormName
 from podferry.lab import Lab, builder, containers, registry
 from podferry.lab.config import REGISTRY, SNAPSHOTTER
 from podferry.lab.progress import Progress
 from podferry.lab.state import STORAGE
 from podferry.node.process import run
+from podferry.snapshotter import layout
+from podferry.snapshotter.layout import FormName
 
 IMAGE = builder.Recipe(
     f"{REGISTRY}/bench:1",

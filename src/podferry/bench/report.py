@@ -13,7 +13,7 @@ Table = list[list[str]]
 
 SPANS = (
     "freeze",
-    "last look",
+    "final scan",
     "last pages",
     "dump",
     "send images",
@@ -22,6 +22,8 @@ SPANS = (
     "restore",
 )
 """The steps of a migration that are downtime."""
+RENAMED = {"last look": "final scan"}
+"""What records of 0.1 call them, and since."""
 
 
 def markdown(records: Sequence[Record], command: str) -> str:
@@ -149,7 +151,10 @@ def span_rows(records: Sequence[Record]) -> Table:
     rows = [["scenario", "method", *SPANS]]
     for (scenario, method), group in grouped(records).items():
         timed = [
-            {span["name"]: span["end_ms"] - span["start_ms"] for span in one["facts"]["spans"]}
+            {
+                RENAMED.get(span["name"], span["name"]): span["end_ms"] - span["start_ms"]
+                for span in one["facts"]["spans"]
+            }
             for one in group
             if one["outcome"] == COMPLETED and "spans" in one["facts"]
         ]

@@ -76,7 +76,7 @@ SCENARIOS = {
         ),
         Scenario(
             "drain",
-            "1 GiB: memory of the agents, of the page feeder and of the page store",
+            "1 GiB: memory of the agents, of the lazy-pages daemon and of the page store",
             Workload(1024, 50),
             {"live": Podferry("live", watch=True)},
             most=3,

@@ -289,7 +289,7 @@ def explain(
     lab: Lab = None,
     agent: Agent = None,
 ) -> None:
-    """Tell the story of one migration: what happened when, and where the downtime went.
+    """Explain one migration: what happened when, and where the downtime went.
 
     Examples:
 
@@ -299,7 +299,7 @@ def explain(
     """
     record = _fleet(context, lab, agent).record(id)
     if html is None:
-        stdout().print(chart.explanation(record))
+        stdout().print(chart.explained(record))
         return
     from podferry.cli.page import page
 

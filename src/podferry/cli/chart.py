@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from podferry.cli import story, timeline, units
+from podferry.cli import explanation, timeline, units
 from podferry.cli.record import Record, Span
 from podferry.cli.terminal import words
 from podferry.cli.timeline import Window
@@ -30,7 +30,7 @@ STYLE = {
 def summary(record: Record) -> RenderableType:
     """Headline, timeline and numbers: what `migrate` ends with."""
     style = STYLE[record.outcome] if record.outcome else "bold cyan"
-    parts: list[RenderableType] = [words(story.headline(record), style)]
+    parts: list[RenderableType] = [words(explanation.headline(record), style)]
     if record.reason and record.outcome is not Outcome.COMPLETED:
         parts.append(words(f"  {record.reason}"))
     if record.spans:
@@ -41,11 +41,11 @@ def summary(record: Record) -> RenderableType:
     return Group(*parts)
 
 
-def explanation(record: Record) -> RenderableType:
-    """The whole story: what `explain` prints."""
+def explained(record: Record) -> RenderableType:
+    """All of it: what `explain` prints."""
     style = STYLE[record.outcome] if record.outcome else "bold cyan"
-    parts: list[RenderableType] = [words(story.headline(record), style)]
-    for paragraph in story.paragraphs(record):
+    parts: list[RenderableType] = [words(explanation.headline(record), style)]
+    for paragraph in explanation.paragraphs(record):
         parts += [Text(), words(paragraph)]
     if record.spans:
         parts += [Text(), timeline_of(record)]

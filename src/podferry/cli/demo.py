@@ -42,7 +42,7 @@ BUNDLES = Path("run/containerd/io.containerd.runtime.v2.task") / containers.NAME
 def demo(
     *,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the move's story as a page, as `podferry explain` does.")
+        Path | None, typer.Option(metavar="FILE", help="Write the move's record as a page, as `podferry explain` does.")
     ] = None,
     mode: Annotated[Mode, typer.Option(help="How it moves, as for `podferry migrate`.")] = Mode.LIVE,
     steps_: Annotated[
@@ -78,7 +78,7 @@ def demo(
             f"lab {name} is up already", why="the demo takes its lab down", remedy=f"podferry lab down --lab {name}"
         )
     what = "Kubernetes, kubelets, " if kubernetes else ""
-    say(
+    announce(
         f"1. A lab of two nodes on this machine: {what}namespaces, containerd, runc, CRIU, a network file system, a 1 gbit "
         f"link. {_first()}"
     )
@@ -93,9 +93,9 @@ def demo(
             _act(lab, mode, steps_, memory, html)
     finally:
         if keep:
-            say(f"\nThe lab stays: podferry --lab {name} ps; podferry lab down --lab {name} removes it.")
+            announce(f"\nThe lab stays: podferry --lab {name} ps; podferry lab down --lab {name} removes it.")
         else:
-            say("\nThe lab goes; nothing is left behind but a cache of its images.")
+            announce("\nThe lab goes; nothing is left behind but a cache of its images.")
             with steps() as progress:
                 lab.down(progress)
     stderr().print(words(f"The demo took {units.duration((time.monotonic() - began) * 1000)}.", "dim"))
@@ -110,7 +110,7 @@ def _first() -> str:
 
 
 def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> None:
-    say(
+    announce(
         f"2. A job on {SOURCE} that rewrites {memory} MiB of memory all the time; each value depends on the ones before. "
         f"The same job on {TARGET}, to compare with: it stays where it is."
     )
@@ -121,7 +121,7 @@ def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> No
     output = ContainerOutput(lab, MOVED)
     with output.shown(_print_line):
         output.wait_for(f"step {MOVE_AT} ")
-    say(f"3. {WAYS[mode].format(TARGET)}")
+    announce(f"3. {WAYS[mode].format(TARGET)}")
     record = _move(lab, output, mode)
     stdout().print(chart.summary(record))
     if html is not None:
@@ -132,10 +132,10 @@ def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> No
             record.error or Failed(record.reason),
             remedy="podferry lab demo --keep leaves everything as it is, for a look",
         )
-    say(f"4. {TARGET} takes up the job where {SOURCE} left it.")
+    announce(f"4. {TARGET} takes up the job where {SOURCE} left it.")
     with output.shown(_print_line):
         output.wait_for(job.FINAL)
-    say("5. Both jobs are done. Is the result the same?")
+    announce("5. Both jobs are done. Is the result the same?")
     twin = ContainerOutput(lab, TWIN)
     twin.wait_for(job.FINAL)
     compare(_facts(lab, TARGET, MOVED, output), _facts(lab, TARGET, TWIN, twin))
@@ -246,11 +246,11 @@ def _write_page(record: Record, path: Path) -> None:
         path.write_text(page(record), encoding="utf-8")
     except OSError as unwritable:
         raise UsageError(f"cannot write {path}", why=unwritable.strerror or str(unwritable)) from unwritable
-    say(f"The move as a page: {path}")
+    announce(f"The move as a page: {path}")
 
 
-def say(text: str) -> None:
-    """One step of the story."""
+def announce(text: str) -> None:
+    """One step of the demo."""
     stderr().print(words(text, "bold"))
 
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from podferry.cli import job
-from podferry.cli.demo import CANDIDATES, EVERY, MEBIBYTES, MOVE_AT, SOURCE, TARGET, compare, say
+from podferry.cli.demo import CANDIDATES, EVERY, MEBIBYTES, MOVE_AT, SOURCE, TARGET, announce, compare
 from podferry.cli.terminal import stderr, stdout, words
 from podferry.errors import Failed, TimedOut
 from podferry.lab import Lab
@@ -19,7 +19,7 @@ from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.node.process import CLEAN_ENVIRONMENT, Child, spawn
 
 MOVED, TWIN = "job", "twin"
-LOOK_EVERY = 0.5  # seconds
+POLL_INTERVAL = 0.5  # seconds
 PATIENCE = 600.0  # seconds
 LEDGER = "ledger"
 # What it wrote to its file must have come along too.
@@ -31,7 +31,7 @@ Json = dict[str, Any]
 def act(lab: Lab, count: int) -> None:
     """The demo in a lab that is up. Raises `Failed` where the job that moved is not as good as the one that stayed."""
     kubectl = lab.kubectl()
-    say(
+    announce(
         f"2. A Job on {SOURCE} that rewrites {MEBIBYTES} MiB of memory all the time; each value depends on the ones before. "
         f"The same Job on {TARGET}, to compare with: it stays where it is."
     )
@@ -39,17 +39,17 @@ def act(lab: Lab, count: int) -> None:
         kubectl.run("apply", "-f", "-", input=json.dumps(manifest(name, node, count)))
     first = _pod_of(kubectl, MOVED)
     _wait_for(kubectl, MOVED, f"step {MOVE_AT} ")
-    say(f"3. Its pod moves to {TARGET} while it computes: kubectl podferry migrate {first} --to {TARGET}")
+    announce(f"3. Its pod moves to {TARGET} while it computes: kubectl podferry migrate {first} --to {TARGET}")
     _show(kubectl, "podferry", "migrate", first, "--to", TARGET)
-    say(f"4. {TARGET} takes up the Job where {SOURCE} left it.")
+    announce(f"4. {TARGET} takes up the Job where {SOURCE} left it.")
     _wait_for(kubectl, MOVED, LEDGER)
     kubectl.run("wait", "--for=condition=Complete", f"job/{MOVED}", f"--timeout={PATIENCE:.0f}s")
-    say("5. What Kubernetes says of it:")
+    announce("5. What Kubernetes says of it:")
     _show(kubectl, "get", "job", MOVED)
     _show(kubectl, "get", "pods", "-l", f"batch.kubernetes.io/job-name={MOVED}", "-o", "wide")
     _show(kubectl, "get", "migrations")
     _check(kubectl, first)
-    say("6. Both Jobs are done. Is the result the same?")
+    announce("6. Both Jobs are done. Is the result the same?")
     _wait_for(kubectl, TWIN, LEDGER)
     compare(_facts(kubectl, MOVED), _facts(kubectl, TWIN))
 
@@ -101,7 +101,7 @@ def _pod_of(kubectl: Kubectl, name: str) -> str:
     while not (pods := _pods(kubectl, name)):
         if time.monotonic() > deadline:
             raise TimedOut(f"the Job {name} has no pod")
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_INTERVAL)
     alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]] or pods
     return str(alive[0]["metadata"]["name"])
 
@@ -122,7 +122,7 @@ def _wait_for(kubectl: Kubectl, name: str, start: str) -> None:
             return
         if _failed(kubectl, name) or time.monotonic() > deadline:
             raise Failed(f"the Job {name} does not get on", evidence=lines[-3:])
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_INTERVAL)
 
 
 def _failed(kubectl: Kubectl, name: str) -> bool:

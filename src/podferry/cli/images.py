@@ -40,7 +40,7 @@ def show(
 
     [bold]podferry images show --lab default[/]
     """
-    from podferry.images import images_report
+    from podferry.snapshotter import images_report
 
     report = images_report(_where(share, lab))
     if json:
@@ -77,8 +77,8 @@ def check(
 
     Example: [bold]podferry images check --share /share/images[/]
     """
-    from podferry.images import check_layers, open_share
-    from podferry.images.faults import LayerDamaged
+    from podferry.snapshotter import check_layers, open_share
+    from podferry.snapshotter.faults import LayerDamaged
 
     checked = damaged = 0
     for layer in check_layers(open_share(_where(share, lab), create=False)):
@@ -124,7 +124,7 @@ def init(
 
     Example: [bold]podferry images init --share /share/images[/]
     """
-    from podferry.images import initialise, open_share
+    from podferry.snapshotter import initialise, open_share
 
     if local:
         initialise(share)
@@ -140,8 +140,8 @@ def forget(
 
     Example: [bold]podferry images forget node-c --share /share/images[/]
     """
-    from podferry.images import forget as forget_node
-    from podferry.images import open_share
+    from podferry.snapshotter import forget as forget_node
+    from podferry.snapshotter import open_share
 
     count = forget_node(open_share(share, create=False), node)
     stderr().print(words(f"{node} is forgotten" if count else f"{node} used nothing", "" if count else "yellow"))

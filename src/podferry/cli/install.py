@@ -23,7 +23,7 @@ def install(json: Json = False) -> None:
     alone, and containerd is started again only if its settings changed. Containers run on meanwhile.
     """
     _require_root("install")
-    _done(installer.install(_tell), json=json)
+    _done(installer.install(_report), json=json)
 
 
 def uninstall(
@@ -39,7 +39,7 @@ def uninstall(
     is refused, or waits. A file that somebody else has changed since is left alone, and said so.
     """
     _require_root("uninstall")
-    _done(installer.uninstall(_tell, force=force, wait=wait), json=json)
+    _done(installer.uninstall(_report, force=force, wait=wait), json=json)
 
 
 def _done(done: Installed, *, json: bool) -> None:
@@ -47,7 +47,7 @@ def _done(done: Installed, *, json: bool) -> None:
         print_json(asdict(done))
 
 
-def _tell(step: str) -> None:
+def _report(step: str) -> None:
     stderr().print(words(step))
 
 

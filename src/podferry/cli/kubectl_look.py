@@ -76,15 +76,15 @@ def explain(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Tell the story of one migration: its conditions and events in order, how it ended and what to do about it.
+    """Explain one migration: its conditions and events in order, how it ended and what to do about it.
 
     Example: [bold]kubectl podferry explain move-train-x7k2p-4f2a[/]
     """
-    found, events = do(partial(moves.story, ClusterOptions(namespace, context, kubeconfig), migration))
+    found, events = do(partial(moves.explanation, ClusterOptions(namespace, context, kubeconfig), migration))
     if json:
         print_json({"migration": found.to_json(), "events": events})
     else:
-        tables.print_story(found, events)
+        tables.print_explanation(found, events)
 
 
 def report(
@@ -99,7 +99,7 @@ def report(
 ) -> None:
     """Write what a bug report about one migration needs into a file: the Migration, its events, its pods and nodes.
 
-    Values of the environment, commands, arguments and annotations of the pods are left out. Look through it before you send it.
+    Values of the environment, commands, arguments and annotations of the pods are left out. Scan through it before you send it.
 
     Example: [bold]kubectl podferry report move-train-x7k2p-4f2a[/]
     """

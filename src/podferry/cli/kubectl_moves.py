@@ -137,7 +137,7 @@ async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], A
         return find_obstacles(pod, await Surveyor(api).around(pod)) + ([no] if no is not None else []), policy
 
 
-async def story(where: ClusterOptions, name: str) -> tuple[Migration, list[Json]]:
+async def explanation(where: ClusterOptions, name: str) -> tuple[Migration, list[Json]]:
     """A migration and the events about it and its pods, the oldest first."""
     async with where.open() as (api, namespace):
         found = await _get(api, namespace, name)

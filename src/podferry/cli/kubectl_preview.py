@@ -8,7 +8,7 @@ from rich.table import Table
 
 from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.terminal import stderr, stdout, words
-from podferry.controller import drains, eligibility, placement, troubles
+from podferry.controller import drains, eligibility, failures, placement
 from podferry.controller.measuring import expected as expected_of
 from podferry.controller.measuring import measured
 from podferry.controller.policies import Policies, forbids
@@ -91,7 +91,7 @@ async def _other_nodes(api: Api, node: str) -> dict[str, dict[str, str]] | None:
         nodes, _ = await api.list(NODES)
     except Forbidden:
         return None
-    fit = [one for one in nodes if troubles.ready(one) and not (one.get("spec") or {}).get("unschedulable")]
+    fit = [one for one in nodes if failures.ready(one) and not (one.get("spec") or {}).get("unschedulable")]
     return {
         one["metadata"]["name"]: one["metadata"].get("labels") or {} for one in fit if one["metadata"]["name"] != node
     }

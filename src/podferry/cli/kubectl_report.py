@@ -28,13 +28,13 @@ COMMANDS = frozenset({"command", "args"})
 MORE = """What this does not hold, and what helps where it may be told:
   kubectl -n podferry-system logs deployment/podferry-controller | grep {name}
   kubectl -n podferry-system logs daemonset/podferry-agent -c agent, of the agents on {source} and {target}
-Look through the files before you send them: names of pods, nodes and namespaces are in them as they are.
+Scan through the files before you send them: names of pods, nodes and namespaces are in them as they are.
 """
 
 
 async def collect(where: ClusterOptions, name: str) -> dict[str, str]:
     """The files of the report, by name."""
-    found, events = await moves.story(where, name)
+    found, events = await moves.explanation(where, name)
     status = found.status
     async with where.open() as (api, namespace):
         pods = {

@@ -94,7 +94,7 @@ def print_end(migration: Migration) -> None:
         console.print(words(f"  {status.message}"))
 
 
-def print_story(migration: Migration, events: list[Json]) -> None:
+def print_explanation(migration: Migration, events: list[Json]) -> None:
     """Conditions and events in the order of time, then the end."""
     lines: list[tuple[str, str, str]] = [
         (one.last_transition_time, f"{one.type}={one.status}", f"{one.reason} {one.message}".strip())

@@ -8,7 +8,7 @@ from importlib.resources import files
 from xml.etree.ElementTree import Element
 
 from podferry import __version__
-from podferry.cli import story, timeline, units
+from podferry.cli import explanation, timeline, units
 from podferry.cli.markup import Child, el, render
 from podferry.cli.pictures import rounds_picture, timeline_picture
 from podferry.cli.record import Record
@@ -36,7 +36,7 @@ def page(record: Record) -> str:
             _header(record),
             _figures(record),
             _error(record),
-            el("section", *[el("p", text) for text in story.paragraphs(record)], class_="story"),
+            el("section", *[el("p", text) for text in explanation.paragraphs(record)], class_="explanation"),
             _timeline(record),
             _rounds(record),
             _phases(record),
@@ -56,7 +56,7 @@ def _header(record: Record) -> Element:
     return el(
         "header",
         el("span", badge, class_=f"badge {kind}"),
-        el("h1", *_unbroken(story.headline(record))),
+        el("h1", *_unbroken(explanation.headline(record))),
         el("p", " · ".join(facts), class_="sub"),
     )
 

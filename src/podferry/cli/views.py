@@ -120,12 +120,12 @@ class LiveView:
     def _close(self, now_ms: float) -> None:
         if self._phase is not None:
             name, since = self._phase
-            self._console.print(words(f"✓ {name:<12} {units.duration(now_ms - since)}", "green"))
+            self._console.print(words(f"✓ {name:<14} {units.duration(now_ms - since)}", "green"))
 
 
 def worth_saying(event: Event) -> bool:
     """Whether the event's note is news: the rounds that bridge the wait for the target are many and all alike."""
-    return bool(event.note) and not (event.phase == SourcePhase.POISE and event.note.startswith(ROUND))
+    return bool(event.note) and not (event.phase == SourcePhase.PREPARE_TARGET and event.note.startswith(ROUND))
 
 
 def facts(event: Event) -> str:
@@ -148,7 +148,7 @@ def facts(event: Event) -> str:
 
 def line(event: Event) -> str:
     """An event as one line of a log."""
-    return f"{event.t_ms / 1000:9.3f} s  {event.phase:<12} {event.note or facts(event)}".rstrip()
+    return f"{event.t_ms / 1000:9.3f} s  {event.phase:<14} {event.note or facts(event)}".rstrip()
 
 
 def choose(json: bool) -> EventView:

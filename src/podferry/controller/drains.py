@@ -11,11 +11,11 @@ from typing import Any
 
 import structlog
 
-from podferry.controller import eligibility, pods, troubles
-from podferry.controller.books import clock
+from podferry.controller import eligibility, failures, pods
 from podferry.controller.eligibility import PodUnfit
 from podferry.controller.measuring import expected, measured_moves, work_of
 from podferry.controller.policies import AppliedPolicy, Policies, settle
+from podferry.controller.status_writer import clock
 from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, DrainPhase, DrainPlan, PodState, plan
 from podferry.core.estimate import together
@@ -28,7 +28,7 @@ from podferry.kube.events import Events
 from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, MigrationSpec, duration, timestamp
 from podferry.kube.policy import PodWish
 
-LOOK_AGAIN = 3.0
+POLL_AGAIN = 3.0
 SHORTENED = 200
 """Characters of a pod's name that are part of its Migration's."""
 STAYING_OWNERS = frozenset({"DaemonSet", "Node"})
@@ -93,7 +93,7 @@ class Drains:
         here = await self._pods(drain.name)
         found = await self._judge(drain, here, migrations)
         spec = drain.spec
-        left = None if spec.deadline is None else -troubles.age(spec.deadline, clock())
+        left = None if spec.deadline is None else -failures.age(spec.deadline, clock())
         what = plan(found, parallel=spec.parallel, evict_others=spec.evict_others, stopped=spec.stop, left=left)
         late = {one.uid for one in drain.status.pods if one.may_be_late}
         _tell(drain, here, migrations, what)
@@ -108,7 +108,7 @@ class Drains:
         if drain.ended:
             await self._announce(drain)
             return None
-        return LOOK_AGAIN
+        return POLL_AGAIN
 
     async def _cordon(self, drain: NodeDrain, node: Json) -> None:
         if not node["spec"].get("unschedulable"):
@@ -116,7 +116,7 @@ class Drains:
             cordon = {"metadata": about, "spec": {"unschedulable": True}}
             await self._api.patch(NODES, drain.name, cordon, uid=node["metadata"]["uid"])
             self._log.info("cordoned", node=drain.name)
-        drain.status.say("Cordoned", True, "Unschedulable", f"kubectl uncordon {drain.name} undoes it")
+        drain.status.set_condition("Cordoned", True, "Unschedulable", f"kubectl uncordon {drain.name} undoes it")
 
     async def _pods(self, node: str) -> dict[str, Json]:
         """The pods that have to leave the node, by uid."""
@@ -189,7 +189,7 @@ class Drains:
         when = f"{drain.name} goes away at {drain.spec.deadline}"
         words = f"{when}, and other pods save more until then: the move of this one may be too late"
         with contextlib.suppress(PodferryError):
-            await self._events.say(pods.reference(pod), "MayBeTooLate", words, warning=True)
+            await self._events.publish(pods.reference(pod), "MayBeTooLate", words, warning=True)
 
     async def _evict(self, drain: NodeDrain, pod: Json) -> None:
         about = pod["metadata"]
@@ -201,19 +201,21 @@ class Drains:
         except ApiFailed as refused:  # a PodDisruptionBudget, most often: it is asked again
             listed.message = f"{listed.message}; the eviction was refused: {refused.why}"
         else:
-            await self._events.say(pods.reference(pod), "EvictedByDrain", f"{drain.name} is drained: {listed.message}")
+            await self._events.publish(
+                pods.reference(pod), "EvictedByDrain", f"{drain.name} is drained: {listed.message}"
+            )
 
     async def _node_gone(self, drain: NodeDrain) -> None:
         drain.status.phase, drain.status.summary = DrainPhase.INCOMPLETE, f"there is no node {drain.name}"
         drain.status.completion_time = timestamp()
-        drain.status.say("Completed", False, "NodeNotFound", drain.status.summary)
+        drain.status.set_condition("Completed", False, "NodeNotFound", drain.status.summary)
         await self._api.replace(NODE_DRAINS, drain.to_json(), "status")
 
     async def _announce(self, drain: NodeDrain) -> None:
         done = drain.status.phase is DrainPhase.COMPLETED
         reason = "NodeDrained" if done else "NodeDrainIncomplete"
         with contextlib.suppress(PodferryError):
-            await self._events.say(drain.to_json(), reason, drain.status.summary, warning=not done)
+            await self._events.publish(drain.to_json(), reason, drain.status.summary, warning=not done)
         self._log.info("drain ended", node=drain.name, phase=str(drain.status.phase), summary=drain.status.summary)
 
 
@@ -291,7 +293,7 @@ def _tell(drain: NodeDrain, here: dict[str, Json], migrations: list[Migration], 
     if drain.ended:
         completed = status.phase is DrainPhase.COMPLETED
         status.completion_time = timestamp()
-        status.say("Completed", completed, "NodeEmpty" if completed else "PodsLeft", status.summary)
+        status.set_condition("Completed", completed, "NodeEmpty" if completed else "PodsLeft", status.summary)
 
 
 def _far(migration: Migration) -> str:
@@ -306,7 +308,7 @@ def _seconds(here: dict[str, Json], migrations: list[Migration]) -> dict[str, fl
     for uid, pod in here.items():
         whole = expected(pod, earlier)
         begun = [m.status.start_time for m in _of(uid, migrations) if not m.ended and m.status.start_time]
-        passed = sum(troubles.age(since, clock()) for since in begun[:1])
+        passed = sum(failures.age(since, clock()) for since in begun[:1])
         found[uid] = None if whole is None else max(0.0, whole.seconds - passed)
     return found
 

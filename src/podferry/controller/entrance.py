@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from podferry.controller import eligibility, pods, troubles
-from podferry.controller.books import Books
+from podferry.controller import eligibility, failures, pods
 from podferry.controller.eligibility import PodUnfit
 from podferry.controller.policies import Policies, group, known, settle
+from podferry.controller.status_writer import StatusWriter
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
 from podferry.controller.whereabouts import address_of
@@ -23,23 +23,23 @@ from podferry.model import Outcome
 
 E, P = MigrationEvent, MigrationPhase
 
-QUEUE_LOOK_AGAIN = 60.0
+QUEUE_POLL_AGAIN = 60.0
 
 
 class Entrance:
     """Lets Migrations begin, or says why not."""
 
-    def __init__(self, api: Api, books: Books, survey: Surveyor, turns: Turns) -> None:
-        self._api, self._books, self._survey, self._turns = api, books, survey, turns
+    def __init__(self, api: Api, writer: StatusWriter, survey: Surveyor, turns: Turns) -> None:
+        self._api, self._writer, self._survey, self._turns = api, writer, survey, turns
         self._policies = Policies(api)
 
     async def step(self, migration: Migration) -> float | None:
         """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
-        if not await self._books.hold_on(migration):
+        if not await self._writer.hold_on(migration):
             return 0.0
-        if cancelled := troubles.of_cancel(migration):
+        if cancelled := failures.of_cancel(migration):
             self._turns.leave(migration.uid)
-            await self._books.fire(migration, E.WITHDRAWN, ending=cancelled)
+            await self._writer.fire(migration, E.WITHDRAWN, ending=cancelled)
             return 0.0
         source = await self._named_pod(migration)
         if isinstance(source, PodUnfit):
@@ -65,7 +65,7 @@ class Entrance:
 
     async def _take_up(self, migration: Migration, source: Json, settings: MoveSettings) -> float:
         """It is its turn: the pod is marked as on its way, and a node is looked for."""
-        if not troubles.claims(source, migration):
+        if not failures.claims(source, migration):
             claim, uid = pods.claim(source, migration), source["metadata"]["uid"]
             try:
                 source = await self._api.patch(PODS, migration.spec.pod_name, claim, migration.namespace, uid=uid)
@@ -82,14 +82,14 @@ class Entrance:
             now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
             now.status.settings = settings
             now.status.start_time = timestamp()
-            now.status.say(ELIGIBLE, True, "NothingInTheWay")
+            now.status.set_condition(ELIGIBLE, True, "NothingInTheWay")
             if now.status.condition(QUEUED) is not None:
-                now.status.say(QUEUED, False, "ItsTurn")
+                now.status.set_condition(QUEUED, False, "ItsTurn")
 
-        await self._books.fire(migration, E.CLAIMED, taken_up, message="looking for a node")
+        await self._writer.fire(migration, E.CLAIMED, taken_up, message="looking for a node")
         asked = f", as {migration.spec.requested_by} asked for" if migration.spec.requested_by else ""
         words = f"Migration {migration.name} looks for another node{asked}"
-        await self._books.tell_of_pod(source, "MigrationStarted", words)
+        await self._writer.publish_pod_event(source, "MigrationStarted", words)
         return 0.0
 
     async def _wait(self, migration: Migration, waits: Wait) -> float:
@@ -98,12 +98,12 @@ class Entrance:
         if said is None or said.reason != waits.reason:
 
             def queued(now: Migration) -> bool:
-                now.status.say(QUEUED, True, waits.reason, waits.message)
+                now.status.set_condition(QUEUED, True, waits.reason, waits.message)
                 now.status.message = f"waits for its turn: {waits.message}"
                 return now.status.phase is P.PENDING
 
             await store.change(self._api, migration, queued)
-        return QUEUE_LOOK_AGAIN
+        return QUEUE_POLL_AGAIN
 
     async def _named_pod(self, migration: Migration) -> Json | PodUnfit:
         """The pod that the Migration names; or what is wrong with the names in it."""
@@ -121,12 +121,12 @@ class Entrance:
         self._turns.leave(migration.uid)
         words = "; ".join(str(one) for one in why)
         remedy = "; ".join(one.remedy for one in why if one.remedy)
-        end = troubles.ending(Outcome.REFUSED, reason, words, remedy=remedy, code=why[0].code)
+        end = failures.ending(Outcome.REFUSED, reason, words, remedy=remedy, code=why[0].code)
         message = f"{words}. What to do: {remedy}" if remedy else words
 
         def refused(now: Migration) -> None:
             now.status.settings = settings or now.status.settings
-            now.status.say(ELIGIBLE, False, reason, message)
+            now.status.set_condition(ELIGIBLE, False, reason, message)
 
-        await self._books.fire(migration, E.REFUSAL, refused, ending=end)
+        await self._writer.fire(migration, E.REFUSAL, refused, ending=end)
         return 0.0

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from podferry.controller import eligibility, pods, troubles
+from podferry.controller import eligibility, failures, pods
 from podferry.controller.eligibility import PodUnfit
 from podferry.controller.metrics import ControllerMetrics
 from podferry.controller.policies import AppliedPolicy, Policies, settle
@@ -147,7 +147,7 @@ def _is_about(migration: Migration, uid: str, claimed: str) -> bool:
 
 def _of_move(migration: Migration, pod: Json, now: datetime.datetime, limit: str) -> Answer:
     status, about = migration.status, pod["metadata"]
-    late = troubles.age(str(migration.metadata["creationTimestamp"]), now) > seconds(limit)
+    late = failures.age(str(migration.metadata["creationTimestamp"]), now) > seconds(limit)
     # Once the job runs on the target, its source pod must not go before its owner has the new one.
     if late and status.phase in (MigrationPhase.PENDING, MigrationPhase.SCHEDULING, MigrationPhase.RUNNING):
         return Answer(True, f"{about['name']} is evicted, since its move has not ended within {limit}")

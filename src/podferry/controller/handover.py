@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 
-from podferry.controller import eligibility, pods, troubles
+from podferry.controller import eligibility, failures, pods
 from podferry.kube.client import PODS, Api, Json
 from podferry.kube.errors import Conflict, Forbidden, ObjectNotFound
 from podferry.kube.migration import RESUMED, Ending, Migration, timestamp
@@ -37,18 +37,18 @@ class HandOver:
         """`readiness`: seconds for the target to be called ready; `release`: for an owner to let the source go."""
         self._api, self._readiness, self._release = api, readiness, release
 
-    def trouble(self, migration: Migration, source: Json | None, target: Json | None) -> Ending | None:
+    def failure(self, migration: Migration, source: Json | None, target: Json | None) -> Ending | None:
         """Somebody wanted the pod gone, or the target is gone, before the owner had it."""
         if target is None or "deletionTimestamp" in target["metadata"]:
-            return troubles.ending(
-                Outcome.FAILED, troubles.TARGET_POD_GONE, "the target pod was deleted: the job went with it"
+            return failures.ending(
+                Outcome.FAILED, failures.TARGET_POD_GONE, "the target pod was deleted: the job went with it"
             )
         if pods.took_place(target, migration):
             return None
         if source is None or "deletionTimestamp" in source["metadata"]:
-            return troubles.ending(
+            return failures.ending(
                 Outcome.FAILED,
-                troubles.POD_DELETED,
+                failures.POD_DELETED,
                 "the pod was deleted while it moved: its owner's wish goes before the move",
             )
         return None
@@ -89,7 +89,7 @@ class HandOver:
             await self._patch(source, pods.leave_place(source))
         elif asked is None:
             await self._patch(source, pods.step_aside(source, timestamp()))
-        elif troubles.age(asked, datetime.datetime.now(datetime.UTC)) > self._release:
+        elif failures.age(asked, datetime.datetime.now(datetime.UTC)) > self._release:
             await self._patch(source, pods.leave_place(source))
         else:
             return SOON
@@ -97,11 +97,11 @@ class HandOver:
 
     def _wait(self, migration: Migration, target: Json) -> bool:
         """An owner ranks a pod that is not ready behind one that is; so the target may take a while to be called ready."""
-        if troubles.pod_ready(target):
+        if failures.pod_ready(target):
             return False
         since = migration.status.condition(RESUMED)
         now = datetime.datetime.now(datetime.UTC)
-        return since is not None and troubles.age(since.last_transition_time, now) < self._readiness
+        return since is not None and failures.age(since.last_transition_time, now) < self._readiness
 
     async def _mark(self, source: Json) -> Json:
         """The source ranks last from now on."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from podferry.controller import eligibility, troubles
+from podferry.controller import eligibility, failures
 from podferry.core.estimate import Estimate, MeasuredMove, estimate
 from podferry.core.migration import MigrationPhase
 from podferry.kube.migration import Migration, MigrationUnreadable, quantity, seconds
@@ -37,7 +37,7 @@ def measured_moves(migrations: Iterable[Migration]) -> list[MeasuredMove]:
         with contextlib.suppress(ValueError):
             if status.progress and status.start_time and status.completion_time:
                 end = datetime.datetime.fromisoformat(status.completion_time)
-                took = troubles.age(status.start_time, end)
+                took = failures.age(status.start_time, end)
                 found.append(MeasuredMove(status.progress.bytes, took, seconds(status.downtime or "0s")))
     return found
 
@@ -62,7 +62,7 @@ def work_of(pod: Json, now: datetime.datetime) -> float:
     if not started:
         return 0.0
     asked = [((one.get("resources") or {}).get("requests") or {}).get("cpu") for one in eligibility.containers(pod)]
-    return max(0.0, troubles.age(str(started), now)) * sum(_processors(one) for one in asked)
+    return max(0.0, failures.age(str(started), now)) * sum(_processors(one) for one in asked)
 
 
 def _processors(asked: object) -> float:

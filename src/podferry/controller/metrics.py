@@ -7,7 +7,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from podferry.controller import troubles
+from podferry.controller import failures
 from podferry.controller.movability import Movability, OptedIn
 from podferry.controller.turns import Turns
 from podferry.kube.migration import Migration, seconds
@@ -76,7 +76,7 @@ class ControllerMetrics:
             self._downtime.observe(seconds(status.downtime))
         if status.start_time and status.completion_time:
             over = datetime.datetime.fromisoformat(status.completion_time)
-            self._duration.observe(troubles.age(status.start_time, over))
+            self._duration.observe(failures.age(status.start_time, over))
 
     def evicted(self, *, allowed: bool) -> None:
         """An eviction was answered."""

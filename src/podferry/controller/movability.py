@@ -41,7 +41,7 @@ class OptedIn(StrEnum):
 
 
 class Movability:
-    """Looks at every pod of the cluster, some hundred at a time, and says of those that opted in whether they can move."""
+    """Scans at every pod of the cluster, some hundred at a time, and says of those that opted in whether they can move."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -66,7 +66,7 @@ class Movability:
             await anyio.sleep(every)
 
     async def sweep(self) -> None:
-        """Look at all of them once."""
+        """Scan at all of them once."""
         found, seen = Counter[OptedIn](), set[str]()
         async for page, _ in self._api.pages(PODS):
             view = DrainView(self._api)
@@ -146,7 +146,7 @@ class Movability:
         else:
             why = "it was made before the label was set, or deploy/opt-in is not installed; its next start can opt in"
         words = f"it asks to be moved by {OPT_IN} and runs without podferry's RuntimeClass: {why}"
-        await self._events.say(pods.reference(pod), "NotOptedIn", words, warning=True)
+        await self._events.publish(pods.reference(pod), "NotOptedIn", words, warning=True)
 
 
 PASSING = frozenset({"RuntimeClassMissing", "PodNotRunning", "ContainerNotRunning", "InitContainerRunning"})

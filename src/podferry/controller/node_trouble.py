@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from podferry.controller.books import clock
+from podferry.controller.status_writer import clock
 from podferry.errors import PodferryError, UsageError
 from podferry.kube.cache import Cache
 from podferry.kube.client import NODE_DRAINS, NODES, Json
@@ -132,41 +132,41 @@ class NodeTroubles:
         """Do what comes next for the node of this name. Returns in how many seconds to look again, or None to wait for a change."""
         node = self._api.store(NODES).get("", name)
         known = self._api.store(NODE_DRAINS).get("", name)
-        trouble = trouble_of(node, self._triggers, clock()) if node is not None else None
+        failure = trouble_of(node, self._triggers, clock()) if node is not None else None
         drain = NodeDrain.from_json(known) if known is not None else None
         try:
-            if node is None or trouble is None:
+            if node is None or failure is None:
                 await self._over(drain)
             elif drain is None:
-                await self._begin(node, trouble)
-            elif drain.about != trouble.identity and drain.ended:
+                await self._begin(node, failure)
+            elif drain.about != failure.identity and drain.ended:
                 await self._api.delete(NODE_DRAINS, name, uid=drain.uid)
                 return AGAIN
-            elif drain.about != trouble.identity:
-                await self._hurry(drain, trouble)
+            elif drain.about != failure.identity:
+                await self._hurry(drain, failure)
         except (Conflict, ObjectNotFound, ObjectAlreadyExists):
             return AGAIN  # somebody was faster: the watch has to bring it
         return None
 
-    async def _begin(self, node: Json, trouble: GoingAway) -> None:
+    async def _begin(self, node: Json, failure: GoingAway) -> None:
         about = node["metadata"]
-        spec = {"deadline": _text(trouble.deadline), "cause": trouble.identity}
-        annotations = {TROUBLE_ANNOTATION: trouble.identity}
+        spec = {"deadline": _text(failure.deadline), "cause": failure.identity}
+        annotations = {TROUBLE_ANNOTATION: failure.identity}
         await self._api.create(
             NODE_DRAINS, {"metadata": {"name": about["name"], "annotations": annotations}, "spec": spec}
         )
-        self._log.warning("a node goes away", node=about["name"], because=trouble.identity, deadline=spec["deadline"])
+        self._log.warning("a node goes away", node=about["name"], because=failure.identity, deadline=spec["deadline"])
         subject = {"apiVersion": NODES.api, "kind": NODES.kind, "metadata": about}
-        words = f"{trouble.identity}: its pods are moved until {spec['deadline']}"
+        words = f"{failure.identity}: its pods are moved until {spec['deadline']}"
         with contextlib.suppress(PodferryError):
-            await self._events.say(subject, "DrainBegins", words, warning=True)
+            await self._events.publish(subject, "DrainBegins", words, warning=True)
 
-    async def _hurry(self, drain: NodeDrain, trouble: GoingAway) -> None:
+    async def _hurry(self, drain: NodeDrain, failure: GoingAway) -> None:
         """Somebody drains the node already: now there is a deadline, or a sooner one. Whether it was stopped is left as it is."""
-        sooner = [trouble.deadline, *([_time(drain.spec.deadline)] if drain.spec.deadline else [])]
+        sooner = [failure.deadline, *([_time(drain.spec.deadline)] if drain.spec.deadline else [])]
         deadline = min(one for one in sooner if one is not None)
         patch = {
-            "metadata": {"annotations": {TROUBLE_ANNOTATION: trouble.identity}},
+            "metadata": {"annotations": {TROUBLE_ANNOTATION: failure.identity}},
             "spec": {"deadline": _text(deadline)},
         }
         await self._api.patch(NODE_DRAINS, drain.name, patch, uid=drain.uid)

@@ -39,7 +39,7 @@ FILLED_IN = ("nodeName", "priority", "overhead", "ephemeralContainers", "schedul
 OF_LIVENESS = frozenset({"initialDelaySeconds", "periodSeconds", "failureThreshold", "successThreshold"})
 LONGEST_FETCH = 86400
 """Seconds that a job may take to answer after its resume in post-copy."""
-NOBODYS_SECURITY: Json = {
+UNOWNED_SECURITY: Json = {
     "allowPrivilegeEscalation": False,
     "runAsNonRoot": True,
     "runAsUser": 65534,
@@ -126,7 +126,7 @@ def placeholder_pod(source: Json, migration: Migration, image: str) -> Json:
                 "imagePullPolicy": "IfNotPresent",
                 "command": ["sleep", "infinity"],
                 "resources": copy.deepcopy(one.get("resources") or {}),
-                "securityContext": NOBODYS_SECURITY,
+                "securityContext": UNOWNED_SECURITY,
             }
             for one in [*resident, *wanted["containers"]]
         ],

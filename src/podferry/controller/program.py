@@ -297,7 +297,7 @@ async def _work(
     # The lease has a client of its own: what waits for a connection to work with must not keep it from being renewed.
     async with Api.open(kubeconfig) as api, Api.open(kubeconfig) as leases, anyio.create_task_group() as tasks:
 
-        async def until_told() -> None:
+        async def until_signalled() -> None:
             nonlocal lost
             with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for _ in signals:
@@ -305,7 +305,7 @@ async def _work(
                     tasks.cancel_scope.cancel()
                     return
 
-        tasks.start_soon(until_told)
+        tasks.start_soon(until_signalled)
         account = f"system:serviceaccount:{namespace}:{ACCOUNT}"
         tasks.start_soon(answer_evictions, api, namespace, Evictions(api, account, metrics).review)
         identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from podferry.controller import pods, troubles
-from podferry.controller.books import Books, clock
+from podferry.controller import failures, pods
 from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
 from podferry.controller.node_trouble import TRIGGERS, Trigger
+from podferry.controller.status_writer import StatusWriter, clock
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
 from podferry.controller.whereabouts import address_of, kept_up
@@ -25,7 +25,6 @@ from podferry.kube.client import NODES, PODS, Api, Json
 from podferry.kube.errors import ApiFailed, Conflict, ObjectAlreadyExists, transient
 from podferry.kube.migration import (
     HANDED_OVER,
-    POISED,
     RESUMED,
     ROLE_LABEL,
     SCHEDULED,
@@ -42,7 +41,7 @@ from podferry.model import Outcome
 
 E, P = MigrationEvent, MigrationPhase
 
-LOOK_AGAIN = 2.0
+POLL_AGAIN = 2.0
 REMADE_IN = 0.5
 CONFLICT = 0.1
 """Seconds after which to look again where somebody was faster: the watch has to bring it."""
@@ -86,9 +85,9 @@ class Reconciler:
     ) -> None:
         """`ended` hears of each Migration that ends by this reconciler."""
         self._api, self._settings, self._turns = api, settings, turns
-        self._books = Books(api, ended)
+        self._writer = StatusWriter(api, ended)
         self._survey = Surveyor(api)
-        self._entrance = Entrance(api, self._books, self._survey, turns)
+        self._entrance = Entrance(api, self._writer, self._survey, turns)
         self._hand_over = HandOver(api, settings.readiness, settings.release)
         self._steps: dict[MigrationPhase, Callable[[Migration], Awaitable[float | None]]] = {
             P.PENDING: self._entrance.step,
@@ -101,11 +100,11 @@ class Reconciler:
     async def step(self, namespace: str, name: str) -> float | None:
         """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
         try:
-            migration = await self._books.read(namespace, name)
+            migration = await self._writer.read(namespace, name)
             if migration is None:
                 return None
             if migration.status.phase in MIGRATION_ENDS:
-                return await self._books.close(migration)
+                return await self._writer.close(migration)
             try:
                 migration = await kept_up(self._api, migration)
                 return await self._steps[migration.status.phase](migration)
@@ -116,12 +115,12 @@ class Reconciler:
 
     async def _misnamed(self, migration: Migration, wrong: NameRefused) -> float:
         """Something that the Migration depends on has a name that no object can have: no later try finds it."""
-        end = troubles.ending(Outcome.FAILED, "NameInvalid", str(wrong), remedy=wrong.remedy, code=wrong.code)
+        end = failures.ending(Outcome.FAILED, "NameInvalid", str(wrong), remedy=wrong.remedy, code=wrong.code)
         match migration.status.phase:
             case P.PENDING:
                 return await self._entrance.refuse(migration, "NameInvalid", [wrong])
             case P.RUNNING:
-                return await self._abort(migration, end, await self._books.source(migration))
+                return await self._abort(migration, end, await self._writer.source(migration))
             case P.SCHEDULING:
                 return await self._undo(migration, end)
             case _:  # the job has moved already or everything goes back: what was begun is tried to the end
@@ -130,32 +129,32 @@ class Reconciler:
     # Scheduling: where to?
 
     async def _scheduling(self, migration: Migration) -> float | None:
-        source = await self._books.source(migration)
-        if trouble := await self._beforehand(migration, source):
-            return await self._undo(migration, trouble)
+        source = await self._writer.source(migration)
+        if failure := await self._beforehand(migration, source):
+            return await self._undo(migration, failure)
         assert source is not None
         placeholder = await self._placeholder(migration, source)
         if isinstance(placeholder, Ending):
             return await self._undo(migration, placeholder)
         if node := placeholder["spec"].get("nodeName"):
             if busy := self._turns.enter(migration, node):  # the placeholder keeps the room there
-                await self._books.say(migration, SCHEDULED, False, busy.reason, busy.message)
-                return LOOK_AGAIN
+                await self._writer.set_condition(migration, SCHEDULED, False, busy.reason, busy.message)
+                return POLL_AGAIN
 
             address = await address_of(self._api, node)
 
             def placed(now: Migration) -> None:
                 now.status.target_node, now.status.target_address = node, address
-                now.status.say(SCHEDULED, True, "NodeChosen", f"the scheduler chose {node}")
+                now.status.set_condition(SCHEDULED, True, "NodeChosen", f"the scheduler chose {node}")
 
-            await self._books.fire(migration, E.PLACED, placed, message=f"moving to {node}")
-            await self._books.tell(migration, "Scheduled", f"{migration.spec.pod_name} moves to {node}")
+            await self._writer.fire(migration, E.PLACED, placed, message=f"moving to {node}")
+            await self._writer.publish_event(migration, "Scheduled", f"{migration.spec.pod_name} moves to {node}")
             return 0.0
-        if why := troubles.unscheduled(placeholder):
-            await self._books.say(migration, SCHEDULED, False, *why)
-        if trouble := troubles.of_waiting(placeholder, "the pod", self._settings.scheduling, clock()):
-            return await self._undo(migration, trouble)
-        return LOOK_AGAIN
+        if why := failures.unscheduled(placeholder):
+            await self._writer.set_condition(migration, SCHEDULED, False, *why)
+        if failure := failures.of_waiting(placeholder, "the pod", self._settings.scheduling, clock()):
+            return await self._undo(migration, failure)
+        return POLL_AGAIN
 
     async def _placeholder(self, migration: Migration, source: Json) -> Json | Ending:
         """The pod that looks for a node, made if it is not there; or why it cannot be."""
@@ -163,7 +162,7 @@ class Reconciler:
         found = await self._api.find(PODS, body["metadata"]["name"], migration.namespace)
         if found is not None:
             mine = pods.made_by(found, migration)
-            return found if mine else troubles.of_taken_name(body, "a pod that looks for a node")
+            return found if mine else failures.of_taken_name(body, "a pod that looks for a node")
         try:
             return await self._api.create(PODS, body, migration.namespace)
         except ObjectAlreadyExists as faster:
@@ -171,7 +170,7 @@ class Reconciler:
         except ApiFailed as refused:
             if transient(refused) and "webhook" not in refused.why:
                 raise
-            return troubles.of_creation(refused, "a pod that looks for a node")
+            return failures.of_creation(refused, "a pod that looks for a node")
 
     # Running: the agents work; here the target pod is made, and whatever may go wrong around is watched.
 
@@ -179,34 +178,36 @@ class Reconciler:
         status = migration.status
         if status.holds(RESUMED) and status.arbiter != "source":
             lost = status.engine is not None and status.engine.source == SourcePhase.LOST
-            await self._books.fire(migration, E.RESUMED, _arbitrate("target") if lost else None, message="handing over")
+            await self._writer.fire(
+                migration, E.RESUMED, _arbitrate("target") if lost else None, message="handing over"
+            )
             return 0.0
-        source, target = await self._books.source(migration), await self._books.target(migration)
+        source, target = await self._writer.source(migration), await self._writer.target(migration)
         if (over := status.engine_ending) is not None:
             return await self._undo(migration, _blame(over, status.abort))
         if (again := await self._arbitrate(migration)) is not None:
             return again
-        trouble = status.abort or await self._beforehand(migration, source)
-        trouble = trouble or troubles.of_silence(migration, self._settings.silence, clock())
-        trouble = trouble or troubles.of_target(target, migration, self._settings.scheduling, clock())
-        trouble = trouble or await self._starting(migration, target)
-        if trouble is None and status.target_node:
+        failure = status.abort or await self._beforehand(migration, source)
+        failure = failure or failures.of_silence(migration, self._settings.silence, clock())
+        failure = failure or failures.of_target(target, migration, self._settings.scheduling, clock())
+        failure = failure or await self._starting(migration, target)
+        if failure is None and status.target_node:
             node = await self._api.find(NODES, status.target_node)
-            trouble = troubles.of_target_node(node, status.target_node)
-        if trouble is not None:
-            return await self._abort(migration, trouble, source)
+            failure = failures.of_target_node(node, status.target_node)
+        if failure is not None:
+            return await self._abort(migration, failure, source)
         if status.holds(TARGET_REQUESTED) and not status.holds(TARGET_CREATED):
             assert source is not None
             return await (self._dress(migration, source, target) if target else self._make_target(migration, source))
-        return LOOK_AGAIN
+        return POLL_AGAIN
 
     async def _starting(self, migration: Migration, target: Json | None) -> Ending | None:
         """What keeps the target pod from waiting for its state, once it takes long."""
-        if target is None or migration.status.condition(POISED) is not None:
+        if target is None or migration.status.target_is_ready:
             return None
-        if troubles.age(target["metadata"]["creationTimestamp"], clock()) < self._settings.starting:
+        if failures.age(target["metadata"]["creationTimestamp"], clock()) < self._settings.starting:
             return None
-        return troubles.of_start(target, await self._survey.warnings(target))
+        return failures.of_start(target, await self._survey.warnings(target))
 
     async def _make_target(self, migration: Migration, source: Json) -> float:
         node = migration.status.target_node or ""
@@ -221,18 +222,18 @@ class Reconciler:
             target = await self._api.get(PODS, body["metadata"]["name"], migration.namespace)
             if not pods.as_made(target, body):
                 if not pods.made_by(target, migration):
-                    return await self._abort(migration, troubles.of_taken_name(body, "the target pod"), source)
+                    return await self._abort(migration, failures.of_taken_name(body, "the target pod"), source)
                 # An earlier try of ours that admission has added to, or somebody's pod that names us as its owner: nothing tells
                 # the two apart. It is the Migration's to remove, and not to adopt.
-                if (await self._books.fresh(migration)).status.target_pod is None:
+                if (await self._writer.fresh(migration)).status.target_pod is None:
                     await self._remove(migration, [target])
                 return REMADE_IN
         except ApiFailed as refused:
             if transient(refused) and "webhook" not in refused.why:
                 raise
-            trouble = troubles.of_creation(refused, "the target pod")
-            await self._books.say(migration, TARGET_CREATED, False, trouble.reason, trouble.message)
-            return await self._abort(migration, trouble, source)
+            failure = failures.of_creation(refused, "the target pod")
+            await self._writer.set_condition(migration, TARGET_CREATED, False, failure.reason, failure.message)
+            return await self._abort(migration, failure, source)
 
         def noted(now: Migration) -> bool:
             now.status.target_pod = PodReference(name=target["metadata"]["name"], uid=target["metadata"]["uid"])
@@ -248,64 +249,66 @@ class Reconciler:
             target = await self._api.patch(PODS, about["name"], labels, migration.namespace, uid=about["uid"])
 
         def made(now: Migration) -> bool:
-            now.status.say(TARGET_CREATED, True, "PodCreated", target["metadata"]["name"])
+            now.status.set_condition(TARGET_CREATED, True, "PodCreated", target["metadata"]["name"])
             return now.status.phase is P.RUNNING
 
         await store.change(self._api, migration, made)
-        await self._books.tell_of_pod(target, "MigrationTarget", f"waits for {migration.spec.pod_name} to move in")
-        return LOOK_AGAIN
+        await self._writer.publish_pod_event(
+            target, "MigrationTarget", f"waits for {migration.spec.pod_name} to move in"
+        )
+        return POLL_AGAIN
 
-    async def _abort(self, migration: Migration, trouble: Ending, source: Json | None) -> float:
+    async def _abort(self, migration: Migration, failure: Ending, source: Json | None) -> float:
         """Before the agents have begun nothing needs asking. Then the source's agent is asked: only it knows whether
         it is too late.
         """
 
         def asked(now: Migration) -> bool:
-            now.status.abort = now.status.abort or trouble
+            now.status.abort = now.status.abort or failure
             return now.status.phase is P.RUNNING
 
         migration = await store.change(self._api, migration, asked)
-        why = migration.status.abort or trouble
+        why = migration.status.abort or failure
         engine = migration.status.engine
         if engine is None or not engine.source:
             return await self._undo(migration, why)
         node = await self._api.find(NODES, migration.status.source_node or "")
-        if troubles.gone_or_fenced(node):
-            lost = troubles.ending(
-                Outcome.FAILED, troubles.SOURCE_NODE_LOST, f"the source's node is gone; {why.message}"
+        if failures.gone_or_fenced(node):
+            lost = failures.ending(
+                Outcome.FAILED, failures.SOURCE_NODE_LOST, f"the source's node is gone; {why.message}"
             )
             return await self._undo(migration, lost)
         gave_up = engine.target == TargetPhase.GAVE_UP
-        if gave_up and node is not None and not troubles.ready(node):
+        if gave_up and node is not None and not failures.ready(node):
             return await self._undo(
                 migration, why
             )  # the source takes its job back when it returns: the target never will
-        return LOOK_AGAIN
+        return POLL_AGAIN
 
     async def _arbitrate(self, migration: Migration) -> float | None:
         """The nodes lost each other after the right to run had passed: who is certain not to run decides."""
         engine, status = migration.status.engine or EnginePhases(), migration.status
         if status.arbiter is not None or engine.source != SourcePhase.LOST:
             return None
-        if troubles.gone_or_fenced(await self._api.find(NODES, status.target_node or "")):
+        if failures.gone_or_fenced(await self._api.find(NODES, status.target_node or "")):
             await store.change(self._api, migration, _decide("source"))
-            await self._books.tell(
+            await self._writer.publish_event(
                 migration, "Arbitrated", f"{status.target_node} is gone: the job runs on", warning=True
             )
-        return LOOK_AGAIN
+        return POLL_AGAIN
 
     # HandingOver: the job runs on the target; the cluster follows.
 
     async def _handing_over(self, migration: Migration) -> float | None:
-        source, target = await self._books.source(migration), await self._books.target(migration)
+        source, target = await self._writer.source(migration), await self._writer.target(migration)
         if not migration.status.holds(HANDED_OVER):
-            if trouble := self._hand_over.trouble(migration, source, target):
-                await self._books.say(migration, HANDED_OVER, False, trouble.reason, trouble.message)
-                return await self._undo(migration, trouble)
+            if failure := self._hand_over.failure(migration, source, target):
+                await self._writer.set_condition(migration, HANDED_OVER, False, failure.reason, failure.message)
+                return await self._undo(migration, failure)
             again = await self._hand_over.step(migration, source, target)
             if again is not None:
                 return again
-            await self._books.say(migration, HANDED_OVER, True, "OwnerHasTarget")
+            await self._writer.set_condition(migration, HANDED_OVER, True, "OwnerHasTarget")
             return 0.0
         return await self._handed_over(migration, source, target)
 
@@ -314,8 +317,8 @@ class Reconciler:
         over, engine = migration.status.engine_ending, migration.status.engine or EnginePhases()
         if over is not None and over.outcome not in (Outcome.COMPLETED, Outcome.FAILED):
             return await self._undo(migration, over)  # somebody resolved it so: the job runs on in the source's pod
-        gone = troubles.gone_or_fenced(await self._api.find(NODES, migration.status.source_node or ""))
-        lost = troubles.of_resumed(migration, target, source_gone=gone) if over is None else None
+        gone = failures.gone_or_fenced(await self._api.find(NODES, migration.status.source_node or ""))
+        lost = failures.of_resumed(migration, target, source_gone=gone) if over is None else None
         silent = gone or self._farewell_is_over(migration)
         if (
             (over or lost or silent or engine.source in SPENT)
@@ -326,28 +329,28 @@ class Reconciler:
         if failed := lost or (over if over is not None and over.outcome == Outcome.FAILED else None):
             return await self._undo(migration, failed)
         if over is None and not silent:
-            return LOOK_AGAIN
-        await self._books.release(target)
+            return POLL_AGAIN
+        await self._writer.release(target)
         how = f", stopped for {migration.status.downtime}" if migration.status.downtime else ""
         if over is None:
             how += f"; the agent of {migration.status.source_node} has not said that the original is gone there"
-        done = troubles.ending(Outcome.COMPLETED, "Moved", f"moved to {migration.status.target_node}{how}")
-        await self._books.fire(migration, E.HANDED_OVER, ending=done)
+        done = failures.ending(Outcome.COMPLETED, "Moved", f"moved to {migration.status.target_node}{how}")
+        await self._writer.fire(migration, E.HANDED_OVER, ending=done)
         return 0.0
 
     def _farewell_is_over(self, migration: Migration) -> bool:
         """The source's agent has had its time to kill the original and to say so; while the target needs that, all the time."""
         since = migration.status.condition(HANDED_OVER)
-        if troubles.fetching(migration.status.engine or EnginePhases()) or since is None:
+        if failures.fetching(migration.status.engine or EnginePhases()) or since is None:
             return False
-        return troubles.age(since.last_transition_time, clock()) > self._settings.farewell
+        return failures.age(since.last_transition_time, clock()) > self._settings.farewell
 
     # Undoing: what was made goes.
 
     async def _undoing(self, migration: Migration) -> float | None:
         end = migration.status.ending
         assert end is not None
-        source, target = await self._books.source(migration), await self._books.target(migration)
+        source, target = await self._writer.source(migration), await self._writer.target(migration)
         mine, _ = await self._api.list(PODS, migration.namespace, labels={UID_LABEL: migration.uid})
         # Of the API server's pods first: the cache may lag behind an answer that was lost.
         kept = next((one for one in (*mine, target) if one is not None and pods.took_place(one, migration)), None)
@@ -363,15 +366,15 @@ class Reconciler:
             await self._remove(migration, away)
             return 0.5
         for one in (source, kept):
-            await self._books.release(one)
-        await self._books.fire(migration, UNDONE[Outcome(end.outcome)], ending=end)
+            await self._writer.release(one)
+        await self._writer.fire(migration, UNDONE[Outcome(end.outcome)], ending=end)
         return 0.0
 
     async def _remove(self, migration: Migration, away: list[Json]) -> None:
         for one in away:
             about = one["metadata"]
             deleted = about.get("deletionTimestamp")
-            late = deleted is not None and troubles.age(deleted, clock()) > self._settings.removal
+            late = deleted is not None and failures.age(deleted, clock()) > self._settings.removal
             force = late or (about.get("labels") or {}).get(ROLE_LABEL) == pods.PLACEHOLDER
             if deleted is None or late:
                 await self._api.delete(
@@ -380,11 +383,11 @@ class Reconciler:
 
     async def _undo(self, migration: Migration, why: Ending) -> float:
         if why.outcome == Outcome.COMPLETED:
-            why = troubles.ending(
+            why = failures.ending(
                 Outcome.FAILED, "Inconsistent", f"the engine completed, but nothing resumed: {why.message}"
             )
-        await self._books.fire(
-            migration, E.TROUBLE, lambda now: setattr(now.status, "ending", why), message=why.message
+        await self._writer.fire(
+            migration, E.FAILURE, lambda now: setattr(now.status, "ending", why), message=why.message
         )
         return 0.0
 
@@ -395,10 +398,10 @@ class Reconciler:
         owner = await self._survey.owner(source) if source is not None else None
         slack = DEADLINE_SLACK if migration.status.phase is P.RUNNING else 0.0
         return (
-            troubles.of_source(source, owner, migration)
-            or await self._survey.namespace_trouble(migration)
-            or troubles.of_cancel(migration)
-            or troubles.of_time(migration, clock(), slack=slack)
+            failures.of_source(source, owner, migration)
+            or await self._survey.namespace_failure(migration)
+            or failures.of_cancel(migration)
+            or failures.of_time(migration, clock(), slack=slack)
         )
 
 

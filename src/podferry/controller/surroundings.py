@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from podferry.controller import placement, troubles
+from podferry.controller import failures, placement
 from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of, kind_of_owner
 from podferry.kube.client import (
     CLAIMS,
@@ -63,7 +63,7 @@ class Surveyor:
             claims=claims,
             runtime_class=await self._of_cluster(RUNTIME_CLASSES, name) if name else None,
             node=await self._of_cluster(NODES, spec["nodeName"]) if spec.get("nodeName") else None,
-            under_way=troubles.under_way(others, migration.uid if migration else ""),
+            under_way=failures.under_way(others, migration.uid if migration else ""),
         )
 
     async def _of_cluster(self, kind: ResourceKind, name: str) -> Json | None:
@@ -101,7 +101,7 @@ class Surveyor:
             return _unfit("AlreadyThere", f"the pod is on {name} already", "name another node, or none")
         if node is None:
             return _unfit("NodeNotFound", f"there is no node {name}", "kubectl get nodes")
-        if not troubles.ready(node):
+        if not failures.ready(node):
             return _unfit("NodeNotReady", f"node {name} is not ready", "name another node, or none")
         return _not_allowed(pod, migration, node)
 
@@ -114,13 +114,13 @@ class Surveyor:
         except Forbidden:
             return []
 
-    async def namespace_trouble(self, migration: Migration) -> Ending | None:
+    async def namespace_failure(self, migration: Migration) -> Ending | None:
         """The namespace is going, and everything in it."""
         found = await self._api.find(NAMESPACES, migration.namespace)
         if found is not None and "deletionTimestamp" not in found["metadata"]:
             return None
-        return troubles.ending(
-            Outcome.FAILED, troubles.NAMESPACE_TERMINATING, f"namespace {migration.namespace} is being deleted"
+        return failures.ending(
+            Outcome.FAILED, failures.NAMESPACE_TERMINATING, f"namespace {migration.namespace} is being deleted"
         )
 
 

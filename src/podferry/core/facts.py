@@ -34,8 +34,9 @@ class NodeFacts:
 
     `cpu_flags` are the processor's features as /proc/cpuinfo names them; `run_free` is what fits into the directory that
     holds memory on its way; `clock` is the node's wall clock, in seconds since 1970; `lazy_pages` says whether restored
-    tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and `soft_dirty` are what memory trackers need; `thin_dump`
-    says whether CRIU's dump can leave private memory where it is; `selinux` whether SELinux enforces its policy.
+    tasks can be fed by userfaultfd; `pagemap_scan`, `wp_async` and `soft_dirty` are what memory trackers need;
+    `memory_skipping_dump` says whether CRIU's dump can leave private memory where it is; `selinux` whether SELinux
+    enforces its policy.
     """
 
     kernel: str
@@ -57,7 +58,7 @@ class NodeFacts:
     pagemap_scan: bool
     wp_async: bool
     soft_dirty: bool
-    thin_dump: bool
+    memory_skipping_dump: bool
     pipe_max_size: int
     clock: float
     selinux: bool

@@ -126,7 +126,9 @@ def of_kernel(found: Kernel, *, lab: bool = False) -> Iterator[Finding]:
         yield fine("user namespaces", "AppArmor keeps them from users without privileges; root has them")
     if found.selinux:
         if lab:
-            yield limited("SELinux", "enforcing", "no lab has been tried with it", "on trouble look for denials")
+            yield limited(
+                "SELinux", "enforcing", "no lab has been tried with it", "if migrations fail, look for denials"
+            )
         else:
             yield blocked("SELinux", "enforcing", SELINUX_WHY, SELINUX_REMEDY)
 

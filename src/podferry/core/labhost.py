@@ -74,7 +74,7 @@ class Cgroups:
 class LabHost:
     """A machine, as far as the lab cares. `trials` has a reason for everything of `TRIALS` that was tried and failed, and
     empty text for what worked; `to_build` the bytes that images still need; `programs_missing` what apt-get would install;
-    `mirror_trouble` why no Debian mirror is known; `pipe_settable` whether fs.pipe-max-size can be written; `daemons` the
+    `mirror_problem` why no Debian mirror is known; `pipe_settable` whether fs.pipe-max-size can be written; `daemons` the
     container runtimes of the host that answer; `clashes` routes of the host into the lab's own range."""
 
     privileges: Privileges
@@ -86,7 +86,7 @@ class LabHost:
     to_build: int
     programs_missing: tuple[str, ...]
     apt: bool
-    mirror_trouble: str
+    mirror_problem: str
     pipe_max_size: int
     pipe_settable: bool
     tmp_noexec: bool
@@ -223,10 +223,10 @@ def _building(host: LabHost) -> Iterator[Finding]:
         )
     else:
         yield fine("programs", "all there")
-    if host.to_build and host.mirror_trouble:
+    if host.to_build and host.mirror_problem:
         yield blocked(
             "mirror",
-            host.mirror_trouble,
+            host.mirror_problem,
             "the lab's images are made of Debian packages",
             "set PODFERRY_DEBIAN_MIRROR to the address of a Debian mirror",
         )

@@ -38,7 +38,7 @@ class MigrationEvent(StrEnum):
     PLACED = "target node chosen"
     RESUMED = "job runs on the target"
     HANDED_OVER = "owner has the target pod, source is gone"
-    TROUBLE = "trouble"
+    FAILURE = "failure"
     UNDONE_REFUSED = "cleaned up, the nodes would not do it"
     UNDONE_ROLLED_BACK = "cleaned up, job runs on the source"
     UNDONE_CANCELLED = "cleaned up on request"
@@ -51,9 +51,9 @@ P, E = MigrationPhase, MigrationEvent
 # RESUMED is the point of no return as the cluster sees it: before it the target pod goes, after it the source pod.
 MIGRATION: Mapping[MigrationPhase, Mapping[MigrationEvent, MigrationPhase]] = {
     P.PENDING: {E.CLAIMED: P.SCHEDULING, E.REFUSAL: P.REFUSED, E.WITHDRAWN: P.CANCELLED},
-    P.SCHEDULING: {E.PLACED: P.RUNNING, E.TROUBLE: P.UNDOING},
-    P.RUNNING: {E.RESUMED: P.HANDING_OVER, E.TROUBLE: P.UNDOING},
-    P.HANDING_OVER: {E.HANDED_OVER: P.COMPLETED, E.TROUBLE: P.UNDOING},
+    P.SCHEDULING: {E.PLACED: P.RUNNING, E.FAILURE: P.UNDOING},
+    P.RUNNING: {E.RESUMED: P.HANDING_OVER, E.FAILURE: P.UNDOING},
+    P.HANDING_OVER: {E.HANDED_OVER: P.COMPLETED, E.FAILURE: P.UNDOING},
     P.UNDOING: {
         E.UNDONE_REFUSED: P.REFUSED,
         E.UNDONE_ROLLED_BACK: P.ROLLED_BACK,

@@ -23,7 +23,7 @@ class SourcePhase(StrEnum):
 
     CHECK = "check"
     PRECOPY = "pre-copy"
-    POISE = "poise"
+    PREPARE_TARGET = "prepare-target"
     CUTOVER = "cut-over"
     RESUME = "resume"
     LOST = "lost-contact"
@@ -44,7 +44,7 @@ class SourceEvent(StrEnum):
     ACCEPTED = "accepted"
     REFUSAL = "refusal"
     CONVERGED = "converged"
-    POISED = "poised"
+    TARGET_PREPARED = "target prepared"
     GO = "go"
     RUNNING = "running"
     RUNNING_SHORT = "running, pages to come"
@@ -54,7 +54,7 @@ class SourceEvent(StrEnum):
     RESOLVED_THERE = "resolved: run on the target"
     FILLED = "filled"
     COMMITTED = "committed"
-    TROUBLE = "trouble"
+    FAILURE = "failure"
     UNDONE_ROLLED_BACK = "undone, job runs on"
     UNDONE_CANCELLED = "undone on request"
     UNDONE_FAILED = "undone, job not running"
@@ -64,7 +64,7 @@ class TargetPhase(StrEnum):
     """What the target is doing."""
 
     RECEIVE = "receive"
-    POISED = "poised"
+    PREPARED = "prepared"
     READY = "ready"
     RESUME = "resume"
     FILL = "fill"
@@ -77,13 +77,13 @@ class TargetPhase(StrEnum):
 class TargetEvent(StrEnum):
     """What may happen to the target."""
 
-    POISED = "poised"
+    PREPARED = "prepared"
     READY = "ready"
     GO = "go"
     RUNNING = "running"
     FILLED = "filled"
     DIED = "job died"
-    TROUBLE = "trouble"
+    FAILURE = "failure"
     GONE = "given up"
 
 
@@ -91,10 +91,10 @@ S, SE, T, TE = SourcePhase, SourceEvent, TargetPhase, TargetEvent
 
 # The line `S.CUTOVER: SE.GO` is the point of no return.
 SOURCE: Mapping[SourcePhase, Mapping[SourceEvent, SourcePhase]] = {
-    S.CHECK: {SE.ACCEPTED: S.PRECOPY, SE.REFUSAL: S.REFUSED, SE.TROUBLE: S.UNDO},
-    S.PRECOPY: {SE.CONVERGED: S.POISE, SE.TROUBLE: S.UNDO},
-    S.POISE: {SE.POISED: S.CUTOVER, SE.TROUBLE: S.UNDO},
-    S.CUTOVER: {SE.GO: S.RESUME, SE.TROUBLE: S.UNDO},
+    S.CHECK: {SE.ACCEPTED: S.PRECOPY, SE.REFUSAL: S.REFUSED, SE.FAILURE: S.UNDO},
+    S.PRECOPY: {SE.CONVERGED: S.PREPARE_TARGET, SE.FAILURE: S.UNDO},
+    S.PREPARE_TARGET: {SE.TARGET_PREPARED: S.CUTOVER, SE.FAILURE: S.UNDO},
+    S.CUTOVER: {SE.GO: S.RESUME, SE.FAILURE: S.UNDO},
     S.RESUME: {
         SE.RUNNING: S.COMMIT,
         SE.RUNNING_SHORT: S.SERVE,
@@ -124,10 +124,10 @@ SOURCE: Mapping[SourcePhase, Mapping[SourceEvent, SourcePhase]] = {
 }
 
 TARGET: Mapping[TargetPhase, Mapping[TargetEvent, TargetPhase]] = {
-    T.RECEIVE: {TE.POISED: T.POISED, TE.TROUBLE: T.GIVING_UP},
-    T.POISED: {TE.READY: T.READY, TE.TROUBLE: T.GIVING_UP},
-    T.READY: {TE.GO: T.RESUME, TE.TROUBLE: T.GIVING_UP},
-    T.RESUME: {TE.RUNNING: T.FILL, TE.TROUBLE: T.GIVING_UP},
+    T.RECEIVE: {TE.PREPARED: T.PREPARED, TE.FAILURE: T.GIVING_UP},
+    T.PREPARED: {TE.READY: T.READY, TE.FAILURE: T.GIVING_UP},
+    T.READY: {TE.GO: T.RESUME, TE.FAILURE: T.GIVING_UP},
+    T.RESUME: {TE.RUNNING: T.FILL, TE.FAILURE: T.GIVING_UP},
     T.FILL: {TE.FILLED: T.DONE, TE.DIED: T.DIED},
     T.GIVING_UP: {TE.GONE: T.GAVE_UP},
     T.DONE: {},

@@ -2,7 +2,7 @@
 
 The rule aims at `max_downtime`: of it, `LAST_PAGES_SHARE` may be spent on the last pages, the rest belongs to dump and restore.
 It judges the rounds since the circumstances changed last: since the beginning, since the job was slowed down, since the target
-was poised. While the best of the last `PATIENCE` rounds leaves clearly less than the best before, copying goes on: one
+was prepared. While the best of the last `PATIENCE` rounds leaves clearly less than the best before, copying goes on: one
 noisy round decides nothing. Where it no longer does, the job writes as fast as the link carries, and only slowing the job,
 post-copy or giving up will end it. What plainly grows is not waited for before the job is slowed.
 
@@ -40,7 +40,7 @@ STEEPEST, GENTLEST = 0.2, 0.7
 """How much of its quota a job keeps at one step, at least and at most."""
 LEAST_QUOTA = 0.05
 GUESSED_RATE = 100e6
-TELLING_ROUND = 4 << 20
+TYPICAL_ROUND = 4 << 20
 """A round of fewer bytes measures the way of a message, not the rate of the link."""
 RECENT = 3
 PACE = 0.1
@@ -105,7 +105,7 @@ def link_rate(rounds: Sequence[Round]) -> float:
 
     It is memory that counts, not what became of it on the wire: what compresses well is sent faster.
     """
-    telling = [one for one in rounds if one.memory_bytes >= TELLING_ROUND][-RECENT:]
+    telling = [one for one in rounds if one.memory_bytes >= TYPICAL_ROUND][-RECENT:]
     seconds = sum(one.seconds for one in telling)
     return sum(one.memory_bytes for one in telling) / seconds if seconds > 0 else 0.0
 
@@ -120,20 +120,20 @@ def decide(rounds: Sequence[Round], policy: PreCopyPolicy, *, rate: float, quota
     left = last.pending_bytes / rate
     if left <= policy.max_downtime * LAST_PAGES_SHARE:
         return Decision(Step.CUT_OVER, f"what is left takes {left * 1e3:.0f} ms", quota)
-    story = f"the job writes {last.dirty_rate / 1e6:.0f} MB/s and the link carries {rate / 1e6:.0f} MB/s"
+    record = f"the job writes {last.dirty_rate / 1e6:.0f} MB/s and the link carries {rate / 1e6:.0f} MB/s"
     stuck = len(rounds) >= policy.max_rounds or _no_better(rounds)
     if policy.throttle and quota > LEAST_QUOTA and (stuck or _plainly_grows(rounds)):
         slower = _slower(last, rate, quota)
-        return Decision(Step.THROTTLE, f"{story}: slowing the job to {slower:.0%} of its speed", slower)
+        return Decision(Step.THROTTLE, f"{record}: slowing the job to {slower:.0%} of its speed", slower)
     if not stuck:
-        return Decision(Step.GO_ON, f"{left * 1e3:.0f} ms are left; {story}", quota)
+        return Decision(Step.GO_ON, f"{left * 1e3:.0f} ms are left; {record}", quota)
     if policy.postcopy:
-        return Decision(Step.POSTCOPY, f"{story}: fetching the rest after the cut-over", quota)
-    return Decision(Step.GIVE_UP, f"cannot converge: {story}", quota)
+        return Decision(Step.POSTCOPY, f"{record}: fetching the rest after the cut-over", quota)
+    return Decision(Step.GIVE_UP, f"cannot converge: {record}", quota)
 
 
 def rest(rounds: Sequence[Round], rate: float) -> float:
-    """Seconds to rest before the next round while the target is not poised: long enough that rounds do not follow each other
+    """Seconds to rest before the next round while the target is not prepared: long enough that rounds do not follow each other
     for nothing, and so short that the link can carry in `PACE` what is written meanwhile."""
     dirty = rounds[-1].dirty_rate if rounds else 0.0
     return min(max(PACE * (rate or GUESSED_RATE) / dirty, SHORTEST_WAIT), LONGEST_WAIT) if dirty else LONGEST_WAIT
@@ -150,7 +150,7 @@ def _no_better(rounds: Sequence[Round]) -> bool:
 def _plainly_grows(rounds: Sequence[Round]) -> bool:
     """True when two rounds of telling size, one after the other, left about as much as they had sent, or more."""
     return len(rounds) >= 2 and all(
-        one.memory_bytes >= TELLING_ROUND and one.pending_bytes >= CLEARLY_LESS * one.memory_bytes
+        one.memory_bytes >= TYPICAL_ROUND and one.pending_bytes >= CLEARLY_LESS * one.memory_bytes
         for one in rounds[-2:]
     )
 

@@ -101,7 +101,7 @@ def warnings(question: Question) -> list[str]:
         found.append(
             f"{in_images >> 20} MiB are shared memory or in memory file systems: they move while the job stands still"
         )
-    if container.anonymous > MUCH_IN_PIPES and not question.source.thin_dump:
+    if container.anonymous > MUCH_IN_PIPES and not question.source.memory_skipping_dump:
         found.append(f"CRIU hands {container.anonymous >> 20} MiB of memory to pipes while the job stands still")
     if container.connections:
         found.append(f"TCP connections to others are closed by the move: {', '.join(container.connections[:4])}")

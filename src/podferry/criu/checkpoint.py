@@ -1,4 +1,4 @@
-"""Holding a frozen container: CRIU's lazy dump, through runc, as the keeper of the source until the decision falls.
+"""Holding a frozen container: CRIU's lazy dump, through runc, which keeps the source until the decision falls.
 
 `runc checkpoint --lazy-pages` writes everything but private memory to its images and then waits, every task seized,
 for somebody to fetch pages. Nobody does: pages are read from /proc/PID/mem. What makes this dump the holder is how it
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from podferry.criu import link_remaps
-from podferry.criu.dump_gate import Gate
+from podferry.criu.dump_gate import DumpGate
 from podferry.criu.log import explained
-from podferry.criu.memory_skipping import ThinDump
+from podferry.criu.memory_skipping import MemorySkippingDump
 from podferry.errors import CommandFailed, Failed, PeerMisbehaved, TimedOut
 from podferry.fs.private import private_directory
 from podferry.node import outside
@@ -47,7 +47,7 @@ END_TIMEOUT = 10.0  # seconds
 BREAK_OFF_TIMEOUT = 15.0
 """Seconds that CRIU gets to fail by itself, and to set right what it did to the tasks, before it is killed."""
 THREADS_A_SECOND = 2000
-FIRST_LOOK, LAST_LOOK = 0.001, 0.05  # seconds
+FIRST_POLL, LAST_POLL = 0.001, 0.05  # seconds
 # As long as the longest page-server header (32 bytes since CRIU 4.2, 24 before) and no known command in either.
 NO_COMMAND = b"\xff" * 32
 CRIU_CONF = Path(__file__).with_name("criu.conf")
@@ -114,7 +114,7 @@ class Process:
             os.close(pidfd)
 
 
-class Hold:
+class HeldDump:
     """A container held frozen by CRIU. Make one with `start` or, after an agent's restart, with `from_dict`."""
 
     def __init__(self, id: str, cgroup: Cgroup, work: Path, images: Path | None = None) -> None:
@@ -128,8 +128,8 @@ class Hold:
         self.reusing: tuple[int, ...] = ()
         self._child: Child | None = None
         self._status: int | None = None
-        self._gate: Gate | None = None
-        self._thin: ThinDump | None = None
+        self._gate: DumpGate | None = None
+        self._skipping: MemorySkippingDump | None = None
 
     @staticmethod
     def start(
@@ -144,11 +144,11 @@ class Hold:
         more: str = "",
         runc: str | Path = "runc",
         wait: bool = False,
-        thin: bool = False,
-    ) -> Hold:
+        skipping: bool = False,
+    ) -> HeldDump:
         """Begin to dump container `id`, which should be frozen already: CRIU looks only every 100 ms else.
 
-        With `wait` only what can be done while it runs is begun; `go_on` does the rest. With `thin` as well the dump can leave
+        With `wait` only what can be done while it runs is begun; `go_on` does the rest. With `skipping` as well the dump can leave
         private memory where it is; its images must then be completed (`podferry.criu.skipped_pages`). `images` and `work` are
         made. `flags` are those of `FLAGS` that this dump, and its restore, need; `conf` is a file of CRIU's settings, `more` are
         others.
@@ -158,35 +158,35 @@ class Hold:
             raise CheckpointFailed(f"no such dump option: {', '.join(sorted(unknown))}")
         for directory in (images, work):
             private_directory(directory, below=directory.parent)
-        hold = Hold(id, cgroup, work, images)
+        held = HeldDump(id, cgroup, work, images)
         if not wait:
-            hold.note_connections()
+            held.note_connections()
         # CRIU may not see the files of this program (`outside`)
         settings = Path(shutil.copy(conf, work / CRIU_CONF.name))
-        hold.tell(f"timeout {seize_timeout(cgroup)}\n{more}")
+        held.tell(f"timeout {seize_timeout(cgroup)}\n{more}")
         environment = {"CRIU_CONFIG_FILE": str(settings)}
         if wait:
-            hold.waits, hold._gate = True, Gate(work / "gate")
-            environment |= hold._gate.environment(PATH)
-            if thin:
+            held.waits, held._gate = True, DumpGate(work / "gate")
+            environment |= held._gate.environment(PATH)
+            if skipping:
                 with contextlib.suppress(CommandFailed):  # then the dump is an ordinary one
-                    hold._thin = ThinDump(work / "shown")
-                    environment |= hold._thin.environment()
+                    held._skipping = MemorySkippingDump(work / "shown")
+                    environment |= held._skipping.environment()
         status, theirs = os.pipe()
         argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
         argv += [*flags, "--image-path", images, "--work-path", work, id]
         try:
-            hold._child = in_new_network(lambda: spawn(outside.on_node(argv), env=environment, pass_fds=[theirs]))
+            held._child = in_new_network(lambda: spawn(outside.on_node(argv), env=environment, pass_fds=[theirs]))
         except BaseException:
             os.close(status)
-            hold.let_go()
+            held.let_go()
             raise
         finally:
             os.close(theirs)
-        hold._status = status
-        hold.runc = Process.of(hold._child.pid)
-        return hold
+        held._status = status
+        held.runc = Process.of(held._child.pid)
+        return held
 
     def tell(self, more: str) -> None:
         """Add to CRIU's settings, before a dump that waits begins."""
@@ -194,21 +194,21 @@ class Hold:
             with (self.work / CRIU_CONF.name).open("a") as file:
                 file.write(f"\n{more}")
 
-    def go_on(self, spared: Collection[int] = ()) -> None:
+    def go_on(self, skipped: Collection[int] = ()) -> None:
         """Let a dump that waits begin, of a container that is frozen. Journal that it does before: afterwards `to_dict` says so.
 
-        A thin dump leaves the memory of the processes `spared` where it is, and says nothing of it.
+        A memory-skipping dump leaves the memory of the processes `skipped` where it is, and says nothing of it.
         """
         if self._gate is not None:
             self.waits = False
-            if self._thin is not None:
-                self._thin.claim(spared)
+            if self._skipping is not None:
+                self._skipping.claim(skipped)
             self._gate.open()
 
     @property
-    def thin(self) -> bool:
+    def skipping(self) -> bool:
         """Whether this dump can be had to leave memory where it is."""
-        return self._thin is not None
+        return self._skipping is not None
 
     def may_go_on(self) -> bool:
         """Whether a dump that waits can still begin. Where it cannot, runc or our `criu` has failed, and touched nothing."""
@@ -265,9 +265,9 @@ class Hold:
             raise
 
     def _show_no_more(self) -> None:
-        if self._thin is not None:
-            self._thin.close()
-            self._thin = None
+        if self._skipping is not None:
+            self._skipping.close()
+            self._skipping = None
 
     def alive(self) -> bool:
         """Whether CRIU still holds the tasks. Where it does not, the freezer does."""
@@ -319,24 +319,24 @@ class Hold:
         }
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Hold:
+    def from_dict(data: dict[str, Any]) -> HeldDump:
         """The inverse of `to_dict`. `cgroup` and `work` are enough: they can be journalled before `start`, and what it
         had started by the agent's end is found by them. Raises `PeerMisbehaved` on anything else.
         """
         try:
             images = data.get("images")  # agents before this one did not write it down
-            hold = Hold(
+            held = HeldDump(
                 str(data.get("id", "")),
                 Cgroup.from_dict(data["cgroup"]),
                 Path(data["work"]),
                 Path(images) if images else None,
             )
-            hold.runc, hold.criu = (_process(data.get(who)) for who in ("runc", "criu"))
-            hold.waits = data.get("waits") is True
-            hold.reusing = tuple(map(int, data.get("reusing", ())))
+            held.runc, held.criu = (_process(data.get(who)) for who in ("runc", "criu"))
+            held.waits = data.get("waits") is True
+            held.reusing = tuple(map(int, data.get("reusing", ())))
         except (KeyError, TypeError, ValueError) as error:
             raise PeerMisbehaved.because("not a hold", error) from error
-        return hold
+        return held
 
     def _settled(self, patience: float) -> bool:
         """Wait until CRIU's page server listens, which has no event for others; false where all has ended before. A CRIU that
@@ -344,7 +344,7 @@ class Hold:
 
         What is not known of runc and CRIU is looked for: their agent may have died before it wrote it down.
         """
-        deadline, pause = time.monotonic() + patience, FIRST_LOOK
+        deadline, pause = time.monotonic() + patience, FIRST_POLL
         self.runc = self.runc or self._find_runc()
         while True:
             self.criu = self.criu or self._find_criu()
@@ -357,7 +357,7 @@ class Hold:
             if time.monotonic() > deadline:
                 return False
             time.sleep(pause)
-            pause = min(2 * pause, LAST_LOOK)
+            pause = min(2 * pause, LAST_POLL)
 
     def _take_images_away(self) -> None:
         if self.images is not None:

@@ -8,7 +8,8 @@ request to dump until the agent opens the gate.
 The gate is a FIFO of which the agent holds the writing end: one byte opens it, and its end without one (the agent is dead)
 ends the attempt, as does the end of runc. Nothing has happened to the job then.
 
-A thin dump (`memory_skipping.py`) needs CRIU to see some files otherwise than everybody else does: that, too, is done there.
+A memory-skipping dump (`memory_skipping.py`) needs CRIU to see some files otherwise than everybody else does: that, too, is
+done there.
 
 An agent in a pod is among other files than runc is. So `gated/criu` is put on the node (`podferry.install`), and runs the
 gatekeeper by the Python of the agent's container.
@@ -28,11 +29,11 @@ from podferry.node.process import PATH, Arg, run
 SHIM = Path(__file__).with_name("gated") / "criu"
 ON_NODE = Path("/opt/podferry/gated/criu")
 """Where the installer puts it for agents in pods."""
-KEEPER = Path(__file__).with_name("gatekeeper.py")
+GATEKEEPER = Path(__file__).with_name("gatekeeper.py")
 TRY_TIMEOUT = 10.0  # seconds
 
 
-class Gate:
+class DumpGate:
     """The agent's end. `path` is where the FIFO is made."""
 
     def __init__(self, path: Path) -> None:
@@ -74,10 +75,10 @@ def _way(path: str) -> dict[str, str]:
     return {
         "PATH": f"{shim.parent}:{path}",
         "PODFERRY_PATH": path,
-        "PODFERRY_GATEKEEPER": shlex.join(map(str, _keeper())),
+        "PODFERRY_GATEKEEPER": shlex.join(map(str, _gatekeeper())),
     }
 
 
-def _keeper() -> list[Arg]:
+def _gatekeeper() -> list[Arg]:
     """The command that runs the gatekeeper from among the node's files."""
-    return [*outside.from_node([sys.executable, "-SI", KEEPER]), outside.root()]
+    return [*outside.from_node([sys.executable, "-SI", GATEKEEPER]), outside.root()]

@@ -70,7 +70,7 @@ def _opened(gate: str, link: int) -> bool:
     return link not in events and os.read(reader, 1) == b"1"
 
 
-def _be_thin() -> None:
+def _skip_memory() -> None:
     """Have the dump find what it is to find, where that can be had; else it is an ordinary one.
 
     Done at the last moment, in 1 ms: while it exists, a mount namespace keeps what is unmounted elsewhere.
@@ -92,7 +92,7 @@ def _hold(link: int) -> None:
     if request == DUMP:
         if not _opened(os.environ["PODFERRY_GATE"], link):
             sys.exit("the dump was called off")
-        _be_thin()
+        _skip_memory()
 
 
 def _go_home(home: str) -> None:

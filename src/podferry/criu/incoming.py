@@ -1,7 +1,7 @@
 """The agent's side of the hand-shake with `podferry-runc`, which turns a container's `create` into `restore`.
 
 The agent makes a directory for the container before it asks containerd for the task. The wrapper finds it, says that it
-is poised, and waits for the verdict. Both talk through FIFOs, so that each notices the other's death: the wrapper reads
+is prepared, and waits for the verdict. Both talk through FIFOs, so that each notices the other's death: the wrapper reads
 an end of file where the agent is gone, and the agent a hang-up where the wrapper is.
 """
 
@@ -50,7 +50,7 @@ def pod_key(pod_uid: str, container: str) -> str:
 class Incoming:
     """One container that is to be restored. Made with `prepare`; `close` removes what is left of it.
 
-    `images` is where CRIU's images go, `work` is for its log and the page feeder's socket.
+    `images` is where CRIU's images go, `work` is for its log and the lazy-pages daemon's socket.
     """
 
     def __init__(self, run: Path, key: str) -> None:
@@ -66,9 +66,9 @@ class Incoming:
         self._given = False
         self._network: NetworkSetup | None = None
         self.container = ""
-        """The id that containerd gave the container. Known once it is poised."""
+        """The id that containerd gave the container. Known once it is prepared."""
         self.wrapper = 0
-        """The pid of podferry-runc, which becomes that of `runc restore`. Known once it is poised."""
+        """The pid of podferry-runc, which becomes that of `runc restore`. Known once it is prepared."""
 
     @classmethod
     def prepare(
@@ -128,7 +128,7 @@ class Incoming:
         directory = run / "incoming"
         return tuple(sorted(path.name for path in directory.iterdir())) if directory.is_dir() else ()
 
-    def wait_poised(self, timeout: float) -> None:
+    def wait_prepared(self, timeout: float) -> None:
         """Wait until the wrapper waits for the verdict. `timeout` is in seconds.
 
         Raises `TimedOut`, what `abandon` was given, or `WrapperGone`.
@@ -154,17 +154,17 @@ class Incoming:
         self._verdict = writer
 
     def abandon(self, reason: PodferryError | None = None) -> None:
-        """End a `wait_poised` in another thread with `reason`: the call that should bring the wrapper has failed."""
+        """End a `wait_prepared` in another thread with `reason`: the call that should bring the wrapper has failed."""
         self._reason = reason or self.gone("nobody waits for it any more")
         with contextlib.suppress(ValueError):  # closed meanwhile
             os.eventfd_write(self._abandoned, 1)
 
     def fileno(self) -> int:
-        """What can be read, once a wrapper that was poised is gone: its end of file."""
+        """What can be read, once a wrapper that was prepared is gone: its end of file."""
         return self._poised
 
     def alive(self) -> bool:
-        """Whether a wrapper that was poised still waits."""
+        """Whether a wrapper that was prepared still waits."""
         poll = select.poll()
         poll.register(self._poised, 0)
         return not poll.poll(0)

@@ -25,7 +25,7 @@ BLANK = ["setarch", "--addr-compat-layout", "cat"]
 """What waits for the end of its input, with its libraries far below those of others: where the kernel put them of old."""
 
 
-class ThinDump:
+class MemorySkippingDump:
     """What one dump is to find. `list` is the file in which `podferry.criu.gatekeeper` looks for it."""
 
     def __init__(self, list: Path) -> None:

@@ -17,12 +17,12 @@ from podferry.core.facts import CgroupKind
 from podferry.core.preflight import numbers
 from podferry.node.cgroup import cgroup_kind
 
-TELLING_RUNC = (1, 2)
+RUNC_KEEPS_GROUP = (1, 2)
 
 
-def group_to_tell(spec: Mapping[str, Any], runc: str) -> str:
+def group_to_restore(spec: Mapping[str, Any], runc: str) -> str:
     """The group, as a path from the root of the tree, that CRIU must be told of; empty where runc, of this version, tells it."""
-    if cgroup_kind() is not CgroupKind.V2 or numbers(runc) >= TELLING_RUNC:
+    if cgroup_kind() is not CgroupKind.V2 or numbers(runc) >= RUNC_KEEPS_GROUP:
         return ""
     return group_of(str(spec.get("linux", {}).get("cgroupsPath", "")))
 

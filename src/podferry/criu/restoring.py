@@ -20,7 +20,7 @@ from podferry.criu.checkpoint import Process
 
 LOG = "restore.log"
 END_TIMEOUT = 10.0  # seconds
-LOOK_EVERY = 0.02
+POLL_INTERVAL = 0.02
 _TAIL = 1 << 20  # bytes; after the resume CRIU writes a few lines
 _HEAD = 1 << 16
 _RESUMED = re.compile(rb"\) (?:Running pre-resume scripts|Restore finished successfully)")
@@ -57,7 +57,7 @@ class RestoreProcess:
             if time.monotonic() > deadline:
                 for process in reversed([*there, *self._restored(there)]):
                     process.kill()
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_INTERVAL)
         return found or self.resumed()
 
     def _processes(self) -> list[Process]:

@@ -1,6 +1,6 @@
 """Completes the images of a memory-skipping dump (`podferry.criu.memory_skipping`).
 
-In them CRIU found no memory in the processes that were spared.
+In them CRIU found no memory in the processes that it skipped.
 
 Which pages there are, is looked up while CRIU dumps everything else; the processes stand still. Which of these pages CRIU would
 have declared lazy, and which written, is its own rule (`generate_vma_iovs` in criu/mem.c, `vma_entry_is_private` and
@@ -41,12 +41,12 @@ from podferry.memory.kernel.pagemap import (
     is_alive,
     open_pagemap,
     read_entries,
-    tells_guards,
+    reports_guards,
 )
 from podferry.memory.ranges import EMPTY, Runs
 
 _CHUNK = 1 << 20  # bytes
-_PIECE_WORTH_SPARING = 1 << 17  # bytes
+_PIECE_WORTH_SKIPPING = 1 << 17  # bytes
 _FEW_PIECES = 1000  # some 5 ms
 
 
@@ -55,13 +55,13 @@ def possible() -> bool:
     return not hides_guards()
 
 
-def worth_sparing(memory: Runs) -> bool:
+def worth_skipping(memory: Runs) -> bool:
     """Whether it is quicker to leave a process' memory where it is and to complete its page map.
 
     Looking at it and handing it to pipes takes CRIU 50 ms a GiB; to complete the map takes 5 us for each piece that lies alone
     (measured).
     """
-    return len(memory) <= _FEW_PIECES or memory.size >= len(memory) * _PIECE_WORTH_SPARING
+    return len(memory) <= _FEW_PIECES or memory.size >= len(memory) * _PIECE_WORTH_SKIPPING
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Population:
 
 
 def population(pid: int) -> Population:
-    """Look it up, in some 3 ms a GiB. Raises `Failed` where the process has ended, and `OSError`."""
+    """Scan it up, in some 3 ms a GiB. Raises `Failed` where the process has ended, and `OSError`."""
     areas = [(one.start, one.end) for one in read_areas(pid) if one.private and one.name not in KERNEL_AREAS]
     pagemap = open_pagemap(pid)
     try:
         if not has_scan():
             found = Population(pid, read_entries(pagemap, areas).present)
         else:
-            told = Category.GUARD if tells_guards() else Category(0)
+            told = Category.GUARD if reports_guards() else Category(0)
             skipped = Category.PFNZERO | Category.FILE
             regions = Scanner().scan(pagemap, areas, ScanQuery(skipped, skipped, HELD, told))
             guards = regions.having(told)
@@ -94,7 +94,8 @@ def population(pid: int) -> Population:
 
 
 def complete(images: Path, populations: Mapping[int, Population], *, guards: bool) -> bool:
-    """Make the images of a thin dump what they would be had CRIU looked at the memory of these processes, by their pids inside.
+    """Make the images of a memory-skipping dump what they would be had CRIU looked at the memory of these processes, by
+    their pids inside.
 
     `guards` says whether this CRIU saves guard pages (4.2). Returns whether it has left all of their memory where it is.
     Raises `Failed` where memory cannot be read, `PeerMisbehaved` for images that do not hold together, and `OSError`.

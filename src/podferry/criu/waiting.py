@@ -17,10 +17,10 @@ def wake(run: Path, name: str) -> None:
         for path in (run / "waiting").iterdir():
             waits_for, _, pid = path.name.rpartition(".")
             if waits_for == name and pid.isdecimal():
-                _tell(path)
+                _wake(path)
 
 
-def _tell(path: Path) -> None:
+def _wake(path: Path) -> None:
     try:
         fifo = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:

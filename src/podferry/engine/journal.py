@@ -5,7 +5,7 @@ was torn by a crash or a full disk and is dropped: what it would have recorded h
 act it announces. A write that is cut short is an error, and what it left is cut off before anything else is written: nothing that
 was written later may be hidden behind half a line. The first line names the format; journals without it are of format 1, which
 differs from format 2 in nothing else. From format 3 on what a container alone holds and knows is written under its number, 0, as in
-a pod's journal.
+a pod's journal. Format 4 calls some phases and kinds by other names; those of earlier journals are read as these.
 
 A killed agent loses nothing that it wrote; only a node that dies could, and its containers die with it. So a line is synced to
 disk only where it passes the right to run.
@@ -29,11 +29,14 @@ from podferry.fs.private import private_directory
 
 JOURNAL = "journal.jsonl"
 RECORD = "record.json"
-FORMAT = 3
-FORMATS = (1, 2, 3)
+FORMAT = 4
+FORMATS = (1, 2, 3, 4)
 NUMBERED = 3
 """The format from which on a container alone is written down as a pod of one is."""
 KEEP_SECONDS = 90 * 86400.0
+PHASES_BEFORE = {"poise": "prepare-target", "poised": "prepared"}
+KINDS_BEFORE = {"hold": "held-dump", "door": "exec-lock", "feeder": "lazy-pages-daemon"}
+"""What phases and kinds are called up to format 3, and since."""
 _BEGINS = b'{"t":'
 
 
@@ -43,7 +46,7 @@ class Facts(TypedDict, total=False):
     role: str
     """`source` or `target`."""
     record: dict[str, Any]
-    """`podferry.engine.story.Story.to_dict`, as it was at the beginning."""
+    """`podferry.engine.migration_record.MigrationRecord.to_dict`, as it was at the beginning."""
     offered: dict[str, Any]
     """What the source offered, as it travels."""
     pod: dict[str, str]
@@ -74,7 +77,7 @@ class PartFacts(Facts, total=False):
     wrapper: list[int] | None
     """podferry-runc at that time: its pid, and when it started."""
     filled: dict[str, Any]
-    """The page feeder's figures, once every page was in its place."""
+    """The lazy-pages daemon's figures, once every page was in its place."""
 
 
 class Journal:
@@ -137,7 +140,7 @@ class Journal:
             loaded = json.loads((self.directory / RECORD).read_text())
         except (OSError, ValueError):
             return None
-        return loaded if isinstance(loaded, dict) else None
+        return _renamed(loaded) if isinstance(loaded, dict) else None
 
     def close(self) -> None:
         """Close the file; the journal stays."""
@@ -160,13 +163,13 @@ class Journal:
 
     def _apply(self, line: dict[str, Any]) -> None:
         if "phase" in line:
-            self.phase = line["phase"]
+            self.phase = PHASES_BEFORE.get(line["phase"], line["phase"])
         elif "facts" in line:
             self.facts.update(cast("Facts", line["facts"]))
         elif "acquire" in line:
-            self.ledger.add(line["acquire"], line["with"])
+            self.ledger.add(_kind(line["acquire"]), line["with"])
         elif "release" in line:
-            self.ledger.remove(line["release"])
+            self.ledger.remove(_kind(line["release"]))
 
 
 class Part:
@@ -236,6 +239,18 @@ def _is_over(directory: Path) -> bool:
     journal.close()
     ends: frozenset[str] = SOURCE_ENDS if journal.facts.get("role") == "source" else TARGET_ENDS
     return journal.phase in ends and not journal.ledger.entries
+
+
+def _kind(written: str) -> str:
+    """The kind of thing that a line is about, by the name that it has now; a container's number may stand behind it."""
+    kind, dot, number = written.partition(".")
+    return KINDS_BEFORE.get(kind, kind) + dot + number
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the names that phases have now."""
+    phases = {PHASES_BEFORE.get(name, name): ms for name, ms in (record.get("phases") or {}).items()}
+    return {**record, "phases": phases, "phase": PHASES_BEFORE.get(record.get("phase", ""), record.get("phase"))}
 
 
 def _line(line: Mapping[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from podferry.engine.story import Story
+from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import UNEXPLAINED
 from podferry.wire.transport import parse_address
 
@@ -56,15 +56,15 @@ def violated(rule: str) -> None:
     _violations.labels(rule).inc()
 
 
-def ended(role: str, story: Story) -> None:
+def ended(role: str, record: MigrationRecord) -> None:
     """One half of a migration has ended; `role` is `source` or `target`."""
-    _migrations.labels(role, str(story.mode), str(story.outcome)).inc()
-    if story.error is not None and story.error.why.startswith(UNEXPLAINED):
+    _migrations.labels(role, str(record.mode), str(record.outcome)).inc()
+    if record.error is not None and record.error.why.startswith(UNEXPLAINED):
         _unexplained.labels(role).inc()
     if role == "target":
-        _differences.labels(str(story.mode)).inc(len(story.extra.get("differences", ())))
-    if story.downtime_ms is not None:
-        _downtime.labels(str(story.mode)).observe(story.downtime_ms / 1e3)
+        _differences.labels(str(record.mode)).inc(len(record.extra.get("differences", ())))
+    if record.downtime_ms is not None:
+        _downtime.labels(str(record.mode)).observe(record.downtime_ms / 1e3)
 
 
 class _Server(ThreadingWSGIServer):

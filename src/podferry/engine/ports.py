@@ -20,7 +20,7 @@ from podferry.lazypages.page_source import Frame
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
 from podferry.wire.frames import Drop, Pages
-from podferry.wire.messages import SpaceSum, StateEnd, TreeSum
+from podferry.wire.messages import AddressSpaceSum, StateEnd, TreeSum
 
 Json = dict[str, Any]
 
@@ -35,19 +35,22 @@ def is_log(directory: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Change:
+class DirtySet:
     """What one look at the job's memory found: what to send, and what the target must forget."""
 
     written: Mapping[int, Runs] = field(default_factory=dict)
     dropped: Mapping[int, Runs] = field(default_factory=dict)
 
-    def __or__(self, later: Change) -> Change:
+    def __or__(self, later: DirtySet) -> DirtySet:
         """Both, to be read now: of what one says is written and the other that it is gone, the reading tells."""
 
         def both(one: Mapping[int, Runs], other: Mapping[int, Runs]) -> Mapping[int, Runs]:
-            return {space: one.get(space, EMPTY) | other.get(space, EMPTY) for space in {**one, **other}}
+            return {
+                address_space: one.get(address_space, EMPTY) | other.get(address_space, EMPTY)
+                for address_space in {**one, **other}
+            }
 
-        return Change(both(self.written, later.written), both(self.dropped, later.dropped))
+        return DirtySet(both(self.written, later.written), both(self.dropped, later.dropped))
 
     @property
     def bytes(self) -> int:
@@ -82,16 +85,16 @@ class RemotePages(Protocol):
         """How much is still to be pushed."""
         ...
 
-    def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
+    def answer(self, address_space: int, address: int) -> Iterator[Pages | Drop]:
         """The frames that answer for the page at `address` of `space`."""
         ...
 
     def rest(self) -> Iterator[Pages | Drop]:
-        """All that is still owed."""
+        """All pages that are still remote."""
         ...
 
     def start_over(self) -> None:
-        """Nobody knows what arrived of what was given: all of it is owed again."""
+        """Nobody knows what arrived of what was given: all of it is remote again."""
         ...
 
     def close(self) -> None:
@@ -100,13 +103,13 @@ class RemotePages(Protocol):
 
 
 class PageChannel(Protocol):
-    """Post-copy on the target: the channel to the page feeders (`podferry.workload.feeder_channel`)."""
+    """Post-copy on the target: the channel to the lazy-pages daemons (`podferry.workload.page_channel`)."""
 
-    def arrived(self, space: int, start: int, end: int) -> None:
+    def arrived(self, address_space: int, start: int, end: int) -> None:
         """The store has these pages now."""
         ...
 
-    def zero(self, space: int, start: int, end: int) -> None:
+    def zero(self, address_space: int, start: int, end: int) -> None:
         """These pages hold only zeros, and will not come."""
         ...
 
@@ -114,8 +117,8 @@ class PageChannel(Protocol):
         """Send what was said."""
         ...
 
-    async def wanted(self) -> Frame | None:
-        """The next pages that a thread of the job waits for; None once the feeder has ended."""
+    async def next_request(self) -> Frame | None:
+        """The next pages that a thread of the job waits for; None once the lazy-pages daemon has ended."""
         ...
 
     def close(self) -> None:
@@ -123,10 +126,10 @@ class PageChannel(Protocol):
         ...
 
 
-class HeldJob(Protocol):
+class FrozenSource(Protocol):
     """The frozen original on the source, once the right to run has passed."""
 
-    def owed(self) -> RemotePages:
+    def remote_pages(self) -> RemotePages:
         """Post-copy: the memory that the target has not got. Where nobody remembers what it got, that is all memory.
         Raises `OriginalGone`."""
         ...
@@ -148,22 +151,22 @@ class HeldJob(Protocol):
         ...
 
 
-class LeavingJob(HeldJob, Protocol):
+class SourceJob(FrozenSource, Protocol):
     """A running container on the source, as far as a migration touches it."""
 
-    async def look(self) -> Change:
+    async def scan_dirty(self) -> DirtySet:
         """All memory that is present at the first call; at later ones what was written or dropped since the last."""
         ...
 
-    async def last_look(self) -> Change:
+    async def final_scan(self) -> DirtySet:
         """The last one, with the job frozen: nothing may change after it. The tracker is gone when it returns."""
         ...
 
-    def owe(self, change: Change) -> Iterator[Drop]:
+    def leave_remote(self, dirty: DirtySet) -> Iterator[Drop]:
         """Post-copy: leave what `change` lists for later. The frames make the target forget what it has of it."""
         ...
 
-    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
+    def read(self, dirty: DirtySet, round: int) -> Iterator[Pages | Drop]:
         """Read what `change` lists, as frames of up to a megabyte. Send each before the next is taken."""
         ...
 
@@ -175,7 +178,7 @@ class LeavingJob(HeldJob, Protocol):
         """What the last finished pass over each tree sent."""
         ...
 
-    def memory_totals(self) -> tuple[SpaceSum, ...]:
+    def memory_totals(self) -> tuple[AddressSpaceSum, ...]:
         """How many pages of each space the target must hold by now."""
         ...
 
@@ -187,7 +190,7 @@ class LeavingJob(HeldJob, Protocol):
         """Begin what the dump needs that can be begun while the job runs: the freeze is near."""
         ...
 
-    async def shut_the_door(self) -> None:
+    async def lock_exec(self) -> None:
         """Nothing is in the container but the job itself, until the migration has ended: what came in from outside cannot move."""
         ...
 
@@ -204,10 +207,10 @@ class LeavingJob(HeldJob, Protocol):
         ...
 
     def dumped(self) -> Dump:
-        """What `dump` was spared."""
+        """What `dump` did not have to do."""
         ...
 
-    async def slow_down(self, quota: float) -> None:
+    async def throttle(self, quota: float) -> None:
         """Leave the job this share (0 to 1) of the processor time that it used before it was first slowed down.
         `freeze` gives it back."""
         ...
@@ -217,28 +220,28 @@ class LeavingJob(HeldJob, Protocol):
         ...
 
 
-class ArrivingJob(Protocol):
+class TargetJob(Protocol):
     """The container that is to run on the target."""
 
     async def prepare(self) -> None:
         """Its record, snapshot and places for pages and images. Raises `Refused` where name or image stand in the way."""
         ...
 
-    async def poise(self, *, postcopy: bool) -> None:
+    async def make_ready(self, *, postcopy: bool) -> None:
         """Have its task created up to the point where only the state is missing; in `postcopy`, pages come afterwards.
         May be called a second time, for post-copy."""
         ...
 
     async def lost(self) -> PodferryError:
-        """Before GO: return, with the reason, once what was poised waits no more. It was killed, or somebody lost patience.
+        """Before GO: return, with the reason, once what was prepared waits no more. It was killed, or somebody lost patience.
         One task at a time may wait for it."""
         ...
 
-    def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
+    def pages(self, round: int, address_space: int, address: int, data: memoryview) -> None:
         """Put arrived pages into the store."""
         ...
 
-    def drop(self, space: int, start: int, end: int) -> None:
+    def drop(self, address_space: int, start: int, end: int) -> None:
         """Pages that are zero or gone."""
         ...
 
@@ -270,12 +273,12 @@ class ArrivingJob(Protocol):
         """After `release`: what the job has not here as it had it on the source, and could not be given."""
         ...
 
-    def relay(self) -> PageChannel:
-        """Post-copy: connect to the page feeder. Pages that arrive from now on must be told to it."""
+    def open_page_channel(self) -> PageChannel:
+        """Post-copy: connect to the lazy-pages daemon. Pages that arrive from now on must be told to it."""
         ...
 
-    def all_owed_came(self, channel: PageChannel) -> None:
-        """Post-copy: the source has sent all that it owed; what is still absent is zero."""
+    def remote_pages_complete(self, channel: PageChannel) -> None:
+        """Post-copy: the source has sent all remote pages; what is still absent is zero."""
         ...
 
     async def close(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.core.limits import STREAMED_IMAGES, of_image
-from podferry.engine.letters import Letters
+from podferry.engine.inbox import Inbox
 from podferry.engine.ports import Images
 from podferry.engine.sending import size_of
 from podferry.engine.source import Order, Source
@@ -38,46 +38,46 @@ class Rehearsal(Source):
     _images: Images
     _looked = 0.0
 
-    async def _cut_over(self, letters: Letters) -> None:
-        await self._rounds.look()
-        self._looked = self.story.now()
-        await super()._cut_over(letters)
-        await self._have_judged(letters)
+    async def _cut_over(self, inbox: Inbox) -> None:
+        await self._rounds.scan_dirty()
+        self._looked = self.record.now()
+        await super()._cut_over(inbox)
+        await self._have_judged(inbox)
         raise Rehearsed("the job was rehearsed, and can move")
 
-    async def _stop_and_copy(self, letters: Letters) -> None:
+    async def _stop_and_copy(self, inbox: Inbox) -> None:
         """From the freeze to the job's going on, with the images in memory: they go with the dump that is taken back."""
-        start = self.story.now()
-        with self.story.span("freeze"):
+        start = self.record.now()
+        with self.record.span("freeze"):
             await self.job.freeze()
-        with self.story.span("last look"):
-            change = await self.job.last_look()
+        with self.record.span("final scan"):
+            change = await self.job.final_scan()
         images = await self._sender.dump(self.job)
         image_bytes = sum(map(size_of, images.values()))
         self._images = without_memory(images)
-        with self.story.span("go on"):
+        with self.record.span("go on"):
             leftovers = await self.take_back()
         if leftovers:
             raise Failed(
                 "the rehearsed job may not go on", why="; ".join(f"{one.kind}: {one.why}" for one in leftovers)
             )
-        self.story.extra["rehearsal"] = {
-            "stood_still_ms": round(self.story.now() - start, 3),
+        self.record.extra["rehearsal"] = {
+            "stood_still_ms": round(self.record.now() - start, 3),
             "written_bytes": change.bytes,
             "written_in_ms": round(start - self._looked, 3),
             "image_bytes": image_bytes,
         }
 
-    async def _have_judged(self, letters: Letters) -> None:
+    async def _have_judged(self, inbox: Inbox) -> None:
         """Let the target read the images, and say what it would say before GO. The job runs meanwhile."""
         await self._sender.send_images(self._images)
-        with self.story.span("check what arrived", "target"):
+        with self.record.span("check what arrived", "target"):
             await self._sender.state_end(self.job, (), trees=False)
-            await letters.expect(Ready)
-        self.story.extra["rehearsal"]["forecast_ms"] = round(forecast(self._took()), 1)
+            await inbox.expect(Ready)
+        self.record.extra["rehearsal"]["forecast_ms"] = round(forecast(self._took()), 1)
 
     def _took(self) -> dict[str, float]:
-        return {one["name"]: one["end_ms"] - one["start_ms"] for one in self.story.spans}
+        return {one["name"]: one["end_ms"] - one["start_ms"] for one in self.record.spans}
 
     def _end(self, outcome: Outcome, reason: str, error: PodferryError | None = None) -> None:
         """The engine's way back ends a rehearsal well, too."""
@@ -90,17 +90,17 @@ class RehearsalAlone(Rehearsal):
     """The rehearsal of a pod. Its containers are the kubelet's to make, after the target pod's own object, which no
     rehearsal has made: the target says whether it would take the pod, and CRIU whether it can be dumped."""
 
-    async def _have_poised(self, letters: Letters) -> None:
+    async def _have_target_prepared(self, inbox: Inbox) -> None:
         """Nothing waits for the state."""
 
-    async def _have_judged(self, letters: Letters) -> None:
-        self.story.extra["rehearsal"]["forecast_ms"] = round(forecast(self._took()), 1)
+    async def _have_judged(self, inbox: Inbox) -> None:
+        self.record.extra["rehearsal"]["forecast_ms"] = round(forecast(self._took()), 1)
 
 
 def forecast(took: Mapping[str, float]) -> float:
     """The downtime of a move, in milliseconds, by what the steps of its rehearsal took: a restore takes about as long as the dump.
     What the job has written since the last round comes on top, as does memory that it shares: those go over the link."""
-    steps = ("freeze", "last look", "dump", "send images", "check what arrived")
+    steps = ("freeze", "final scan", "dump", "send images", "check what arrived")
     return sum(took.get(step, 0.0) for step in steps) + took.get("dump", 0.0)
 
 

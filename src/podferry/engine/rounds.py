@@ -9,10 +9,10 @@ import anyio
 import structlog
 
 from podferry.core.precopy import PreCopyPolicy, Round, Step, decide, link_rate, rest
-from podferry.engine.letters import Letters
-from podferry.engine.ports import Change, LeavingJob
+from podferry.engine.inbox import Inbox
+from podferry.engine.migration_record import MigrationRecord
+from podferry.engine.ports import DirtySet, SourceJob
 from podferry.engine.sending import Sender
-from podferry.engine.story import Story
 from podferry.errors import Failed, Refused
 from podferry.wire.messages import RoundAck, RoundEnd
 
@@ -20,23 +20,25 @@ from podferry.wire.messages import RoundAck, RoundEnd
 class Rounds:
     """The rounds of one migration. Each sends what is pending and then looks what was written meanwhile: that is `pending` next."""
 
-    def __init__(self, job: LeavingJob, sender: Sender, letters: Letters, story: Story, policy: PreCopyPolicy) -> None:
-        self.pending = Change()
-        self._job, self._sender, self._letters, self._story, self._policy = job, sender, letters, story, policy
+    def __init__(
+        self, job: SourceJob, sender: Sender, inbox: Inbox, record: MigrationRecord, policy: PreCopyPolicy
+    ) -> None:
+        self.pending = DirtySet()
+        self._job, self._sender, self._inbox, self._record, self._policy = job, sender, inbox, record, policy
         self._judged_from = 0
         self._quota = 1.0
-        self._log = structlog.get_logger().bind(migration=story.id)
+        self._log = structlog.get_logger().bind(migration=record.id)
 
-    async def look(self) -> None:
-        """Look what is to be sent: all of the memory, the first time."""
-        self.pending = await self._job.look()
+    async def scan_dirty(self) -> None:
+        """Scan what is to be sent: all of the memory, the first time."""
+        self.pending = await self._job.scan_dirty()
 
     async def copy(self) -> bool:
         """One round at least, until what is left fits the downtime; true if it shall rather be fetched after the resume.
 
         Raises `Failed` where the job writes too fast for all that may be done about it.
         """
-        self._judged_from = len(self._story.rounds)
+        self._judged_from = len(self._record.rounds)
         while True:
             await self._round()
             step = await self._judge()
@@ -47,24 +49,24 @@ class Rounds:
         """A round now and then, so that little is left when what is waited for has come."""
         while not until.is_set():
             began = time.monotonic()
-            with anyio.move_on_after(rest(self._story.rounds, link_rate(self._story.rounds))):
+            with anyio.move_on_after(rest(self._record.rounds, link_rate(self._record.rounds))):
                 await until.wait()
             if not until.is_set():
                 await self._round(rested=time.monotonic() - began)
 
     async def _judge(self) -> Step:
         """Decide what comes next, and slow the job down if it is that."""
-        rounds = self._story.rounds[self._judged_from :]
-        decision = decide(rounds, self._policy, rate=link_rate(self._story.rounds), quota=self._quota)
+        rounds = self._record.rounds[self._judged_from :]
+        decision = decide(rounds, self._policy, rate=link_rate(self._record.rounds), quota=self._quota)
         self._log.info("decision", step=str(decision.step), reason=decision.reason)
         if decision.step is Step.GIVE_UP:
             raise Failed(
                 decision.reason, remedy="allow throttling or post-copy, a longer --max-downtime, or use --mode stop"
             )
         if decision.step is Step.THROTTLE:
-            self._judged_from = len(self._story.rounds)
+            self._judged_from = len(self._record.rounds)
             try:
-                await self._job.slow_down(decision.quota)
+                await self._job.throttle(decision.quota)
                 self._quota = decision.quota
             except (Failed, Refused) as cannot:  # a container without a cpu controller, say
                 self._log.warning("the job cannot be slowed down", why=str(cannot))
@@ -72,16 +74,16 @@ class Rounds:
         return decision.step
 
     async def _round(self, rested: float = 0.0) -> None:
-        channel, story = self._letters.channel, self._story
-        number, began, before = len(story.rounds) + 1, time.monotonic(), channel.traffic.sent
-        start = story.now()
-        pages = await self._sender.change(self._job, self.pending, number)
+        channel, record = self._inbox.channel, self._record
+        number, began, before = len(record.rounds) + 1, time.monotonic(), channel.traffic.sent
+        start = record.now()
+        pages = await self._sender.dirty(self._job, self.pending, number)
         sent = channel.traffic.sent - before
         await channel.send(RoundEnd(number, pages, sent))
-        while (await self._letters.expect(RoundAck)).round != number:
+        while (await self._inbox.expect(RoundAck)).round != number:
             pass
         seconds = time.monotonic() - began
-        await self.look()
-        story.add_round(Round(number, pages, sent, seconds, self.pending.bytes, rested))
-        story.add_span(f"round {number}", "source", start, story.now(), f"{pages} pages")
-        story.expect(channel.traffic.sent + self.pending.bytes)
+        await self.scan_dirty()
+        record.add_round(Round(number, pages, sent, seconds, self.pending.bytes, rested))
+        record.add_span(f"round {number}", "source", start, record.now(), f"{pages} pages")
+        record.expect(channel.traffic.sent + self.pending.bytes)

@@ -9,27 +9,27 @@ from pathlib import Path
 import xxhash
 
 from podferry.core.limits import of_image
+from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.pages import PageSender
-from podferry.engine.ports import LOG, Change, Images, LeavingJob
-from podferry.engine.story import Story
+from podferry.engine.ports import LOG, DirtySet, Images, SourceJob
 from podferry.errors import Failed
 from podferry.wire.channel import Channel
 from podferry.wire.frames import MAX_PAYLOAD, Drop, File, Pages, Tree
-from podferry.wire.messages import MOST_SUMS, FileSum, SpaceSum, StateEnd, StatePart
+from podferry.wire.messages import MOST_SUMS, AddressSpaceSum, FileSum, StateEnd, StatePart
 
 
 class Sender:
-    """Sends one container over `channel`, and tells `story` how far it is."""
+    """Sends one container over `channel`, and tells `record` how far it is."""
 
-    def __init__(self, channel: Channel, story: Story) -> None:
-        self.channel, self._story = channel, story
+    def __init__(self, channel: Channel, migration_record: MigrationRecord) -> None:
+        self.channel, self._record = channel, migration_record
         self._pages = PageSender(channel)
         self._files: list[FileSum] = []
         self._log_bytes = {LOG: 0}
 
-    async def change(self, job: LeavingJob, change: Change, number: int) -> int:
+    async def dirty(self, job: SourceJob, dirty: DirtySet, number: int) -> int:
         """Read and send what `change` lists, as round `number`. Returns how many pages carried data."""
-        return await self.frames(job.read(change, number))
+        return await self.frames(job.read(dirty, number))
 
     async def frames(self, frames: Iterable[Pages | Drop]) -> int:
         """Send frames as they are made. Returns how many pages carried data."""
@@ -38,37 +38,37 @@ class Sender:
             await self._pages.send(frame)
             if isinstance(frame, Pages):
                 pages += frame.count
-                self._story.memory_bytes += len(frame.payload)
-            self._story.sent(self.channel.traffic.sent)
+                self._record.memory_bytes += len(frame.payload)
+            self._record.sent(self.channel.traffic.sent)
         return pages
 
-    async def files(self, job: LeavingJob, *, last: bool) -> None:
+    async def files(self, job: SourceJob, *, last: bool) -> None:
         """One pass over the trees and the logs."""
         async for tree, record in job.trees(last=last):
             await self.channel.send(Tree(tree, record))
-            self._story.upper_bytes += len(record)
-            self._story.sent(self.channel.traffic.sent)
+            self._record.upper_bytes += len(record)
+            self._record.sent(self.channel.traffic.sent)
         async for directory, offset, data in job.logs(last=last):
             await self.channel.send(File(directory, "log", offset, data))
             self._log_bytes[directory] = offset + len(data)
 
-    async def images(self, job: LeavingJob) -> None:
+    async def images(self, job: SourceJob) -> None:
         """Have CRIU dump the frozen job, and send its images."""
         await self.send_images(await self.dump(job))
 
-    async def dump(self, job: LeavingJob) -> Images:
+    async def dump(self, job: SourceJob) -> Images:
         """Have CRIU dump the frozen job."""
-        with self._story.span("dump", detail="CRIU, all but private memory"):
+        with self._record.span("dump", detail="CRIU, all but private memory"):
             images = await job.dump()
         if closed := job.closed_connections():
-            self._story.extra["closed_connections"] = closed
-        self._story.extra["dump"] = str(job.dumped())
+            self._record.extra["closed_connections"] = closed
+        self._record.extra["dump"] = str(job.dumped())
         return images
 
     async def send_images(self, images: Images) -> None:
         """Send what `dump` returned."""
         total = sum(map(size_of, images.values()))
-        with self._story.span("send images", detail=f"{total >> 10} KiB"):
+        with self._record.span("send images", detail=f"{total >> 10} KiB"):
             for (directory, name), content in images.items():
                 await self._image(directory, name, content)
 
@@ -84,21 +84,25 @@ class Sender:
                 if not piece and end < size:
                     raise Failed(f"the image {name} is cut short", why=f"{end} of {size} bytes are there")
                 await self.channel.send(File(directory, name, offset, piece, last=end >= size))
-                self._story.sent(self.channel.traffic.sent)
+                self._record.sent(self.channel.traffic.sent)
                 offset = end
                 if offset >= size:
                     break
         self._files.append(FileSum(directory, name, offset, digest.hexdigest()))
 
-    async def state_end(self, job: LeavingJob, spaces: tuple[SpaceSum, ...], *, trees: bool = True) -> None:
+    async def state_end(
+        self, job: SourceJob, address_spaces: tuple[AddressSpaceSum, ...], *, trees: bool = True
+    ) -> None:
         """Say what the target must have when everything has arrived; in a rehearsal no `trees` have."""
         logs = (FileSum(directory, "log", size, "") for directory, size in self._log_bytes.items())
         files = [*self._files, *logs]
-        id, last = self._story.id, max(len(files), len(spaces)) // MOST_SUMS * MOST_SUMS
+        id, last = self._record.id, max(len(files), len(address_spaces)) // MOST_SUMS * MOST_SUMS
         for at in range(0, last, MOST_SUMS):
             part = slice(at, at + MOST_SUMS)
-            await self.channel.send(StatePart(id, tuple(files[part]), spaces[part]))
-        await self.channel.send(StateEnd(id, tuple(files[last:]), spaces[last:], job.tree_totals() if trees else ()))
+            await self.channel.send(StatePart(id, tuple(files[part]), address_spaces[part]))
+        await self.channel.send(
+            StateEnd(id, tuple(files[last:]), address_spaces[last:], job.tree_totals() if trees else ())
+        )
 
 
 def size_of(content: bytes | Path) -> int:

@@ -19,15 +19,15 @@ from podferry.core.invariants import Sight
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, SourceEvent, SourcePhase, source_machine
 from podferry.core.precopy import PreCopyPolicy
 from podferry.core.undo import Handler, Leftover
-from podferry.engine.attempt import Attempt
-from podferry.engine.contact import Contact
+from podferry.engine.after_switchover import AfterSwitchover
+from podferry.engine.inbox import Inbox
 from podferry.engine.journal import Journal
-from podferry.engine.letters import Letters
-from podferry.engine.ports import HeldJob, LeavingJob
+from podferry.engine.migration_record import MigrationRecord
+from podferry.engine.ports import FrozenSource, SourceJob
 from podferry.engine.rounds import Rounds
 from podferry.engine.sending import Sender
+from podferry.engine.side import Side
 from podferry.engine.standstill import Standstill
-from podferry.engine.story import Story
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
 from podferry.model import Mode, Outcome
 from podferry.wire.channel import Channel
@@ -39,18 +39,18 @@ from podferry.wire.messages import (
     Filled,
     GaveUp,
     Offer,
-    Poise,
-    Poised,
+    PrepareTarget,
     Ready,
     Refuse,
     Running,
+    TargetPrepared,
 )
 
 ASK_AGAIN = 1.0
 CALL_BACK = 0.05
 DRAIN_PATIENCE = 120.0
 COMMIT_TRIES = 30
-BEFORE_GO = frozenset({SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.POISE, SourcePhase.CUTOVER})
+BEFORE_GO = frozenset({SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.PREPARE_TARGET, SourcePhase.CUTOVER})
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,30 @@ class Order:
     policy: PreCopyPolicy = field(default_factory=PreCopyPolicy)
 
 
-Propose = Callable[[], Awaitable[tuple[Offer, LeavingJob]]]
-"""Looks at the container and says what is offered. Raises `Refused` where it cannot move."""
+Propose = Callable[[], Awaitable[tuple[Offer, SourceJob]]]
+"""Scans at the container and says what is offered. Raises `Refused` where it cannot move."""
 
 
-class Source(Attempt[SourcePhase, SourceEvent]):
+class Source(Side[SourcePhase, SourceEvent]):
     """One container on its way out of this node."""
 
     role = "source"
     forbidden_by_a_broken_rule = frozenset({SourceEvent.GO})
-    job: LeavingJob
+    job: SourceJob
 
     def __init__(
         self,
         order: Order,
         dial: Callable[[], AbstractAsyncContextManager[Channel]],
         journal: Journal,
-        story: Story,
+        migration_record: MigrationRecord,
         handlers: dict[str, Handler],
-        held: HeldJob | None = None,
+        held: FrozenSource | None = None,
     ) -> None:
         """`held` is what an earlier agent left, which died in the phase that the journal names."""
-        super().__init__(source_machine(SourcePhase(journal.phase or SourcePhase.CHECK)), journal, story, handlers)
+        super().__init__(
+            source_machine(SourcePhase(journal.phase or SourcePhase.CHECK)), journal, migration_record, handlers
+        )
         self.order, self._dial, self._held = order, dial, held
         self._scope = anyio.CancelScope()
         self._cause: PodferryError | None = None
@@ -120,8 +122,8 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             raise Refused(
                 "the job may lack memory on the target, and the rest is only in the frozen original here",
                 why="it was moved in post-copy, and the target has not said that it has everything",
-                remedy=f"let the nodes meet again, they go on by themselves; or end the job on {self.story.target}, then "
-                f"podferry resolve {self.story.id} --run-on {self.story.source}",
+                remedy=f"let the nodes meet again, they go on by themselves; or end the job on {self.record.target}, then "
+                f"podferry resolve {self.record.id} --run-on {self.record.source}",
             )
         self._resolved = event
         self._verdict.set()
@@ -132,35 +134,35 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         kinds = tuple(entry.kind for entry in self.journal.ledger.entries)
         return Sight(phase, executing, ended=phase in SOURCE_ENDS, ledger=kinds)
 
-    # The story.
+    # The steps, in order.
 
     async def run(self, propose: Propose) -> None:
-        """Move the job. Returns when the migration has ended; how, the story says."""
+        """Move the job. Returns when the migration has ended; how, the record says."""
         async with anyio.create_task_group() as helpers:
-            letters: Letters | None = None
+            inbox: Inbox | None = None
             try:
                 with self._scope, anyio.fail_after(self.order.timeout):
-                    letters = await self._check(helpers, propose)
-                    await self._precopy(letters)
-                    await self._cut_over(letters)
+                    inbox = await self._check(helpers, propose)
+                    await self._precopy(inbox)
+                    await self._cut_over(inbox)
             except TimeoutError:
                 self._cause = TimedOut(f"the migration did not reach its end within {self.order.timeout:.0f} s")
             except anyio.get_cancelled_exc_class():
                 with anyio.CancelScope(shield=True):
-                    await self._undo(Cancelled("the agent is stopping"), letters)
+                    await self._undo(Cancelled("the agent is stopping"), inbox)
                 raise
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the job must go on
                 self._cause = self._cause or self._not_asked_for(self.cause_of(error))
-            if self._cause is None and letters is not None:
+            if self._cause is None and inbox is not None:
                 try:
                     self._pass_the_right_to_run()
                 except Exception as error:  # noqa: BLE001 - a full disk, say: GO was not said, so the right is still here
                     self._cause = self.cause_of(error)
-            if self._cause is None and letters is not None:
-                await self._after_go(helpers, letters)
+            if self._cause is None and inbox is not None:
+                await self._after_go(helpers, inbox)
             else:
                 with anyio.CancelScope(shield=True):
-                    await self._undo(self._cause or Bug("the migration stopped without a cause"), letters)
+                    await self._undo(self._cause or Bug("the migration stopped without a cause"), inbox)
             helpers.cancel_scope.cancel()
         await self._let_go()
 
@@ -187,116 +189,116 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             helpers.cancel_scope.cancel()
         await self._let_go()
 
-    async def _check(self, helpers: TaskGroup, propose: Propose) -> Letters:
+    async def _check(self, helpers: TaskGroup, propose: Propose) -> Inbox:
         """May it move? Nothing has been touched yet when the answer is no."""
-        self.story.enter(self.phase)
+        self.record.enter(self.phase)
         self.journal.enter(self.phase)
-        await self.at_gate()
-        with self.story.span("check"):
+        await self.at_breakpoint()
+        with self.record.span("check"):
             proposal, self.job = await propose()
             self._held = self.job
-            letters = await Letters.open(helpers, self._dial())
+            inbox = await Inbox.open(helpers, self._dial())
             helpers.start_soon(self._watch_container)
-            letters.channel.limit(self.order.bandwidth)
-            self._sender = Sender(letters.channel, self.story)
-            self._rounds = Rounds(self.job, self._sender, letters, self.story, self.order.policy)
-            await letters.channel.send(replace(proposal, timeout_s=round(self.order.timeout)))
-            answer = await letters.expect(Accept, Refuse)
+            inbox.channel.limit(self.order.bandwidth)
+            self._sender = Sender(inbox.channel, self.record)
+            self._rounds = Rounds(self.job, self._sender, inbox, self.record, self.order.policy)
+            await inbox.channel.send(replace(proposal, timeout_s=round(self.order.timeout)))
+            answer = await inbox.expect(Accept, Refuse)
         if isinstance(answer, Refuse):
             raise answer.refusals[0].error()
-        self.story.expect(proposal.memory_bytes + proposal.upper_bytes)
+        self.record.expect(proposal.memory_bytes + proposal.upper_bytes)
         self.fire(SourceEvent.ACCEPTED)
-        return letters
+        return inbox
 
     async def _watch_container(self) -> None:
         how = await self.job.ended()
         self._stop(Failed("the container ended during the move", why=how, remedy="its exit status is on the source"))
 
-    async def _precopy(self, letters: Letters) -> None:
-        """Copy while the job runs, until what is left fits the downtime and the target is poised."""
-        await self.at_gate()
+    async def _precopy(self, inbox: Inbox) -> None:
+        """Copy while the job runs, until what is left fits the downtime and the target is prepared."""
+        await self.at_breakpoint()
         if self.order.mode is Mode.LIVE:
-            with self.story.span("upper layer, first pass"):
+            with self.record.span("upper layer, first pass"):
                 await self._sender.files(self.job, last=False)
-            await self._rounds.look()
+            await self._rounds.scan_dirty()
             self._postcopy = await self._rounds.copy()
         elif self.order.mode is Mode.POSTCOPY:
             self._postcopy = True
         self.fire(SourceEvent.CONVERGED)
-        await self._poise(letters)
+        await self._prepare_target(inbox)
 
-    async def _poise(self, letters: Letters) -> None:
+    async def _prepare_target(self, inbox: Inbox) -> None:
         """Have the target ready but for the state, so that none of its work is downtime. The job goes on meanwhile, and may
         have written any amount when the target is: so copying ends only then."""
-        await self.at_gate()
+        await self.at_breakpoint()
         await self.job.stand_by()
-        await self._have_poised(letters)
+        await self._have_target_prepared(inbox)
         if self.order.mode is Mode.LIVE and not self._postcopy:
             await self._sender.files(self.job, last=False)
             self._postcopy = await self._rounds.copy()
             if self._postcopy:
-                await self._have_poised(letters)
+                await self._have_target_prepared(inbox)
 
-    async def _have_poised(self, letters: Letters) -> None:
+    async def _have_target_prepared(self, inbox: Inbox) -> None:
         """Ask the target to get ready, for post-copy or not, and go on copying while it does."""
         self.journal.note(postcopy=self._postcopy)
-        self.story.extra["postcopy_dependency"] = self._postcopy
-        with self.story.span("poise", "target", "sandbox, network, volumes, root file system"):
-            await letters.channel.send(Poise(self.story.id, self._postcopy))
-            poised = anyio.Event()
+        self.record.extra["postcopy_dependency"] = self._postcopy
+        with self.record.span("prepare target", "target", "sandbox, network, volumes, root file system"):
+            await inbox.channel.send(PrepareTarget(self.record.id, self._postcopy))
+            prepared = anyio.Event()
             async with anyio.create_task_group() as copying:
                 if self.order.mode is Mode.LIVE and not self._postcopy:
-                    copying.start_soon(self._rounds.keep_up, poised)
-                await letters.expect(Poised)
-                poised.set()
+                    copying.start_soon(self._rounds.keep_up, prepared)
+                await inbox.expect(TargetPrepared)
+                prepared.set()
 
-    async def _cut_over(self, letters: Letters) -> None:
+    async def _cut_over(self, inbox: Inbox) -> None:
         """Stop the job and bring over what is left, everything at once."""
-        self.fire(SourceEvent.POISED)
-        await self.at_gate()
-        await self.job.shut_the_door()
+        self.fire(SourceEvent.TARGET_PREPARED)
+        await self.at_breakpoint()
+        await self.job.lock_exec()
         limit = Standstill(self.order.mode, self.order.max_freeze, self.order.policy.max_downtime)
-        channel = letters.channel
+        channel = inbox.channel
         await limit.bound(
-            partial(self._stop_and_copy, letters), self.story, sent=lambda: channel.traffic.sent, sever=channel.sever
+            partial(self._stop_and_copy, inbox), self.record, sent=lambda: channel.traffic.sent, sever=channel.sever
         )
 
-    async def _stop_and_copy(self, letters: Letters) -> None:
+    async def _stop_and_copy(self, inbox: Inbox) -> None:
         """From the freeze to the target's word that it has everything: each of these steps is bounded as a whole."""
         self._frozen_at = time.monotonic()
         self.journal.note(frozen_at=self._frozen_at)
-        with self.story.span("freeze"):
+        with self.record.span("freeze"):
             await self.job.freeze()
-        with self.story.span("last look"):
-            change = self._rounds.pending | await self.job.last_look()
+        with self.record.span("final scan"):
+            dirty = self._rounds.pending | await self.job.final_scan()
         async with anyio.create_task_group() as parts:
             parts.start_soon(self._sender.images, self.job)
-            with self.story.span("last pages", detail=f"{change.bytes >> 10} KiB{' left for later' * self._postcopy}"):
+            with self.record.span("last pages", detail=f"{dirty.bytes >> 10} KiB{' left for later' * self._postcopy}"):
                 if self._postcopy:
-                    await self._sender.frames(self.job.owe(change))
+                    await self._sender.frames(self.job.leave_remote(dirty))
                 else:
-                    await self._sender.change(self.job, change, len(self.story.rounds) + 1)
-            with self.story.span("upper layer, last pass"):
+                    await self._sender.dirty(self.job, dirty, len(self.record.rounds) + 1)
+            with self.record.span("upper layer, last pass"):
                 await self._sender.files(self.job, last=True)
-        with self.story.span("check what arrived", "target"):
-            spaces = () if self._postcopy else self.job.memory_totals()
-            await self._sender.state_end(self.job, spaces)
-            await letters.expect(Ready)
+        with self.record.span("check what arrived", "target"):
+            address_spaces = () if self._postcopy else self.job.memory_totals()
+            await self._sender.state_end(self.job, address_spaces)
+            await inbox.expect(Ready)
 
     def _pass_the_right_to_run(self) -> None:
         """The point of no return. Nothing is awaited between the last check and this line, and no cancel comes between."""
         self._too_late = True
         self.fire(SourceEvent.GO, sync=True)
 
-    async def _after_go(self, helpers: TaskGroup, letters: Letters | None) -> None:
+    async def _after_go(self, helpers: TaskGroup, inbox: Inbox | None) -> None:
         """Find out whether the job runs there, however long it takes, and act on it."""
-        await self.at_gate()
-        debt = self._original().owed if self._postcopy else None
-        contact = Contact(self.story, self.log, self._dial, debt, self._runs)
-        word: Running | GaveUp | Crashed | Filled | None = await contact.say_go(letters) if letters else None
+        await self.at_breakpoint()
+        remote_pages_of = self._original().remote_pages if self._postcopy else None
+        after_switchover = AfterSwitchover(self.record, self.log, self._dial, remote_pages_of, self._runs)
+        word: Running | GaveUp | Crashed | Filled | None = await after_switchover.send_go(inbox) if inbox else None
         while word is None or (self._postcopy and isinstance(word, Running)):
             if isinstance(word, Running):
-                word = await self._serve(contact, word)
+                word = await self._serve(after_switchover, word)
                 if word is None:
                     self.fire(SourceEvent.CONTACT_LOST)
                     await self._verdict_within(CALL_BACK)
@@ -305,26 +307,26 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 self.fire(SourceEvent.CONTACT_LOST)
             if self._resolved is not None:
                 break
-            word = await self._ask(contact, helpers)
+            word = await self._ask(after_switchover, helpers)
             if word is None:
                 await self._verdict_within(ASK_AGAIN)
         if self._resolved is SourceEvent.RESOLVED_HERE:
             self.fire(SourceEvent.RESOLVED_HERE)
             await self._undo(
-                Failed("contact was lost, and a person decided that the job runs on here"), contact.letters
+                Failed("contact was lost, and a person decided that the job runs on here"), after_switchover.inbox
             )
         elif isinstance(word, GaveUp | Crashed):
             self.fire(SourceEvent.GAVE_UP, note=word.error.what)
-            await self._undo(word.error.error(), contact.letters)
+            await self._undo(word.error.error(), after_switchover.inbox)
         else:
             if isinstance(word, Running):
                 self._downtime_ended(word.ran_ns / 1e9)
                 self.fire(SourceEvent.RUNNING)
             elif self._resolved is SourceEvent.RESOLVED_THERE:
                 self.fire(SourceEvent.RESOLVED_THERE)
-            await self._commit(contact.letters)
+            await self._commit(after_switchover.inbox)
 
-    async def _ask(self, contact: Contact, helpers: TaskGroup) -> Running | GaveUp | Crashed | None:
+    async def _ask(self, after_switchover: AfterSwitchover, helpers: TaskGroup) -> Running | GaveUp | Crashed | None:
         """Ask the target once. It may think about its answer for long: a person's verdict ends the wait."""
         word: Running | GaveUp | Crashed | None = None
         async with anyio.create_task_group() as both:
@@ -334,18 +336,18 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 both.cancel_scope.cancel()
 
             both.start_soon(verdict)
-            word = await contact.ask(helpers)
+            word = await after_switchover.ask(helpers)
             both.cancel_scope.cancel()
         return word
 
-    async def _serve(self, contact: Contact, word: Running) -> Filled | None:
+    async def _serve(self, after_switchover: AfterSwitchover, word: Running) -> Filled | None:
         """Post-copy: the target needs this node until it has every page. None when contact was lost before."""
         self._downtime_ended(word.ran_ns / 1e9)
         self.fire(SourceEvent.RUNNING_SHORT)
-        await self.at_gate()
-        filled = await contact.serve()
+        await self.at_breakpoint()
+        filled = await after_switchover.serve()
         if filled is not None:
-            self.story.extra |= {"filled_ms": filled.ms, "differences": list(filled.differences)}
+            self.record.extra |= {"filled_ms": filled.ms, "differences": list(filled.differences)}
             self._filled = True
             self.fire(SourceEvent.FILLED)
         return filled
@@ -355,21 +357,21 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         with anyio.move_on_after(seconds):
             await self._verdict.wait()
 
-    def _original(self) -> HeldJob:
+    def _original(self) -> FrozenSource:
         if self._held is None:
             raise Bug("there is no frozen original")
         return self._held
 
-    async def _commit(self, letters: Letters | None) -> None:
+    async def _commit(self, inbox: Inbox | None) -> None:
         """The job runs there: the frozen original here is killed and cleaned away."""
-        await self.at_gate()
-        with anyio.CancelScope(shield=True), self.story.span("commit"):
+        await self.at_breakpoint()
+        with anyio.CancelScope(shield=True), self.record.span("commit"):
             leftovers = await self._kill_original()
             leftovers += await self.take_back()
         if leftovers:
-            self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
+            self.record.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
         self.fire(SourceEvent.COMMITTED)
-        await self._drain(letters)
+        await self._drain(inbox)
 
     async def _kill_original(self) -> list[Leftover]:
         """What cannot be killed stays frozen: the ledger forgets it, so that nothing thaws it."""
@@ -381,29 +383,29 @@ class Source(Attempt[SourcePhase, SourceEvent]):
                 cause = self.cause_of(error)
                 self.log.error("the original cannot be removed", error=str(cause))
                 await anyio.sleep(ASK_AGAIN)
-        for kind in ("hold", "freeze", "quota", "departed"):
+        for kind in ("held-dump", "freeze", "quota", "departed"):
             self.journal.release(kind)
         return [Leftover("original", str(cause))]
 
-    async def _drain(self, letters: Letters | None) -> None:
+    async def _drain(self, inbox: Inbox | None) -> None:
         """The target fills the job's memory from its own store. The source is not needed, only curious."""
-        await self.at_gate()
+        await self.at_breakpoint()
         event = SourceEvent.CONTACT_LOST
         died: PodferryError | None = None
-        with anyio.move_on_after(DRAIN_PATIENCE), self.story.span("fill", "target"):
+        with anyio.move_on_after(DRAIN_PATIENCE), self.record.span("fill", "target"):
             try:
-                if letters is not None and self._filled:
+                if inbox is not None and self._filled:
                     event = SourceEvent.FILLED
-                elif letters is not None:
-                    filled = await letters.expect(Filled, Crashed)
+                elif inbox is not None:
+                    filled = await inbox.expect(Filled, Crashed)
                     if isinstance(filled, Filled):
                         event = SourceEvent.FILLED
-                        self.story.extra |= {"filled_ms": filled.ms, "differences": list(filled.differences)}
+                        self.record.extra |= {"filled_ms": filled.ms, "differences": list(filled.differences)}
                     elif isinstance(filled, Crashed):
                         died = filled.error.error()
-                if letters is not None:
-                    await letters.channel.send(Done(self.story.id))
-                    await letters.close()
+                if inbox is not None:
+                    await inbox.channel.send(Done(self.record.id))
+                    await inbox.close()
             except PodferryError as error:
                 self.log.info("contact lost after the commit", error=str(error))
         self.fire(event)
@@ -414,19 +416,19 @@ class Source(Attempt[SourcePhase, SourceEvent]):
 
     # The way back.
 
-    async def _undo(self, cause: PodferryError, letters: Letters | None) -> None:
+    async def _undo(self, cause: PodferryError, inbox: Inbox | None) -> None:
         """The job goes on here, and nothing of the attempt remains."""
         if self.phase is SourcePhase.CHECK and isinstance(cause, Refused):
             await self.fire_anyway(SourceEvent.REFUSAL)
-            await self._hang_up(letters, cause)
+            await self._hang_up(inbox, cause)
             return self._end(Outcome.REFUSED, str(cause), cause)
         if self.phase is not SourcePhase.UNDO:
             frozen = self.phase is SourcePhase.CUTOVER
-            await self.fire_anyway(SourceEvent.TROUBLE, note=str(cause), hurried=frozen)
-        await self.at_gate()
-        with self.story.span("undo"):
+            await self.fire_anyway(SourceEvent.FAILURE, note=str(cause), hurried=frozen)
+        await self.at_breakpoint()
+        with self.record.span("undo"):
             leftovers = await self.take_back()
-            await self._hang_up(letters, cause)
+            await self._hang_up(inbox, cause)
         if leftovers:
             error = Failed(
                 "the migration failed and could not be taken back whole",
@@ -454,17 +456,17 @@ class Source(Attempt[SourcePhase, SourceEvent]):
             self.log.error("whether the job runs is not known", error=str(self.cause_of(error)))
             return True
 
-    async def _hang_up(self, letters: Letters | None, cause: PodferryError) -> None:
+    async def _hang_up(self, inbox: Inbox | None, cause: PodferryError) -> None:
         """Tell the target that its part is over, if it still listens."""
-        if letters is None:
+        if inbox is None:
             return
         with anyio.move_on_after(2.0):
             try:
-                await letters.channel.send(Abort(self.story.id, str(cause)[:1000]))
-                await letters.expect(GaveUp)
+                await inbox.channel.send(Abort(self.record.id, str(cause)[:1000]))
+                await inbox.expect(GaveUp)
             except PodferryError:
                 pass
-            await letters.close()
+            await inbox.close()
 
     async def _let_go(self) -> None:
         """Of a migration that has ended, its record is wanted. What the job was read and sent with, with lists of its pages as long
@@ -483,12 +485,12 @@ class Source(Attempt[SourcePhase, SourceEvent]):
         return True
 
     def _end(self, outcome: Outcome, reason: str, error: PodferryError | None = None) -> None:
-        self.story.end(outcome, reason, error)
+        self.record.end(outcome, reason, error)
         self.close()
 
     def _downtime_ended(self, seconds_ago: float) -> None:
         """The job ran again on the target for so long when its word arrived: the way of the word is counted in."""
         if self._frozen_at:
             end = max(self._frozen_at, time.monotonic() - seconds_ago)
-            self.story.downtime_ms = (end - self._frozen_at) * 1e3
-            self.story.add_span("downtime", "source", self.story.at(self._frozen_at), self.story.at(end))
+            self.record.downtime_ms = (end - self._frozen_at) * 1e3
+            self.record.add_span("downtime", "source", self.record.at(self._frozen_at), self.record.at(end))

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
-from podferry.engine.story import Story
+from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import PodferryError, TimedOut
 from podferry.model import Mode
 
@@ -22,7 +22,7 @@ STALLED = 120.0
 """Seconds for which in `stop` nothing is sent."""
 GRACE = 0.25
 """Seconds within which a send that is under way may end in order; then the link is broken, since a send cannot be cancelled."""
-LOOK_EVERY = 0.5
+POLL_INTERVAL = 0.5
 
 
 class Standstill:
@@ -36,7 +36,7 @@ class Standstill:
     async def bound(
         self,
         work: Callable[[], Awaitable[None]],
-        story: Story,
+        record: MigrationRecord,
         *,
         sent: Callable[[], int],
         sever: Callable[[PodferryError], object],
@@ -45,7 +45,7 @@ class Standstill:
 
         Raises `TimedOut`, which says what took the time.
         """
-        began = story.now()
+        began = record.now()
         over, done = anyio.CancelScope(), anyio.Event()
         over.deadline = anyio.current_time() + (STALLED if self.limit is None else self.limit)
 
@@ -55,14 +55,14 @@ class Standstill:
                     await anyio.sleep_forever()
                 while True:
                     before = sent()
-                    await anyio.sleep(LOOK_EVERY)
+                    await anyio.sleep(POLL_INTERVAL)
                     if sent() != before:
                         over.deadline = anyio.current_time() + STALLED
             finally:
                 with anyio.move_on_after(GRACE, shield=True):
                     await done.wait()
                 if not done.is_set():
-                    sever(self._exceeded(story, began))
+                    sever(self._exceeded(record, began))
 
         with over:
             async with anyio.create_task_group() as tasks:
@@ -73,16 +73,16 @@ class Standstill:
                     done.set()
                 tasks.cancel_scope.cancel()
         if over.cancelled_caught:
-            raise self._exceeded(story, began)
+            raise self._exceeded(record, began)
 
-    def _exceeded(self, story: Story, began: float) -> TimedOut:
-        seconds = (story.now() - began) / 1e3
+    def _exceeded(self, record: MigrationRecord, began: float) -> TimedOut:
+        seconds = (record.now() - began) / 1e3
         if self.limit is None:
             what = f"nothing was sent for {STALLED:g} s while the job stood still, so it was given back"
         else:
             what = f"the job stood still for {seconds:.1f} s, longer than the {self.limit:g} s that it may, and was given back"
         return TimedOut(
             what,
-            why=", ".join(story.steps(began)),
+            why=", ".join(record.steps(began)),
             remedy="see to what took the time; or allow more by --max-freeze, in a Migration spec.maxFreeze",
         )

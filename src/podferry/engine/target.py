@@ -16,10 +16,10 @@ from anyio.abc import TaskGroup
 from podferry.core.invariants import Sight
 from podferry.core.phases import TARGET_ENDS, TARGET_MAY_RUN, TargetEvent, TargetPhase, target_machine
 from podferry.core.undo import Handler
-from podferry.engine.attempt import Attempt
 from podferry.engine.journal import Journal
-from podferry.engine.ports import ArrivingJob, JobDied, Json, PageChannel, is_log
-from podferry.engine.story import Story
+from podferry.engine.migration_record import MigrationRecord
+from podferry.engine.ports import JobDied, Json, PageChannel, TargetJob, is_log
+from podferry.engine.side import Side
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, TimedOut
 from podferry.model import Outcome
 from podferry.wire.channel import Channel
@@ -35,11 +35,10 @@ from podferry.wire.messages import (
     GaveUp,
     Go,
     Message,
+    PageRequest,
     PagesEnd,
     PagesLost,
-    PageWanted,
-    Poise,
-    Poised,
+    PrepareTarget,
     Ready,
     Restoring,
     RoundAck,
@@ -47,6 +46,7 @@ from podferry.wire.messages import (
     Running,
     StateEnd,
     StatePart,
+    TargetPrepared,
     whole_end,
 )
 
@@ -59,7 +59,7 @@ GOODBYE = 2.0
 Resume = Callable[[], Awaitable[None]]
 
 
-class Target(Attempt[TargetPhase, TargetEvent]):
+class Target(Side[TargetPhase, TargetEvent]):
     """One container on its way onto this node."""
 
     role = "target"
@@ -67,15 +67,15 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
     def __init__(
         self,
-        job: ArrivingJob,
+        job: TargetJob,
         journal: Journal,
-        story: Story,
+        record: MigrationRecord,
         handlers: dict[str, Handler],
     ) -> None:
         """In the phase that the journal names, where an earlier agent has begun."""
-        super().__init__(target_machine(TargetPhase(journal.phase or TargetPhase.RECEIVE)), journal, story, handlers)
+        super().__init__(target_machine(TargetPhase(journal.phase or TargetPhase.RECEIVE)), journal, record, handlers)
         self.job = job
-        self._poised = anyio.Event()
+        self._prepared = anyio.Event()
         self._runs_since = time.monotonic()
         self._filled: Filled | None = None
         self._error: PodferryError | None = None
@@ -86,7 +86,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         self._expected: list[StatePart] = []
         self._pages_lost = anyio.Event()
         if self.machine.ended:
-            self._error = story.error
+            self._error = record.error
             self._word_known.set()
             self.ended.set()
 
@@ -95,18 +95,18 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         kinds = tuple(entry.kind for entry in self.journal.ledger.entries)
         return Sight(phase, self._still_here, ended=phase in TARGET_ENDS, ledger=kinds)
 
-    # The story.
+    # The steps, in order.
 
     async def converse(
         self, channel: Channel, first: Message | Data, after_go: Callable[[Resume], object], patience: float
     ) -> None:
         """Take in what the source sends, `first` and all after it up to GO, which the source says within `patience` seconds or
         never. What follows is given to `after_go`, since it outlives the connection."""
-        self.story.enter(self.phase)
+        self.record.enter(self.phase)
         self.journal.enter(self.phase)
         try:
             with anyio.fail_after(patience + GRACE):  # the source has gone back by then
-                await self.at_gate()
+                await self.at_breakpoint()
                 await self.job.prepare()
                 async with anyio.create_task_group() as helpers:
                     await self._receive(channel, first, helpers)
@@ -121,7 +121,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             await self._give_up(self.cause_of(error), channel)
         else:
             after_go(self.go_on)
-            await self.tell(channel, asked=False)
+            await self.report(channel, asked=False)
 
     async def go_on(self) -> None:
         """After GO: the job must run here, or never will. Also the way on for an agent that was restarted."""
@@ -135,13 +135,13 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the source must hear whether it runs here
             await self._give_up(self.cause_of(error), None)
 
-    async def tell(self, channel: Channel, *, asked: bool) -> None:
+    async def report(self, channel: Channel, *, asked: bool) -> None:
         """Say what became of the job, and once more when its memory is in place: the answer to GO and, if `asked`, to `Query`."""
         if self.phase not in TARGET_MAY_RUN and not self.machine.ended:
             await self._give_up(Failed("the source lost contact before its GO arrived"), None)
         known = asked and self._word_known.is_set()
         if asked and not known:
-            await channel.send(Restoring(self.story.id))
+            await channel.send(Restoring(self.record.id))
         async with anyio.create_task_group() as ways:
 
             def fetch() -> None:
@@ -150,44 +150,43 @@ class Target(Attempt[TargetPhase, TargetEvent]):
 
             if not known:
                 fetch()
-            await self._tell(channel, fetch if known else _nothing, asked=asked)
+            await self._report(channel, fetch if known else _nothing, asked=asked)
             ways.cancel_scope.cancel()
         with anyio.move_on_after(GOODBYE), suppress(PodferryError):
-            while not isinstance(
-                await channel.receive(), Done
-            ):  # pages of a debt that was paid already may come before
+            while not isinstance(await channel.receive(), Done):  # remote pages that were sent already may come before
                 pass
 
-    async def _tell(self, channel: Channel, running_said: Callable[[], None], *, asked: bool) -> None:
+    async def _report(self, channel: Channel, running_sent: Callable[[], None], *, asked: bool) -> None:
         await self._word_known.wait()
         if self.phase is TargetPhase.GAVE_UP:
-            return await channel.send(GaveUp(self.story.id, ErrorReport.of(self._error or Failed("it gave up"))))
+            return await channel.send(GaveUp(self.record.id, ErrorReport.of(self._error or Failed("it gave up"))))
         if self.phase is TargetPhase.DIED or (asked and not await self.job.is_here()):
             died = self._error or Failed("the job ran here, and is here no more")
-            return await channel.send(Crashed(self.story.id, ErrorReport.of(died)))
+            return await channel.send(Crashed(self.record.id, ErrorReport.of(died)))
         ran = time.monotonic() - self._runs_since
-        await channel.send(Running(self.story.id, max(0, round(ran * 1e9))))
-        running_said()
+        await channel.send(Running(self.record.id, max(0, round(ran * 1e9))))
+        running_sent()
         await self.ended.wait()
         if self._error is not None:
-            return await channel.send(Crashed(self.story.id, ErrorReport.of(self._error)))
-        return await channel.send(self._filled or Filled(self.story.id, 0))
+            return await channel.send(Crashed(self.record.id, ErrorReport.of(self._error)))
+        return await channel.send(self._filled or Filled(self.record.id, 0))
 
     async def _fetch(self, channel: Channel) -> None:
-        """Post-copy: hand what the source sends to the page feeder, and what the feeder wants to the source, until all is sent or
+        """Post-copy: hand what the source sends to the lazy-pages daemon, and what the lazy-pages daemon wants to the
+        source, until all is sent or
         nothing is wanted any more: then `_clear` closes the store."""
-        relay = self.job.relay()
+        page_channel = self.job.open_page_channel()
         with anyio.CancelScope() as scope:
             self._fetches.add(scope)
             try:
                 async with anyio.create_task_group() as ways:
-                    ways.start_soon(self._pass_on_wants, relay, channel)
-                    await self._pass_on_pages(channel, relay, scope)
+                    ways.start_soon(self._forward_requests, page_channel, channel)
+                    await self._pass_on_pages(channel, page_channel, scope)
             finally:
                 self._fetches.discard(scope)
-                relay.close()
+                page_channel.close()
 
-    async def _pass_on_pages(self, channel: Channel, relay: PageChannel, scope: anyio.CancelScope) -> None:
+    async def _pass_on_pages(self, channel: Channel, page_channel: PageChannel, scope: anyio.CancelScope) -> None:
         while True:
             item = await channel.receive()
             if scope.cancel_called:  # what was there already comes without a wait, in which a cancel could strike
@@ -196,22 +195,22 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                 case Pages():
                     self._take(item)
                     for start, count in item.runs:
-                        relay.arrived(item.space, start, start + count * PAGE)
+                        page_channel.arrived(item.address_space, start, start + count * PAGE)
                 case Drop():
                     for start, end in item.runs:
-                        relay.zero(item.space, start, end)
+                        page_channel.zero(item.address_space, start, end)
                 case PagesEnd():
-                    self.job.all_owed_came(relay)
-                    return await relay.flush()
+                    self.job.remote_pages_complete(page_channel)
+                    return await page_channel.flush()
                 case PagesLost():
                     return self._pages_lost.set()
                 case _:
                     raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
-            await relay.flush()
+            await page_channel.flush()
 
-    async def _pass_on_wants(self, relay: PageChannel, channel: Channel) -> None:
-        while (want := await relay.wanted()) is not None:
-            await channel.send(PageWanted(want.space, want.start))
+    async def _forward_requests(self, page_channel: PageChannel, channel: Channel) -> None:
+        while (want := await page_channel.next_request()) is not None:
+            await channel.send(PageRequest(want.address_space, want.start))
 
     async def _receive(self, channel: Channel, item: Message | Data, helpers: TaskGroup) -> None:
         """Everything up to GO, in the order in which it comes."""
@@ -219,19 +218,19 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             match item:
                 case Pages() | Drop() | Tree() | File():
                     self._take(item)
-                    self.story.sent(channel.traffic.received)
+                    self.record.sent(channel.traffic.received)
                 case RoundEnd():
                     await channel.send(RoundAck(item.round))
-                case Poise() if self._may_be_poised(item):
+                case PrepareTarget() if self._may_prepare(item):
                     self.journal.note(postcopy=item.postcopy)
-                    helpers.start_soon(self._poise, channel, item.postcopy)
+                    helpers.start_soon(self._prepare_target, channel, item.postcopy)
                 case StatePart():
                     if len(self._expected) == MOST_PARTS:
                         raise PeerMisbehaved("the source announces more files and spaces than any job has")
                     self._expected.append(item)
                 case StateEnd():
                     await self._verify(whole_end(self._expected, item))
-                    await channel.send(Ready(self.story.id))
+                    await channel.send(Ready(self.record.id))
                 case Go() if not self.journal.facts.get("rehearsal"):
                     self.journal.note(go=True)
                     self.fire(TargetEvent.GO, sync=True)
@@ -246,10 +245,10 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         match item:
             case Pages():
                 for address, data in item.pieces():
-                    self.job.pages(item.round, item.space, address, data)
+                    self.job.pages(item.round, item.address_space, address, data)
             case Drop():
                 for start, end in item.runs:
-                    self.job.drop(item.space, start, end)
+                    self.job.drop(item.address_space, start, end)
             case Tree():
                 self.job.tree(item.tree, memoryview(item.records))
             case File() if is_log(item.directory):
@@ -257,32 +256,32 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             case File():
                 self.job.image(item.directory, item.name, item.offset, memoryview(item.payload), last=item.last)
 
-    def _may_be_poised(self, item: Poise) -> bool:
+    def _may_prepare(self, item: PrepareTarget) -> bool:
         """Once, and once more for post-copy where the job turned out to write too fast when all was ready."""
         if self.phase is TargetPhase.RECEIVE:
             return "postcopy" not in self.journal.facts
-        return self.phase is TargetPhase.POISED and item.postcopy and not self.journal.facts["postcopy"]
+        return self.phase is TargetPhase.PREPARED and item.postcopy and not self.journal.facts["postcopy"]
 
-    async def _poise(self, channel: Channel, postcopy: bool) -> None:
-        with self.story.span("poise", "target"):
-            await self.job.poise(postcopy=postcopy)
+    async def _prepare_target(self, channel: Channel, postcopy: bool) -> None:
+        with self.record.span("prepare target", "target"):
+            await self.job.make_ready(postcopy=postcopy)
         if first := self.phase is TargetPhase.RECEIVE:
-            self.fire(TargetEvent.POISED)
-        await self.at_gate()
-        await channel.send(Poised(self.story.id))
+            self.fire(TargetEvent.PREPARED)
+        await self.at_breakpoint()
+        await channel.send(TargetPrepared(self.record.id))
         if first:  # it is one wrapper, and one task watches it: two cannot wait for one descriptor
             raise await self.job.lost()
 
     async def _verify(self, end: StateEnd) -> None:
-        with self.story.span("check what arrived", "target"):
+        with self.record.span("check what arrived", "target"):
             await self.job.verify(end)
         self._judged = True
         self.fire(TargetEvent.READY)
-        await self.at_gate()
+        await self.at_breakpoint()
 
     async def _resume(self) -> None:
-        await self.at_gate()
-        with self.story.span("restore", "target"):
+        await self.at_breakpoint()
+        with self.record.span("restore", "target"):
             try:
                 self._runs_since = await self.job.release()
             except JobDied:
@@ -295,15 +294,15 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         if not self._word_known.is_set():
             self._runs_since = await self.job.resumed()
             self._word_known.set()
-        await self.at_gate()
+        await self.at_breakpoint()
         began = time.monotonic()
-        with self.story.span("fill", "target"):
+        with self.record.span("fill", "target"):
             figures = await self._all_filled()
-        self.story.extra["fill"] = figures
-        self._filled = Filled(self.story.id, round((time.monotonic() - began) * 1e3), self._differences())
+        self.record.extra["fill"] = figures
+        self._filled = Filled(self.record.id, round((time.monotonic() - began) * 1e3), self._differences())
         await self._clear()
         await self.fire_anyway(TargetEvent.FILLED)
-        self.story.end(Outcome.COMPLETED, "the job runs here")
+        self.record.end(Outcome.COMPLETED, "the job runs here")
         self.close()
 
     def _differences(self) -> tuple[str, ...]:
@@ -313,7 +312,7 @@ class Target(Attempt[TargetPhase, TargetEvent]):
         except Exception as error:  # noqa: BLE001 - whatever it is, the job runs
             self.log.error("what differs on the target is not known", error=str(self.cause_of(error)))
             return ()
-        self.story.extra["differences"] = list(found)
+        self.record.extra["differences"] = list(found)
         return found
 
     async def _all_filled(self) -> Json:
@@ -346,8 +345,8 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                     TargetPhase.GIVING_UP,
                     TargetPhase.FILL,
                 ):  # no later start may take the job up again
-                    await self.fire_anyway(TargetEvent.TROUBLE, note=str(cause), durable=had_go)
-                await self.at_gate()
+                    await self.fire_anyway(TargetEvent.FAILURE, note=str(cause), durable=had_go)
+                await self.at_breakpoint()
                 ran = self.phase is TargetPhase.FILL
                 await self._clear()
                 while (
@@ -357,13 +356,13 @@ class Target(Attempt[TargetPhase, TargetEvent]):
                     await self._clear()
                 self._error = cause
                 await self.fire_anyway(TargetEvent.DIED if ran else TargetEvent.GONE, note=str(cause))
-                self.story.end(self._outcome(ran=ran), str(cause), cause)
-                self._error = self.story.error
+                self.record.end(self._outcome(ran=ran), str(cause), cause)
+                self._error = self.record.error
                 self._word_known.set()
                 self.close()
         if channel is not None:
             with anyio.move_on_after(2.0):
-                await _say(channel, GaveUp(self.story.id, ErrorReport.of(cause)))
+                await _send(channel, GaveUp(self.record.id, ErrorReport.of(cause)))
 
     def _outcome(self, *, ran: bool) -> Outcome:
         """Of what will not run here: a rehearsal has come to its end when nothing was against the images."""
@@ -392,14 +391,14 @@ class Target(Attempt[TargetPhase, TargetEvent]):
             self.log.error("not all was closed", error=str(self.cause_of(error)))
         leftovers = await self.take_back()
         if leftovers:
-            self.story.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
+            self.record.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
 
 
 def _nothing() -> None:
     """What is under way already need not begin."""
 
 
-async def _say(channel: Channel, message: Message) -> None:
+async def _send(channel: Channel, message: Message) -> None:
     try:
         await channel.send(message)
     except PodferryError:

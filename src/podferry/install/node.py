@@ -22,7 +22,7 @@ WRAPPER = "/opt/podferry/bin/podferry-runc"
 SOURCE = Path(outside.__file__).with_name("podferry-runc")
 TASKS = "/run/containerd/io.containerd.runtime.v2.task"
 
-LOOK_EVERY = 1.0  # seconds; a container's end is no event that others could wait for
+POLL_INTERVAL = 1.0  # seconds; a container's end is no event that others could wait for
 
 Tell = Callable[[str], None]
 Runtime = Daemon | CrioDaemon
@@ -44,7 +44,7 @@ class Installed:
 
 
 def install(
-    tell: Tell,
+    report: Tell,
     *,
     bundle: Path = Path(criu.DIRECTORY),
     find: Callable[[], Runtime] = find_runtime,
@@ -64,7 +64,7 @@ def install(
 
     def write(path: str, content: bytes, mode: int) -> None:
         if ledger.write(path, content, mode=mode):
-            tell(f"wrote {path}")
+            report(f"wrote {path}")
             changed.append(path)
 
     write(WRAPPER, SOURCE.read_bytes(), 0o755)
@@ -80,15 +80,15 @@ def install(
             )
         for path, content, mode in criu.files(bundle):
             write(path, content, mode)
-    restarted = _configure(root, runtime, ledger, write, tell)
-    memory(tell)
+    restarted = _configure(root, runtime, ledger, write, report)
+    memory(report)
     if not changed and not restarted:
-        tell("everything is in its place already")
+        report("everything is in its place already")
     return Installed(tuple(changed), restarted)
 
 
 def uninstall(
-    tell: Tell,
+    report: Tell,
     *,
     force: bool = False,
     wait: bool = False,
@@ -102,7 +102,7 @@ def uninstall(
     """
     root = Root(outside.root())
     ledger = InstalledFiles(root)
-    told = ""
+    streamed = ""
     while not force and (why := _users(root) or remains.in_use(root)):
         if not wait:
             raise Refused(
@@ -110,15 +110,15 @@ def uninstall(
                 why=why,
                 remedy="drain the node and end its agent (in a cluster: kubectl delete -k deploy/), or give --wait or --force",
             )
-        if why != told:
-            tell(f"waiting: {why}")
-        told = why
-        time.sleep(LOOK_EVERY)
+        if why != streamed:
+            report(f"waiting: {why}")
+        streamed = why
+        time.sleep(POLL_INTERVAL)
     if not ledger.entries and not ledger.restart_due:
-        left = tuple(remains.remove(root, tell))
-        memory(tell)
+        left = tuple(remains.remove(root, report))
+        memory(report)
         if not left:
-            tell("nothing is installed here")
+            report("nothing is installed here")
         return Installed(left, False)
     runtime = find()
     before = runtime.dump()
@@ -128,23 +128,23 @@ def uninstall(
     for path in order:
         if ledger.is_ours(path) or root.read(path) is None:
             ledger.put_back(path)
-            tell(f"restored {path}")
+            report(f"restored {path}")
         elif path.endswith((f"/{settings.NAME}", f"/{crio.NAME}")):
             ledger.put_back(path)
-            tell(f"removed {path}")
+            report(f"removed {path}")
         else:
-            tell(f"left {path} alone: somebody has changed it since")
+            report(f"left {path} alone: somebody has changed it since")
             ledger.forget(path)
         changed.append(path)
     _remove_empty(root, [str(PurePosixPath(path).parent) for path in order])
     restarted = ledger.restart_due or runtime.dump() != before
     if restarted:
-        tell(f"{runtime.name}: starting it again")
+        report(f"{runtime.name}: starting it again")
         runtime.restart()
     ledger.restart_due = False
     ledger.save()
-    gone = remains.remove(root, tell)
-    memory(tell)
+    gone = remains.remove(root, report)
+    memory(report)
     return Installed((*changed, *gone), restarted)
 
 
@@ -167,7 +167,7 @@ def _wanted_of_containerd(root: Root, containerd: Daemon) -> dict[str, str]:
 
 
 def _configure(
-    root: Root, runtime: Runtime, ledger: InstalledFiles, write: Callable[[str, bytes, int], None], tell: Tell
+    root: Root, runtime: Runtime, ledger: InstalledFiles, write: Callable[[str, bytes, int], None], report: Tell
 ) -> bool:
     """The container runtime's settings; true if it was started again."""
     new = _wanted(root, runtime)
@@ -182,10 +182,10 @@ def _configure(
         return False
     try:
         _check(runtime)
-        tell(f"{runtime.name}: starting it again, for its new settings")
+        report(f"{runtime.name}: starting it again, for its new settings")
         runtime.restart()
     except PodferryError:
-        tell(f"{runtime.name}: its settings go back to what they were")
+        report(f"{runtime.name}: its settings go back to what they were")
         for path, content in before.items():
             if content is None:
                 ledger.put_back(path)

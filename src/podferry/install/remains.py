@@ -28,7 +28,7 @@ def in_use(root: Root) -> str:
     return ""
 
 
-def remove(root: Root, tell: Callable[[str], None]) -> list[str]:
+def remove(root: Root, report: Callable[[str], None]) -> list[str]:
     """Remove all of it; the paths that went. What cannot be removed is told."""
     gone: list[str] = []
     for directory, names in KEPT.items():
@@ -43,11 +43,11 @@ def remove(root: Root, tell: Callable[[str], None]) -> list[str]:
                 else:
                     place.unlink()
             except OSError as error:
-                tell(f"left {directory}/{name}: {error.strerror}")
+                report(f"left {directory}/{name}: {error.strerror}")
                 continue
             gone.append(f"{directory}/{name}")
         if len(gone) > before:
             root.remove_empty(directory)  # somebody else's may be in it
     if gone:
-        tell(f"removed {', '.join(gone)}")
+        report(f"removed {', '.join(gone)}")
     return gone

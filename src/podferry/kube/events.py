@@ -1,4 +1,4 @@
-"""Events on pods and Migrations: the story as `kubectl describe` tells it.
+"""Events on pods and Migrations: what happened, as `kubectl describe` shows it.
 
 They are a courtesy: none of them may fail a migration."""
 
@@ -23,7 +23,7 @@ class Events:
     def __init__(self, api: Api, component: str, host: str = "") -> None:
         self._api, self._component, self._host = api, component, host
 
-    async def say(self, about: Json, reason: str, message: str, *, warning: bool = False) -> None:
+    async def publish(self, about: Json, reason: str, message: str, *, warning: bool = False) -> None:
         """An event on `about`, an object with apiVersion, kind and metadata."""
         metadata = about["metadata"]
         namespace = metadata.get("namespace", "default")

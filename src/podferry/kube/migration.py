@@ -34,7 +34,9 @@ FINALIZER = f"{GROUP}/migration"
 
 QUEUED = "Queued"
 ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
-POISED, RESUMED, HANDED_OVER = "Poised", "Resumed", "HandedOver"
+TARGET_READY, RESUMED, HANDED_OVER = "TargetReady", "Resumed", "HandedOver"
+TARGET_READY_BEFORE = "Poised"
+"""What agents of 0.1 call `TargetReady`: while a cluster is updated, both may be there."""
 COMPLETED, FAILED, CANCELLED, REHEARSED = "Completed", "Failed", "Cancelled", "Rehearsed"
 READABLE, INTACT = "Readable", "Intact"
 IP_ADDRESS = r"^[0-9a-fA-F.:]+$"
@@ -206,7 +208,7 @@ class Conditioned(ObjectPart):
         """Whether the condition of this type is True."""
         return (found := self.condition(type)) is not None and found.status == "True"
 
-    def say(self, type: str, holds: bool, reason: str, message: str = "") -> None:
+    def set_condition(self, type: str, holds: bool, reason: str, message: str = "") -> None:
         """Set a condition. Its time changes only with its status."""
         status, before = str(holds), self.condition(type)
         since = before.last_transition_time if before is not None and before.status == status else timestamp()
@@ -314,7 +316,7 @@ class MigrationStatus(Conditioned):
         list[Condition],
         Field(
             description="Queued (while others have their turn), "
-            "Eligible, Scheduled, TargetRequested, TargetCreated, Poised, Resumed, HandedOver; at the end "
+            "Eligible, Scheduled, TargetRequested, TargetCreated, TargetReady, Resumed, HandedOver; at the end "
             "Completed, Failed and Cancelled (of a rehearsal Rehearsed, too), and Intact, which is False where the job has not all "
             "that it had. Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
@@ -342,6 +344,11 @@ class MigrationStatus(Conditioned):
     completion_time: Annotated[
         str | None, Field(description="When it ended.", json_schema_extra={"format": "date-time"})
     ] = None
+
+    @property
+    def target_is_ready(self) -> bool:
+        """Whether the target's agent has said so, whichever version of podferry it is."""
+        return any(self.condition(one) is not None for one in (TARGET_READY, TARGET_READY_BEFORE))
 
 
 class Migration(ObjectPart):

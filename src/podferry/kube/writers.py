@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-from podferry.kube.migration import GROUP, INTACT, POISED, RESUMED, TARGET_REQUESTED
+from podferry.kube.migration import GROUP, INTACT, RESUMED, TARGET_READY, TARGET_READY_BEFORE, TARGET_REQUESTED
 
 Json = dict[str, Any]
 
@@ -58,7 +58,8 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
 LISTS = frozenset({"containers", "warnings", "closedConnections"})
 MIGRATION_CONDITIONS: Mapping[str, Writers] = {
     TARGET_REQUESTED: BY_TARGET,
-    POISED: BY_TARGET,
+    TARGET_READY: BY_TARGET,
+    TARGET_READY_BEFORE: BY_TARGET,
     RESUMED: BY_SOURCE | BY_TARGET,
     INTACT: BY_SOURCE,
 }

@@ -16,7 +16,7 @@ from podferry.errors import EVIDENCE_LINES, CommandFailed, PodferryError, UsageE
 from podferry.lab.downloads import FREE_DISK, FULL, for_debian, remedy
 from podferry.lab.progress import Progress
 from podferry.lab.state import locked
-from podferry.lab.telling import ALONE, told
+from podferry.lab.streamed import ALONE, streamed
 from podferry.node.process import Completed, ending, run
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -67,7 +67,7 @@ def install(packages: Sequence[str], root: Path, debs: Path, *, suite: str, mirr
         policy.write_text(_INVOKE)
         policy.chmod(0o755)
         try:
-            done = told([*ALONE, "sh", "-ec", _SCRIPT, "sh", root, debs, *packages], environment, Steps(progress))
+            done = streamed([*ALONE, "sh", "-ec", _SCRIPT, "sh", root, debs, *packages], environment, Steps(progress))
         finally:
             policy.unlink()
     if done.returncode:

@@ -14,7 +14,7 @@ from podferry.lab.cache import cached
 from podferry.lab.downloads import downloads, for_debian, remedy
 from podferry.lab.progress import Progress
 from podferry.lab.state import locked
-from podferry.lab.telling import ALONE, told
+from podferry.lab.streamed import ALONE, streamed
 from podferry.node.process import CLEAN_ENVIRONMENT, raise_for, run
 
 SUITE, NEXT_SUITE = SUITES = ("trixie", "forky")
@@ -84,7 +84,7 @@ def _debootstrap(into: Path, debs: Path, progress: Progress, suite: str, address
     """The packages that every Debian has, and apt."""
     retrieved = 0
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         nonlocal retrieved
         phase = line.removeprefix("I: ").partition(" ")[0]
         if line.startswith("I: Retrieving ") and not line.startswith("I: Retrieving InRelease"):
@@ -107,7 +107,7 @@ def _debootstrap(into: Path, debs: Path, progress: Progress, suite: str, address
         _SCRIPT,
     ]
     with locked(debs.with_suffix(".lock")):
-        done = told(argv, for_debian(address), tell)
+        done = streamed(argv, for_debian(address), report)
     raise_for(done, log=into / "debootstrap" / "debootstrap.log", remedy=remedy(done.stdout))
 
 

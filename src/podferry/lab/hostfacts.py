@@ -65,7 +65,7 @@ def lab_host(lab: str, *, debian: str = OF_NODES, kubernetes: bool = False) -> L
         to_build=sum(one.size for one in to_build),
         programs_missing=missing,
         apt=bool(shutil.which("apt-get", path=_PATH)),
-        mirror_trouble=_mirror_trouble(),
+        mirror_problem=_mirror_problem(),
         pipe_max_size=int(PIPE_MAX_SIZE.read_text()),
         pipe_settable=os.access(PIPE_MAX_SIZE, os.W_OK),
         tmp_noexec="noexec" in host.mount_of(Path(tempfile.gettempdir())).options,
@@ -88,7 +88,7 @@ def _programs() -> dict[str, str]:
     }
 
 
-def _mirror_trouble() -> str:
+def _mirror_problem() -> str:
     try:
         mirror()
     except PodferryError as unknown:

@@ -116,7 +116,7 @@ def _unshare(
 
         def in_namespace() -> None:
             first.go_on()
-            if not first.hear():
+            if not first.receive():
                 raise _EndedEarly
 
         with contextlib.suppress(_EndedEarly):

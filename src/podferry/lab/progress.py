@@ -17,11 +17,11 @@ def phases(write: Progress) -> Progress:
     without how far it is."""
     written: set[str] = set()
 
-    def tell(step: str) -> None:
+    def report(step: str) -> None:
         phase = step.partition("] ")[0] if ": [" in step else ""
         if phase not in written:
             write(step.partition(" · ")[0] if phase else step)
         if phase:
             written.add(phase)
 
-    return tell
+    return report

@@ -49,7 +49,7 @@ class Stepwise:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which `hear` and `finish` tell
             os.write(self._input, b"\n")
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         """Wait until it has said a line, and return that; nothing where it has ended instead. Raises `TimedOut`."""
         return self._read(until=b"\n")
 

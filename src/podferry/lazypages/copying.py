@@ -1,4 +1,4 @@
-"""The store's copy of one restored task, as the feeder uses it: numbered pages, freed as they go.
+"""The store's copy of one restored task, as the lazy-pages daemon uses it: numbered pages, freed as they go.
 
 A task and the processes it forks share one copy: a page's memory is freed when nobody who shares it still wants it.
 """
@@ -61,16 +61,16 @@ class PageIndex:
 
 
 class Sharer(Protocol):
-    """Somebody fed from the copy; `owed[n]` is 1 while it wants page n."""
+    """Somebody fed from the copy; `missing[n]` is 1 while it wants page n."""
 
-    owed: bytearray
+    missing: bytearray
 
 
 class Copy:
     """The copy of one space. `held[n]` is 1 while the store has the bytes of page n."""
 
-    def __init__(self, store: PageStore, space: int, pages: Runs) -> None:
-        self.space = space
+    def __init__(self, store: PageStore, address_space: int, pages: Runs) -> None:
+        self.address_space = address_space
         self.index = PageIndex(pages)
         self.held = bytearray(self.index.count)
         self.sharers: list[Sharer] = []
@@ -78,7 +78,7 @@ class Copy:
         buffer = mmap.mmap(-1, LARGEST_READ)
         self._view = memoryview(buffer)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        for start, end in store.present(space) & pages:
+        for start, end in store.present(address_space) & pages:
             self.hold(start, end)
 
     def hold(self, start: int, end: int) -> None:
@@ -99,7 +99,7 @@ class Copy:
         A buffer, not a mapping of the store: setting up and tearing down a mapping's page tables costs as much, and
         faults are not allowed where the kernel copies from.
         """
-        count = os.preadv(self._store.fileno(self.space), [self._view[: min(length, LARGEST_READ)]], origin)
+        count = os.preadv(self._store.fileno(self.address_space), [self._view[: min(length, LARGEST_READ)]], origin)
         if count < PAGE or count % PAGE:
             raise Bug(f"the page store ends before {origin + count:#x}, which it should hold")
         return self._address, count
@@ -108,14 +108,14 @@ class Copy:
         """Free the pages of a range of numbers that nobody wants any more."""
         wanted = 0
         for sharer in self.sharers:
-            wanted |= int.from_bytes(sharer.owed[first:last], "little")
+            wanted |= int.from_bytes(sharer.missing[first:last], "little")
         spare = (int.from_bytes(self.held[first:last], "little") & ~wanted).to_bytes(last - first, "little")
         at = spare.find(1)
         while at >= 0:
             origin, room = self.index.place(first + at)
             stop = spare.find(0, at)
             count = min(room, (stop if stop >= 0 else len(spare)) - at)
-            self._store.punch(self.space, origin, origin + count * PAGE)
+            self._store.punch(self.address_space, origin, origin + count * PAGE)
             self.held[first + at : first + at + count] = bytes(count)
             at = spare.find(1, at + count)
 

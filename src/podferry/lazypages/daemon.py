@@ -1,11 +1,11 @@
-"""The page feeder: a process that is CRIU's lazy-pages daemon and feeds restored tasks from the local page store.
+"""The lazy-pages daemon: a process that is CRIU's lazy-pages daemon and feeds restored tasks from the local page store.
 
     python3 -m podferry.lazypages.daemon --work DIR --images DIR --store DIR --status FILE [--source SOCKET]
 
 It is started before the freeze, so that nothing of its start is downtime; it prints `ready` when CRIU may connect to
 `lazy-pages.socket` in the work directory. It is a process of its own because the memory of the job hangs on its descriptors: the
 kernel hands out zero pages for what is missing once they are closed, silently. So it survives the agent, does not end on
-a signal while a task is owed pages, and after a failure it stays, holding the descriptors (whoever touches a missing page
+a signal while a task lacks pages, and after a failure it stays, holding the descriptors (whoever touches a missing page
 waits), until SIGTERM says that the tasks are dead. A second process keeps copies of them, should this one be killed. Exit
 status: 0 all pages are in place, 1 failed (the status says why).
 """
@@ -25,8 +25,8 @@ from types import FrameType
 
 from podferry.errors import Bug, PodferryError
 from podferry.lazypages.criu_socket import CriuSocket
-from podferry.lazypages.descriptors import TO_END, fork_keeper
-from podferry.lazypages.loop import Pump
+from podferry.lazypages.descriptors import TO_END, fork_holder
+from podferry.lazypages.loop import Loop
 from podferry.lazypages.page_source import AgentSource, NoSource
 from podferry.lazypages.status import DaemonState, DaemonStatus, StatusFile
 from podferry.memory.store.page_store import PageStore
@@ -37,17 +37,17 @@ _URGENT = -10  # nice: the job's threads wait for us
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the feeder; returns its exit status."""
+    """Run the lazy-pages daemon; returns its exit status."""
     options = _parse(arguments)
     no_core_dumps()
     _harden()
     report = StatusFile(options.status, DaemonStatus(pid=os.getpid()))
-    keeper = fork_keeper(report)
+    holder = fork_holder(report)
     source = AgentSource(options.source) if options.source else NoSource()
-    pump = Pump(CriuSocket(options.work), options.images, lambda: PageStore.open(options.store), source, keeper, report)
+    loop = Loop(CriuSocket(options.work), options.images, lambda: PageStore.open(options.store), source, holder, report)
 
     def told(number: int, frame: FrameType | None) -> None:
-        if report.status.state is DaemonState.FAILED or not pump.holds_memory:
+        if report.status.state is DaemonState.FAILED or not loop.holds_memory:
             raise SystemExit(1)
 
     for number in TO_END:
@@ -57,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.freeze()
     print("ready", flush=True)
     try:
-        pump.run()
+        loop.run()
     except Exception as error:  # noqa: BLE001 - whatever it is: closing the descriptors would corrupt the job
-        cause = error if isinstance(error, PodferryError) else Bug.because("the page feeder broke", error)
+        cause = error if isinstance(error, PodferryError) else Bug.because("the lazy-pages daemon broke", error)
         report.status.error = cause.to_dict()
         report.enter(DaemonState.FAILED)
         print(cause.report(), file=sys.stderr, flush=True)
-        while pump.give_up():
+        while loop.give_up():
             signal.pause()
         return 1
     report.enter(DaemonState.DONE)

@@ -1,7 +1,7 @@
-"""The feeder's second process: it holds a copy of every descriptor, so that a crash of the first corrupts nothing.
+"""The lazy-pages daemon's second process: it holds a copy of every descriptor, so that a crash of the first corrupts nothing.
 
 The kernel hands out zero pages for what is missing once the last copy of a userfaultfd is closed. If the process that feeds
-is killed, the keeper still has them all: whoever touches a missing page waits, and the status says why, until SIGTERM.
+is killed, the descriptor holder still has them all: whoever touches a missing page waits, and the status says why, until SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEY = struct.Struct("=i")
 TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class Keeper:
+class DescriptorHolder:
     """The feeding process's end: whatever is `hold` stays open until it is `release`d."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -40,8 +40,8 @@ class Keeper:
         self._connection.send(_KEY.pack(fd))
 
 
-def fork_keeper(report: StatusFile) -> Keeper:
-    """Go on in a child process; the parent becomes its keeper, and ends as the child ends.
+def fork_holder(report: StatusFile) -> DescriptorHolder:
+    """Go on in a child process; the parent becomes its descriptor holder, and ends as the child ends.
 
     The parent's death takes the child along. A signal to end that the parent gets goes to the child while there is one. The
     child takes none of `TO_END` until it unblocks them, when it knows what to do.
@@ -56,7 +56,7 @@ def fork_keeper(report: StatusFile) -> Keeper:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    return Keeper(theirs)
+    return DescriptorHolder(theirs)
 
 
 def _keep(child: int, connection: socket.socket, report: StatusFile) -> NoReturn:
@@ -72,7 +72,7 @@ def _keep(child: int, connection: socket.socket, report: StatusFile) -> NoReturn
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         error = Failed(
-            "the page feeder died", why=ending(code), remedy="kill the restored tasks: their memory is incomplete"
+            "the lazy-pages daemon died", why=ending(code), remedy="kill the restored tasks: their memory is incomplete"
         )
         report.status.error = error.to_dict()
         report.enter(DaemonState.FAILED)

@@ -1,4 +1,4 @@
-"""The feeder's loop: events first, then faults, then a step of filling.
+"""The lazy-pages daemon's loop: events first, then faults, then a step of filling.
 
 Before the restore has finished only faults are served: until then CRIU is still moving areas to their places and registering
 them, so a page put in place unasked could land beside the area it belongs to (CRIU, commit 879764563, for the same
@@ -18,7 +18,7 @@ from podferry.errors import Failed
 from podferry.lazypages.address_space import AddressSpace
 from podferry.lazypages.copying import Copy
 from podferry.lazypages.criu_socket import CriuSocket, Restored
-from podferry.lazypages.descriptors import Keeper
+from podferry.lazypages.descriptors import DescriptorHolder
 from podferry.lazypages.page_source import Frame, PageSource, Word
 from podferry.lazypages.status import DaemonState, StatusFile
 from podferry.lazypages.task import Counts, FaultAnswer, FedTask
@@ -32,7 +32,7 @@ no event for that moment."""
 _PAUSE = 0.001
 
 
-class Pump:
+class Loop:
     """Feeds all tasks of one restore. `run` returns when every task has every page."""
 
     def __init__(
@@ -41,12 +41,12 @@ class Pump:
         images: Path,
         store: Callable[[], PageStore],
         source: PageSource,
-        keeper: Keeper,
+        holder: DescriptorHolder,
         report: StatusFile,
     ) -> None:
         """`store` opens the page store; it is called when CRIU connects, for only then the store is whole."""
         self._criu, self._images, self._open_store, self._source, self._report = criu, images, store, source, report
-        self._keeper = keeper
+        self._holder = holder
         self._store: PageStore | None = None
         self._copies: dict[int, Copy] = {}
         self._tasks: dict[int, FedTask] = {}
@@ -82,7 +82,7 @@ class Pump:
                 answers += self._fill()
                 answers += self._part()
             self._note(answers)
-            self._tell()
+            self._write_status()
         self._source.close()
         if self._counts.unplaced:
             raise Failed(
@@ -101,10 +101,10 @@ class Pump:
         for fd in ready & self._tasks.keys():
             self._read(self._tasks[fd])
         for frame in self._source.news() if self._source.fileno() in ready else ():
-            self._hear_agent(frame)
+            self._receive_from_agent(frame)
         answers = self._answer(before if timeout == 0 else self._looked)
         if self._criu.fileno() in ready:
-            self._hear_criu()
+            self._receive_from_criu()
         return answers
 
     def _patience(self) -> float | None:
@@ -119,7 +119,7 @@ class Pump:
             if child:
                 self._add(child)
 
-    def _hear_criu(self) -> None:
+    def _receive_from_criu(self) -> None:
         if not self._criu.connected:
             self._poll.unregister(self._criu.fileno())
             self._criu.accept()
@@ -146,24 +146,24 @@ class Pump:
             raise Failed(
                 f"the page store lacks pages of the process {pid}", why="the source never said that it is complete"
             )
-        owed = bytearray(b"\1" * copy.index.count) if self._source.endless else copy.held[:]
-        space = AddressSpace(pages, anonymous_areas(self._images, pid))
-        self._add(FedTask(pid, restored.uffd, space, copy, self._source, self._counts, owed))
+        missing = bytearray(b"\1" * copy.index.count) if self._source.endless else copy.held[:]
+        address_space = AddressSpace(pages, anonymous_areas(self._images, pid))
+        self._add(FedTask(pid, restored.uffd, address_space, copy, self._source, self._counts, missing))
 
     def _add(self, task: FedTask) -> None:
-        self._keeper.hold(task.fd)
+        self._holder.hold(task.fd)
         self._tasks[task.fd] = task
         self._poll.register(task.fd, select.EPOLLIN)
 
-    def _hear_agent(self, frame: Frame) -> None:
-        copy = self._copies.get(frame.space)
+    def _receive_from_agent(self, frame: Frame) -> None:
+        copy = self._copies.get(frame.address_space)
         if copy is None:
             return
         if frame.word is Word.ARRIVED:
             copy.hold(frame.start, frame.end)
         for task in self._tasks.values():
             if task.copy is copy:
-                task.hear(frame)
+                task.receive(frame)
         copy.release_between(frame.start, frame.end)
 
     # --- what goes out -----------------------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ class Pump:
     def _last_written(self, copy: Copy) -> Iterator[tuple[int, int]]:
         """The pages written after the first round, the last first: what the job is about to use again."""
         assert self._store is not None
-        first = self._store.first_round(copy.space)
-        for run in self._store.newest_first(copy.space):
+        first = self._store.first_round(copy.address_space)
+        for run in self._store.newest_first(copy.address_space):
             if run.value > first:
                 yield from copy.index.numbers(run.start, run.end)
 
@@ -220,13 +220,13 @@ class Pump:
             if task.finished():
                 del self._tasks[task.fd]
                 self._poll.unregister(task.fd)
-                self._keeper.release(task.fd)
+                self._holder.release(task.fd)
                 task.close()
             elif task.has_all:
                 changing.append(FaultAnswer.BUSY)
         return changing
 
-    def _tell(self) -> None:
+    def _write_status(self) -> None:
         status = self._report.status
         status.tasks = len(self._tasks)
         status.bytes_fed, status.faults = self._counts.fed, self._counts.faults

@@ -1,6 +1,6 @@
-"""Where the feeder gets pages from that the store has not got: nowhere in a pre-copy migration, the agent in post-copy.
+"""Where the lazy-pages daemon gets pages from that the store has not got: nowhere in a pre-copy migration, the agent in post-copy.
 
-The agent connects to a unix socket of the feeder's (SOCK_SEQPACKET, one frame a packet), so that an agent that was
+The agent connects to a unix socket of the lazy-pages daemon's (SOCK_SEQPACKET, one frame a packet), so that an agent that was
 restarted can connect again: it is told anew what is wanted. The agent writes pages into the store's files first and says so
 afterwards; the bytes never pass through the socket.
 """
@@ -29,33 +29,35 @@ class Word(IntEnum):
     WANT = 1
     """Feeder to agent: a thread waits for these pages; send them next."""
     ARRIVED = 2
-    """Agent to feeder: the store has these pages now."""
+    """Agent to daemon: the store has these pages now."""
     ZERO = 3
-    """Agent to feeder: these pages are all zero; the store will not get them."""
+    """Agent to daemon: these pages are all zero; the store will not get them."""
 
 
 class Frame(NamedTuple):
     """One word about the addresses `start` up to `end` of a space."""
 
     word: Word
-    space: int
+    address_space: int
     start: int
     end: int
 
     def encode(self) -> bytes:
         """The frame as a packet."""
-        return _FRAME.pack(self.word, self.space, self.start, self.end)
+        return _FRAME.pack(self.word, self.address_space, self.start, self.end)
 
     @classmethod
     def decode(cls, packet: bytes) -> Frame:
         """The frame in a packet. Raises `PeerMisbehaved`."""
         try:
-            word, space, start, end = _FRAME.unpack(packet)
-            frame = cls(Word(word), space, start, end)
+            word, address_space, start, end = _FRAME.unpack(packet)
+            frame = cls(Word(word), address_space, start, end)
         except (struct.error, ValueError) as error:
-            raise PeerMisbehaved.because("the feeder's socket carried a frame that is none", error) from error
+            raise PeerMisbehaved.because(
+                "the lazy-pages daemon's socket carried a frame that is none", error
+            ) from error
         if start % PAGE or end % PAGE or start >= end:
-            raise PeerMisbehaved(f"the feeder's socket carried the range {start:#x}-{end:#x}")
+            raise PeerMisbehaved(f"the lazy-pages daemon's socket carried the range {start:#x}-{end:#x}")
         return frame
 
 
@@ -68,7 +70,7 @@ class PageSource(Protocol):
     def fileno(self) -> int | None:
         """What to poll for reading before `news`."""
 
-    def want(self, space: int, origin: int) -> None:
+    def want(self, address_space: int, origin: int) -> None:
         """Ask for the page at `origin`; asking twice is free."""
 
     def news(self) -> Iterator[Frame]:
@@ -87,9 +89,9 @@ class NoSource:
         """Nothing to poll."""
         return None
 
-    def want(self, space: int, origin: int) -> None:
+    def want(self, address_space: int, origin: int) -> None:
         """A complete store lacks nothing: raises `Bug`."""
-        raise Bug(f"the page {origin:#x} of space {space} is wanted from a store that is complete")
+        raise Bug(f"the page {origin:#x} of space {address_space} is wanted from a store that is complete")
 
     def news(self) -> Iterator[Frame]:
         """Nothing, ever."""
@@ -123,11 +125,11 @@ class AgentSource:
         """One descriptor for the listener and the agent's connection."""
         return self._poll.fileno()
 
-    def want(self, space: int, origin: int) -> None:
+    def want(self, address_space: int, origin: int) -> None:
         """Ask the agent once, and again whenever it connects anew."""
-        if (space, origin) not in self._wanted:
-            self._wanted[space, origin] = None
-            self._unsent.append(Frame(Word.WANT, space, origin, origin + PAGE))
+        if (address_space, origin) not in self._wanted:
+            self._wanted[address_space, origin] = None
+            self._unsent.append(Frame(Word.WANT, address_space, origin, origin + PAGE))
             self._send()
 
     def news(self) -> Iterator[Frame]:
@@ -138,7 +140,9 @@ class AgentSource:
             self._part()
             self._agent = agent
             self._poll.register(agent, select.EPOLLIN)
-            self._unsent = deque(Frame(Word.WANT, space, origin, origin + PAGE) for space, origin in self._wanted)
+            self._unsent = deque(
+                Frame(Word.WANT, address_space, origin, origin + PAGE) for address_space, origin in self._wanted
+            )
         self._send()
         while self._agent:
             try:
@@ -152,8 +156,10 @@ class AgentSource:
                 return
             frame = Frame.decode(packet)
             if frame.word is Word.WANT:
-                raise PeerMisbehaved("the agent wants a page of the feeder")
-            for key in [key for key in self._wanted if key[0] == frame.space and frame.start <= key[1] < frame.end]:
+                raise PeerMisbehaved("the agent wants a page of the lazy-pages daemon")
+            for key in [
+                key for key in self._wanted if key[0] == frame.address_space and frame.start <= key[1] < frame.end
+            ]:
                 del self._wanted[key]
             yield frame
 

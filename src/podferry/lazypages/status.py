@@ -1,4 +1,4 @@
-"""What the feeder tells of itself: a small JSON file that is replaced in one step, for the agent to read."""
+"""What the lazy-pages daemon tells of itself: a small JSON file that is replaced in one step, for the agent to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERIOD = 0.1
 
 
 class DaemonState(StrEnum):
-    """How far the feeder is."""
+    """How far the lazy-pages daemon is."""
 
     LISTENING = "listening"
     RESTORING = "restoring"
@@ -75,4 +75,4 @@ def read_status(path: Path) -> DaemonStatus:
         fields = json.loads(path.read_text())
         return DaemonStatus(**{**fields, "state": DaemonState(fields["state"])})
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no feeder's status") from error
+        raise ValueError(f"{path} is no lazy-pages daemon's status") from error

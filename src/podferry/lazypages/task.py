@@ -1,4 +1,4 @@
-"""One task that is being fed: what it is owed, where that belongs, and how the kernel answers when it is put there."""
+"""One task that is being fed: what it lacks, where that belongs, and how the kernel answers when it is put there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.store.runs import Run
 
 AROUND = 16
-"""Pages put in place for one fault, if they are owed: 64 KiB."""
+"""Pages put in place for one fault, if they are missing: 64 KiB."""
 SMALLEST_STEP, LARGEST_STEP = 16, LARGEST_READ // PAGE
 """Pages of one step of filling: from 64 KiB right after a fault to 256 KiB when it is quiet. Larger ones are no faster, and
 a fault waits for the step that it finds under way."""
@@ -51,17 +51,17 @@ class Counts:
 class FedTask:
     """An address space with a userfaultfd, fed from `copy`.
 
-    `owed[n]` is 1 while page n has yet to reach its place, `left` counts these. `forked` tasks came out of a fork while
+    `missing[n]` is 1 while page n has yet to reach its place, `left` counts these. `forked` tasks came out of a fork while
     we were feeding. `faults` holds the addresses that threads wait for and that could not be answered yet.
     """
 
     pid: int
     fd: int
-    space: AddressSpace
+    address_space: AddressSpace
     copy: Copy
     source: PageSource
     counts: Counts
-    owed: bytearray
+    missing: bytearray
     forked: bool = False
     gone: bool = False
     left: int = 0
@@ -72,7 +72,7 @@ class FedTask:
     _step: int = SMALLEST_STEP
 
     def __post_init__(self) -> None:
-        self.left = self.owed.count(1)
+        self.left = self.missing.count(1)
         self.copy.sharers.append(self)
         self._queue.append(iter([(0, self.copy.index.count)]))
 
@@ -82,8 +82,8 @@ class FedTask:
         self._queue.appendleft(ranges)
         self._range = (0, 0)
 
-    def hear(self, frame: Frame) -> None:
-        """Take in what the agent says: pages that have come are put in place next, pages that are zero are not owed."""
+    def receive(self, frame: Frame) -> None:
+        """Take in what the agent says: pages that have come are put in place next, pages that are zero are not missing."""
         for first, last in list(self.copy.index.numbers(frame.start, frame.end)):
             if frame.word is Word.ARRIVED:
                 self.prefer(iter([(first, last)]))
@@ -98,11 +98,11 @@ class FedTask:
         """Take in a change of the address space; returns the child of a fork."""
         match message:
             case uffd.Unmap(start, end):
-                self._forgive(self.space.unmap(start, end))
+                self._forgive(self.address_space.unmap(start, end))
             case uffd.Remove(start, end):
-                self._forgive(self.space.origins(start, end))
+                self._forgive(self.address_space.origins(start, end))
             case uffd.Remap():
-                self.space.remap(message)
+                self.address_space.remap(message)
             case uffd.Fork(fd):
                 return self._fork(fd)
             case uffd.PageFault(address):
@@ -115,13 +115,13 @@ class FedTask:
         """Whether no change of the address space is under way. Carries out what waited for that."""
         if uffd.changing(self.fd):
             return False
-        if self.space.unsettled():
-            self._forgive(self.space.settle())
+        if self.address_space.unsettled():
+            self._forgive(self.address_space.settle())
         return True
 
     def _fork(self, fd: int) -> FedTask:
-        space, lost = self.space.fork()
-        child = FedTask(self.pid, fd, space, self.copy, self.source, self.counts, self.owed[:], forked=True)
+        address_space, lost = self.address_space.fork()
+        child = FedTask(self.pid, fd, address_space, self.copy, self.source, self.counts, self.missing[:], forked=True)
         child._forgive(lost)
         return child
 
@@ -132,8 +132,8 @@ class FedTask:
                 self._settle(first, last)
 
     def _settle(self, first: int, last: int) -> None:
-        self.left -= self.owed.count(1, first, last)
-        self.owed[first:last] = bytes(last - first)
+        self.left -= self.missing.count(1, first, last)
+        self.missing[first:last] = bytes(last - first)
         self.copy.release(first, last)
 
     # --- putting pages in place --------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class FedTask:
     def answer(self) -> FaultAnswer:
         """Answer the faults that wait; those that cannot be answered yet stay."""
         worst, faults, self.faults = FaultAnswer.DONE, self.faults, []
-        if self.space.unsettled() and not self.settle():
+        if self.address_space.unsettled() and not self.settle():
             self.faults = faults
             return FaultAnswer.BUSY
         for address in faults:
@@ -158,7 +158,7 @@ class FedTask:
 
     def fill(self) -> FaultAnswer:
         """One step of filling. `DONE`: again; `ABSENT`: the rest is not in the store yet, or nothing is left."""
-        if self.space.unsettled() and not self.settle():
+        if self.address_space.unsettled() and not self.settle():
             return FaultAnswer.BUSY
         number = self._next()
         if number is None:
@@ -170,7 +170,7 @@ class FedTask:
 
     @property
     def has_all(self) -> bool:
-        """Whether the task has all that it was owed, and nobody in it waits for us."""
+        """Whether the task has all its pages, and nobody in it waits for us."""
         return not self.left and not self.faults
 
     def finished(self) -> bool:
@@ -185,22 +185,22 @@ class FedTask:
             self.copy.release_all()
 
     def _fault(self, address: int) -> FaultAnswer:
-        origin = self.space.origin(address)
+        origin = self.address_space.origin(address)
         if origin is not None:
             number = self.copy.index.number(origin)
-            if self.owed[number]:
+            if self.missing[number]:
                 if not self.copy.held[number]:
-                    self.source.want(self.copy.space, origin)
+                    self.source.want(self.copy.address_space, origin)
                     return FaultAnswer.ABSENT
                 return self._feed(number, AROUND)
         return self._outcome(uffd.zeropage(self.fd, address, PAGE).error, address)
 
     def _next(self) -> int | None:
-        """The next page to fill: owed, held, in the order of the queue."""
+        """The next page to fill: missing, held, in the order of the queue."""
         while True:
             first, last = self._range
             while first < last:
-                first = self.owed.find(1, first, last)
+                first = self.missing.find(1, first, last)
                 if first < 0:
                     break
                 if self.copy.held[first]:
@@ -219,15 +219,15 @@ class FedTask:
                 self._range = following
 
     def _feed(self, number: int, most: int) -> FaultAnswer:
-        """Put up to `most` owed pages in place, from `number` on."""
+        """Put up to `most` missing pages in place, from `number` on."""
         last = min(number + most, self.copy.index.count)
-        for state in (self.owed, self.copy.held):
+        for state in (self.missing, self.copy.held):
             stop = state.find(0, number, last)
             last = stop if stop >= 0 else last
         origin, room = self.copy.index.place(number)
-        target = self.space.target(origin, min(last - number, room) * PAGE)
+        target = self.address_space.target(origin, min(last - number, room) * PAGE)
         if target is None or target.start != origin:
-            raise Bug(f"the page {origin:#x} is owed to the process {self.pid} but has no place there")
+            raise Bug(f"the page {origin:#x} is missing in the process {self.pid} but has no place there")
         source, length = self.copy.read(origin, target.end - origin)
         while True:
             done, error = uffd.copy(self.fd, target.value, source, length)

@@ -1,4 +1,4 @@
-"""Sets of addresses as runs: what tracker, page store and feeder hand each other.
+"""Sets of addresses as runs: what tracker, page store and lazy-pages daemon hand each other.
 
 A `Runs` is an immutable set of bytes, kept as sorted, disjoint, non-touching half-open runs [start, end). It is stored
 as the flat row of its boundaries, at which membership flips: the complement is the same row with the ends of the world

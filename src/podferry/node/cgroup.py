@@ -25,7 +25,7 @@ from podferry.errors import Failed, PeerMisbehaved, Refused, TimedOut
 from podferry.node.members import killed
 
 FREEZE_TIMEOUT = 10.0  # seconds
-V1_FIRST_LOOK, V1_LAST_LOOK = 0.0002, 0.005  # seconds between looks at a v1 freezer, which has no event
+V1_FIRST_POLL, V1_LAST_POLL = 0.0002, 0.005  # seconds between looks at a v1 freezer, which has no event
 DEFAULT_PERIOD = 100_000  # microseconds, the kernel's
 
 
@@ -204,7 +204,7 @@ class Cgroup:
             _write(self.freezer / "cgroup.freeze", "0")
 
     def _freeze_v1(self, deadline: float) -> None:
-        pause = V1_FIRST_LOOK
+        pause = V1_FIRST_POLL
         while True:
             # Written anew each time: a task that was forked meanwhile is only seen then.
             _write(self.freezer / "freezer.state", "FROZEN")
@@ -213,7 +213,7 @@ class Cgroup:
             if time.monotonic() > deadline:
                 raise self._unfrozen()
             time.sleep(pause)
-            pause = min(2 * pause, V1_LAST_LOOK)
+            pause = min(2 * pause, V1_LAST_POLL)
 
     def _freeze_v2(self, deadline: float) -> None:
         with _opened(self.freezer / "cgroup.events") as events:
@@ -261,7 +261,7 @@ class Cgroup:
                 except OSError as error:
                     if time.monotonic() > deadline:
                         raise _gone(path, error) from error
-                    time.sleep(V1_LAST_LOOK)
+                    time.sleep(V1_LAST_POLL)
 
     def kill(self, timeout: float = FREEZE_TIMEOUT, *, once_sent: Callable[[], object] = lambda: None) -> None:
         """Kill everything in the group so that nothing in it runs another instruction; return when all have ended.

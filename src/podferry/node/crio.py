@@ -37,7 +37,7 @@ RUNC_STATE = Path("/run/runc")
 EXITS = Path("/run/crio/exits")
 """Where conmon writes how a container ended, unless CRI-O is told otherwise."""
 CALL_TIMEOUT = 30.0  # seconds
-LOOK_EVERY = 0.05
+POLL_INTERVAL = 0.05
 SPEC = "podferry.dev/spec"
 
 _CRIO = "io.kubernetes.cri-o"
@@ -162,7 +162,7 @@ class Crio:
                 return int((outside.root() / str(EXITS / id).lstrip("/")).read_text())
             if time.monotonic() > deadline:
                 raise TimedOut(f"conmon does not say how {id} ended", why=f"there is no {EXITS / id}")
-            time.sleep(LOOK_EVERY)  # it may have been written before we could watch for it
+            time.sleep(POLL_INTERVAL)  # it may have been written before we could watch for it
 
     def log(self, record: Container) -> Path | None:
         """Where conmon writes its output."""

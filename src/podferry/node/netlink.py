@@ -63,7 +63,7 @@ def ask(family: int, kind: int, payload: bytes) -> Iterator[tuple[int, bytes]]:
                 yield answered, body
 
 
-def tell(family: int, *messages: bytes) -> None:
+def send(family: int, *messages: bytes) -> None:
     """Send messages in one batch; each that asks for it (ACK) is waited for. Raises the first `OSError`."""
     awaited = sum(bool(_HEADER.unpack_from(one)[2] & ACK) for one in messages)
     with _socket(family) as kernel:
@@ -91,7 +91,7 @@ def addresses() -> dict[int, list[Interface]]:
 def add_address(address: Interface, index: int = LOOPBACK) -> None:
     """Give an interface an address; one that it has is as good. No other node hears of it. Raises `OSError`."""
     try:
-        tell(ROUTE, _of_address(RTM_NEWADDR, REQUEST | ACK | CREATE | EXCL, address, index))
+        send(ROUTE, _of_address(RTM_NEWADDR, REQUEST | ACK | CREATE | EXCL, address, index))
     except FileExistsError:
         return
 
@@ -99,7 +99,7 @@ def add_address(address: Interface, index: int = LOOPBACK) -> None:
 def remove_address(address: Interface, index: int = LOOPBACK) -> None:
     """Take an address from an interface; one that it has not is as good. Raises `OSError`."""
     try:
-        tell(ROUTE, _of_address(RTM_DELADDR, REQUEST | ACK, address, index))
+        send(ROUTE, _of_address(RTM_DELADDR, REQUEST | ACK, address, index))
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise

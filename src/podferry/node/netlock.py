@@ -53,20 +53,20 @@ class Namespace:
 
     def lock(self) -> None:
         """Drop what arrives over loopback. Raises `Failed`."""
-        self._tell("hold the container's loopback traffic", _lock())
+        self._send("hold the container's loopback traffic", _lock())
 
     def unlock(self) -> None:
         """Let it pass again; where the namespace is gone, or was not locked, there is nothing to do. Raises `Failed`."""
         if self.there():
             try:
-                self._tell("let the container's loopback traffic pass", _unlock())
+                self._send("let the container's loopback traffic pass", _unlock())
             except Failed as failed:
                 if not isinstance(failed.__cause__, FileNotFoundError):
                     raise
 
-    def _tell(self, what: str, messages: list[bytes]) -> None:
+    def _send(self, what: str, messages: list[bytes]) -> None:
         try:
-            in_network_at(on_node(self.path), lambda: netlink.tell(NETFILTER, *messages))
+            in_network_at(on_node(self.path), lambda: netlink.send(NETFILTER, *messages))
         except OSError as error:
             remedy = "the node's kernel needs nf_tables (CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET)"
             raise Failed.because(f"cannot {what}", error, remedy=remedy) from error

@@ -85,7 +85,7 @@ class Network:
 DEFAULT = Network()
 
 
-def look(pid: int) -> Network:
+def read(pid: int) -> Network:
     """The network namespace of process `pid`. Raises `Failed` where it has ended, and `OSError`."""
     here, new = in_network_of(pid, _here), in_new_network(_here)
     settings = {name: value for name, value in here.settings.items() if new.settings.get(name, value) != value}

@@ -53,20 +53,20 @@ def ensure(directory: Path, size: str = SIZE) -> str:
     return f"{directory} cannot be mounted: {why[-200:]}"
 
 
-def ensure_on_node(tell: Callable[[str], None]) -> None:
+def ensure_on_node(report: Callable[[str], None]) -> None:
     """What the installer does on each node of a cluster, before its agent starts."""
     if why := ensure(Path(RUN)):
-        tell(f"memory on its way shares /run with others: {why}")
+        report(f"memory on its way shares /run with others: {why}")
 
 
-def remove_from_node(tell: Callable[[str], None]) -> None:
+def remove_from_node(report: Callable[[str], None]) -> None:
     """The way back, where what is mounted there is ours. Who still works there keeps it until its end."""
     try:
         done = run(outside.on_node(["sh", "-ec", UNMOUNT, "sh", RUN]), check=False, timeout=MOUNT_TIMEOUT)
     except (CommandFailed, TimedOut, OSError):
         return
     if done.returncode == 0:
-        tell(f"unmounted {RUN}")
+        report(f"unmounted {RUN}")
 
 
 def _holds_anything(path: Path) -> bool:

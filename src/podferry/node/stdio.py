@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from podferry.errors import TimedOut
 
 DRAIN_TIMEOUT = 5.0  # seconds
-FIRST_LOOK, LAST_LOOK = 0.0002, 0.005  # seconds between looks: pipes tell their writers nothing of their readers
+FIRST_POLL, LAST_POLL = 0.0002, 0.005  # seconds between looks: pipes tell their writers nothing of their readers
 
 
 def log_file(uri: str) -> Path | None:
@@ -42,7 +42,7 @@ def drained(pid: int, fifos: Sequence[Path] = (), *, timeout: float = DRAIN_TIME
             if (pipe := _pipe(path)) is not None:
                 stack.callback(os.close, pipe)
                 pipes.append(pipe)
-        quiet, pause = 0, FIRST_LOOK
+        quiet, pause = 0, FIRST_POLL
         while pipes and quiet < 2:
             left = sum(_waiting(pipe) for pipe in pipes)
             quiet = quiet + 1 if left == 0 else 0
@@ -53,7 +53,7 @@ def drained(pid: int, fifos: Sequence[Path] = (), *, timeout: float = DRAIN_TIME
                     remedy="see whether containerd's shim or the pod's log has a disk that is full or slow",
                 )
             time.sleep(pause)
-            pause = min(2 * pause, LAST_LOOK)
+            pause = min(2 * pause, LAST_POLL)
 
 
 def _pipe(path: Path) -> int | None:

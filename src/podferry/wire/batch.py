@@ -18,8 +18,8 @@ class PageBatch:
     PASS_THROUGH = MAX_PAYLOAD // 4
     """From this many bytes on, a frame of its own costs less than the copy."""
 
-    def __init__(self, space: int, round: int) -> None:
-        self._space = space
+    def __init__(self, address_space: int, round: int) -> None:
+        self._address_space = address_space
         self._round = round
         self._buffer = memoryview(bytearray(MAX_PAYLOAD))
         self._runs: list[Run] = []
@@ -33,7 +33,7 @@ class PageBatch:
         while rest:
             if len(rest) >= self.PASS_THROUGH:
                 size = min(len(rest), MAX_PAYLOAD)
-                yield Pages(self._space, self._round, ((address, size // PAGE),), rest[:size])
+                yield Pages(self._address_space, self._round, ((address, size // PAGE),), rest[:size])
             else:
                 size = min(len(rest), MAX_PAYLOAD - self._used)
                 self._buffer[self._used : self._used + size] = rest[:size]
@@ -49,4 +49,4 @@ class PageBatch:
         if self._runs:
             runs, used = tuple(self._runs), self._used
             self._runs, self._used = [], 0
-            yield Pages(self._space, self._round, runs, self._buffer[:used])
+            yield Pages(self._address_space, self._round, runs, self._buffer[:used])

@@ -15,7 +15,7 @@ from podferry.wire import frames, messages
 from podferry.wire.compression import inflate
 from podferry.wire.frames import Beat, Control, Data, FrameReader, Pages
 from podferry.wire.link import PARTING, Link
-from podferry.wire.messages import ErrorReport, Hello, Message, Trouble
+from podferry.wire.messages import ErrorReport, Hello, Message, PeerFailure
 from podferry.wire.pacing import TokenBucket
 from podferry.wire.session import Role, Session
 
@@ -94,12 +94,12 @@ class Channel:
         with self._receiving:
             await checkpoint()
             item = await self._next()
-            if isinstance(item, Trouble):
+            if isinstance(item, PeerFailure):
                 raise self._link.fail(PeerLost.because(f"{self.peer} hung up because of an error", item.error.error()))
             self.session.receive(item)
             return item
 
-    async def speak(self, word: Hello | Trouble) -> None:
+    async def speak(self, word: Hello | PeerFailure) -> None:
         """Say one of the two things that are outside of the session's table."""
         async with self._sending:
             await self._write(*_control(word))
@@ -109,7 +109,7 @@ class Channel:
         if not self._link.usable:
             return
         with suppress(PodferryError), anyio.move_on_after(PARTING):
-            await self.speak(Trouble(ErrorReport.of(error)))
+            await self.speak(PeerFailure(ErrorReport.of(error)))
 
     def sever(self, error: PodferryError) -> None:
         """Break the link at once: every call, those under way too, raises `error`."""
@@ -120,13 +120,13 @@ class Channel:
         with anyio.CancelScope(shield=True):
             await self._link.close()
 
-    async def hear_hello(self) -> Hello:
-        """The peer's first word. Raises `Refused` for another protocol, what the peer's `Trouble` says, and kin."""
+    async def receive_hello(self) -> Hello:
+        """The peer's first word. Raises `Refused` for another protocol, what the peer's `PeerFailure` says, and kin."""
         match await self._next():
             case Hello() as hello:
                 return hello
-            case Trouble() as trouble:
-                raise self._link.fail(trouble.error.error())
+            case PeerFailure() as failure:
+                raise self._link.fail(failure.error.error())
             case other:
                 raise PeerMisbehaved(f"{self._link.peer} began with {type(other).__name__} in place of Hello")
 

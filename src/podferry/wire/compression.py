@@ -86,7 +86,7 @@ class Deflater:
         return self.taken / self.seconds if self.seconds else 0.0
 
     def deflate(self, pages: Pages) -> Pages:
-        """The frame compressed, or itself if that saves less than an eighth (then the receiver is spared the work)."""
+        """The frame compressed, or itself if that saves less than an eighth (then the receiver has less work)."""
         begun = time.perf_counter()
         small = self._zstd.compress(pages.payload)
         self.seconds += time.perf_counter() - begun

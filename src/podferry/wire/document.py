@@ -16,10 +16,18 @@ from typing import Annotated, Any
 
 from podferry.core.strict import DEFAULT_INT, DEFAULT_LIST, DEFAULT_TEXT, AllowedRange, JsonObject, fields_of
 from podferry.wire import frames
-from podferry.wire.messages import MESSAGES, SOURCE_MESSAGES, TARGET_MESSAGES, ErrorReport, FileSum, SpaceSum, TreeSum
+from podferry.wire.messages import (
+    MESSAGES,
+    SOURCE_MESSAGES,
+    TARGET_MESSAGES,
+    AddressSpaceSum,
+    ErrorReport,
+    FileSum,
+    TreeSum,
+)
 from podferry.wire.session import MEANING, SessionState, transitions
 
-PARTS = (ErrorReport, FileSum, SpaceSum, TreeSum)
+PARTS = (ErrorReport, FileSum, AddressSpaceSum, TreeSum)
 _SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -57,7 +57,7 @@ class Pages:
     `runs` are (address in bytes, pages); `payload` is their contents one after another, in one zstd frame if `zstd`.
     """
 
-    space: int
+    address_space: int
     round: int
     runs: tuple[Run, ...]
     payload: Buffer
@@ -80,7 +80,7 @@ class Pages:
 class Drop:
     """Memory of an address space that is gone: what was sent of it is void. `runs` are (start, end) in bytes."""
 
-    space: int
+    address_space: int
     runs: tuple[Run, ...]
 
 
@@ -157,13 +157,15 @@ def _encode(frame: Frame) -> tuple[bytes, memoryview]:
             flags = Flag.ZSTD if frame.zstd else Flag.NONE
             _check_pages(frame)
             runs = b"".join(_PAGES_RUN.pack(*run) for run in frame.runs)
-            fixed = _PAGES.pack(frame.space, frame.round, len(frame.runs)) + runs
+            fixed = _PAGES.pack(frame.address_space, frame.round, len(frame.runs)) + runs
         case Control():
             kind, payload = FrameKind.CONTROL, frame.payload
         case Drop():
             kind = FrameKind.DROP
             _check_drop(frame)
-            fixed = _DROP.pack(frame.space, len(frame.runs)) + b"".join(_DROP_RUN.pack(*run) for run in frame.runs)
+            fixed = _DROP.pack(frame.address_space, len(frame.runs)) + b"".join(
+                _DROP_RUN.pack(*run) for run in frame.runs
+            )
         case Tree():
             kind, payload = FrameKind.TREE, frame.records
             fixed = _TREE.pack(frame.tree)
@@ -280,19 +282,19 @@ class FrameReader:
     def _decode(self, kind: FrameKind, flags: Flag, body: memoryview) -> Frame:
         match kind:
             case FrameKind.PAGES:
-                space, round_, count = _PAGES.unpack_from(body)
+                address_space, round_, count = _PAGES.unpack_from(body)
                 runs, end = _runs(_PAGES_RUN, body, _PAGES.size, count)
-                pages = Pages(space, round_, runs, self._lend(body, end), zstd=Flag.ZSTD in flags)
+                pages = Pages(address_space, round_, runs, self._lend(body, end), zstd=Flag.ZSTD in flags)
                 _check_pages(pages)
                 return pages
             case FrameKind.CONTROL:
                 return Control(body)
             case FrameKind.DROP:
-                space, count = _DROP.unpack_from(body)
+                address_space, count = _DROP.unpack_from(body)
                 runs, end = _runs(_DROP_RUN, body, _DROP.size, count)
                 if end != len(body):
                     raise _Illegal("the drop frame goes on after its runs")
-                drop = Drop(space, runs)
+                drop = Drop(address_space, runs)
                 _check_drop(drop)
                 return drop
             case FrameKind.TREE:

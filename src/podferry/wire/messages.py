@@ -15,16 +15,16 @@ from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
 
-PROTOCOL = 5
+PROTOCOL = 6
 """The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
 of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`.
-3: `StatePart`. 4: `Filled.differences`.
-5: `Offer.rehearsal`."""
+3: `StatePart`. 4: `Filled.differences`. 5: `Offer.rehearsal`. 6: the names of messages and fields
+(`PrepareTarget`, `TargetPrepared`, `PageRequest`, `PeerFailure`, `AddressSpaceSum`)."""
 
 Id = Annotated[str, AllowedRange(1, 128)]
 Name = Annotated[str, AllowedRange(1, 317)]
 """A node's or a container's name, or a pod's with its namespace's."""
-Space = Annotated[int, AllowedRange(0, 0xFFFFFFFF)]
+TrackedAddressSpace = Annotated[int, AllowedRange(0, 0xFFFFFFFF)]
 Round = Annotated[int, AllowedRange(0, 0xFFFF)]
 Small = Annotated[int, AllowedRange(0, 0xFF)]
 
@@ -65,10 +65,10 @@ class FileSum:
 
 
 @dataclass(frozen=True)
-class SpaceSum:
+class AddressSpaceSum:
     """How many pages of an address space the target must hold when all has arrived."""
 
-    space: Space
+    address_space: TrackedAddressSpace
     pages: int
 
 
@@ -92,7 +92,7 @@ class Hello:
 
 
 @dataclass(frozen=True)
-class Trouble:
+class PeerFailure:
     """The last thing either end says before it hangs up because of an error."""
 
     error: ErrorReport
@@ -147,7 +147,7 @@ class RoundAck:
 
 
 @dataclass(frozen=True)
-class Poise:
+class PrepareTarget:
     """The source is near to convergence: make the target's container and let it wait for state.
 
     With `postcopy`, pages go on coming after the resume. May be said a second time, with `postcopy`, where the job turns out to
@@ -159,7 +159,7 @@ class Poise:
 
 
 @dataclass(frozen=True)
-class Poised:
+class TargetPrepared:
     """The target's container exists and waits."""
 
     migration: Id
@@ -171,7 +171,7 @@ class StatePart:
 
     migration: Id
     files: Annotated[tuple[FileSum, ...], AllowedRange(0, MOST_SUMS)]
-    spaces: Annotated[tuple[SpaceSum, ...], AllowedRange(0, MOST_SUMS)]
+    address_spaces: Annotated[tuple[AddressSpaceSum, ...], AllowedRange(0, MOST_SUMS)]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class StateEnd:
 
     migration: Id
     files: tuple[FileSum, ...]
-    spaces: tuple[SpaceSum, ...]
+    address_spaces: tuple[AddressSpaceSum, ...]
     trees: Annotated[tuple[TreeSum, ...], AllowedRange(0, 256)]
 
 
@@ -218,10 +218,10 @@ class Running:
 
 
 @dataclass(frozen=True)
-class PageWanted:
+class PageRequest:
     """Post-copy: the container waits for this page. The source answers with Pages, or Drop if it has none."""
 
-    space: Space
+    address_space: TrackedAddressSpace
     address: Annotated[int, AllowedRange(0, MAX_ADDRESS - 1)]
 
 
@@ -230,7 +230,7 @@ class PagesEnd:
     """Post-copy: every page has been sent; this is what there was."""
 
     migration: Id
-    spaces: tuple[SpaceSum, ...]
+    address_spaces: tuple[AddressSpaceSum, ...]
 
 
 @dataclass(frozen=True)
@@ -306,16 +306,16 @@ class Unknown:
 
 
 # fmt: off
-SOURCE_MESSAGES = (Offer, RoundEnd, Poise, StatePart, StateEnd, Go, PagesEnd, PagesLost, Abort, Done, Query)
-TARGET_MESSAGES = (Accept, Refuse, RoundAck, Poised, Ready, Restoring, Running, PageWanted, Progress, Filled, Crashed,
+SOURCE_MESSAGES = (Offer, RoundEnd, PrepareTarget, StatePart, StateEnd, Go, PagesEnd, PagesLost, Abort, Done, Query)
+TARGET_MESSAGES = (Accept, Refuse, RoundAck, TargetPrepared, Ready, Restoring, Running, PageRequest, Progress, Filled, Crashed,
                    GaveUp, Unknown)
 # fmt: on
 Message = (
     Hello
-    | Trouble
+    | PeerFailure
     | Offer
     | RoundEnd
-    | Poise
+    | PrepareTarget
     | StatePart
     | StateEnd
     | Go
@@ -327,11 +327,11 @@ Message = (
     | Accept
     | Refuse
     | RoundAck
-    | Poised
+    | TargetPrepared
     | Ready
     | Restoring
     | Running
-    | PageWanted
+    | PageRequest
     | Progress
     | Filled
     | Crashed
@@ -340,15 +340,15 @@ Message = (
 )  # fmt: skip
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Hello, Trouble, *SOURCE_MESSAGES, *TARGET_MESSAGES)
+    kind.__name__: kind for kind in (Hello, PeerFailure, *SOURCE_MESSAGES, *TARGET_MESSAGES)
 }
 
 
 def whole_end(parts: list[StatePart], end: StateEnd) -> StateEnd:
     """All that `end` and the parts before it say."""
     files = (*(file for part in parts for file in part.files), *end.files)
-    spaces = (*(space for part in parts for space in part.spaces), *end.spaces)
-    return replace(end, files=files, spaces=spaces)
+    address_spaces = (*(address_space for part in parts for address_space in part.address_spaces), *end.address_spaces)
+    return replace(end, files=files, address_spaces=address_spaces)
 
 
 def encode(message: Message) -> bytes:

@@ -5,7 +5,7 @@ both may speak, the two orders must lead to the same state: a test holds the tab
 arrive in a state that does not know it. This is why whoever ends a migration waits for the other's word (`Abort` for
 `GaveUp`, `GaveUp` and `Refuse` for `Done`) and takes what was on its way until then.
 
-`Hello` opens every connection, `Trouble` may end it at any time, beats may come at any time: these three belong to the
+`Hello` opens every connection, `PeerFailure` may end it at any time, beats may come at any time: these three belong to the
 transport and are not in the table.
 """
 
@@ -26,11 +26,10 @@ from podferry.wire.messages import (
     Go,
     Message,
     Offer,
+    PageRequest,
     PagesEnd,
     PagesLost,
-    PageWanted,
-    Poise,
-    Poised,
+    PrepareTarget,
     Progress,
     Query,
     Ready,
@@ -41,6 +40,7 @@ from podferry.wire.messages import (
     Running,
     StateEnd,
     StatePart,
+    TargetPrepared,
     Unknown,
 )
 
@@ -59,8 +59,8 @@ class SessionState(StrEnum):
     ASKED = "asked"
     OFFERED = "offered"
     STREAMING = "streaming"
-    POISING = "poising"
-    POISED = "poised"
+    PREPARING = "preparing"
+    PREPARED = "prepared"
     COMPLETE = "complete"
     READY = "ready"
     GONE = "gone"
@@ -77,8 +77,8 @@ MEANING: dict[SessionState, str] = {
     SessionState.ASKED: "the source asked what became of a migration",
     SessionState.OFFERED: "the target thinks about an offer",
     SessionState.STREAMING: "pages, drops, tree records and files flow",
-    SessionState.POISING: "they flow; the target makes its container",
-    SessionState.POISED: "they flow; the target's container waits, the source may freeze",
+    SessionState.PREPARING: "they flow; the target makes its container",
+    SessionState.PREPARED: "they flow; the target's container waits, the source may freeze",
     SessionState.COMPLETE: "all is sent; the target checks it",
     SessionState.READY: "the target holds everything; the source decides",
     SessionState.GONE: "the right to run is the target's; it restores",
@@ -113,7 +113,7 @@ def _with(base: Mapping[Role, Row], *, source: Row | None = None, target: Row | 
     return {Role.SOURCE: base[Role.SOURCE] | (source or {}), Role.TARGET: base[Role.TARGET] | (target or {})}
 
 
-_BEFORE_GO: tuple[EventType, ...] = (*DATA, RoundEnd, Poise, StatePart, StateEnd)
+_BEFORE_GO: tuple[EventType, ...] = (*DATA, RoundEnd, PrepareTarget, StatePart, StateEnd)
 
 TABLE: dict[SessionState, dict[Role, Row]] = {
     SessionState.IDLE: {Role.SOURCE: {Offer: SessionState.OFFERED, Query: SessionState.ASKED}, Role.TARGET: {}},
@@ -133,11 +133,15 @@ TABLE: dict[SessionState, dict[Role, Row]] = {
         Role.SOURCE: {Abort: SessionState.ABORTING},
         Role.TARGET: {Accept: SessionState.STREAMING, Refuse: SessionState.GIVEN_UP},
     },
-    SessionState.STREAMING: _with(_flowing(SessionState.STREAMING), source={Poise: SessionState.POISING}),
-    SessionState.POISING: _with(_flowing(SessionState.POISING), target={Poised: SessionState.POISED}),
-    SessionState.POISED: _with(
-        _flowing(SessionState.POISED),
-        source={StatePart: SessionState.POISED, StateEnd: SessionState.COMPLETE, Poise: SessionState.POISING},
+    SessionState.STREAMING: _with(_flowing(SessionState.STREAMING), source={PrepareTarget: SessionState.PREPARING}),
+    SessionState.PREPARING: _with(_flowing(SessionState.PREPARING), target={TargetPrepared: SessionState.PREPARED}),
+    SessionState.PREPARED: _with(
+        _flowing(SessionState.PREPARED),
+        source={
+            StatePart: SessionState.PREPARED,
+            StateEnd: SessionState.COMPLETE,
+            PrepareTarget: SessionState.PREPARING,
+        },
     ),
     SessionState.COMPLETE: {
         Role.SOURCE: {Abort: SessionState.ABORTING},
@@ -150,12 +154,12 @@ TABLE: dict[SessionState, dict[Role, Row]] = {
     },
     SessionState.GONE: {
         Role.SOURCE: _stay(SessionState.GONE, Pages, Drop, PagesEnd, PagesLost),
-        Role.TARGET: _stay(SessionState.GONE, Progress, PageWanted)
+        Role.TARGET: _stay(SessionState.GONE, Progress, PageRequest)
         | {Running: SessionState.RUNNING, GaveUp: SessionState.GIVEN_UP},
     },
     SessionState.RUNNING: {
         Role.SOURCE: _stay(SessionState.RUNNING, Pages, Drop, PagesEnd, PagesLost),
-        Role.TARGET: _stay(SessionState.RUNNING, Progress, PageWanted)
+        Role.TARGET: _stay(SessionState.RUNNING, Progress, PageRequest)
         | {Filled: SessionState.FILLED, Crashed: SessionState.CRASHED},
     },
     SessionState.FILLED: {
@@ -168,7 +172,7 @@ TABLE: dict[SessionState, dict[Role, Row]] = {
     },
     SessionState.ABORTING: {
         Role.SOURCE: {},
-        Role.TARGET: _stay(SessionState.ABORTING, Accept, RoundAck, Poised, Ready, Progress)
+        Role.TARGET: _stay(SessionState.ABORTING, Accept, RoundAck, TargetPrepared, Ready, Progress)
         | {Refuse: SessionState.ENDED, GaveUp: SessionState.ENDED},
     },
     SessionState.GIVEN_UP: {

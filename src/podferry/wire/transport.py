@@ -155,10 +155,10 @@ async def _greet(
         if node:
             check_name(node, names, peer)
             await channel.speak(mine)
-            theirs = await channel.hear_hello()
+            theirs = await channel.receive_hello()
         else:
             try:
-                theirs = await channel.hear_hello()
+                theirs = await channel.receive_hello()
             except Refused:
                 await channel.speak(mine)  # so that the other side, too, can name both versions
                 raise

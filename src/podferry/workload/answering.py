@@ -32,7 +32,7 @@ from podferry.workload.pod.probes import Probe
 
 AFTER = 0.4
 """Seconds of standing still after which it answers: the shortest timeout of a probe is one second."""
-LOOK_EVERY = 0.1
+POLL_INTERVAL = 0.1
 PATIENCE = 5.0
 """Seconds for a client to say what it wants."""
 MOST_AT_ONCE = 64
@@ -236,11 +236,11 @@ def stand_in(cgroups: Sequence[Cgroup], probes: Sequence[Probe], clock: Callable
                 if listeners is not None:
                     listeners.close()
                     listeners = None
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_INTERVAL)
                 continue
             since = since or clock()
             if clock() - since < AFTER:
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_INTERVAL)
                 continue
             if listeners is None:
                 listeners = Listeners(pids, ports)
@@ -252,7 +252,7 @@ def _take_what_waits(listeners: Listeners, answers: Answers, cgroups: Sequence[C
     waits = select.poll()
     for descriptor in listeners.sockets:
         waits.register(descriptor, select.POLLIN)
-    for descriptor, _ in waits.poll(LOOK_EVERY * 1e3):
+    for descriptor, _ in waits.poll(POLL_INTERVAL * 1e3):
         if not frozen(cgroups):  # the job takes it itself
             return
         listener, port = listeners.sockets[descriptor]

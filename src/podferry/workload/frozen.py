@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.core.undo import Handler
-from podferry.criu.checkpoint import Hold, Process
+from podferry.criu.checkpoint import HeldDump, Process
 from podferry.criu.waiting import wake
 from podferry.engine.journal import Part
 from podferry.engine.ports import OriginalGone
@@ -24,7 +24,7 @@ from podferry.node.netlock import Namespace
 from podferry.node.records import Container
 from podferry.node.runtime import ContainerRuntime
 from podferry.workload.helpers import reap, runs
-from podferry.workload.numbers import space_of
+from podferry.workload.numbers import address_space_of
 from podferry.workload.source_memory import Left, pid_inside
 from podferry.workload.threads import at_once, run, threaded
 
@@ -47,10 +47,10 @@ class FrozenContainer:
                 raise
             raise OriginalGone.because("the frozen original has ended", error) from error
         seen = create(TrackerKind.NONE, cgroup.pids).final()
-        if not seen.spaces:
+        if not seen.address_spaces:
             raise OriginalGone("the frozen original has ended")
-        pids = {space_of(self.journal.number, pid_inside(pid)): pid for pid in seen.spaces}
-        return Left(pids, {space: seen.spaces[pid].written for space, pid in pids.items()})
+        pids = {address_space_of(self.journal.number, pid_inside(pid)): pid for pid in seen.address_spaces}
+        return Left(pids, {address_space: seen.address_spaces[pid].written for address_space, pid in pids.items()})
 
     async def kill(self) -> None:
         """Kill the frozen container; not one instruction of it runs. May be called again after a failure."""
@@ -82,23 +82,23 @@ def kill_frozen(journal: Part) -> None:
     """Kill a frozen container, and open its door. May be called again after a failure."""
     if (facts := journal.held("network-lock")) is not None:
         Namespace(**facts).unlock()  # before the kill: it may be found by a process
-    if (facts := journal.held("hold")) is not None:
-        hold = Hold.from_dict(dict(facts))
-        hold.commit()
-        reap(hold.runc)
-    if (facts := journal.held("door")) is not None:
-        open_door(facts)
-    for kind in ("hold", "freeze", "quota", "door", "network-lock"):
+    if (facts := journal.held("held-dump")) is not None:
+        held = HeldDump.from_dict(dict(facts))
+        held.commit()
+        reap(held.runc)
+    if (facts := journal.held("exec-lock")) is not None:
+        unlock_exec(facts)
+    for kind in ("held-dump", "freeze", "quota", "exec-lock", "network-lock"):
         journal.release(kind)
 
 
-def open_door(facts: Mapping[str, Any]) -> None:
+def unlock_exec(facts: Mapping[str, Any]) -> None:
     """Let people in again. A signal that podferry-runc refused while the container stood still is sent now, where there is somebody
     to get it: containerd, which was asked to stop the container, sends it once only, and kills when its patience is over."""
-    door = Path(facts["path"])
-    door.unlink(missing_ok=True)
-    wake(door.parent.parent, door.name)
-    refused = door.with_name(f"{door.name}.signal")
+    exec_lock = Path(facts["path"])
+    exec_lock.unlink(missing_ok=True)
+    wake(exec_lock.parent.parent, exec_lock.name)
+    refused = exec_lock.with_name(f"{exec_lock.name}.signal")
     with suppress(FileNotFoundError):
         wanted = signal_of(refused.read_text().strip())
         refused.unlink()
@@ -129,10 +129,10 @@ def handlers() -> dict[str, Handler]:
     """How each thing that the ledger of a container on the source may hold is taken back."""
 
     def roll_back(facts: Mapping[str, Any]) -> None:
-        hold = Hold.from_dict(dict(facts))
-        with unless_gone(hold.cgroup):
-            hold.rollback()
-        reap(hold.runc)
+        held = HeldDump.from_dict(dict(facts))
+        with unless_gone(held.cgroup):
+            held.rollback()
+        reap(held.runc)
 
     def thaw(facts: Mapping[str, Any]) -> None:
         cgroup = Cgroup.from_dict(facts["cgroup"])
@@ -145,9 +145,9 @@ def handlers() -> dict[str, Handler]:
             cgroup.set_cpu_quota(CpuQuota.from_dict(facts["quota"]))
 
     return {
-        "door": threaded(open_door),
+        "exec-lock": threaded(unlock_exec),
         "outgoing": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
-        "hold": threaded(roll_back),
+        "held-dump": threaded(roll_back),
         "freeze": threaded(thaw),
         "quota": threaded(give_back),
         "network-lock": threaded(lambda facts: Namespace(**facts).unlock()),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from podferry.core.facts import NodeFacts, RuntimeKind
 from podferry.criu import skipped_pages
-from podferry.criu.dump_gate import Gate
+from podferry.criu.dump_gate import DumpGate
 from podferry.errors import CommandFailed, TimedOut
 from podferry.memory.kernel import uffd
 from podferry.memory.tracking import tracker
@@ -60,7 +60,7 @@ def node_facts(
         pagemap_scan=kernel.pagemap_scan,
         wp_async=kernel.wp_async,
         soft_dirty=kernel.soft_dirty,
-        thin_dump=Gate.usable() and skipped_pages.possible(),
+        memory_skipping_dump=DumpGate.usable() and skipped_pages.possible(),
         pipe_max_size=int(Path("/proc/sys/fs/pipe-max-size").read_text()),
         clock=time.time(),
         selinux=selinux_enforces(outside.root()),

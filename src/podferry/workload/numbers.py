@@ -13,21 +13,21 @@ target changes them.
 from __future__ import annotations
 
 from podferry.errors import PeerMisbehaved
-from podferry.wire.messages import FileSum, SpaceSum, StateEnd, TreeSum
+from podferry.wire.messages import AddressSpaceSum, FileSum, StateEnd, TreeSum
 
 PID_BITS = 22
 PIDS = (1 << PID_BITS) - 1
 MOST_CONTAINERS = 64
 
 
-def space_of(container: int, pid: int) -> int:
+def address_space_of(container: int, pid: int) -> int:
     """The space of process `pid` of a container."""
     return container << PID_BITS | pid
 
 
-def container_of_space(space: int) -> tuple[int, int]:
-    """The inverse of `space_of`: (container, pid)."""
-    return space >> PID_BITS, space & PIDS
+def container_of_address_space(address_space: int) -> tuple[int, int]:
+    """The inverse of `address_space_of`: (container, pid)."""
+    return address_space >> PID_BITS, address_space & PIDS
 
 
 def directory_of(container: int, directory: int) -> int:
@@ -42,10 +42,10 @@ def container_of_directory(directory: int) -> int:
 
 def demand_known(end: StateEnd, containers: int, trees: int) -> None:
     """Raise `PeerMisbehaved` where `end` speaks of containers or trees that the workload has not."""
-    strange: list[FileSum | SpaceSum | TreeSum] = [
+    strange: list[FileSum | AddressSpaceSum | TreeSum] = [
         one for one in end.files if container_of_directory(one.directory) >= containers
     ]
-    strange += [one for one in end.spaces if container_of_space(one.space)[0] >= containers]
+    strange += [one for one in end.address_spaces if container_of_address_space(one.address_space)[0] >= containers]
     strange += [one for one in end.trees if one.tree >= trees]
     if strange:
         raise PeerMisbehaved("the source speaks of containers that the workload has not", why=str(strange[0]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.wire.messages import FileSum
-from podferry.workload.arriving_image import ArrivingImage
+from podferry.workload.received_image import ReceivedImage
 
 
 class ReceivedImages:
@@ -15,7 +15,7 @@ class ReceivedImages:
 
     def __init__(self, directory: Callable[[], Path]) -> None:
         self._directory = directory
-        self._open: dict[str, ArrivingImage] = {}
+        self._open: dict[str, ReceivedImage] = {}
         self._whole: dict[str, tuple[int, str]] = {}
 
     def take(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
@@ -23,7 +23,7 @@ class ReceivedImages:
         if name in self._whole:
             raise PeerMisbehaved(f"the image {name} goes on after its end")
         if name not in self._open:
-            self._open[name] = ArrivingImage(self._directory() / name)
+            self._open[name] = ReceivedImage(self._directory() / name)
         self._open[name].take(offset, data)
         if last:  # there may be one for each mapping, and descriptors are few
             self._whole[name] = self._open.pop(name).whole()

@@ -34,32 +34,32 @@ class FrozenPages:
     @property
     def bytes(self) -> int:
         """How much is still to be pushed."""
-        given = sum((self._given.get(space, EMPTY) & runs).size for space, runs in self._runs.items())
+        given = sum((self._given.get(address_space, EMPTY) & runs).size for address_space, runs in self._runs.items())
         return sum(runs.size for runs in self._runs.values()) - given
 
-    def wanted(self, space: int, address: int) -> Iterator[Pages | Drop]:
-        """The frames that answer for the page at `address` of `space`, and for what is owed around it."""
-        page, owed = Runs.of(address, address + PAGE), self._runs.get(space, EMPTY)
-        if space not in self._pids or not owed & page:
-            yield Drop(space, tuple(page))
+    def answer(self, address_space: int, address: int) -> Iterator[Pages | Drop]:
+        """The frames that answer for the page at `address` of `address_space`, and for the remote pages around it."""
+        page, remote_pages = Runs.of(address, address + PAGE), self._runs.get(address_space, EMPTY)
+        if address_space not in self._pids or not remote_pages & page:
+            yield Drop(address_space, tuple(page))
             return
         start = address // WINDOW * WINDOW
-        near = owed.clip(start, start + WINDOW) - self._given.get(space, EMPTY)
+        near = remote_pages.clip(start, start + WINDOW) - self._given.get(address_space, EMPTY)
         if not near & page:
             return  # it is on its way already, and may be overtaken by nothing that says otherwise
-        reader = self._asking[space] = self._asking.get(space) or self._reader(space)
-        yield from self._read(reader, space, near)
+        reader = self._asking[address_space] = self._asking.get(address_space) or self._reader(address_space)
+        yield from self._read(reader, address_space, near)
 
     def rest(self) -> Iterator[Pages | Drop]:
-        """All that is still owed, in frames that are short enough for a wanted page to get between them."""
-        for space, runs in self._runs.items():
-            with self._reader(space) as reader:
+        """All that is still remote, in frames that are short enough for a wanted page to get between them."""
+        for address_space, runs in self._runs.items():
+            with self._reader(address_space) as reader:
                 for start, end in runs.pieces(PUSH):
-                    if left := Runs.of(start, end) - self._given.get(space, EMPTY):
-                        yield from self._read(reader, space, left)
+                    if left := Runs.of(start, end) - self._given.get(address_space, EMPTY):
+                        yield from self._read(reader, address_space, left)
 
     def start_over(self) -> None:
-        """Nobody knows what arrived of what was given: all of it is owed again."""
+        """Nobody knows what arrived of what was given: all of it is remote again."""
         self._given.clear()
 
     def close(self) -> None:
@@ -68,16 +68,16 @@ class FrozenPages:
             reader.close()
         self._asking.clear()
 
-    def _reader(self, space: int) -> Reader:
+    def _reader(self, address_space: int) -> Reader:
         try:
-            return Reader(self._pids[space], piece=PUSH)
+            return Reader(self._pids[address_space], piece=PUSH)
         except OSError as error:
             raise OriginalGone.because("the frozen original has ended", error) from error
 
-    def _read(self, reader: Reader, space: int, runs: Runs) -> Iterator[Pages | Drop]:
+    def _read(self, reader: Reader, address_space: int, runs: Runs) -> Iterator[Pages | Drop]:
         """What cannot be read was unmapped before the freeze, and reads as zeros, unless the process has ended."""
-        batch, void = PageBatch(space, ROUND), []
-        self._given[space] = self._given.get(space, EMPTY) | runs
+        batch, void = PageBatch(address_space, ROUND), []
+        self._given[address_space] = self._given.get(address_space, EMPTY) | runs
         gone = False
         for piece in reader.read(runs):
             if isinstance(piece, Data):
@@ -86,12 +86,12 @@ class FrozenPages:
                 gone = gone or isinstance(piece, Gone)
                 void.append((piece.start, piece.end))
         yield from batch.flush()
-        if gone and _has_no_memory(self._pids[space]):
+        if gone and _has_no_memory(self._pids[address_space]):
             raise OriginalGone(
-                "the frozen original has ended", why=f"process {self._pids[space]} has no memory any more"
+                "the frozen original has ended", why=f"process {self._pids[address_space]} has no memory any more"
             )
         for first in range(0, len(void), MAX_DROPS):
-            yield Drop(space, tuple(void[first : first + MAX_DROPS]))
+            yield Drop(address_space, tuple(void[first : first + MAX_DROPS]))
 
 
 def _has_no_memory(pid: int) -> bool:

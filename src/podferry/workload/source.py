@@ -13,13 +13,13 @@ from itertools import chain
 import anyio
 
 from podferry.criu.connections import settle
-from podferry.engine.ports import Change, Images, RemotePages
+from podferry.engine.ports import DirtySet, Images, RemotePages
 from podferry.errors import Failed
 from podferry.memory.ranges import Runs
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup
 from podferry.wire.frames import Drop, Pages
-from podferry.wire.messages import SpaceSum, TreeSum
+from podferry.wire.messages import AddressSpaceSum, TreeSum
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import gathered
 from podferry.workload.remote_pages import FrozenPages
@@ -59,7 +59,7 @@ class FrozenWorkload:
         self._frozen, self._owner = containers, owner
         self._remote: RemotePages | None = None
 
-    def owed(self) -> RemotePages:
+    def remote_pages(self) -> RemotePages:
         """Post-copy: the memory that the target has not got."""
         if self._remote is None:
             pids: dict[int, int] = {}
@@ -105,23 +105,23 @@ class SourceWorkload(FrozenWorkload):
 
     # Memory.
 
-    async def look(self) -> Change:
-        """What was written or dropped since the last look; everything at the first."""
-        return union(await gathered(*(one.look for one in self._containers)))
+    async def scan_dirty(self) -> DirtySet:
+        """What was written or dropped since the final scan; everything at the first."""
+        return union(await gathered(*(one.scan_dirty for one in self._containers)))
 
-    async def last_look(self) -> Change:
+    async def final_scan(self) -> DirtySet:
         """The last one: the workload is frozen, and the trackers leave it."""
-        return union(await gathered(*(one.last_look for one in self._containers)))
+        return union(await gathered(*(one.final_scan for one in self._containers)))
 
-    def read(self, change: Change, round: int) -> Iterator[Pages | Drop]:
+    def read(self, dirty: DirtySet, round: int) -> Iterator[Pages | Drop]:
         """Read what `change` lists, one container after another."""
-        return chain.from_iterable(one.memory.read(change, round) for one in self._containers)
+        return chain.from_iterable(one.memory.read(dirty, round) for one in self._containers)
 
-    def owe(self, change: Change) -> Iterator[Drop]:
+    def leave_remote(self, dirty: DirtySet) -> Iterator[Drop]:
         """Post-copy: leave what `change` lists for later."""
-        return chain.from_iterable(one.memory.leave(change) for one in self._containers)
+        return chain.from_iterable(one.memory.leave(dirty) for one in self._containers)
 
-    def memory_totals(self) -> tuple[SpaceSum, ...]:
+    def memory_totals(self) -> tuple[AddressSpaceSum, ...]:
         """How many pages of each space the target must hold by now."""
         return tuple(chain.from_iterable(one.memory.totals() for one in self._containers))
 
@@ -152,9 +152,9 @@ class SourceWorkload(FrozenWorkload):
         await gathered(*(one.stand_by for one in self._containers))
         await self._owner.stand_by([one.cgroup for one in self._containers])
 
-    async def shut_the_door(self) -> None:
+    async def lock_exec(self) -> None:
         """What `exec` started in the containers ends, and nobody comes in any more."""
-        await gathered(*(one.shut_the_door for one in self._containers))
+        await gathered(*(one.lock_exec for one in self._containers))
 
     async def freeze(self) -> None:
         """Stop every task of every container, at a moment at which no connection within the workload waits to be accepted, and
@@ -196,15 +196,15 @@ class SourceWorkload(FrozenWorkload):
         return self._closed
 
     def dumped(self) -> Dump:
-        """What all of the dumps were spared."""
+        """What none of the dumps had to do."""
         return min((one.dumped for one in self._containers), key=list(Dump).index)
 
-    async def slow_down(self, quota: float) -> None:
+    async def throttle(self, quota: float) -> None:
         """Leave each container this share of the processor time; none is slowed down where one of them cannot be."""
         for one in self._containers:
             await one.demand_quota()
         for one in self._containers:
-            await one.slow_down(quota)
+            await one.throttle(quota)
 
     async def ended(self) -> str:
         """Return, with how, once one of the containers has ended by itself."""
@@ -227,7 +227,7 @@ class SourceWorkload(FrozenWorkload):
             await tree.close()
 
 
-def union(changes: Sequence[Change]) -> Change:
+def union(changes: Sequence[DirtySet]) -> DirtySet:
     """What was found in each container, as one. No space is of two containers."""
-    written = {space: runs for one in changes for space, runs in one.written.items()}
-    return Change(written, {space: runs for one in changes for space, runs in one.dropped.items()})
+    written = {address_space: runs for one in changes for address_space, runs in one.written.items()}
+    return DirtySet(written, {address_space: runs for one in changes for address_space, runs in one.dropped.items()})

@@ -20,20 +20,20 @@ import anyio
 from podferry.core.inventory import encode
 from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import GUARDING_CRIU, numbers
-from podferry.criu.checkpoint import CRIU_CONF, Hold, Process
-from podferry.criu.dump_gate import Gate
+from podferry.criu.checkpoint import CRIU_CONF, HeldDump, Process
+from podferry.criu.dump_gate import DumpGate
 from podferry.criu.skipped_pages import Population, complete, population, possible
 from podferry.criu.timers import put_right, put_threads_right
 from podferry.criu.vfork import freeze_apart_from_vfork
 from podferry.engine.journal import Part
-from podferry.engine.ports import IMAGES, LOG, Change, Images
+from podferry.engine.ports import IMAGES, LOG, DirtySet, Images
 from podferry.errors import PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
 from podferry.node import inventory, netns, network, terminals, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
-from podferry.node.guests import guests, show_out
+from podferry.node.exec_sessions import exec_sessions, terminate
 from podferry.node.netlock import Namespace
 from podferry.node.newfile import small_file
 from podferry.node.records import Container, Task
@@ -48,16 +48,16 @@ from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer, executes
 from podferry.workload.keeping import INVENTORY
 from podferry.workload.nodefacts import version
-from podferry.workload.numbers import container_of_space, directory_of
+from podferry.workload.numbers import container_of_address_space, directory_of
 from podferry.workload.source_memory import Left, SourceMemory
 from podferry.workload.source_tree import SourceTree
-from podferry.workload.threads import Looks, at_once, patiently, run, time_left
+from podferry.workload.threads import Scans, at_once, patiently, run, time_left
 
 FROZEN_PATIENCE = 0.5
 """Seconds for which a file that the job has begun to watch at the last moment is searched while the job stands still."""
 FREEZES = 3
 """How often somebody who came in at the last moment is sent out again."""
-RECENT_LOOKS = 8
+RECENT_SCANS = 8
 """How far back it is asked what the job uses of the processors, before it is slowed down."""
 
 
@@ -98,31 +98,31 @@ class SourceContainer(FrozenContainer):
         self.memory = SourceMemory(journal.number, create(kind, self.cgroup.pids, pause=self._paused))
         self.tree = SourceTree(running.upper, self.mapped_shared)
         self._scratch = config.outgoing / journal.directory.name
-        self._door = config.run / "leaving" / running.record.id
+        self._exec_lock = config.run / "leaving" / running.record.id
         self._log: RotatedLog | None = None
         self._log_sent = 0
         self._quota: CpuQuota | None = None
-        self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_LOOKS)
-        self._hold: Hold | None = None
+        self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_SCANS)
+        self._held: HeldDump | None = None
         self._network = network.DEFAULT
         self._peers = Peers()
-        self._looks = Looks()
+        self._scans = Scans()
         self._told: set[watched.Watched] = set()
         self._linked = anyio.Event()
         self.dumped = Dump.ORDINARY
-        """What `dump` was spared."""
+        """What `dump` did not have to do."""
 
     # Memory.
 
-    async def look(self) -> Change:
-        """What was written or dropped since the last look; everything at the first."""
+    async def scan_dirty(self) -> DirtySet:
+        """What was written or dropped since the final scan; everything at the first."""
         if self._quota is None:
             self._cpu_used.append((time.monotonic(), self.cgroup.cpu_seconds()))
         return self.memory.found(await at_once(self.memory.tracker.collect))  # with soft-dirty the job is paused for it
 
-    async def last_look(self) -> Change:
+    async def final_scan(self) -> DirtySet:
         """The last one: the job is frozen, and the tracker leaves it."""
-        return self.memory.found(await self._looks.at_once(self.memory.tracker.final))
+        return self.memory.found(await self._scans.at_once(self.memory.tracker.final))
 
     def left(self) -> Left:
         """Post-copy: what was left for later."""
@@ -146,7 +146,7 @@ class SourceContainer(FrozenContainer):
             return
         self._log = self._log or RotatedLog(self._running.output.log)
         if last:
-            await self._looks.at_once(partial(drained, self._task.pid, self._running.output.fifos))
+            await self._scans.at_once(partial(drained, self._task.pid, self._running.output.fifos))
         for data in self._log.new():
             offset, self._log_sent = self._log_sent, self._log_sent + len(data)
             yield directory_of(self.journal.number, LOG), offset, data
@@ -163,19 +163,19 @@ class SourceContainer(FrozenContainer):
         May be called again after `thaw_again`."""
         if self.journal.held("freeze") is None:
             self.journal.acquire("freeze", cgroup=self.cgroup.to_dict())
-        await at_once(self._freeze_without_guests, time_left(FREEZE_TIMEOUT))
+        await at_once(self._freeze_without_exec_sessions, time_left(FREEZE_TIMEOUT))
         if self._quota is not None and self.journal.held("quota") is not None:
             self.cgroup.set_cpu_quota(self._quota)
             self.journal.release("quota")
 
-    def _freeze_without_guests(self, timeout: float) -> None:
+    def _freeze_without_exec_sessions(self, timeout: float) -> None:
         """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
         self._freeze_apart_from_vfork(timeout)
         for _ in range(FREEZES):
-            if not guests(self._task.pid, self.cgroup.pids()):
+            if not exec_sessions(self._task.pid, self.cgroup.pids()):
                 return
             self.cgroup.thaw()
-            show_out(self._task.pid, self.cgroup.pids)
+            terminate(self._task.pid, self.cgroup.pids)
             self._freeze_apart_from_vfork(timeout)
 
     def members(self) -> Collection[int]:
@@ -186,10 +186,10 @@ class SourceContainer(FrozenContainer):
         """What CRIU would leave out: connections of the workload's processes, `members`, that wait to be accepted in this
         container's network namespace, and terminals of its own with what nobody has read."""
 
-        def look() -> tuple[str, ...]:
+        def scan_dirty() -> tuple[str, ...]:
             return (*unaccepted(self._task.pid, members), *terminals.unread(self._task.pid, self.cgroup.pids()))
 
-        return await self._looks.at_once(look)
+        return await self._scans.at_once(scan_dirty)
 
     async def thaw_again(self) -> None:
         """Let the frozen container go on for a moment: `freeze` is called again. The ledger keeps the freeze."""
@@ -198,17 +198,17 @@ class SourceContainer(FrozenContainer):
     def _freeze_apart_from_vfork(self, timeout: float) -> None:
         freeze_apart_from_vfork(partial(self.cgroup.freeze, timeout), self.cgroup.thaw, self.cgroup.pids)
 
-    async def shut_the_door(self) -> None:
+    async def lock_exec(self) -> None:
         """What `exec` started in the container ends, since CRIU could not dump it, and podferry-runc lets nobody in any more."""
         first = Process.of(self._task.pid) if self._running.guarded else None
         init = {"init": asdict(first)} if first is not None else {}
-        self.journal.acquire("door", path=str(self._door), **init)
-        await run(self._shut_the_door)
+        self.journal.acquire("exec-lock", path=str(self._exec_lock), **init)
+        await run(self._lock_exec)
 
-    def _shut_the_door(self) -> None:
-        private_directory(self._door.parent, below=self._door.parents[1])
-        self._door.write_text("guarded\n" if self._running.guarded else "")
-        show_out(self._task.pid, self.cgroup.pids)
+    def _lock_exec(self) -> None:
+        private_directory(self._exec_lock.parent, below=self._exec_lock.parents[1])
+        self._exec_lock.write_text("guarded\n" if self._running.guarded else "")
+        terminate(self._task.pid, self.cgroup.pids)
 
     async def stand_by(self) -> None:
         """Begin what the dump needs while the job still runs, where runc can be made to wait."""
@@ -216,9 +216,9 @@ class SourceContainer(FrozenContainer):
 
     def _stand_by(self) -> None:
         if netns.is_own(self.record.spec_json()):
-            self._network = network.look(self._task.pid)
-        if Gate.usable():
-            self._start_dump(wait=True, thin=possible())
+            self._network = network.read(self._task.pid)
+        if DumpGate.usable():
+            self._start_dump(wait=True, skipping=possible())
 
     async def dump(self) -> Images:
         """CRIU writes everything but the private memory, and then holds the frozen job."""
@@ -232,10 +232,10 @@ class SourceContainer(FrozenContainer):
 
     async def names_settled(self) -> None:
         """Return when CRIU gives no file another name any more: one that is open, and whose name is gone, gets one in the dump."""
-        if await self._looks.at_once(lambda: names_gone(self.cgroup.pids())):
+        if await self._scans.at_once(lambda: names_gone(self.cgroup.pids())):
             await self._linked.wait()
 
-    def _where_to_look(self, patience: float = watched.PATIENCE) -> str:
+    def _scan_paths(self, patience: float = watched.PATIENCE) -> str:
         """CRIU's settings for what the job watches, as far as CRIU was not told of it yet."""
         with suppress(OSError):
             wanted = watched.of_the_root(self._task.pid, watched.watched(self.cgroup.pids())) - self._told
@@ -243,12 +243,12 @@ class SourceContainer(FrozenContainer):
             return watched.settings(watched.paths(self._task.pid, wanted, patience))
         return ""
 
-    def _start_dump(self, *, wait: bool, thin: bool = False) -> Hold:
+    def _start_dump(self, *, wait: bool, skipping: bool = False) -> HeldDump:
         work = self._scratch / "work"
         self.journal.acquire("outgoing", directory=str(self._scratch))
         images = self._scratch / "images"
-        self.journal.acquire("hold", work=str(work), images=str(images), cgroup=self.cgroup.to_dict(), waits=wait)
-        hold = self._hold = Hold.start(
+        self.journal.acquire("held-dump", work=str(work), images=str(images), cgroup=self.cgroup.to_dict(), waits=wait)
+        held = self._held = HeldDump.start(
             self.record.id,
             self.cgroup,
             runc_root=self._runc_root,
@@ -256,12 +256,12 @@ class SourceContainer(FrozenContainer):
             work=work,
             flags=self._running.flags,
             conf=self._running.conf,
-            more=self._where_to_look(),
+            more=self._scan_paths(),
             wait=wait,
-            thin=thin,
+            skipping=skipping,
         )
-        self.journal.acquire("hold", **hold.to_dict())
-        return hold
+        self.journal.acquire("held-dump", **held.to_dict())
+        return held
 
     def _dump(self, stop: int) -> Images:
         had = None
@@ -269,29 +269,31 @@ class SourceContainer(FrozenContainer):
             had = inventory.take(self._task.pid, pids, inventory.cpuset(self.cgroup.freezer))
         told = timer_threads(pids)
         locked = self._hold_loopback()
-        if self.journal.held("hold") is None:
-            self._hold = None  # an earlier one was taken back
-        hold = self._hold or self._start_dump(wait=False)
-        if hold.waits and not hold.may_go_on():
-            hold.call_off()
-            hold = self._start_dump(wait=False)
+        if self.journal.held("held-dump") is None:
+            self._held = None  # an earlier one was taken back
+        held = self._held or self._start_dump(wait=False)
+        if held.waits and not held.may_go_on():
+            held.call_off()
+            held = self._start_dump(wait=False)
         found: dict[int, Population] = {}
-        if hold.waits:
-            hold.note_connections()
-            self.journal.acquire("hold", **hold.to_dict() | {"waits": False})
+        if held.waits:
+            held.note_connections()
+            self.journal.acquire("held-dump", **held.to_dict() | {"waits": False})
             self.dumped = Dump.PREPARED
-            spared = [pid for pid in self.memory.spaces if self.memory.skippable.get(pid)] if hold.thin else []
-            hold.tell(self._where_to_look(FROZEN_PATIENCE))
-            hold.go_on(spared)
-            found = {container_of_space(self.memory.spaces[pid])[1]: population(pid) for pid in spared}
-        hold.wait_ready(stop=stop)
-        self.journal.acquire("hold", **hold.to_dict())
+            skipped = (
+                [pid for pid in self.memory.address_spaces if self.memory.skippable.get(pid)] if held.skipping else []
+            )
+            held.tell(self._scan_paths(FROZEN_PATIENCE))
+            held.go_on(skipped)
+            found = {container_of_address_space(self.memory.address_spaces[pid])[1]: population(pid) for pid in skipped}
+        held.wait_ready(stop=stop)
+        self.journal.acquire("held-dump", **held.to_dict())
         if locked is not None:
             self.journal.acquire("network-lock", **asdict(locked))  # the latest entry: unlocked before the job goes on
         self._peers.take(self._task.pid, self.cgroup.pids())
         directory = self._scratch / "images"
         if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
-            self.dumped = Dump.THIN
+            self.dumped = Dump.MEMORY_SKIPPING
         put_right(directory)
         put_threads_right(directory, told)
         images: dict[str, bytes | Path] = {path.name: path for path in sorted(directory.iterdir())}
@@ -319,10 +321,10 @@ class SourceContainer(FrozenContainer):
         self._peers.reset()
 
     async def demand_quota(self) -> None:
-        """Raises `Refused` or `Failed` where `slow_down` cannot work."""
+        """Raises `Refused` or `Failed` where `throttle` cannot work."""
         self.cgroup.cpu_quota()
 
-    async def slow_down(self, quota: float) -> None:
+    async def throttle(self, quota: float) -> None:
         """Leave the job this share of the processor time that it used before it was slowed down."""
         if self._quota is None:
             self._quota = self.cgroup.cpu_quota()
@@ -351,10 +353,10 @@ class SourceContainer(FrozenContainer):
 
     async def close(self) -> None:
         """Let go of descriptors."""
-        await self._looks.ended()
+        await self._scans.ended()
         self._peers.close()
         if self._log is not None:
             self._log.close()
-        if self._hold is not None:
-            self._hold.close()
+        if self._held is not None:
+            self._held.close()
         self.memory.close()

@@ -8,18 +8,18 @@ from pathlib import Path
 from podferry.errors import Failed
 from podferry.node.upper import TreeSource
 from podferry.wire.messages import TreeSum
-from podferry.workload.threads import Looks
+from podferry.workload.threads import Scans
 
 
 class SourceTree:
     """The tree at `path`. `suspects` names the files whose content may change without a trace: a process has them mapped."""
 
     def __init__(self, path: Path, suspects: Callable[[], set[bytes]]) -> None:
-        self._tree, self._suspects, self._looks = TreeSource(path), suspects, Looks()
+        self._tree, self._suspects, self._scans = TreeSource(path), suspects, Scans()
 
     async def changes(self, *, last: bool) -> AsyncIterator[bytes]:
         """One pass: the records of what changed since the pass before. In the last nothing may change."""
-        plan = await self._looks.at_once(lambda: self._tree.plan(suspects=self._suspects(), frozen=last))
+        plan = await self._scans.at_once(lambda: self._tree.plan(suspects=self._suspects(), frozen=last))
         for chunk in self._tree.send(plan):
             yield chunk
 
@@ -32,5 +32,5 @@ class SourceTree:
 
     async def close(self) -> None:
         """Let go of descriptors."""
-        await self._looks.ended()
+        await self._scans.ended()
         self._tree.close()

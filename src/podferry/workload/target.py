@@ -25,9 +25,9 @@ from podferry.wire.messages import StateEnd
 from podferry.workload import target_container
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
-from podferry.workload.feeder_channel import FeederChannel
 from podferry.workload.helpers import answered, gathered
-from podferry.workload.numbers import container_of_directory, container_of_space, demand_known
+from podferry.workload.numbers import container_of_address_space, container_of_directory, demand_known
+from podferry.workload.page_channel import DaemonPageChannel
 from podferry.workload.target_container import TargetContainer, demand_whole
 from podferry.workload.threads import at_once, run
 
@@ -110,10 +110,10 @@ class TargetWorkload:
             )
             self._volumes.append(TargetVolume(volume, Staged(root / str(number), below=below)))
 
-    async def poise(self, *, postcopy: bool) -> None:
-        """Start the page feeders, and have the first container made, up to waiting for its state."""
+    async def make_ready(self, *, postcopy: bool) -> None:
+        """Start the lazy-pages daemons, and have the first container made, up to waiting for its state."""
         await self._maker.begin(self._containers)
-        await gathered(*(partial(one.start_feeder, postcopy=postcopy) for one in self._containers))
+        await gathered(*(partial(one.start_lazypages, postcopy=postcopy) for one in self._containers))
         first = await self._containers[0].make(MADE_TIMEOUT)
         if self._volumes and not self._in_place:
             await run(self._move_volumes_in, first)
@@ -135,14 +135,14 @@ class TargetWorkload:
 
     # What arrives.
 
-    def pages(self, round: int, space: int, address: int, data: memoryview) -> None:
+    def pages(self, round: int, address_space: int, address: int, data: memoryview) -> None:
         """Put arrived pages into the store."""
-        number, pid = container_of_space(space)
+        number, pid = container_of_address_space(address_space)
         self._container(number).pages(round, pid, address, data)
 
-    def drop(self, space: int, start: int, end: int) -> None:
+    def drop(self, address_space: int, start: int, end: int) -> None:
         """Pages that are zero or gone."""
-        number, pid = container_of_space(space)
+        number, pid = container_of_address_space(address_space)
         self._container(number).drop(pid, start, end)
 
     def tree(self, number: int, record: memoryview) -> None:
@@ -182,14 +182,14 @@ class TargetWorkload:
 
     # Post-copy.
 
-    def relay(self) -> FeederChannel:
-        """Connect to the page feeders."""
-        return FeederChannel([one.feeder_socket() for one in self._containers])
+    def open_page_channel(self) -> DaemonPageChannel:
+        """Connect to the lazy-pages daemons."""
+        return DaemonPageChannel([one.daemon_socket() for one in self._containers])
 
-    def all_owed_came(self, channel: PageChannel) -> None:
+    def remote_pages_complete(self, channel: PageChannel) -> None:
         """What is absent now is zero."""
         for one in self._containers:
-            one.all_owed_came(channel)
+            one.remote_pages_complete(channel)
 
     # The resume.
 

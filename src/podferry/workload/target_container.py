@@ -20,7 +20,7 @@ from podferry.core.undo import Handler
 from podferry.criu.checkpoint import Process
 from podferry.criu.images import missing
 from podferry.criu.incoming import Incoming
-from podferry.criu.restored_group import group_to_tell
+from podferry.criu.restored_group import group_to_restore
 from podferry.criu.restoring import RestoreProcess
 from podferry.criu.rights import demand_no_more
 from podferry.engine.journal import Part
@@ -35,17 +35,17 @@ from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.messages import StateEnd, TreeSum
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
-from podferry.workload.feeder_process import FeederProcess
 from podferry.workload.helpers import answered, kill_helper
 from podferry.workload.keeping import INVENTORY, Kept, keeping, let_run_late
+from podferry.workload.lazypages_process import LazyPagesProcess
 from podferry.workload.nodefacts import version
-from podferry.workload.numbers import container_of_space, directory_of, space_of
+from podferry.workload.numbers import address_space_of, container_of_address_space, directory_of
 from podferry.workload.received_images import ReceivedImages
 from podferry.workload.threads import at_once, run, threaded
 
-POISE_TIMEOUT = 60.0
+PREPARE_TIMEOUT = 60.0
 RESTORE_TIMEOUT = 60.0
-LOOK_AT_JOB_EVERY = 0.5
+POLL_JOB_INTERVAL = 0.5
 
 
 class ContainerMaker(Protocol):
@@ -129,7 +129,7 @@ class TargetContainer:
         self._store: PageStore | None = None
         self._images = ReceivedImages(lambda: self.incoming.images)
         self._kept = Kept()
-        self._feeder = FeederProcess(journal, self.scratch)
+        self._lazypages = LazyPagesProcess(journal, self.scratch)
         self._judged = False
 
     @property
@@ -172,12 +172,12 @@ class TargetContainer:
 
     def belongs_in(self, record: Container) -> None:
         """What is restored belongs in this container's cgroup."""
-        self.incoming.belongs_in(group_to_tell(record.spec_json(), version("runc")))
+        self.incoming.belongs_in(group_to_restore(record.spec_json(), version("runc")))
 
-    async def start_feeder(self, *, postcopy: bool) -> None:
-        """Start the page feeder. May be called again for post-copy: then it takes the place of the first."""
-        with anyio.fail_after(POISE_TIMEOUT):
-            await self._feeder.start(self.incoming, postcopy=postcopy)
+    async def start_lazypages(self, *, postcopy: bool) -> None:
+        """Start the lazy-pages daemon. May be called again for post-copy: then it takes the place of the first."""
+        with anyio.fail_after(PREPARE_TIMEOUT):
+            await self._lazypages.start(self.incoming, postcopy=postcopy)
 
     async def make(self, timeout: float) -> Container:
         """Have the container made, unless it is."""
@@ -237,13 +237,18 @@ class TargetContainer:
         self._judge(end)
         demand_whole(self.upper, number, end, "the upper layer")
         if (record := self.maker.made_already) is not None:
-            self._tell_root(record)
+            self._register_root(record)
         if sum(one.size for one in end.files if one.directory == directory_of(number, LOG)) != self.log_size:
             raise Failed("the container's log did not arrive whole", why=f"{self.log_size} bytes came")
         store = self._need_store()
         if self.journal.facts.get("postcopy"):
             return store.sync()
-        totals = {pid: one.pages for one in end.spaces for at, pid in [container_of_space(one.space)] if at == number}
+        totals = {
+            pid: one.pages
+            for one in end.address_spaces
+            for at, pid in [container_of_address_space(one.address_space)]
+            if at == number
+        }
         for pid in totals:
             store.complete(pid)
         store.verify({pid: StoreTotals(1, pages, pages * PAGE) for pid, pages in totals.items()})
@@ -261,24 +266,24 @@ class TargetContainer:
         demand_no_more(self.incoming.images, rights, also=(INVENTORY, *self.maker.not_images))
         self._judged = True
 
-    def _tell_root(self, record: Container) -> None:
+    def _register_root(self, record: Container) -> None:
         """The upper layer is as it was on the source, and its overlay is mounted already."""
         refresh_root(self.runtime.root(record))
 
     # Post-copy.
 
-    def feeder_socket(self) -> Path:
-        """Where the page feeder is told what has come, and asks for what is wanted."""
+    def daemon_socket(self) -> Path:
+        """Where the lazy-pages daemon is told what has come, and asks for what is wanted."""
         self._promise = None
         if self._store is None:
             self._store = PageStore.open(self.scratch / "store")
-        return self._feeder.socket
+        return self._lazypages.socket
 
-    def all_owed_came(self, channel: PageChannel) -> None:
-        """What is absent now, of the pages that CRIU left to the feeder, is zero."""
+    def remote_pages_complete(self, channel: PageChannel) -> None:
+        """What is absent now, of the pages that CRIU left to the lazy-pages daemon, is zero."""
         for pid, gaps in missing(self._need_store(), self.incoming.images).items():
             for start, end in gaps:
-                channel.zero(space_of(self.journal.number, pid), start, end)
+                channel.zero(address_space_of(self.journal.number, pid), start, end)
 
     # The resume.
 
@@ -296,7 +301,7 @@ class TargetContainer:
                 raise self._not_restored(error) from error
             let_run_late(self._incoming, self._kept)
         await self.maker.started(self)
-        return max(await self._feeder.since(), self._kept.since)
+        return max(await self._lazypages.since(), self._kept.since)
 
     def differences(self) -> tuple[str, ...]:
         """After `release`: what the job has not here as it had it on the source."""
@@ -306,7 +311,7 @@ class TargetContainer:
         record = await self.make(RESTORE_TIMEOUT)
         if not self._judged:
             await at_once(self._judge_images)
-            await at_once(self._tell_root, record)
+            await at_once(self._register_root, record)
         await self.maker.before_restore(self)
         wrapper = Process.of(self.incoming.wrapper)
         self.journal.note(released=True, wrapper=[wrapper.pid, wrapper.started] if wrapper else None)
@@ -316,7 +321,7 @@ class TargetContainer:
         """Whether CRIU let go of the tasks, once that cannot change any more. Then this is the job's only life."""
         restoring = RestoreProcess(self.config.incoming / self.maker.key / "work", self.wrapper())
         found = await at_once(restoring.settle)
-        return self._feeder.resumed_at() > 0 if found is None else found
+        return self._lazypages.resumed_at() > 0 if found is None else found
 
     def wrapper(self) -> Process | None:
         """podferry-runc, as it was told to restore."""
@@ -335,13 +340,13 @@ class TargetContainer:
 
     async def resumed(self) -> float:
         """Since when it runs, as `release` returns it, for an agent that was restarted. Raises where it is gone."""
-        status = await self._feeder.status("filling", "done")
+        status = await self._lazypages.status("filling", "done")
         if not await answered(self.maker.is_here):
-            raise Failed(f"the container {self.maker.name} is gone", evidence=self._feeder.log())
+            raise Failed(f"the container {self.maker.name} is gone", evidence=self._lazypages.log())
         return float(status["resumed_ns"]) / 1e9
 
     async def filled(self) -> Json:
-        """Wait until the page feeder has put every page in its place."""
+        """Wait until the lazy-pages daemon has put every page in its place."""
         if (figures := self.journal.facts.get("filled")) is None:
             status = await self._fed()
             if self.journal.facts.get("postcopy") and not await answered(
@@ -351,17 +356,18 @@ class TargetContainer:
             figures = {name: value for name, value in status.items() if name != "state"}
             self.journal.note(filled=figures)
             if status:
-                await self._feeder.ended()
+                await self._lazypages.ended()
         return dict(figures)
 
     async def _fed(self) -> Json:
-        """Wait until the page feeder is done, or until the job has ended, which the feeder does not notice while it has no page to
+        """Wait until the lazy-pages daemon is done, or until the job has ended, which the lazy-pages daemon does not notice
+        while it has no page to
         give: then there are no figures."""
         if not self.journal.facts.get("postcopy"):
-            return await self._feeder.status("done")
+            return await self._lazypages.status("done")
         while True:
-            with anyio.move_on_after(LOOK_AT_JOB_EVERY):
-                return await self._feeder.status("done")
+            with anyio.move_on_after(POLL_JOB_INTERVAL):
+                return await self._lazypages.status("done")
             if await answered(self.maker.has_ended):
                 return {}
 
@@ -406,5 +412,5 @@ def handlers(config: Config) -> dict[str, Handler]:
         "scratch": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
         "incoming": threaded(lambda facts: shutil.rmtree(config.incoming / facts["key"], ignore_errors=True)),
         "restored": threaded(remove_mark),
-        "feeder": threaded(kill_helper),
+        "lazy-pages-daemon": threaded(kill_helper),
     }

@@ -66,7 +66,7 @@ def threaded(function: Callable[[Mapping[str, Any]], object]) -> Handler:
     return lambda facts: at_once(function, facts)
 
 
-class Looks:
+class Scans:
     """Threads that only read what belongs to a job that stands still. When such a call is cancelled its thread is left alone, so
     that the job can go on at once; `ended` waits for these threads, before what they read is closed."""
 

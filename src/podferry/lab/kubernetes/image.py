@@ -24,7 +24,7 @@ PROGRAMS = {
     "podferry": "podferry.cli",
     "podferry-agent": "podferry.agent.program",
     "podferry-controller": "podferry.controller.program",
-    "podferry-snapshotter": "podferry.images",
+    "podferry-snapshotter": "podferry.snapshotter",
 }
 COMMAND = ["podferry-agent"]
 ENV = [

@@ -7,7 +7,7 @@ import os
 from functools import cache
 
 from podferry.memory.kernel.maps import read_areas
-from podferry.memory.kernel.pagemap import Category, Scanner, ScanQuery, open_pagemap, tells_guards
+from podferry.memory.kernel.pagemap import Category, Scanner, ScanQuery, open_pagemap, reports_guards
 
 _GUARD_INSTALL = 102  # MADV_GUARD_INSTALL of asm-generic/mman-common.h
 _KERNELS = 1 << 63
@@ -16,7 +16,7 @@ _KERNELS = 1 << 63
 
 def has_guards(pid: int) -> bool:
     """Whether a process has guard pages; no where it has ended, or the kernel does not tell (before 6.15)."""
-    if not tells_guards():
+    if not reports_guards():
         return False
     query = ScanQuery(Category.GUARD, Category(0), Category(0), Category.GUARD)
     try:
@@ -33,7 +33,7 @@ def has_guards(pid: int) -> bool:
 @cache
 def hides_guards() -> bool:
     """Whether processes may have guard pages here and the kernel does not tell where (Linux 6.13 and 6.14)."""
-    if tells_guards():
+    if reports_guards():
         return False
     with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
         try:

@@ -169,11 +169,11 @@ def is_alive(pagemap: int) -> bool:
 def unreadable() -> Category:
     """The categories of pages that hold nothing to copy: the zero page and, where the kernel tells them, guards."""
     unknown = Category.PFNZERO | Category.GUARD
-    return unknown if tells_guards() else Category.PFNZERO
+    return unknown if reports_guards() else Category.PFNZERO
 
 
 @cache
-def tells_guards() -> bool:
+def reports_guards() -> bool:
     """Whether this kernel tells which pages are guards (Linux 6.15)."""
     return _knows(Category.GUARD)
 

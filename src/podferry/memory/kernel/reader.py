@@ -103,7 +103,7 @@ class Reader:
                 if whole and dense:
                     yield Data(start, self._view[offset : offset + whole])
                 elif whole:
-                    yield from tell_zeroes(start, self._view[offset : offset + whole])
+                    yield from split_zeroes(start, self._view[offset : offset + whole])
                 offset += end - start
                 if start + whole < end:
                     # What this piece lacks needs care; the buffer is free for it once the pieces behind are put back.
@@ -145,7 +145,7 @@ class Reader:
                     raise
                 arrived = 0
             if arrived:
-                yield from tell_zeroes(position, self._view[:arrived])
+                yield from split_zeroes(position, self._view[:arrived])
                 position += arrived
                 continue
             ahead = mapped.clip(position, end)
@@ -160,7 +160,7 @@ class Reader:
             return EMPTY
 
 
-def tell_zeroes(address: int, memory: memoryview) -> Iterator[Data | Zero]:
+def split_zeroes(address: int, memory: memoryview) -> Iterator[Data | Zero]:
     """Split whole pages into data and zeroes. Only pages whose first word is zero are looked at in full."""
     if not _may_hold_zeroes(memory):
         yield Data(address, memory)

@@ -2,7 +2,7 @@
 
 A directory (on tmpfs, so that it is memory) with one sparse file per address space. The offset in the file is the
 virtual address, so a page has exactly one place and sending it again overwrites it. Beside the files lies the record:
-which runs are present and in which round each was last written, for the page feeder feeds what was written last first.
+which runs are present and in which round each was last written, for the lazy-pages daemon feeds what was written last first.
 
 An address space is named by an opaque number, its `space` (the process's pid as CRIU knows it). A page that the source
 never sent, or dropped, reads as zeroes, but only once the source has said that the space is `complete`.
@@ -45,13 +45,13 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class Totals:
     """What is present, over all spaces or in one."""
 
-    spaces: int = 0
+    address_spaces: int = 0
     pages: int = 0
     bytes: int = 0
 
 
 @dataclass
-class _Space:
+class _AddressSpace:
     fd: int
     present: RunMap = field(default_factory=RunMap)
     first_round: int = 0
@@ -66,7 +66,7 @@ class PageStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._spaces: dict[int, _Space] = {}
+        self._address_spaces: dict[int, _AddressSpace] = {}
         self.grows: Callable[[int], object] | None = None
         """Told by how many bytes a write makes the store grow, and a drop shrink; may raise before anything is written."""
 
@@ -93,9 +93,9 @@ class PageStore:
 
     def close(self) -> None:
         """Close the files; what they hold stays."""
-        for space in self._spaces.values():
-            os.close(space.fd)
-        self._spaces.clear()
+        for address_space in self._address_spaces.values():
+            os.close(address_space.fd)
+        self._address_spaces.clear()
 
     def discard(self) -> None:
         """Close and delete everything; memory is free again."""
@@ -103,13 +103,13 @@ class PageStore:
         for path in [*self.directory.glob("space-*"), *self.directory.glob(f"{RECORD}*")]:
             path.unlink(missing_ok=True)
 
-    def write(self, space: int, address: int, data: bytes | bytearray | memoryview, round: int) -> None:
+    def write(self, address_space: int, address: int, data: bytes | bytearray | memoryview, round: int) -> None:
         """Put whole pages at `address`. Raises `PeerMisbehaved` for an impossible address, `Failed` when memory is full."""
         length = len(data)
-        end = self._check(space, address, address + length)
+        end = self._check(address_space, address, address + length)
         if length > LONGEST_WRITE or not 0 <= round < 1 << 32:
             raise PeerMisbehaved(f"a write of {length} bytes in round {round} is out of bounds")
-        into = self._space(space)
+        into = self._address_space(address_space)
         if self.grows is not None:
             there = sum(run.end - run.start for run in into.present.within(address, end))
             if there < length:
@@ -136,77 +136,83 @@ class PageStore:
             del log[: RECENT * 3]
         log.extend((address, end, round))
 
-    def drop(self, space: int, start: int, end: int) -> None:
+    def drop(self, address_space: int, start: int, end: int) -> None:
         """Forget a range: it was unmapped, or is all zero now. Its memory is free at once."""
-        self._check(space, start, end)
-        if space in self._spaces and (gone := self._spaces[space].present.cut(start, end)):
-            self.punch(space, start, end)
+        self._check(address_space, start, end)
+        if address_space in self._address_spaces and (
+            gone := self._address_spaces[address_space].present.cut(start, end)
+        ):
+            self.punch(address_space, start, end)
             if self.grows is not None:
                 self.grows(-sum(run.end - run.start for run in gone))
 
-    def punch(self, space: int, start: int, end: int) -> None:
-        """Free the memory of a range and leave the record as it is: for the feeder, as pages reach their place."""
-        fd = self._spaces[space].fd
+    def punch(self, address_space: int, start: int, end: int) -> None:
+        """Free the memory of a range and leave the record as it is: for the lazy-pages daemon, as pages reach their place."""
+        fd = self._address_spaces[address_space].fd
         while _libc.fallocate(fd, _FALLOC_PUNCH, start, end - start) != 0:
             if ctypes.get_errno() != errno.EINTR:
                 raise Failed(
                     f"cannot free pages of the page store {self.directory}", why=os.strerror(ctypes.get_errno())
                 )
 
-    def complete(self, space: int) -> None:
+    def complete(self, address_space: int) -> None:
         """Note the source's word that every page of `space` that is not zero has been written."""
-        self._check(space, 0, PAGE)
-        self._space(space).complete = True
+        self._check(address_space, 0, PAGE)
+        self._address_space(address_space).complete = True
 
-    def is_complete(self, space: int) -> bool:
+    def is_complete(self, address_space: int) -> bool:
         """Whether a page that is absent from `space` is known to be zero."""
-        return space in self._spaces and self._spaces[space].complete
+        return address_space in self._address_spaces and self._address_spaces[address_space].complete
 
-    def spaces(self) -> list[int]:
+    def address_spaces(self) -> list[int]:
         """The spaces known, in order."""
-        return sorted(self._spaces)
+        return sorted(self._address_spaces)
 
-    def present(self, space: int) -> Runs:
+    def present(self, address_space: int) -> Runs:
         """The pages of `space` that are there."""
-        return self._spaces[space].present.runs() if space in self._spaces else EMPTY
+        return self._address_spaces[address_space].present.runs() if address_space in self._address_spaces else EMPTY
 
-    def newest_first(self, space: int) -> Iterator[Run]:
+    def newest_first(self, address_space: int) -> Iterator[Run]:
         """At least `RECENT` of the last writes, the last first, their round as value. Runs may overlap, or be dropped by now."""
-        log = self._spaces[space].log if space in self._spaces else array("Q")
+        log = self._address_spaces[address_space].log if address_space in self._address_spaces else array("Q")
         for i in range(len(log) - 3, -1, -3):
             yield Run(log[i], log[i + 1], log[i + 2])
 
-    def first_round(self, space: int) -> int:
+    def first_round(self, address_space: int) -> int:
         """The round of the oldest write, 0 if there is none."""
-        return self._spaces[space].first_round if space in self._spaces else 0
+        return self._address_spaces[address_space].first_round if address_space in self._address_spaces else 0
 
-    def fileno(self, space: int) -> int:
+    def fileno(self, address_space: int) -> int:
         """The descriptor of a space's file; it stays the store's."""
-        return self._space(space).fd
+        return self._address_space(address_space).fd
 
-    def totals(self, space: int | None = None) -> Totals:
+    def totals(self, address_space: int | None = None) -> Totals:
         """What is present, in all spaces or in one."""
-        chosen = [self._spaces[space]] if space is not None else list(self._spaces.values())
+        chosen = (
+            [self._address_spaces[address_space]] if address_space is not None else list(self._address_spaces.values())
+        )
         amount = sum(one.present.total() for one in chosen)
         return Totals(len(chosen), amount // PAGE, amount)
 
     def verify(self, expected: Mapping[int, Totals]) -> None:
         """Compare each space with what the source says it sent. Raises `PeerMisbehaved` naming the first difference."""
-        if self.spaces() != sorted(expected):
-            raise PeerMisbehaved(f"the page store has the spaces {self.spaces()}, the source names {sorted(expected)}")
-        for space, totals in sorted(expected.items()):
-            if (have := self.totals(space)) != totals:
+        if self.address_spaces() != sorted(expected):
+            raise PeerMisbehaved(
+                f"the page store has the spaces {self.address_spaces()}, the source names {sorted(expected)}"
+            )
+        for address_space, totals in sorted(expected.items()):
+            if (have := self.totals(address_space)) != totals:
                 raise PeerMisbehaved(
-                    f"space {space} is not what the source sent", why=f"{asdict(have)} is not {asdict(totals)}"
+                    f"space {address_space} is not what the source sent", why=f"{asdict(have)} is not {asdict(totals)}"
                 )
 
     def sync(self) -> None:
         """Write the record, so that another process can `open` the store. It replaces the old one in one step."""
         parts, head = [], {}
-        for key, space in self._spaces.items():
-            present, log = space.present.dump(), space.log.tobytes()
+        for key, address_space in self._address_spaces.items():
+            present, log = address_space.present.dump(), address_space.log.tobytes()
             sizes = {"present": len(present), "log": len(log)}
-            head[key] = sizes | {"first_round": space.first_round, "complete": space.complete}
+            head[key] = sizes | {"first_round": address_space.first_round, "complete": address_space.complete}
             parts += [present, log]
         path = self.directory / f"{RECORD}.new"
         path.write_bytes(b"".join([_MAGIC, json.dumps(head).encode(), b"\n", *parts]))
@@ -218,27 +224,27 @@ class PageStore:
         head, _, rest = data[len(_MAGIC) :].partition(b"\n")
         at = 0
         for key, sizes in json.loads(head).items():
-            space = self._space(int(key))
+            address_space = self._address_space(int(key))
             middle, end = at + sizes["present"], at + sizes["present"] + sizes["log"]
             if not 0 <= at <= middle <= end <= len(rest) or sizes["log"] % 24:
                 raise ValueError("the record is cut short")
-            space.present = RunMap.load(rest[at:middle])
-            space.log.frombytes(rest[middle:end])
-            space.first_round, space.complete = int(sizes["first_round"]), bool(sizes["complete"])
+            address_space.present = RunMap.load(rest[at:middle])
+            address_space.log.frombytes(rest[middle:end])
+            address_space.first_round, address_space.complete = int(sizes["first_round"]), bool(sizes["complete"])
             at = end
 
-    def _space(self, space: int) -> _Space:
-        found = self._spaces.get(space)
+    def _address_space(self, address_space: int) -> _AddressSpace:
+        found = self._address_spaces.get(address_space)
         if found is None:
-            path = self.directory / f"space-{space}"
-            found = self._spaces[space] = _Space(
+            path = self.directory / f"space-{address_space}"
+            found = self._address_spaces[address_space] = _AddressSpace(
                 os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             )
         return found
 
-    def _check(self, space: int, start: int, end: int) -> int:
-        if not 0 <= space < 1 << 32:
-            raise PeerMisbehaved(f"{space} does not name an address space")
+    def _check(self, address_space: int, start: int, end: int) -> int:
+        if not 0 <= address_space < 1 << 32:
+            raise PeerMisbehaved(f"{address_space} does not name an address space")
         if start % PAGE or end % PAGE or not 0 <= start < end <= ADDRESS_LIMIT:
             raise PeerMisbehaved(f"{start:#x}-{end:#x} is no range of pages in an address space")
         return end

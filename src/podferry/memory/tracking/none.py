@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from podferry.memory.kernel.pagemap import Scanner, has_scan, read_entries
-from podferry.memory.tracking.spaces import FollowingTracker, Look, Space
+from podferry.memory.tracking.following import FollowingTracker, Scan, TrackedAddressSpace
 from podferry.memory.tracking.tracker import Pids, TrackerKind
 from podferry.memory.tracking.userfaultfd_owner import owns_userfaultfd
 
@@ -17,14 +17,14 @@ class NoTracker(FollowingTracker):
         super().__init__(pids)
         self._scanner = Scanner() if has_scan() else None
 
-    def _attach(self, space: Space, *, final: bool) -> None:
-        space.foreign_uffd = owns_userfaultfd(space.pid)
-        space.untracked = "this kernel can track nothing"
+    def _attach(self, address_space: TrackedAddressSpace, *, final: bool) -> None:
+        address_space.foreign_uffd = owns_userfaultfd(address_space.pid)
+        address_space.untracked = "this kernel can track nothing"
 
-    def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
-        layout = space.layout
+    def _scan(self, address_space: TrackedAddressSpace, *, final: bool, dropped: bool) -> Scan:
+        layout = address_space.layout
         if self._scanner:
-            present = self._scanner.present(space.pagemap, layout.windows) & layout.covered
+            present = self._scanner.present(address_space.pagemap, layout.windows) & layout.covered
         else:
-            present = read_entries(space.pagemap, layout.covered).present
-        return Look(present, present)
+            present = read_entries(address_space.pagemap, layout.covered).present
+        return Scan(present, present)

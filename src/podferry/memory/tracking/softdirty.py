@@ -5,7 +5,7 @@ CRIU's pre-dump. A huge page has one bit, so that a write to it counts for two m
 memory that nobody has copied yet: until they were cleared for this process itself they mean nothing. Nor do they tell of
 memory that was given back and is read again, which is the zero page then and counts as not there.
 Nor of memory that was moved by whole page tables (`move_normal_pmd` in mm/mremap.c) to where other memory was before: a
-page in another frame than at the last look counts as written.
+page in another frame than at the final scan counts as written.
 
 See `Documentation/admin-guide/mm/soft-dirty.rst`.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from podferry.memory.kernel.pagemap import read_entries
-from podferry.memory.tracking.spaces import FollowingTracker, Look, Space
+from podferry.memory.tracking.following import FollowingTracker, Scan, TrackedAddressSpace
 from podferry.memory.tracking.tracker import DirtyScan, Pause, Pids, TrackerKind, no_pause
 from podferry.memory.tracking.userfaultfd_owner import owns_userfaultfd
 
@@ -35,13 +35,15 @@ class SoftDirtyTracker(FollowingTracker):
         with no_pause() if final else self._pause():
             return super()._round(final=final, dropped=dropped)
 
-    def _attach(self, space: Space, *, final: bool) -> None:
-        space.foreign_uffd = owns_userfaultfd(space.pid)
+    def _attach(self, address_space: TrackedAddressSpace, *, final: bool) -> None:
+        address_space.foreign_uffd = owns_userfaultfd(address_space.pid)
 
-    def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
-        entries = read_entries(space.pagemap, space.layout.covered)
-        written = entries.soft_dirty | entries.replaced(space.cleared) if space.cleared else entries.present
+    def _scan(self, address_space: TrackedAddressSpace, *, final: bool, dropped: bool) -> Scan:
+        entries = read_entries(address_space.pagemap, address_space.layout.covered)
+        written = (
+            entries.soft_dirty | entries.replaced(address_space.cleared) if address_space.cleared else entries.present
+        )
         if not final:
-            Path(f"/proc/{space.pid}/clear_refs").write_text(_SOFT_DIRTY)
-            space.cleared = entries
-        return Look(written, entries.present if dropped else None)
+            Path(f"/proc/{address_space.pid}/clear_refs").write_text(_SOFT_DIRTY)
+            address_space.cleared = entries
+        return Scan(written, entries.present if dropped else None)

@@ -43,17 +43,17 @@ class TrackerKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class SpaceRound:
+class AddressSpaceRound:
     """What one look at an address space found. Runs are page-aligned bytes."""
 
     areas: tuple[Area, ...]
     """The areas whose memory is pre-copied."""
     written: Runs
-    """To be read and sent: written since the last look, or never seen before."""
+    """To be read and sent: written since the final scan, or never seen before."""
     dropped: Runs
     """Reported as written once and no longer there: unmapped, or given back with madvise. It reads as zeroes now."""
     deferred: Runs
-    """There, but in areas that cannot be tracked; counted as written in the last look only."""
+    """There, but in areas that cannot be tracked; counted as written in the final scan only."""
     fresh: bool = False
     """The first look: a new process, or one that has become another program (`dropped` then holds the old memory)."""
     untracked: str = ""
@@ -68,7 +68,7 @@ class SpaceRound:
 class DirtyScan:
     """What one look at all processes found."""
 
-    spaces: dict[int, SpaceRound]
+    address_spaces: dict[int, AddressSpaceRound]
     """By process id. Processes that share one address space appear once."""
     new: frozenset[int]
     gone: frozenset[int]
@@ -79,7 +79,7 @@ class DirtyScan:
     @property
     def written(self) -> int:
         """Bytes to send."""
-        return sum(space.written.size for space in self.spaces.values())
+        return sum(address_space.written.size for address_space in self.address_spaces.values())
 
 
 class Tracker(Protocol):
@@ -91,7 +91,7 @@ class Tracker(Protocol):
         ...
 
     def collect(self, *, dropped: bool = True) -> DirtyScan:
-        """Look at the running processes: attach to new ones, and find what changed since the last look.
+        """Scan at the running processes: attach to new ones, and find what changed since the final scan.
 
         Read what is reported after this returns; what is written from then on, the next round reports. `dropped` says
         whether to look for pages that vanished, which takes three times as long.
@@ -99,7 +99,7 @@ class Tracker(Protocol):
         ...
 
     def final(self, *, dropped: bool = True) -> DirtyScan:
-        """Look for the last time at processes that are frozen. Nothing is attached, protected or cleared.
+        """Scan for the last time at processes that are frozen. Nothing is attached, protected or cleared.
 
         Deferred areas count as written. After a rollback `collect` goes on from there, and loses nothing.
         """

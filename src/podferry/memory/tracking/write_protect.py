@@ -5,7 +5,7 @@ a page that is mapped anew, after MADV_DONTNEED for instance, has none. So "not 
 that finds such pages protects them again in the same step. Only pages that are there are protected: protecting holes
 would leave markers that look like swapped pages. Hence a page that was there and is not has been given back.
 
-An area that is not registered, because it was mapped or moved since the last look, counts as written and is registered
+An area that is not registered, because it was mapped or moved since the final scan, counts as written and is registered
 before it is read. The kernel does not merge areas of which only some are registered. So a program that maps new memory
 over a part of old, and then moves old and new with one mremap, may get EFAULT where it would not have without us.
 """
@@ -19,9 +19,9 @@ from podferry.memory.kernel import uffd
 from podferry.memory.kernel.maps import Area, covered
 from podferry.memory.kernel.pagemap import HELD, Category, Scanner, ScanQuery, is_alive, unreadable
 from podferry.memory.ranges import EMPTY, Runs
+from podferry.memory.tracking.following import FollowingTracker, Scan, TrackedAddressSpace
 from podferry.memory.tracking.inject import InjectionOutcome
 from podferry.memory.tracking.injector import Injector, NotInjected
-from podferry.memory.tracking.spaces import FollowingTracker, Look, Space
 from podferry.memory.tracking.tracker import Pids, TrackerKind
 from podferry.memory.tracking.userfaultfd_owner import owns_userfaultfd
 
@@ -43,67 +43,77 @@ class UffdTracker(FollowingTracker):
         super().close()
         self._injector.close()
 
-    def _attach(self, space: Space, *, final: bool) -> None:
+    def _attach(self, address_space: TrackedAddressSpace, *, final: bool) -> None:
         if final:
-            space.untracked, space.foreign_uffd = "it appeared with the freeze", owns_userfaultfd(space.pid)
+            address_space.untracked, address_space.foreign_uffd = (
+                "it appeared with the freeze",
+                owns_userfaultfd(address_space.pid),
+            )
         else:
-            self._begin(space)
+            self._begin(address_space)
 
-    def _begin(self, space: Space) -> None:
+    def _begin(self, address_space: TrackedAddressSpace) -> None:
         """Track a space if it can be; if not, say why and whether that may change."""
-        space.foreign_uffd, space.retry, space.untracked = True, False, "it uses userfaultfd itself"
-        if owns_userfaultfd(space.pid):
+        address_space.foreign_uffd, address_space.retry, address_space.untracked = (
+            True,
+            False,
+            "it uses userfaultfd itself",
+        )
+        if owns_userfaultfd(address_space.pid):
             return
-        space.retry, space.untracked = True, "another process tracks its memory"
-        if self._is_tracked(space):
+        address_space.retry, address_space.untracked = True, "another process tracks its memory"
+        if self._is_tracked(address_space):
             return
-        space.foreign_uffd = False
+        address_space.foreign_uffd = False
         try:
-            opened = self._injector.open_userfaultfd(space.pid)
+            opened = self._injector.open_userfaultfd(address_space.pid)
         except NotInjected as failure:
-            space.retry, space.untracked = failure.outcome is not InjectionOutcome.FOREIGN_CODE, failure.why
+            address_space.retry, address_space.untracked = (
+                failure.outcome is not InjectionOutcome.FOREIGN_CODE,
+                failure.why,
+            )
             return
-        space.uffd, space.stopped, space.untracked = opened.uffd, opened.stopped, ""
-        if not is_alive(space.pagemap):
+        address_space.uffd, address_space.stopped, address_space.untracked = opened.uffd, opened.stopped, ""
+        if not is_alive(address_space.pagemap):
             raise ProcessLookupError(errno.ESRCH, "the process became another program")
-        uffd.api(space.uffd, _FEATURES)
+        uffd.api(address_space.uffd, _FEATURES)
 
-    def _is_tracked(self, space: Space) -> bool:
+    def _is_tracked(self, address_space: TrackedAddressSpace) -> bool:
         """Whether somebody protects pages asynchronously already: to share that would lose writes for both."""
         query = ScanQuery(Category.WPALLOWED, Category(0), HELD, Category.WPALLOWED)
-        return bool(self._scanner.scan(space.pagemap, space.layout.windows, query).starts)
+        return bool(self._scanner.scan(address_space.pagemap, address_space.layout.windows, query).starts)
 
-    def _look(self, space: Space, *, final: bool, dropped: bool) -> Look:
-        layout = space.layout
-        if space.uffd is None and space.retry and not final:
-            self._begin(space)
-        if space.uffd is None:
-            present = self._scanner.present(space.pagemap, layout.windows) & layout.covered
-            return Look(present, present)
-        untracked = self._untracked(space) & layout.covered
+    def _scan(self, address_space: TrackedAddressSpace, *, final: bool, dropped: bool) -> Scan:
+        layout = address_space.layout
+        if address_space.uffd is None and address_space.retry and not final:
+            self._begin(address_space)
+        if address_space.uffd is None:
+            present = self._scanner.present(address_space.pagemap, layout.windows) & layout.covered
+            return Scan(present, present)
+        untracked = self._untracked(address_space) & layout.covered
         deferred, foreign = EMPTY, False
         if not final:
-            deferred, foreign = _register(space.uffd, layout.areas, untracked)
-        written, tracked = self._tracked(space, final=final, dropped=dropped)
-        return Look(
+            deferred, foreign = _register(address_space.uffd, layout.areas, untracked)
+        written, tracked = self._tracked(address_space, final=final, dropped=dropped)
+        return Scan(
             written=written | (untracked - deferred),
             present=None if tracked is None else tracked | untracked,
             deferred=deferred,
             foreign_uffd=foreign,
         )
 
-    def _untracked(self, space: Space) -> Runs:
+    def _untracked(self, address_space: TrackedAddressSpace) -> Runs:
         """The pages that are there in areas that are not registered."""
         skipped = unreadable() | Category.WPALLOWED
         query = ScanQuery(mask=skipped, inverted=skipped, anyof=HELD, returned=Category.WPALLOWED)
-        return self._scanner.scan(space.pagemap, space.layout.windows, query).all()
+        return self._scanner.scan(address_space.pagemap, address_space.layout.windows, query).all()
 
-    def _tracked(self, space: Space, *, final: bool, dropped: bool) -> tuple[Runs, Runs | None]:
+    def _tracked(self, address_space: TrackedAddressSpace, *, final: bool, dropped: bool) -> tuple[Runs, Runs | None]:
         """What was written in registered areas, and if `dropped` all that is there."""
         skipped = unreadable()
         mask = skipped | Category.WPALLOWED | (Category(0) if dropped else Category.WRITTEN)
         query = ScanQuery(mask=mask, inverted=skipped, anyof=HELD, returned=Category.WRITTEN, protect=not final)
-        regions = self._scanner.scan(space.pagemap, space.layout.windows, query)
+        regions = self._scanner.scan(address_space.pagemap, address_space.layout.windows, query)
         if dropped:
             return regions.having(Category.WRITTEN), regions.all()
         return regions.all(), None

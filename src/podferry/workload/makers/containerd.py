@@ -127,7 +127,7 @@ class ContainerdContainer:
         async with anyio.create_task_group() as watch:
             watch.start_soon(self._watch, starter, container, container.incoming)
             try:
-                await patiently(container.incoming.wait_poised, timeout)
+                await patiently(container.incoming.wait_prepared, timeout)
             except PodferryError:
                 await anyio.lowlevel.checkpoint_if_cancelled()  # then it is what the cancel did to the wait
                 raise

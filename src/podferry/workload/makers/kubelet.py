@@ -55,13 +55,13 @@ from podferry.workload.pod.probes import Probe
 from podferry.workload.source import Owner
 from podferry.workload.target import Maker, TargetWorkload, handlers
 from podferry.workload.target_container import RESTORE_TIMEOUT, TargetContainer
-from podferry.workload.threads import Looks, at_once, patiently, run
+from podferry.workload.threads import Scans, at_once, patiently, run
 
 STAND_IN = "stand-in"
 """The process that answers probes (`podferry.workload.answering`), in the ledger."""
 NETWORK_LOCK = "network-lock"
 START_TIMEOUT = 10.0
-LOOK_EVERY = 0.005
+POLL_INTERVAL = 0.005
 _MOUNTS = re.compile(r"mountpoints-\d+\.img")
 
 HandOver = Callable[[], Awaitable[None]]
@@ -83,7 +83,7 @@ class KubeletOwner(Owner):
     ) -> None:
         self._journal, self._hand_over = journal, hand_over
         self._departed, self._payloads, self._probes = departed, payloads, probes
-        self._looks = Looks()
+        self._scans = Scans()
 
     async def stand_by(self, cgroups: Sequence[Cgroup]) -> None:
         """Start what answers probes when the containers do not."""
@@ -111,7 +111,7 @@ class KubeletOwner(Owner):
             for name, data in images.items()
         }
         open_files = (content(data) for (_, name), data in images.items() if name == OPEN_FILES)
-        if payloads := await self._looks.at_once(partial(self._payloads, open_files)):
+        if payloads := await self._scans.at_once(partial(self._payloads, open_files)):
             whole[directory_of(0, IMAGES), PAYLOADS] = payloads
         return whole
 
@@ -229,7 +229,7 @@ class KubeletContainer:
             )
         incoming = container.incoming
         try:
-            await patiently(incoming.wait_poised, timeout, abandon_on_cancel=True)
+            await patiently(incoming.wait_prepared, timeout, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
             incoming.abandon()
             raise
@@ -297,7 +297,7 @@ class KubeletContainer:
                     task = await at_once(self._runtime.task, self._journal.facts["container"])
                     if task.status in (TaskStatus.RUNNING, TaskStatus.STOPPED):
                         return
-                await anyio.sleep(LOOK_EVERY)
+                await anyio.sleep(POLL_INTERVAL)
 
     async def is_here(self) -> bool:
         """Whether it runs, or has run here to its end."""
