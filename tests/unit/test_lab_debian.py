@@ -132,11 +132,11 @@ def test_nothing_is_taken_from_an_archive_that_debian_has_not_signed(
     needed: dict[str, str] = {}
     called: list[list[str]] = []
 
-    def told(argv: list[str], *_: object) -> Completed:
+    def streamed(argv: list[str], *_: object) -> Completed:
         called.append(argv)
         return Completed(argv, 0, "", "")
 
-    monkeypatch.setattr(debian, "told", told)
+    monkeypatch.setattr(debian, "streamed", streamed)
     monkeypatch.setattr(debian, "require", lambda programs, progress: needed.update(programs))
     monkeypatch.setattr(debian, "cached", lambda name, recipe, make: make(tmp_path / "base"))
     monkeypatch.setattr(debian, "mirror", lambda: "http://mirror.example/debian")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -80,18 +82,29 @@ def test_a_process_in_a_user_namespace_of_its_own() -> None:
 def test_a_deleted_file_that_is_larger_than_what_criu_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What counts is what is on disk, as for CRIU: a hole is not copied."""
     monkeypatch.setattr(jobfacts, "GHOST_BYTES", 1 << 20)
-    with (tmp_path / "deleted").open("w+b") as file:
+    with (tmp_path / "deleted").open("w+b") as file, holding(file.fileno()) as pid:
         (tmp_path / "deleted").unlink()
         file.truncate(4 << 20)
-        assert GHOST not in jobfacts._Open.by([os.getpid()]).unsaved
+        assert GHOST not in jobfacts._Open.by([pid]).unsaved
         file.write(b"x" * (2 << 20))
         file.flush()
         os.fsync(file.fileno())
-        assert GHOST in jobfacts._Open.by([os.getpid()]).unsaved
+        assert GHOST in jobfacts._Open.by([pid]).unsaved
     memory = os.memfd_create("large")
     os.write(memory, b"x" * (2 << 20))
-    assert GHOST not in jobfacts._Open.by([os.getpid()]).unsaved
+    with holding(memory) as pid:
+        assert GHOST not in jobfacts._Open.by([pid]).unsaved
     os.close(memory)
+
+
+@contextmanager
+def holding(descriptor: int) -> Iterator[int]:
+    """The pid of a process that has this descriptor open, and none that other tests have left open in this one."""
+    nothing = subprocess.DEVNULL
+    child = subprocess.Popen(["sleep", "600"], pass_fds=[descriptor], stdin=nothing, stdout=nothing, stderr=nothing)
+    yield child.pid
+    child.kill()
+    child.wait()
 
 
 def test_check_knows_what_criu_is_told() -> None:

@@ -7,11 +7,15 @@ import re
 from podferry.kube import status as store
 from podferry.kube.client import NODES, Api
 from podferry.kube.migration import IP_ADDRESS, Migration
+from podferry.kube.paths import NameRefused
 
 
 async def address_of(api: Api, node: str | None) -> str | None:
-    """The InternalIP of a node; None where it has none, or is not there."""
-    found = await api.find(NODES, node) if node else None
+    """The InternalIP of a node; None where it has none, or is not there, as no node of a name that no object can have is."""
+    try:
+        found = await api.find(NODES, node) if node else None
+    except NameRefused:
+        return None
     addresses = ((found or {}).get("status") or {}).get("addresses") or []
     inside = (str(one["address"]) for one in addresses if one["type"] == "InternalIP")
     return next((one for one in inside if re.fullmatch(IP_ADDRESS, one)), None)

@@ -163,7 +163,8 @@ class Journal:
 
     def _apply(self, line: dict[str, Any]) -> None:
         if "phase" in line:
-            self.phase = PHASES_BEFORE.get(line["phase"], line["phase"])
+            phase = _text(line["phase"])
+            self.phase = PHASES_BEFORE.get(phase, phase)
         elif "facts" in line:
             self.facts.update(cast("Facts", line["facts"]))
         elif "acquire" in line:
@@ -241,16 +242,25 @@ def _is_over(directory: Path) -> bool:
     return journal.phase in ends and not journal.ledger.entries
 
 
-def _kind(written: str) -> str:
+def _kind(written: object) -> str:
     """The kind of thing that a line is about, by the name that it has now; a container's number may stand behind it."""
-    kind, dot, number = written.partition(".")
+    kind, dot, number = _text(written).partition(".")
     return KINDS_BEFORE.get(kind, kind) + dot + number
+
+
+def _text(value: object) -> str:
+    """A word of a line. Raises `TypeError` where something else stands there: a damaged file may hold anything."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} stands where a word belongs")
+    return value
 
 
 def _renamed(record: dict[str, Any]) -> dict[str, Any]:
     """A record with the names that phases have now."""
-    phases = {PHASES_BEFORE.get(name, name): ms for name, ms in (record.get("phases") or {}).items()}
-    return {**record, "phases": phases, "phase": PHASES_BEFORE.get(record.get("phase", ""), record.get("phase"))}
+    phases, phase = record.get("phases"), record.get("phase")
+    if isinstance(phases, dict):
+        record = {**record, "phases": {PHASES_BEFORE.get(name, name): ms for name, ms in phases.items()}}
+    return {**record, "phase": PHASES_BEFORE.get(phase, phase)} if isinstance(phase, str) else record
 
 
 def _line(line: Mapping[str, Any]) -> bytes:
