@@ -223,10 +223,10 @@ class Arrival:
         except BaseException as error:
             if not self._told:
                 self._told = True
-                error.add_note(self.record())
+                error.add_note(self.looks())
             raise
 
-    def migration_record(self) -> str:
+    def looks(self) -> str:
         """How the lazy-pages daemon, CRIU and the processes here and there are, and what they said last."""
         threading.Event().wait(0.5)  # what a process said as it ended is still on its way into the log
         place = self.source.place

@@ -23,7 +23,7 @@ def loop_devices() -> None:
     run(["modprobe", "loop"])
 
 
-@pytest.fixture
+@pytest.fixture  # type: ignore[no-redef]
 def rig() -> Iterator[Rig]:
     LOCAL.mkdir(exist_ok=True)
     with scratch(LOCAL) as home, scratch(LOCAL) as share:

@@ -123,7 +123,7 @@ def test_processes_that_turn_their_memory_over_are_fed_rightly(job: Job, client:
     try:
         with arrival.telling():
             arrival.make_ready()
-            hold = job.hold()
+            hold = job.held()
             with arrival.fed(hold.work.parent / "images"):
                 arrival.incoming.restore()
                 assert arrival.created is not None
