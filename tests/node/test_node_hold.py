@@ -18,6 +18,7 @@ from podferry.core.facts import NodeFacts
 from podferry.criu.checkpoint import CheckpointFailed, HeldDump, Process, _children
 from podferry.criu.incoming import Incoming
 from podferry.errors import Refused, TimedOut
+from podferry.node import terminals
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
 from podferry.node.containerd import Containerd, ContainerdFailed
 from podferry.node.jobfacts import ContainerFacts, container_facts
@@ -335,6 +336,39 @@ def test_a_dump_that_fails_leaves_the_job_running_and_says_why(job: Job) -> None
     assert failed.value.evidence
     job.wait_lines()
     assert job.cgroup.state() is Frozen.THAWED
+
+
+DIALOGUE = """import os, pty, sys, time
+child, master = pty.fork()
+if child == 0:
+    for line in sys.stdin:
+        print("heard", line.strip(), flush=True)
+    raise SystemExit("its terminal said nothing")
+n, heard = 0, b""
+while True:
+    os.write(master, b"%d\\n" % n)
+    while b"heard %d\\r\\n" % n not in heard:
+        heard += os.read(master, 1024)
+    print(n, flush=True)
+    time.sleep(0.02)
+    n, heard = n + 1, b""
+"""
+
+
+def test_a_dialogue_over_a_terminal_goes_on_after_a_dump_that_is_undone(job: Job) -> None:
+    """To read what is in a terminal CRIU has its ends wait for nothing, and leaves them so."""
+    job.start(DIALOGUE)
+    for _ in range(3):
+        job.wait_lines()
+        job.cgroup.freeze()
+        while terminals.unread(
+            job.task.pid, job.cgroup.pids()
+        ):  # as an agent does: CRIU loses it in a dump that is undone
+            job.cgroup.thaw()
+            time.sleep(0.01)
+            job.cgroup.freeze()
+        job.held().rollback()
+    job.wait_lines()
 
 
 SYSCALL = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"

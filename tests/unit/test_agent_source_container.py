@@ -181,7 +181,7 @@ class FakeHeldDump:
     def to_dict(self) -> dict[str, Any]:
         return {"waits": self.waits}
 
-    def note_connections(self) -> None:
+    def note_open(self) -> None:
         pass
 
     def may_go_on(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from podferry.node.terminals import unread
+from podferry.node.terminals import flags, put_back, unread
 
 pytestmark = pytest.mark.unit
 Pair = tuple[int, int]
@@ -71,3 +72,17 @@ def test_a_terminal_whose_master_is_somebody_elses_does_not_count(pair: Pair) ->
         os.waitpid(child, 0)
         for one in (ready, says, over, ends):
             os.close(one)
+
+
+def test_a_terminal_waits_again_as_it_did(pair: Pair) -> None:
+    """CRIU leaves both ends without O_APPEND, too: they are given all their flags."""
+    master, slave = pair
+    fcntl.fcntl(slave, fcntl.F_SETFL, os.O_RDWR | os.O_NONBLOCK | os.O_APPEND)
+    had = [fcntl.fcntl(one, fcntl.F_GETFL) for one in pair]
+    noted = flags([os.getpid()])
+    for one in pair:
+        fcntl.fcntl(one, fcntl.F_SETFL, os.O_RDWR | os.O_NONBLOCK)
+    put_back([], noted)
+    assert fcntl.fcntl(master, fcntl.F_GETFL) & os.O_NONBLOCK, "its process is not of the container any more"
+    put_back([os.getpid()], noted)
+    assert [fcntl.fcntl(one, fcntl.F_GETFL) for one in pair] == had

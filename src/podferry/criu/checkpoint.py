@@ -35,7 +35,7 @@ from podferry.criu.log import explained
 from podferry.criu.memory_skipping import MemorySkippingDump
 from podferry.errors import CommandFailed, Failed, PeerMisbehaved, TimedOut
 from podferry.fs.private import private_directory
-from podferry.node import outside
+from podferry.node import outside, terminals
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.netns import in_network_of, in_new_network
 from podferry.node.process import PATH, Child, ending, last_lines, spawn
@@ -126,6 +126,7 @@ class HeldDump:
         self.criu: Process | None = None
         self.waits = False
         self.reusing: tuple[int, ...] = ()
+        self.terminals: terminals.Flags = ()
         self._child: Child | None = None
         self._status: int | None = None
         self._gate: DumpGate | None = None
@@ -160,7 +161,7 @@ class HeldDump:
             private_directory(directory, below=directory.parent)
         held = HeldDump(id, cgroup, work, images)
         if not wait:
-            held.note_connections()
+            held.note_open()
         # CRIU may not see the files of this program (`outside`)
         settings = Path(shutil.copy(conf, work / CRIU_CONF.name))
         held.tell(f"timeout {seize_timeout(cgroup)}\n{more}")
@@ -290,7 +291,7 @@ class HeldDump:
         if self.waits:
             self.call_off()
         elif self._settled(READY_TIMEOUT if self.images is None else BREAK_OFF_TIMEOUT):
-            end_repair(self.cgroup.pids(), self.reusing)
+            self._put_right()
             if self.images is not None:
                 with contextlib.suppress(CgroupFailed):
                     link_remaps.remove(self.images, self.cgroup.pids())
@@ -298,12 +299,19 @@ class HeldDump:
             with contextlib.suppress(OSError, Failed):
                 self._fail_criu()
         self._end()
-        end_repair(self.cgroup.pids(), self.reusing)
+        self._put_right()
         self.cgroup.thaw()
 
-    def note_connections(self) -> None:
-        """Remember, of a container that is frozen and not dumped yet, what must be put right of its connections in a `rollback`."""
-        self.reusing = reusing(self.cgroup.pids())
+    def note_open(self) -> None:
+        """Remember, of a container that is frozen and not dumped yet, what CRIU changes of its connections and terminals."""
+        pids = self.cgroup.pids()
+        self.reusing, self.terminals = reusing(pids), terminals.flags(pids)
+
+    def _put_right(self) -> None:
+        """Give connections and terminals back to their owners as they were. May be done again."""
+        pids = self.cgroup.pids()
+        end_repair(pids, self.reusing)
+        terminals.put_back(pids, self.terminals)
 
     def to_dict(self) -> dict[str, Any]:
         """The hold as the journal keeps it: enough for another agent process to commit it or roll it back."""
@@ -316,6 +324,7 @@ class HeldDump:
             "criu": [self.criu.pid, self.criu.started] if self.criu else None,
             "waits": self.waits,
             "reusing": list(self.reusing),
+            "terminals": [list(one) for one in self.terminals],
         }
 
     @staticmethod
@@ -334,6 +343,8 @@ class HeldDump:
             held.runc, held.criu = (_process(data.get(who)) for who in ("runc", "criu"))
             held.waits = data.get("waits") is True
             held.reusing = tuple(map(int, data.get("reusing", ())))
+            noted = data.get("terminals", ())  # agents before this one did not write it down
+            held.terminals = tuple((int(pid), int(descriptor), int(had)) for pid, descriptor, had in noted)
         except (KeyError, TypeError, ValueError) as error:
             raise PeerMisbehaved.because("not a hold", error) from error
         return held

@@ -1,4 +1,8 @@
-"""What waits to be read in the pseudo-terminals of a job: CRIU reads it and writes it back, and with that changes it.
+"""The pseudo-terminals of a job: what waits to be read in them, and how a dump that is undone leaves them.
+
+CRIU reads what waits and writes it back, and with that changes it. To read, it has both ends wait for nothing (O_NONBLOCK), which
+holds for the job as well; it takes that back where the dump fails, but not where its images are whole (`tty_dump_queued_data` in
+its criu/tty.c), as those of every dump are that is undone here.
 
 Only pairs count whose master the job has open itself, as `script`, `tmux` and `expect` do. What a person has typed into
 the container's own console is the business of whoever is attached.
@@ -42,6 +46,29 @@ def unread(init: int, pids: Collection[int]) -> tuple[str, ...]:
                 minor = os.minor(found.st_rdev) + (os.major(found.st_rdev) - SLAVES.start) * 256
                 waiting[minor] = size
     return tuple(f"/dev/pts/{one}" for one in sorted(numbers) if numbers[one] or one in waiting)
+
+
+Flags = tuple[tuple[int, int, int], ...]
+"""Of pseudo-terminals: the pid that has it open, by which descriptor, and the flags of the open file (F_GETFL)."""
+
+
+def flags(pids: Collection[int]) -> Flags:
+    """The flags of the terminals that the processes `pids` of a container have open, its first process first."""
+    if not any(map(_has_terminals, islice(pids, 1))):
+        return ()
+    found = []
+    for pid, descriptor, _ in _terminals(pids):
+        with suppress(OSError), second(pid, descriptor) as one:
+            found.append((pid, descriptor, fcntl.fcntl(one, fcntl.F_GETFL)))
+    return tuple(found)
+
+
+def put_back(pids: Collection[int], noted: Flags) -> None:
+    """Give terminals of the processes `pids`, which stand still since, the flags that were noted."""
+    for pid, descriptor, had in noted:
+        if pid in pids:
+            with suppress(OSError), second(pid, descriptor) as one:
+                fcntl.fcntl(one, fcntl.F_SETFL, had)
 
 
 def _has_terminals(init: int) -> bool:

@@ -277,7 +277,7 @@ class SourceContainer(FrozenContainer):
             held = self._start_dump(wait=False)
         found: dict[int, Population] = {}
         if held.waits:
-            held.note_connections()
+            held.note_open()
             self.journal.acquire("held-dump", **held.to_dict() | {"waits": False})
             self.dumped = Dump.PREPARED
             skipped = (
