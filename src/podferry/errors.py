@@ -10,11 +10,21 @@ it, and a test holds the list. Three families tell a caller what a retry would b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 UNEXPLAINED = "CRIU gives a reason that podferry has no remedy for: "
 """How the reason of an error begins where CRIU's message is not on our list of them."""
 EVIDENCE_LINES = 20
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors themselves, out of the groups that tasks wrap them in."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from leaves(one)
+    else:
+        yield error
 
 
 class PodferryError(Exception):
@@ -80,7 +90,8 @@ class PodferryError(Exception):
 
     @classmethod
     def because(cls, what: str, cause: BaseException, *, remedy: str = "") -> Self:
-        """An error of this kind whose reason is `cause`; its evidence and remedy come along."""
+        """An error of this kind whose reason is `cause`, or the first of a group of them; its evidence and remedy come along."""
+        cause = next(leaves(cause))
         if isinstance(cause, PodferryError):
             return cls(what, why=str(cause), remedy=remedy or cause.remedy, evidence=cause.evidence)
         return cls(

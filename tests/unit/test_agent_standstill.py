@@ -14,9 +14,8 @@ from agent_rig import Fault, LeapingLoop, Rig, order
 
 from podferry.core.phases import SourcePhase
 from podferry.engine.migration_record import MigrationRecord
-from podferry.engine.side import leaves
 from podferry.engine.standstill import BEYOND_DOWNTIME, GRACE, STALLED, Standstill
-from podferry.errors import PodferryError, TimedOut
+from podferry.errors import PodferryError, TimedOut, leaves
 from podferry.model import Mode
 
 pytestmark = pytest.mark.unit

@@ -544,6 +544,25 @@ async def test_a_bug_in_a_handler_ends_that_conversation_alone(pki: Path) -> Non
     assert [type(error) for error in target.errors] == [Bug, Bug]
 
 
+async def test_an_error_out_of_a_handlers_tasks_is_named(pki: Path) -> None:
+    errors = iter([ZeroDivisionError("by nought"), Refused("not today")])
+
+    async def broken(channel: Channel) -> None:
+        if isinstance(await channel.receive(), Offer):
+            raise ExceptionGroup("tasks", [ExceptionGroup("tasks", [next(errors)])])
+
+    async with serving(pki / "b", broken) as target:
+        for _ in range(2):
+            with pytest.raises(PodferryError):
+                async with dial("node-b", target.address, Credentials.load(pki / "a")) as channel:
+                    await channel.send(OFFER)
+                    await channel.receive()
+    assert [(type(error), str(error).partition(": ")[2]) for error in target.errors] == [
+        (Bug, "ZeroDivisionError: by nought"),
+        (Refused, ""),
+    ]
+
+
 async def test_an_illegal_word_of_ours_is_a_bug_and_is_not_sent(pki: Path) -> None:
     async with serving(pki / "b") as target, dial("node-b", target.address, Credentials.load(pki / "a")) as channel:
         with pytest.raises(Bug, match="illegal Go"):

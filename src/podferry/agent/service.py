@@ -29,10 +29,10 @@ from podferry.engine.inbox import Inbox
 from podferry.engine.journal import Journal, Part, forget_old, journals
 from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.rehearsal import REHEARSAL, Rehearsal, told
-from podferry.engine.side import Side, leaves
+from podferry.engine.side import Side
 from podferry.engine.source import Order, Source
 from podferry.engine.target import Target
-from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError
+from podferry.errors import Failed, PeerLost, PeerMisbehaved, PeerUntrusted, PodferryError, Refused, UsageError, leaves
 from podferry.fs.private import private_directory
 from podferry.model import Mode
 from podferry.node.containerd import Containerd

@@ -17,8 +17,7 @@ from podferry.engine.inbox import Inbox
 from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.ports import OriginalGone, RemotePages
 from podferry.engine.sending import Sender
-from podferry.engine.side import leaves
-from podferry.errors import Failed, PodferryError
+from podferry.errors import Failed, PodferryError, leaves
 from podferry.wire.channel import Channel
 from podferry.wire.messages import (
     Crashed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import StrEnum
 from itertools import chain, repeat
@@ -18,7 +18,7 @@ from podferry.core.undo import Handler, Leftover
 from podferry.engine import breakpoints, metrics
 from podferry.engine.journal import Journal
 from podferry.engine.migration_record import MigrationRecord
-from podferry.errors import Bug, Failed, InvariantBroken, PodferryError, TimedOut
+from podferry.errors import Bug, Failed, InvariantBroken, PodferryError, TimedOut, leaves
 
 UNDO_STEP = 20.0
 """Seconds within which one thing must be taken back."""
@@ -174,12 +174,3 @@ def _bounded(handler: Handler) -> Handler:
             raise TimedOut(f"no end within {UNDO_STEP:.0f} s") from None
 
     return within
-
-
-def leaves(error: BaseException) -> Iterator[BaseException]:
-    """The errors themselves, out of the groups that tasks wrap them in."""
-    if isinstance(error, BaseExceptionGroup):
-        for one in error.exceptions:
-            yield from leaves(one)
-    else:
-        yield error

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import anyio
 
 from podferry import __version__
-from podferry.errors import Bug, Failed, PeerLost, PeerMisbehaved, PodferryError, Refused, UsageError
+from podferry.errors import Bug, Failed, PeerLost, PeerMisbehaved, PodferryError, Refused, UsageError, leaves
 from podferry.wire.channel import Channel, Timing
 from podferry.wire.greeters import Greeters
 from podferry.wire.link import UNSENT, Link
@@ -112,10 +112,11 @@ async def serve(
                 talking[channel.peer] -= 1
                 if not talking[channel.peer]:
                     del talking[channel.peer]
-        except PodferryError as error:
-            report(error)
         except Exception as error:  # noqa: BLE001 - one connection's bug must not end the others
-            report(Bug.because(f"the conversation with {peer} failed", error))
+            cause = next(leaves(error))
+            if not isinstance(cause, PodferryError):
+                cause = Bug.because(f"the conversation with {peer} failed", cause)
+            report(cause)
 
     with listener:
         async with anyio.create_task_group() as tasks:
