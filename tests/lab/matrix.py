@@ -190,7 +190,9 @@ REFUSED: dict[str, Refusal] = {
     "rings_of_io": Refusal("io_uring", "for Node.js UV_USE_IO_URING=0"),
     "secret_memory": Refusal("memfd_secret", "memory that is locked (mlock)"),
     "file_unlinked_of_80_mib": Refusal("deleted file of more than 64 MiB", "close it, or keep it under a name"),
-    "inotify_of_a_file_that_is_gone": Refusal("inotify", "watch the directory"),
+    **dict.fromkeys(
+        ("inotify_of_a_file_that_is_gone", "inotify_of_a_file_of_the_image"), Refusal("inotify", "watch the directory")
+    ),
     "another_root": Refusal("chroot", "start it from a shell that stays where it is"),
     "first_thread_gone": _THREADS,
     "first_thread_of_a_child_gone": _THREADS,
