@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from podferry.errors import PodferryError
+from podferry.errors import CommandFailed, PodferryError
 from podferry.lab import Lab
 from podferry.lab.config import AGENT_PORT
 from podferry.lab.images import JOB_IMAGE
@@ -173,7 +173,12 @@ class Movers:
         return self.running(made["metadata"]["name"])
 
     def running(self, name: str) -> Json:
-        self.kubectl.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={PATIENCE:.0f}s")
+        try:
+            self.kubectl.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={PATIENCE:.0f}s")
+        except CommandFailed as failed:
+            said = self.kubectl.run("logs", name, "--all-containers", "--prefix", "--tail=20", check=False).stdout
+            failed.add_note(f"{json.dumps(self.get(name)['status'])}\n{said}")
+            raise
         return self.get(name)
 
     def get(self, name: str) -> Json:
