@@ -370,7 +370,7 @@ RECORD = Container(NAME, "image", "overlayfs", NAME, Opaque("spec", b"{}"))
 
 
 class FakeInspection:
-    """Scans at nothing and refuses what the test says."""
+    """Looks at nothing and refuses what the test says."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig

@@ -26,7 +26,7 @@ ROUND = {"round", "pages", "bytes", "ms", "dirty_rate"}
 
 
 def agent_keeps_the_contract(client: AgentClient, name: str, to: str) -> Record:
-    """Scan at the container `name`, move it to the node `to`, look again; return the migration's record."""
+    """Check the container `name`, move it to the node `to`, look again; return the migration's record."""
     node = client.call("node")["node"]
     rows = {row["name"]: row for row in client.call("ps")}
     assert set(rows[name]) >= CONTAINER

@@ -99,7 +99,7 @@ def report(
 ) -> None:
     """Write what a bug report about one migration needs into a file: the Migration, its events, its pods and nodes.
 
-    Values of the environment, commands, arguments and annotations of the pods are left out. Scan through it before you send it.
+    Values of the environment, commands, arguments and annotations of the pods are left out. Look through it before you send it.
 
     Example: [bold]kubectl podferry report move-train-x7k2p-4f2a[/]
     """

@@ -28,7 +28,7 @@ COMMANDS = frozenset({"command", "args"})
 MORE = """What this does not hold, and what helps where it may be told:
   kubectl -n podferry-system logs deployment/podferry-controller | grep {name}
   kubectl -n podferry-system logs daemonset/podferry-agent -c agent, of the agents on {source} and {target}
-Scan through the files before you send them: names of pods, nodes and namespaces are in them as they are.
+Look through the files before you send them: names of pods, nodes and namespaces are in them as they are.
 """
 
 

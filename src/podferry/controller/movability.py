@@ -41,7 +41,7 @@ class OptedIn(StrEnum):
 
 
 class Movability:
-    """Scans at every pod of the cluster, some hundred at a time, and says of those that opted in whether they can move."""
+    """Checks every pod of the cluster, some hundred at a time, and says of those that opted in whether they can move."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -66,7 +66,7 @@ class Movability:
             await anyio.sleep(every)
 
     async def sweep(self) -> None:
-        """Scan at all of them once."""
+        """Check all of them once."""
         found, seen = Counter[OptedIn](), set[str]()
         async for page, _ in self._api.pages(PODS):
             view = DrainView(self._api)

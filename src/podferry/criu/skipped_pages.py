@@ -74,7 +74,7 @@ class Population:
 
 
 def population(pid: int) -> Population:
-    """Scan it up, in some 3 ms a GiB. Raises `Failed` where the process has ended, and `OSError`."""
+    """Look it up, in some 3 ms a GiB. Raises `Failed` where the process has ended, and `OSError`."""
     areas = [(one.start, one.end) for one in read_areas(pid) if one.private and one.name not in KERNEL_AREAS]
     pagemap = open_pagemap(pid)
     try:

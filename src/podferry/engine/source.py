@@ -67,7 +67,7 @@ class Order:
 
 
 Propose = Callable[[], Awaitable[tuple[Offer, SourceJob]]]
-"""Scans at the container and says what is offered. Raises `Refused` where it cannot move."""
+"""Inspects the container and says what is offered. Raises `Refused` where it cannot move."""
 
 
 class Source(Side[SourcePhase, SourceEvent]):

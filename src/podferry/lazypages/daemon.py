@@ -1,4 +1,4 @@
-"""The lazy-pages daemon: a process that is CRIU's lazy-pages daemon and feeds restored tasks from the local page store.
+"""The lazy-pages daemon: a process that speaks CRIU's lazy-pages protocol and feeds restored tasks from the local page store.
 
     python3 -m podferry.lazypages.daemon --work DIR --images DIR --store DIR --status FILE [--source SOCKET]
 

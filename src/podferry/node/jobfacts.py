@@ -47,7 +47,7 @@ _ANONYMOUS = re.compile(r"anon_inode:\[?([^\]]+)\]?")
 
 
 def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) -> ContainerFacts:
-    """Scan at a running container. What ends or vanishes meanwhile is left out. Raises `CgroupFailed`."""
+    """Inspect a running container. What ends or vanishes meanwhile is left out. Raises `CgroupFailed`."""
     spec = record.spec_json()
     pids = cgroup.pids()
     has_open = _Open.by(pids)

@@ -98,7 +98,7 @@ def _said(record: LayerRecord) -> str:
 
 @dataclass
 class LayerWatch:
-    """Scans at the layers in use every so often. `used` names those that this node has from the share, by chain id."""
+    """Checks the layers in use every so often. `used` names those that this node has from the share, by chain id."""
 
     share: PosixShare
     store: LayerStore

@@ -69,7 +69,7 @@ class ImagesReport:
 
 
 def images_report(share: Path | PosixShare, *, deadline: float = 10.0) -> ImagesReport:
-    """Scan at the share mounted at a path; changes nothing. A share that does not answer gives a report that says so.
+    """Inspect the share mounted at a path; changes nothing. A share that does not answer gives a report that says so.
 
     Raises `ShareRefused` for a directory that is no share.
     """

@@ -139,7 +139,7 @@ class Survey:
 
 
 def survey(root: Path) -> Survey:
-    """Scan at a tree. Raises `LayerUnfit` naming what must not be shared."""
+    """Scan a tree. Raises `LayerUnfit` naming what must not be shared."""
     inodes, newest = 0, 0
     for found in walk(root):
         inodes += found.link is None

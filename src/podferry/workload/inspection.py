@@ -116,7 +116,7 @@ class Inspection:
         return rows
 
     def container(self, name: str) -> View:
-        """Scan at one container. Raises `UsageError` where there is none, `Refused` where it cannot be looked at."""
+        """Inspect one container. Raises `UsageError` where there is none, `Refused` where it cannot be looked at."""
         self._refuse_crio()
         try:
             record = self._containerd.container(name)

@@ -106,7 +106,7 @@ class SourceWorkload(FrozenWorkload):
     # Memory.
 
     async def scan_dirty(self) -> DirtySet:
-        """What was written or dropped since the final scan; everything at the first."""
+        """What was written or dropped since the previous scan; everything at the first."""
         return union(await gathered(*(one.scan_dirty for one in self._containers)))
 
     async def final_scan(self) -> DirtySet:

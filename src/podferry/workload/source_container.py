@@ -115,7 +115,7 @@ class SourceContainer(FrozenContainer):
     # Memory.
 
     async def scan_dirty(self) -> DirtySet:
-        """What was written or dropped since the final scan; everything at the first."""
+        """What was written or dropped since the previous scan; everything at the first."""
         if self._quota is None:
             self._cpu_used.append((time.monotonic(), self.cgroup.cpu_seconds()))
         return self.memory.found(await at_once(self.memory.tracker.collect))  # with soft-dirty the job is paused for it

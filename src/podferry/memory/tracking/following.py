@@ -108,7 +108,7 @@ class FollowingTracker(ABC):
         )
 
     def _visit(self, pid: int, *, final: bool, dropped: bool) -> AddressSpaceRound | None:
-        """Scan at one process; None if it has ended, has no memory of its own, or changes faster than we look."""
+        """Scan one process; None if it has ended, has no memory of its own, or changes faster than we look."""
         fresh, known = False, EMPTY
         for _ in range(_ATTEMPTS):
             try:

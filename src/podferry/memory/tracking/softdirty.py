@@ -5,7 +5,7 @@ CRIU's pre-dump. A huge page has one bit, so that a write to it counts for two m
 memory that nobody has copied yet: until they were cleared for this process itself they mean nothing. Nor do they tell of
 memory that was given back and is read again, which is the zero page then and counts as not there.
 Nor of memory that was moved by whole page tables (`move_normal_pmd` in mm/mremap.c) to where other memory was before: a
-page in another frame than at the final scan counts as written.
+page in another frame than at the previous scan counts as written.
 
 See `Documentation/admin-guide/mm/soft-dirty.rst`.
 """

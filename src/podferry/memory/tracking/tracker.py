@@ -49,7 +49,7 @@ class AddressSpaceRound:
     areas: tuple[Area, ...]
     """The areas whose memory is pre-copied."""
     written: Runs
-    """To be read and sent: written since the final scan, or never seen before."""
+    """To be read and sent: written since the previous scan, or never seen before."""
     dropped: Runs
     """Reported as written once and no longer there: unmapped, or given back with madvise. It reads as zeroes now."""
     deferred: Runs
@@ -91,7 +91,7 @@ class Tracker(Protocol):
         ...
 
     def collect(self, *, dropped: bool = True) -> DirtyScan:
-        """Scan at the running processes: attach to new ones, and find what changed since the final scan.
+        """Scan the running processes: attach to new ones, and find what changed since the previous scan.
 
         Read what is reported after this returns; what is written from then on, the next round reports. `dropped` says
         whether to look for pages that vanished, which takes three times as long.
@@ -99,7 +99,7 @@ class Tracker(Protocol):
         ...
 
     def final(self, *, dropped: bool = True) -> DirtyScan:
-        """Scan for the last time at processes that are frozen. Nothing is attached, protected or cleared.
+        """Scan processes that are frozen, for the last time. Nothing is attached, protected or cleared.
 
         Deferred areas count as written. After a rollback `collect` goes on from there, and loses nothing.
         """

@@ -5,7 +5,7 @@ a page that is mapped anew, after MADV_DONTNEED for instance, has none. So "not 
 that finds such pages protects them again in the same step. Only pages that are there are protected: protecting holes
 would leave markers that look like swapped pages. Hence a page that was there and is not has been given back.
 
-An area that is not registered, because it was mapped or moved since the final scan, counts as written and is registered
+An area that is not registered, because it was mapped or moved since the previous scan, counts as written and is registered
 before it is read. The kernel does not merge areas of which only some are registered. So a program that maps new memory
 over a part of old, and then moves old and new with one mremap, may get EFAULT where it would not have without us.
 """

@@ -1,4 +1,4 @@
-"""Scan at a tree while it may be changing, by descriptors only.
+"""Scan a tree while it may be changing, by descriptors only.
 
 Nothing is opened but directories, and these with `openat2`, so that a container that puts a symbolic link, a FIFO or a
 device where a directory was gains nothing. What vanishes on the way is left out: its container still runs and a later

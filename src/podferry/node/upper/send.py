@@ -81,7 +81,7 @@ class TreeSource:
         self.close()
 
     def plan(self, *, suspects: Collection[bytes] = (), frozen: bool = False) -> TreePlan:
-        """Scan at the tree and compare it with what the target has. Raises `Refused` and `Failed`.
+        """Scan the tree and compare it with what the target has. Raises `Refused` and `Failed`.
 
         `suspects` are the paths that some process of the container has mapped shared (`shared_files`): their content
         may change without a trace. A path once named stays suspect, since the stores that matter may have been made

@@ -151,7 +151,7 @@ class PodInspection:
         return node_facts(self._config.state, self._config.run, self._runtime.kind, self._runtime.version())
 
     def pod(self, pod: PodName, names: Sequence[str]) -> PodView:
-        """Scan at the containers `names` of a pod. Raises `UsageError` where it is not here, `Refused` where one does not run."""
+        """Inspect the containers `names` of a pod. Raises `UsageError` where it is not here, `Refused` where one does not run."""
         there = self._runtime.pod(pod.uid)
         if not there:
             raise UsageError(f"there is no pod {pod} on {self._config.node}", why=f"no container has its uid {pod.uid}")
