@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from podferry.controller.signer import authority
 from podferry.errors import PodferryError
 from podferry.kube.client import Api, ResourceKind
+from podferry.wire.few_at_once import FewAtOnce
 from podferry.wire.pki import Authority
 
 Json = dict[str, Any]
@@ -126,25 +127,19 @@ async def serve(
             server.server_close()
 
 
-class _Server(ThreadingHTTPServer):
-    """A thread for each connection, of which there are few. The handshake is done there: nobody's silence holds others up."""
+class _Server(FewAtOnce, ThreadingHTTPServer):
+    """The handshake is done in the connection's own thread: nobody's silence holds others up."""
 
     daemon_threads, block_on_close = True, False
+    at_once = AT_ONCE
 
     def __init__(
         self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], context: ssl.SSLContext
     ) -> None:
         super().__init__(address, handler)
-        self._context, self._places = context, threading.BoundedSemaphore(AT_ONCE)
+        self._context = context
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own, if there is a place."""
-        if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def answer(self, request: Any, client_address: Any) -> None:
         """The handshake first."""
         try:
             request.settimeout(PATIENCE)
@@ -152,12 +147,7 @@ class _Server(ThreadingHTTPServer):
         except (OSError, ValueError):
             self.shutdown_request(request)
         else:
-            super().process_request_thread(secured, client_address)
-        finally:
-            self._places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is none of our business."""
+            super().answer(secured, client_address)
 
 
 async def publish(api: Api, authority: Authority) -> bool:

@@ -13,6 +13,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import UNEXPLAINED
+from podferry.wire.few_at_once import FewAtOnce
 from podferry.wire.transport import parse_address
 
 REGISTRY = CollectorRegistry()
@@ -67,34 +68,21 @@ def ended(role: str, record: MigrationRecord) -> None:
         _downtime.labels(str(record.mode)).observe(record.downtime_ms / 1e3)
 
 
-class _Server(ThreadingWSGIServer):
-    """Answers a few at a time, each for a few seconds: in a cluster whoever reaches the node reaches this port."""
+class _Server(FewAtOnce, ThreadingWSGIServer):
+    """Answers each for a few seconds: in a cluster whoever reaches the node reaches this port."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._places = threading.BoundedSemaphore(AT_ONCE)
-        super().__init__(*args, **kwargs)
+    at_once = AT_ONCE
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection where there is a place, or close it."""
-        if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer one, and give its place back."""
+    def answer(self, request: Any, client_address: Any) -> None:
+        """As long as it may take."""
         # A timeout of the socket would begin anew with each byte that somebody sends or takes.
         limit = threading.Timer(ANSWER_WITHIN, _sever, (request,))
         limit.daemon = True
         limit.start()
         try:
-            super().process_request_thread(request, client_address)
+            super().answer(request, client_address)
         finally:
             limit.cancel()
-            self._places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever asked has left, or was too slow: nobody need know."""
 
 
 class _Server6(_Server):
