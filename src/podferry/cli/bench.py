@@ -13,7 +13,7 @@ from podferry.bench import figures, report, runner
 from podferry.bench.goals import verdicts
 from podferry.bench.scenarios import SCENARIOS, chosen, restricted
 from podferry.cli.bench_compare import compare_results
-from podferry.cli.bench_evaluate import evaluate
+from podferry.cli.bench_evaluate import LabName, evaluate
 from podferry.cli.terminal import print_json, stderr, stdout, steps, words
 from podferry.errors import UsageError
 from podferry.lab import Lab
@@ -59,14 +59,7 @@ def run(
     ] = RESULTS,
     json: Annotated[bool, typer.Option("--json", help="Print each run's record, too.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the lab up at the end.")] = False,
-    lab: Annotated[
-        str,
-        typer.Option(
-            "--lab",
-            metavar="NAME",
-            help="The lab to use; made where it is not there, and anew after a run that failed.",
-        ),
-    ] = "bench",
+    lab: LabName = "bench",
 ) -> None:
     """Run scenarios and keep a record of every run; then say which goals they keep.
 

@@ -22,6 +22,12 @@ from podferry.lab.state import require_root
 RESULTS = "results.jsonl"
 OUT = Path("evaluation")
 MINUTES, QUICK_MINUTES = 90.0, 2.0
+LabName = Annotated[
+    str,
+    typer.Option(
+        "--lab", metavar="NAME", help="The lab to use; made where it is not there, and anew after a run that failed."
+    ),
+]
 
 
 def evaluate(
@@ -49,14 +55,7 @@ def evaluate(
     show_plan: Annotated[
         bool, typer.Option("--plan", help="Show one round of the plan with its times, and run nothing.")
     ] = False,
-    lab: Annotated[
-        str,
-        typer.Option(
-            "--lab",
-            metavar="NAME",
-            help="The lab to use; made where it is not there, and anew after a run that failed.",
-        ),
-    ] = "bench",
+    lab: LabName = "bench",
 ) -> None:
     """Measure along every axis, unattended, and write one report: index.html, and the same as README.md with figures.
 

@@ -12,6 +12,7 @@ from podferry.controller import eligibility, failures
 from podferry.core.estimate import Estimate, MeasuredMove, estimate
 from podferry.core.migration import MigrationPhase
 from podferry.kube.migration import Migration, MigrationUnreadable, quantity, seconds
+from podferry.kube.objects import QUANTITY
 
 Json = dict[str, Any]
 
@@ -48,7 +49,7 @@ def memory_of(pod: Json) -> int | None:
     for one in eligibility.containers(pod):
         resources = one.get("resources") or {}
         asked = (resources.get("requests") or {}).get("memory") or (resources.get("limits") or {}).get("memory")
-        if asked is None or not re.fullmatch(r"[0-9.]+(k|M|G|T|Ki|Mi|Gi|Ti)?", str(asked)):
+        if asked is None or not re.fullmatch(QUANTITY, str(asked)):
             return None
         total += int(quantity(str(asked)))
     return total

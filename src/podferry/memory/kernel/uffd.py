@@ -29,7 +29,6 @@ _UNREGISTER = 0x8010AA01
 _WAKE = 0x8010AA02
 _COPY = 0xC028AA03
 _ZEROPAGE = 0xC020AA04
-_WRITEPROTECT = 0xC018AA06
 
 _SYSCALL = {"x86_64": 323, "aarch64": 282}  # arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
 
@@ -188,11 +187,6 @@ def changing(fd: int) -> bool:
     It asks for nothing to be done, which the kernel refuses with EINVAL, unless it refuses with EAGAIN before.
     """
     return zeropage(fd, 0, 0).error == errno.EAGAIN
-
-
-def writeprotect(fd: int, start: int, length: int, *, protect: bool) -> None:
-    """Protect a range registered with `Mode.WP`, or let it be written and wake the writers."""
-    fcntl.ioctl(fd, _WRITEPROTECT, bytearray(struct.pack("=QQQ", start, length, int(protect))))
 
 
 def read(fd: int) -> list[Message]:
