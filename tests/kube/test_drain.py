@@ -225,15 +225,7 @@ async def test_a_dry_run_says_where_to_and_how_long_by_what_was_seen_before(drai
     assert [before[name]["estimate"] for name in ("small", "tied")] == [None, None]
     assert there in before["train"]["nodes"]
     assert here not in before["train"]["nodes"]
-    await world.migrate("gone", "earlier")
-    done = {
-        "phase": "Completed",
-        "progress": {"bytes": 100 << 20},
-        "downtime": "300ms",
-        "startTime": "2026-11-30T10:00:00Z",
-        "completionTime": "2026-11-30T10:00:10Z",
-    }
-    await world.patch(MIGRATIONS, "earlier", {"status": done}, world.namespace, part="status")
+    await world.has_moved(mebibytes=100, seconds=10)
     earlier = measured((await world.api.list(MIGRATIONS, world.namespace))[0])
     assert earlier == [MeasuredMove(100 << 20, 10.0, 0.3)]
     after = {
@@ -262,15 +254,7 @@ async def test_a_drain_says_how_long_its_moves_will_take_and_how_far_they_are(dr
     main = {"name": "main", "image": "train", "resources": {"requests": {"cpu": "100m", "memory": "800Mi"}}}
     for name in ("first", "second"):
         await world.pod(name, containers=[main])
-    await world.migrate("gone", "earlier")
-    done = {
-        "phase": "Completed",
-        "progress": {"bytes": 100 << 20},
-        "downtime": "300ms",
-        "startTime": "2026-11-30T10:00:00Z",
-        "completionTime": "2026-11-30T10:00:10Z",
-    }
-    await world.patch(MIGRATIONS, "earlier", {"status": done}, world.namespace, part="status")
+    await world.has_moved(mebibytes=100, seconds=10)
     world.controller()
     await ask(world, parallel=1)
 

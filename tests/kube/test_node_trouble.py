@@ -70,15 +70,7 @@ async def test_a_taint_begins_a_drain_with_a_deadline_once(going: World) -> None
 async def test_what_saves_most_until_the_deadline_goes_first_and_others_are_told(going: World) -> None:
     """A pod that asks for more has computed more than one that has run as long; one cannot make it, by what was measured."""
     world = going
-    await world.migrate("gone", "earlier")
-    done = {
-        "phase": "Completed",
-        "progress": {"bytes": 1 << 20},
-        "downtime": "300ms",
-        "startTime": "2026-11-30T10:00:00Z",
-        "completionTime": "2026-11-30T10:00:01Z",
-    }
-    await world.patch(MIGRATIONS, "earlier", {"status": done}, world.namespace, part="status")
+    await world.has_moved(mebibytes=1, seconds=1)
 
     async def pod(name: str, cpu: str, memory: str) -> None:
         main = {"name": "main", "image": "train", "resources": {"requests": {"cpu": cpu, "memory": memory}}}

@@ -159,6 +159,18 @@ class World:
         body = {"metadata": {"name": name}, "spec": {"podName": pod, **spec}}
         return Migration.from_json(await self.api.create(MIGRATIONS, body, self.namespace))
 
+    async def has_moved(self, *, mebibytes: int, seconds: int) -> None:
+        """Have a pod moved earlier, which is gone by now, in so many seconds (below 60)."""
+        await self.migrate("gone", "earlier")
+        done = {
+            "phase": "Completed",
+            "progress": {"bytes": mebibytes << 20},
+            "downtime": "300ms",
+            "startTime": "2026-11-30T10:00:00Z",
+            "completionTime": f"2026-11-30T10:00:{seconds:02}Z",
+        }
+        await self.patch(MIGRATIONS, "earlier", {"status": done}, self.namespace, part="status")
+
     async def get(self, name: str = "move") -> Migration:
         """The Migration as it is now."""
         return Migration.from_json(await self.api.get(MIGRATIONS, name, self.namespace))

@@ -64,6 +64,20 @@ def soon(wanted, read, patience=5.0):
     return again
 
 
+def whole(connection, size):
+    """So many bytes of a connection, which has to stay open."""
+    got = b""
+    while len(got) < size:
+        try:
+            piece = connection.recv(size - len(got))
+        except OSError as error:
+            bad("the connection failed:", error)
+        if not piece:
+            bad("the connection was closed")
+        got += piece
+    return got
+
+
 def call(name, *arguments):
     """A function of libc, whose failure is the end."""
     result = getattr(libc, name)(*arguments)

@@ -251,31 +251,18 @@ def loopback_listener():
         count(talk, gap=0.5)
 
 
-def all_of(connection, size):
-    got = b""
-    while len(got) < size:
-        try:
-            piece = connection.recv(size - len(got))
-        except OSError as error:
-            bad("the connection failed:", error)
-        if not piece:
-            bad("the connection was closed")
-        got += piece
-    return got
-
-
 def pair(server, address, size=8):
     """Two processes that talk over one connection all the time, and count what they say."""
     if os.fork() == 0:
         with socket.create_connection(address) as client:
             while True:
-                client.sendall(all_of(client, size))
+                client.sendall(whole(client, size))
     connection, _ = server.accept()
 
     def talk(number):
         said = number.to_bytes(8, "big") * (size // 8)
         connection.sendall(said)
-        if (heard := all_of(connection, size)) != said:
+        if (heard := whole(connection, size)) != said:
             bad("said", number, "and heard", heard[:8])
 
     count(talk)
@@ -319,7 +306,7 @@ def tcp_loopback_stream_that_waits_for_its_reader():
         connection, _ = server.accept()
 
         def read(number):
-            got = all_of(connection, 8 * 64)
+            got = whole(connection, 8 * 64)
             for at in range(64):
                 if int.from_bytes(got[8 * at : 8 * at + 8], "big") != 64 * number + at:
                     bad("the stream is broken at", 64 * number + at)
@@ -344,7 +331,7 @@ def tcp_half_closed():
         connection.shutdown(socket.SHUT_WR)
 
         def listen(number):
-            if (heard := int.from_bytes(all_of(connection, 8), "big")) != number:
+            if (heard := int.from_bytes(whole(connection, 8), "big")) != number:
                 bad("heard", heard, "instead of", number)
 
         count(listen)
@@ -399,14 +386,14 @@ def tcp_short_connections():
             while True:
                 connection, _ = server.accept()
                 with connection:
-                    connection.sendall(all_of(connection, 8))
+                    connection.sendall(whole(connection, 8))
 
         threading.Thread(target=serve, daemon=True).start()
 
         def ask(number):
             with socket.create_connection(("127.0.0.1", 7019)) as client:
                 client.sendall(number.to_bytes(8, "big"))
-                if int.from_bytes(all_of(client, 8), "big") != number:
+                if int.from_bytes(whole(client, 8), "big") != number:
                     bad("another number came back than", number)
 
         count(ask, gap=0)

@@ -11,19 +11,6 @@ import time
 from contextlib import suppress
 
 
-def whole(connection, size):
-    got = b""
-    while len(got) < size:
-        try:
-            piece = connection.recv(size - len(got))
-        except OSError as error:
-            bad("the connection failed:", error)
-        if not piece:
-            bad("the connection was closed")
-        got += piece
-    return got
-
-
 def echoes(one, other, size=8):
     """A child sends back what the parent says."""
     if os.fork() == 0:
