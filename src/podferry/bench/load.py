@@ -122,7 +122,7 @@ class Log:
         self._last = now
 
     def done(self, written: int) -> bool:
-        """A unit of work is done, as of the last look at the clock. True where a bin ended with it."""
+        """A unit of work is done, as of when it looked at the clock last. True where a bin ended with it."""
         self._units += 1
         if self._last < self._bin_end:
             return False
