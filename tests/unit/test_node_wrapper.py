@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import podferry.node
-from podferry.criu.incoming import Incoming, WrapperGone, pod_key
+from podferry.criu.incoming import Incoming, WrapperGone, pod_key, remove
 from podferry.criu.waiting import wake
 from podferry.errors import Bug, TimedOut, UsageError
 from podferry.lab.state import CACHE
@@ -241,6 +242,25 @@ def test_a_half_made_directory_is_not_taken_for_whole(bench: Bench) -> None:
     status, said = bench.end(*GLOBALS, *CREATE, "job")
     assert status == 1 and "not whole" in said
     assert not bench.call.exists()
+
+
+def test_what_was_prepared_in_part_is_not_listed_and_goes_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node had no room when the directory was made, or the agent was killed."""
+
+    def no_room(path: Path, mode: int = 0o666) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "mkfifo", no_room)
+        with pytest.raises(OSError, match="No space"):
+            Incoming.prepare("job", run=tmp_path)
+    incoming = tmp_path / "incoming"
+    assert list(incoming.iterdir()), "nothing was prepared in part: this test shows nothing"
+    assert Incoming.left(tmp_path) == ()
+    remove(incoming, "job")
+    assert not list(incoming.iterdir())
 
 
 def test_a_container_of_kubernetes_is_found_by_its_pod(bench: Bench) -> None:

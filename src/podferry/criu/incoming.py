@@ -47,6 +47,18 @@ def pod_key(pod_uid: str, container: str) -> str:
     return f"{pod_uid}_{container}"
 
 
+def remove(directory: Path, key: str) -> None:
+    """Remove what is prepared under `key` in the directory `incoming` of podferry's run, and what an agent that was killed or found
+    no room had prepared of it in part."""
+    for path in (directory / key, _draft(directory / key)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _draft(path: Path) -> Path:
+    """Where a directory is made that podferry-runc finds at `path` once it is whole: keys do not begin with a dot."""
+    return path.with_name(f".{path.name}.draft")
+
+
 class Incoming:
     """One container that is to be restored. Made with `prepare`; `close` removes what is left of it.
 
@@ -91,9 +103,8 @@ class Incoming:
         if network:
             criu_conf += settings()
         self = cls(run, key)
-        draft = self.path.with_name(f".{key}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        draft = _draft(self.path)
+        remove(run / "incoming", key)
         for directory in (draft, draft / "images", draft / "work"):
             private_directory(directory, below=run, new=True)
         (draft / "restore").write_text(" ".join(flags) + "\n")
@@ -126,7 +137,8 @@ class Incoming:
     def left(run: Path = RUN) -> tuple[str, ...]:
         """The keys that are prepared: after an agent's restart, what its predecessor left behind."""
         directory = run / "incoming"
-        return tuple(sorted(path.name for path in directory.iterdir())) if directory.is_dir() else ()
+        names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+        return tuple(sorted(name for name in names if not name.startswith(".")))
 
     def wait_prepared(self, timeout: float) -> None:
         """Wait until the wrapper waits for the verdict. `timeout` is in seconds.

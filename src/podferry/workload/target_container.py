@@ -20,6 +20,7 @@ from podferry.core.undo import Handler
 from podferry.criu.checkpoint import Process
 from podferry.criu.images import missing
 from podferry.criu.incoming import Incoming
+from podferry.criu.incoming import remove as remove_incoming
 from podferry.criu.restored_group import group_to_restore
 from podferry.criu.restoring import RestoreProcess
 from podferry.criu.rights import demand_no_more
@@ -410,7 +411,7 @@ def handlers(config: Config) -> dict[str, Handler]:
 
     return {
         "scratch": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
-        "incoming": threaded(lambda facts: shutil.rmtree(config.incoming / facts["key"], ignore_errors=True)),
+        "incoming": threaded(lambda facts: remove_incoming(config.incoming, facts["key"])),
         "restored": threaded(remove_mark),
         "lazy-pages-daemon": threaded(kill_helper),
     }
