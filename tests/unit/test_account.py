@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from podferry.memory.store.page_store import PageStore
 from podferry.model import Mode
 from podferry.node import own_tmpfs
 from podferry.node.process import Completed
+from podferry.snapshotter.program import listen
 from podferry.wire.messages import Offer
 from podferry.workload.account import RESERVE, STEP, Account, Room, needed
 
@@ -207,3 +213,56 @@ def test_memory_on_its_way_has_a_tmpfs_of_its_own_without_swap_where_the_kernel_
     assert "incoming" in own_tmpfs.ensure(run), "a job may wait there: it must not be hidden"
     assert len(asked) == before
     assert own_tmpfs.ensure(Path("/dev/shm")) == "", "it is a file system of its own"
+
+
+def test_a_tmpfs_that_two_programs_ask_for_at_once_is_mounted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent and podferry-snapshotter start together: what the second one mounted would hide what the first has put there."""
+    run, together = tmp_path / "run", threading.Barrier(2)
+    mounted: list[Path] = []
+
+    def mount(argv: list[Any], **_: Any) -> Completed:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+        mounted.append(run)
+        return Completed([], 0, "", "")
+
+    monkeypatch.setattr(own_tmpfs, "run", mount)
+    monkeypatch.setattr(own_tmpfs, "_is_own", lambda seen: bool(mounted))
+    with ThreadPoolExecutor(2) as both:
+        assert list(both.map(own_tmpfs.ensure, [run, run])) == ["", ""]
+    assert mounted == [run]
+
+
+def test_the_snapshotters_socket_is_made_in_the_tmpfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket beneath it would keep the tmpfs away for good: what is there must not be hidden."""
+    there: list[bool] = []
+
+    def ensure(directory: Path) -> str:
+        there.append((directory / "snapshotter.sock").exists())
+        return ""
+
+    class Server:
+        def add_insecure_port(self, address: str) -> None:
+            Path(address.removeprefix("unix://")).touch()
+
+    monkeypatch.setattr(own_tmpfs, "RUN", str(tmp_path))
+    monkeypatch.setattr(own_tmpfs, "ensure", ensure)
+    listen(Server(), tmp_path / "snapshotter.sock")  # type: ignore[arg-type]
+    assert there == [False]
+    assert (tmp_path / "snapshotter.sock").exists()
+
+
+def test_the_tmpfs_stays_under_the_snapshotters_socket(tmp_path: Path) -> None:
+    done = ["sh", "-ec", own_tmpfs.UNMOUNT, "sh"]
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(tmp_path / "snapshotter.sock"))
+        asked = subprocess.run(["bash", "-x", *done[1:], tmp_path], check=False, capture_output=True, text=True)
+    assert asked.returncode != 0
+    assert "grep" not in asked.stderr
+    (tmp_path / "snapshotter.sock").unlink()
+    assert (
+        "grep"
+        in subprocess.run(["bash", "-x", *done[1:], tmp_path], check=False, capture_output=True, text=True).stderr
+    )

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,18 +22,29 @@ SOURCE = "podferry"
 SIZE = "80%"
 """Of the node's memory. What may really come is decided by what is available (`podferry.workload.account`)."""
 MOUNT_TIMEOUT = 20.0  # seconds
-UNMOUNT = f'grep -q " $1 .* - tmpfs {SOURCE} " /proc/self/mountinfo; umount --lazy "$1"'
+UNMOUNT = f'[ ! -S "$1/snapshotter.sock" ]; grep -q " $1 .* - tmpfs {SOURCE} " /proc/self/mountinfo; umount --lazy "$1"'
+"""Not beneath podferry-snapshotter, which has its socket there, and whose containers and images stay."""
 _SOCKETS = frozenset({"agent.sock"})
 
 
 def ensure(directory: Path, size: str = SIZE) -> str:
     """Have `directory` be a tmpfs of its own; it is made. Returns why it is none, or nothing where it is.
 
-    One that is a file system of its own already stays as it is, and so does one that holds anything of an earlier agent.
+    One that is a file system of its own already stays as it is, and so does one that holds anything of an earlier agent. The agent,
+    the installer and podferry-snapshotter may all call this at the same time: one of them mounts it.
     """
     seen = outside.root() / str(directory).lstrip("/")
     private_directory(seen, below=seen)
-    if seen.stat().st_dev != seen.parent.stat().st_dev:
+    above = os.open(seen.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(above, fcntl.LOCK_EX)
+        return _mount(directory, seen, size)
+    finally:
+        os.close(above)
+
+
+def _mount(directory: Path, seen: Path, size: str) -> str:
+    if _is_own(seen):
         return ""
     if left := sorted(one.name for one in seen.iterdir() if one.name not in _SOCKETS and _holds_anything(one)):
         return (
@@ -51,6 +64,10 @@ def ensure(directory: Path, size: str = SIZE) -> str:
             return ""
         why = done.stderr.strip() or f"mount ended with {done.returncode}"
     return f"{directory} cannot be mounted: {why[-200:]}"
+
+
+def _is_own(seen: Path) -> bool:
+    return seen.stat().st_dev != seen.parent.stat().st_dev
 
 
 def ensure_on_node(report: Callable[[str], None]) -> None:

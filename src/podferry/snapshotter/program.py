@@ -19,6 +19,7 @@ import typer
 
 from podferry.errors import PodferryError
 from podferry.fs.private import private_directory
+from podferry.node import own_tmpfs
 from podferry.protos import snapshots_pb2_grpc
 from podferry.snapshotter import layout
 from podferry.snapshotter.collect import DAY, Collector
@@ -99,10 +100,7 @@ def serve(
     snapshotter.cleanup()
     server = grpc.server(ThreadPoolExecutor(CALLS, thread_name_prefix="call"), maximum_concurrent_rpcs=4 * CALLS)
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshotter, metrics.called), server)  # type: ignore[no-untyped-call]
-    private_directory(socket_path.parent, below=socket_path.parent)
-    socket_path.unlink(missing_ok=True)
-    server.add_insecure_port(f"unix://{socket_path}")
-    socket_path.chmod(0o600)
+    listen(server, socket_path)
     if metrics_port:
         from prometheus_client import start_http_server
 
@@ -130,6 +128,19 @@ def serve(
     watch.stop()
     server.stop(5.0).wait()
     metadata.close()
+
+
+def listen(server: grpc.Server, socket_path: Path) -> None:
+    """Have `server` answer at `socket_path`, which only root reaches.
+
+    Once there is a socket, nothing can be mounted over it, and neither the agent nor the installer would have a tmpfs of its own.
+    """
+    if socket_path.parent == Path(own_tmpfs.RUN) and (why := own_tmpfs.ensure(socket_path.parent)):
+        log.warning("memory on its way shares its file system with others", why=why)
+    private_directory(socket_path.parent, below=socket_path.parent)
+    socket_path.unlink(missing_ok=True)
+    server.add_insecure_port(f"unix://{socket_path}")
+    socket_path.chmod(0o600)
 
 
 def _in_the_background(work: Callable[[], None]) -> Callable[[], None]:
