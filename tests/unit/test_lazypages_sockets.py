@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,6 +169,35 @@ def test_a_status_survives_the_file(tmp_path: Path) -> None:
     (tmp_path / "status").write_text('{"state": "odd"}')
     with pytest.raises(ValueError, match="odd"):
         read_status(tmp_path / "status")
+
+
+def test_a_status_without_room_ends_nobody_and_is_written_when_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's memory depends on the daemon, which would end with the error."""
+    report, full, slept = StatusFile(tmp_path / "status"), [True], []
+    write = Path.write_text
+
+    def no_room(path: Path, text: str) -> int:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        full.clear()
+
+    monkeypatch.setattr(Path, "write_text", no_room)
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(OSError, match="No space"):
+        report.enter(DaemonState.LISTENING)  # nothing depends on it yet
+    report.enter(DaemonState.FILLING)
+    report.tick()
+    report.enter(DaemonState.DONE)
+    assert not (tmp_path / "status").exists()
+    report.insist()
+    assert slept
+    assert read_status(tmp_path / "status").state is DaemonState.DONE
 
 
 def test_pages_are_numbered_in_order_of_address() -> None:

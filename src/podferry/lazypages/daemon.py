@@ -62,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cause = error if isinstance(error, PodferryError) else Bug.because("the lazy-pages daemon broke", error)
         report.status.error = cause.to_dict()
         report.enter(DaemonState.FAILED)
-        print(cause.report(), file=sys.stderr, flush=True)
+        with suppress(OSError):  # there is no room for it
+            print(cause.report(), file=sys.stderr, flush=True)
+        report.insist()
         while loop.give_up():
             signal.pause()
         return 1
     report.enter(DaemonState.DONE)
+    report.insist()
     return 0
 
 

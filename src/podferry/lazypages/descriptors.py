@@ -78,6 +78,7 @@ def _keep(child: int, connection: socket.socket, report: StatusFile) -> NoReturn
         report.enter(DaemonState.FAILED)
         for number in TO_END:
             signal.signal(number, signal.SIG_DFL)
+        report.insist()
         while held:
             signal.pause()
     os._exit(code if code >= 0 else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -45,28 +46,47 @@ class DaemonStatus:
 
 @dataclass
 class StatusFile:
-    """Writes a `DaemonStatus` at every change of state, else at most every `PERIOD`."""
+    """Writes a `DaemonStatus` at every change of state, else at most every `PERIOD`.
+
+    Once it listens, the job's memory depends on the daemon: that there is no room for the file is no reason to end. It is written
+    as soon as it can be.
+    """
 
     path: Path
     status: DaemonStatus = field(default_factory=DaemonStatus)
     _written: float = 0.0
+    _is_current: bool = True
 
     def enter(self, state: DaemonState) -> None:
-        """Note a new state, at once."""
+        """Note a new state, at once. Raises `OSError` where it is not known yet that anybody listens."""
         self.status.state = state
-        self.write()
+        if state is DaemonState.LISTENING:
+            self._write()
+        else:
+            self._try()
 
     def tick(self) -> None:
         """Write if it is time."""
         if time.monotonic() - self._written >= PERIOD:
-            self.write()
+            self._try()
 
-    def write(self) -> None:
-        """Replace the file."""
+    def insist(self) -> None:
+        """Return once what was last noted stands in the file: nothing comes after it."""
+        while not self._is_current:
+            time.sleep(PERIOD)
+            self._try()
+
+    def _try(self) -> None:
+        self._is_current = False
+        with suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
         self._written = time.monotonic()
         new = self.path.with_name(f"{self.path.name}.new")
         new.write_text(json.dumps(asdict(self.status)) + "\n")
         new.rename(self.path)
+        self._is_current = True
 
 
 def read_status(path: Path) -> DaemonStatus:
