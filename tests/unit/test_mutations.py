@@ -66,4 +66,3 @@ def test_a_modules_tests_are_those_that_import_it(
     tests = script.Tests()
     assert "tests/unit/test_core_turns.py" in tests.of("podferry.core.turns")
     assert "tests/unit/test_agent_faults.py" in tests.of("podferry.engine.source"), "by way of the rig"
-    assert tests.of("podferry.engine.source")[-1].endswith(("faults.py", "moves.py", "pods.py")), "the long ones last"
