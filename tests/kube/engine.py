@@ -56,7 +56,7 @@ class Half:
         if self._record["phase"] != SourcePhase.LOST:
             raise Refused("there is nothing to resolve")
         if self.owes and not run_on_source:
-            raise Refused("the job may lack memory on the target")
+            raise Refused("the job on the target may lack pages")
         self.resolved = "source" if run_on_source else "target"
         self.end("rolled-back" if run_on_source else "completed")
 

@@ -146,7 +146,7 @@ def test_a_second_migration_of_one_container(cluster: Cluster, job: str) -> None
     cluster.reached(gate, move)
     error = refused(cluster, name=job, to=B, mode="stop")
     assert isinstance(error, Refused)
-    assert "on its way already" in str(error)
+    assert "being migrated already" in str(error)
     cluster.open_breakpoints()
     assert move.result(60)["outcome"] == "completed"
     cluster.only_on(B, job)

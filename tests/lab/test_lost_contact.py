@@ -98,7 +98,7 @@ def test_no_verdict_kills_an_original_whose_memory_the_target_still_needs(cluste
         lost(cluster, job)
         refused = resolve(cluster, id, B)
         assert refused.returncode == 3
-        assert "only in the frozen original" in refused.stdout + refused.stderr
+        assert "only the frozen original" in refused.stdout + refused.stderr
         assert f"frozen {job}" in cluster.traces(A)
         cluster.lab.mend(B)
         assert cluster.ended(A, job)["outcome"] == "completed"

@@ -299,4 +299,4 @@ def _answers(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
                 return
         assert process.poll() is None, log.read_text()
         ended.wait(0.05)
-    raise AssertionError(f"nobody listens at {path}:\n{log.read_text()}")
+    raise AssertionError(f"no process listens at {path}:\n{log.read_text()}")

@@ -488,7 +488,7 @@ class FakeChannel:
     def _node(self, address_space: int) -> tuple[TargetNode, int]:
         number, pid = container_of_address_space(address_space)
         if number >= len(self._nodes):
-            raise PeerMisbehaved(f"memory of container {number}, which the workload has not")
+            raise PeerMisbehaved(f"memory of container {number}, which the workload does not have")
         return self._nodes[number], pid
 
     async def flush(self) -> None:
@@ -671,7 +671,7 @@ class FakeTarget:
                 raise Failed("the lazy-pages daemon died")
             await self.node.news.wait()
         if self.node.postcopy and not (self.node.marked or await self.maker.is_here()):
-            raise Failed("the job is gone, and had not all its memory yet")
+            raise Failed("the job has ended before all of its memory had arrived")
         return {"pages": 1}
 
     def entrust(self) -> None:

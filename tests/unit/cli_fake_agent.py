@@ -153,7 +153,7 @@ class FakeAgent:
 
     async def resolve(self, emit: Emit, id: str, run_on: str, *, filled: bool = False) -> dict[str, Any]:
         if id not in self.records:
-            raise UsageError(f"no migration {id} began here")
+            raise UsageError(f"this node is not the source of a migration {id}")
         if self.refuses_to_stand_down:
             raise Refused("the job runs here already")
         self.asked.append({"resolve": id, "run_on": run_on} | ({"filled": True} if filled else {}))

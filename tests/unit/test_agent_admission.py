@@ -114,7 +114,7 @@ def test_one_name_is_weighed_once_at_a_time(tmp_path: Path) -> None:
     async def twice() -> None:
         await service.Agent._receive(agent, channel, offer(plain, RECORD.id))  # type: ignore[arg-type]
 
-    with pytest.raises(Exception, match="twice at once"):
+    with pytest.raises(Exception, match="twice at the same time"):
         anyio.run(twice)
 
 

@@ -162,7 +162,7 @@ def test_nobody_resolves_to_a_target_that_still_needs_the_original(
     """Post-copy: the verdict would kill the frozen original, which alone has the memory that the job lacks there."""
     cut = Cut("source", 4, "after", seconds=1e9)
     rig = Rig(tmp_path, cut=cut, resolve=SourceEvent.RESOLVED_THERE).move(Mode.POSTCOPY, monkeypatch)
-    assert "lack memory" in rig.refused
+    assert "lack pages" in rig.refused
     assert rig.phases("a")[5:] == ["lost-contact", "serve", "commit", "drain", "completed"]
     assert rig.phase("b") == TargetPhase.DONE
 
@@ -210,7 +210,7 @@ def test_a_source_that_announces_files_for_ever_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(target, "MOST_PARTS", 1)
     rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
     assert rig.records["a"]["outcome"] == "rolled-back"
-    assert "more files and spaces" in rig.records["a"]["reason"]
+    assert "more files and address spaces" in rig.records["a"]["reason"]
 
 
 def test_no_environment_variable_stays_in_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

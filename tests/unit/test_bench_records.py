@@ -111,7 +111,7 @@ def test_methods_may_be_chosen_too() -> None:
     assert list(SCENARIOS["images"].methods) == ["overlayfs", "erofs", "dir"]
     with pytest.raises(UsageError, match="no method 'live'"):
         restricted(both, ["erofs", "live"])
-    with pytest.raises(UsageError, match="nothing is left of scenario 'crowd'"):
+    with pytest.raises(UsageError, match="no method is left of scenario 'crowd'"):
         restricted(both, ["overlayfs"])
 
 

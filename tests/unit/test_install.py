@@ -224,7 +224,7 @@ def test_an_installation_that_was_killed_before_the_restart_makes_up_for_it(on: 
 def test_settings_that_containerd_would_not_take_go_back(on: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     config = (on.root / CONFIG[1:]).read_bytes()
     monkeypatch.setattr(on.containerd, "dump", lambda: "something else won")
-    with pytest.raises(Refused, match="would not know podferry's runtime"):
+    with pytest.raises(Refused, match="would not load podferry's runtime"):
         on.install()
     assert on.containerd.restarts == 0
     assert (on.root / CONFIG[1:]).read_bytes() == config

@@ -131,7 +131,7 @@ def test_drop_ins_of_others_stay(on: Node) -> None:
 
 def test_settings_that_crio_would_not_take_go_back(on: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Crio, "dump", lambda _: tomli_w.dumps(MAIN))
-    with pytest.raises(Refused, match="CRI-O would not know podferry's runtime"):
+    with pytest.raises(Refused, match="CRI-O would not load podferry's runtime"):
         on.install()
     assert on.crio.restarts == []
     assert not (on.root / DROP_IN[1:]).exists()

@@ -141,7 +141,7 @@ async def test_who_says_nothing_is_dropped_at_the_opening(tmp_path: Path) -> Non
                 await anyio.wait_readable(silent)
             tasks.cancel_scope.cancel()
         assert silent.recv(1) == b""
-    assert "said nothing" in str(reports[0])
+    assert "sent nothing" in str(reports[0])
 
 
 async def test_one_node_holds_no_more_conversations_than_it_may(
@@ -163,7 +163,7 @@ async def test_one_node_holds_no_more_conversations_than_it_may(
         mine = Credentials.load(tmp_path / "a")
         with anyio.fail_after(30):
             async with dial("node-b", address, mine), dial("node-b", address, mine):
-                with pytest.raises(PeerLost, match="holds 2 conversations"):
+                with pytest.raises(PeerLost, match="holds 2 connections"):
                     async with dial("node-b", address, mine) as third:
                         await third.receive()
             async with dial("node-b", address, mine):

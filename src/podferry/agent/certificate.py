@@ -45,7 +45,10 @@ async def ensure(api: Api, namespace: str, node: str, directory: Path) -> None:
             except PodferryError as error:
                 structlog.get_logger().warning("no certificate yet", error=str(error))
                 await anyio.sleep(2 * POLL_AGAIN)
-    raise TimedOut("no certificate was had", remedy="is podferry-controller running? kubectl get csr")
+    raise TimedOut(
+        f"podferry-controller issued no certificate for {node} within {PATIENCE:.0f} s",
+        remedy="check that podferry-controller runs, and see kubectl get csr and kubectl describe csr",
+    )
 
 
 async def keep(api: Api, namespace: str, node: str, directory: Path) -> None:
@@ -70,7 +73,7 @@ def _trust(directory: Path, authorities: bytes) -> None:
     try:
         x509.load_pem_x509_certificates(authorities)
     except ValueError as wrong:
-        raise Failed.because("what the controller publishes is no authority", wrong) from wrong
+        raise Failed.because("the ConfigMap podferry-ca holds no valid certificate authority", wrong) from wrong
     place = directory / CA_CERTIFICATE
     if place.exists() and place.read_bytes() != authorities:
         _write(place, authorities)
@@ -136,7 +139,7 @@ async def obtain(api: Api, namespace: str, node: str, directory: Path) -> None:
                 break
             for one in status.get("conditions") or []:
                 if one["type"] in ("Denied", "Failed"):
-                    raise Failed("the certificate was denied", why=one.get("message", ""))
+                    raise Failed(f"the certificate request {name} was denied", why=one.get("message", ""))
             await anyio.sleep(POLL_AGAIN)
         private_directory(directory, below=directory.parent)
         private = key.private_bytes(
@@ -146,7 +149,10 @@ async def obtain(api: Api, namespace: str, node: str, directory: Path) -> None:
         _write(directory / NODE_KEY, private)
         _write(directory / NODE_CERTIFICATE, base64.b64decode(certificate))
         return
-    raise TimedOut("nobody signed the certificate", why=name, remedy="is podferry-controller running?")
+    raise TimedOut(
+        f"podferry-controller did not sign the certificate request {name} within {PATIENCE:.0f} s",
+        remedy=f"check that podferry-controller runs, and see kubectl describe csr {name}",
+    )
 
 
 def request(node: str, key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -72,12 +72,12 @@ async def _do(line: bytes, ops: Mapping[str, Op], emit: Emit) -> object:
     try:
         request = json.loads(line)
     except ValueError as error:
-        raise UsageError("a request is not JSON", why=str(error)) from error
+        raise UsageError("the request is not JSON", why=str(error)) from error
     if not isinstance(request, dict) or request.get("op") not in ops:
-        raise UsageError("a request names no operation", why=f"there are {', '.join(sorted(ops))}")
+        raise UsageError("the request names no known operation", why=f"the operations are {', '.join(sorted(ops))}")
     op = ops[request.pop("op")]
     try:
         inspect.signature(op).bind(emit, **request)
     except TypeError as error:
-        raise UsageError("a request has the wrong arguments", why=str(error)) from error
+        raise UsageError("the request has the wrong arguments", why=str(error)) from error
     return await op(emit, **request)

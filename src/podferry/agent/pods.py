@@ -88,7 +88,7 @@ class Half:
     def resolve(self, *, run_on_source: bool) -> None:
         """An arbiter's verdict on a migration that lost contact after GO."""
         if not isinstance(self._side, Source):
-            raise Refused("the source's half is the one that can be resolved")
+            raise Refused("only the source's side of a migration can be resolved, and this is the target's")
         self._side.resolve(SourceEvent.RESOLVED_HERE if run_on_source else SourceEvent.RESOLVED_THERE)
 
 
@@ -217,7 +217,7 @@ class PodEngine:
         for half in self.migrations().values():
             if half.pod == pod and half.record()["outcome"] is None:
                 raise Refused(
-                    f"{pod} is on its way already", why=f"migration {half.id}", remedy="wait for it, or cancel it"
+                    f"{pod} is being migrated already", why=f"migration {half.id}", remedy="wait for it, or cancel it"
                 )
 
     # What the agent asks for halves of pods.

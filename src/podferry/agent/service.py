@@ -378,7 +378,7 @@ class Agent:
         for source in self._sources.values():
             if source.record.name == name and not source.machine.ended:
                 raise Refused(
-                    f"{name} is on its way already",
+                    f"{name} is being migrated already",
                     why=f"migration {source.record.id} is in phase {source.phase}",
                     remedy=f"wait for it, or podferry cancel {source.record.id}",
                 )
@@ -395,17 +395,17 @@ class Agent:
             )
         if to not in self.config.peers:
             known = ", ".join(sorted(self.config.peers)) or "none"
-            raise UsageError(f"no node {to} is known here", why=f"the other nodes are: {known}")
+            raise UsageError(f"this agent knows no node {to}", why=f"the other nodes are: {known}")
 
     def _source(self, id: str) -> Source:
         if id not in self._sources:
-            raise UsageError(f"no migration {id} began here", remedy="podferry status lists them")
+            raise UsageError(f"this node is not the source of a migration {id}", remedy="podferry status lists them")
         return self._sources[id]
 
     def _dial(self, node: str) -> AbstractAsyncContextManager[Channel]:
         address = self.config.peers.get(node) or (self._cluster and self._cluster.address(node))
         if not address:
-            raise PeerLost(f"cannot reach {node}", why="no agent of that name is known here")
+            raise PeerLost(f"cannot reach {node}", why="this agent knows no node of that name")
         return dial(node, address, self.credentials)
 
     # What other agents want.
@@ -419,11 +419,11 @@ class Agent:
             case Query():
                 await self._answer(channel, first.migration)
             case _:
-                raise PeerMisbehaved(f"{channel.peer} began with a {type(first).__name__}")
+                raise PeerMisbehaved(f"{channel.peer} sent a {type(first).__name__} as its first message")
 
     async def _receive(self, channel: Channel, offer: Offer) -> None:
         if offer.migration in self._weighed:
-            raise PeerMisbehaved(f"{channel.peer} offers {offer.migration[:80]!r} twice at once")
+            raise PeerMisbehaved(f"{channel.peer} offers {offer.migration[:80]!r} twice at the same time")
         self._weighed.add(offer.migration)
         try:
             accepted = await self._weigh(channel, offer)

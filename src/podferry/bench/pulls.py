@@ -211,7 +211,9 @@ class _Image:
         lists = [noted / layout.name_of(chain) for chain in self._chains]
         while not any(one.exists() and one.stat().st_mtime > since for one in lists):
             if time.monotonic() > deadline:
-                raise TimedOut("nobody noted what the job read", remedy="see snapshotter.log on the nodes")
+                raise TimedOut(
+                    "no snapshotter recorded which layers the job read", remedy="see snapshotter.log on the nodes"
+                )
             time.sleep(0.05)
 
     def share_bytes(self) -> int:

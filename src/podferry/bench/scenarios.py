@@ -167,5 +167,7 @@ def restricted(scenarios: list[Scenario], methods: list[str]) -> list[Scenario]:
         for one in scenarios
     ]
     if empty := [one.name for one in kept if not one.methods]:
-        raise UsageError(f"nothing is left of scenario {empty[0]!r}", remedy="name one of its methods, or leave it out")
+        raise UsageError(
+            f"no method is left of scenario {empty[0]!r}", remedy="name one of its methods, or leave it out"
+        )
     return kept

@@ -271,7 +271,9 @@ def resolve(
     record = fleet.record(id)
     nodes = [record.source, record.target]
     if run_on not in nodes:
-        raise UsageError(f"{run_on} has no part in the migration {id}", remedy=f"choose {' or '.join(nodes)}")
+        raise UsageError(
+            f"{run_on} is neither the source nor the target of {id}", remedy=f"choose {' or '.join(nodes)}"
+        )
     loser = record.target if run_on == record.source else record.source
     if silent := fleet.stand_down(loser, id=id, run_on=run_on):
         stderr().print(words(f"{loser} could not be told, so it is yours to keep it down: {silent}", "yellow"))

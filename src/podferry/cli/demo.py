@@ -69,7 +69,7 @@ def demo(
     """
     require_root()
     if kubernetes and (html is not None or mode is not Mode.LIVE or memory != MEBIBYTES):
-        raise UsageError("--kubernetes goes with none of --html, --memory and --mode", remedy="leave them out")
+        raise UsageError("--kubernetes cannot be combined with --html, --memory or --mode", remedy="leave them out")
     if kubernetes:
         daemons.directory()
     lab, began = Lab(name), time.monotonic()
@@ -235,7 +235,7 @@ def compare(moved: dict[str, str], unmoved: dict[str, str]) -> None:
         table.add_row(words(fact), words(value[:16]), words(other[:16]), verdict)
     stdout().print(table)
     if moved != unmoved:
-        raise Failed("the job that moved did not compute what the one that stayed did", why="see the table")
+        raise Failed("the job that moved computed another result than the job that stayed", why="see the table")
     stdout().print(words("The job that moved computed exactly what the job that stayed did.", "bold green"))
 
 

@@ -121,7 +121,7 @@ def _wait_for(kubectl: Kubectl, name: str, start: str) -> None:
         if any(line.startswith(start) for line in lines):
             return
         if _failed(kubectl, name) or time.monotonic() > deadline:
-            raise Failed(f"the Job {name} does not get on", evidence=lines[-3:])
+            raise Failed(f"the Job {name} makes no progress", evidence=lines[-3:])
         time.sleep(POLL_INTERVAL)
 
 
@@ -142,7 +142,7 @@ def _check(kubectl: Kubectl, first: str) -> None:
         for pod in _pods(kubectl, MOVED)
     ]
     if counted != {"succeeded": 1, "failed": 0} or pods != [(False, TARGET, 0)]:
-        raise Failed("the Job is not as it should be", why=f"it counts {counted}; its pods are {pods}")
+        raise Failed("the Job did not end as expected", why=f"it counts {counted}; its pods are {pods}")
     stdout().print(words("Complete: one success, no failure, no restart.", "bold green"))
 
 

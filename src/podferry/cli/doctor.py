@@ -53,7 +53,7 @@ def doctor(
     if debian not in SUITES:
         raise UsageError(f"nodes cannot be made of Debian {debian!r}", remedy=f"take {' or '.join(SUITES)}")
     if config is not None and not node:
-        raise UsageError("--config goes with --node", remedy="podferry doctor --node --config FILE")
+        raise UsageError("--config needs --node", remedy="podferry doctor --node --config FILE")
     findings = _of_node(config) if node else _of_lab(lab, debian, kubernetes)
     verdict = worst(findings)
     if json:

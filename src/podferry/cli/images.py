@@ -102,7 +102,7 @@ def _where(share: Path | None, lab: str | None) -> Path:
     if share is not None and lab is None:
         return share
     if lab is None or share is not None:
-        raise UsageError("which share?", remedy="give either --share DIR or --lab NAME")
+        raise UsageError("no share is named", remedy="give either --share DIR or --lab NAME")
     from podferry.lab import Lab
     from podferry.lab.config import IMAGES_SHARE
 

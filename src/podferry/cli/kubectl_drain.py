@@ -60,7 +60,7 @@ async def begin(where: ClusterOptions, node: str, spec: Json) -> NodeDrain:
             return NodeDrain.from_json(await api.create(NODE_DRAINS, {"metadata": {"name": node}, "spec": spec}))
         except ObjectNotFound as absent:
             raise Refused(
-                "the cluster knows no NodeDrains",
+                "the cluster has no resource NodeDrain",
                 why=absent.why,
                 remedy="install podferry: kubectl apply -k deploy/ (docs/kubernetes.md)",
             ) from absent

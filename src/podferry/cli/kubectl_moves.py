@@ -96,7 +96,7 @@ async def _create(api: Api, namespace: str, body: Json) -> Migration:
         return Migration.from_json(await api.create(MIGRATIONS, body, namespace))
     except NotServed as absent:
         raise Refused(
-            "the cluster knows no Migrations",
+            "the cluster has no resource Migration",
             why=absent.why,
             remedy="install podferry: kubectl apply -k deploy/ (docs/kubernetes.md)",
         ) from absent
@@ -171,9 +171,7 @@ async def _cancel(api: Api, migration: Migration) -> None:
     try:
         await api.patch(MIGRATIONS, migration.name, {"spec": {"cancel": True}}, migration.namespace, uid=migration.uid)
     except (Conflict, ObjectNotFound) as gone:
-        raise UsageError(
-            f"{migration.name} was deleted", why="what has its name now is another Migration, or none"
-        ) from gone
+        raise UsageError(f"{migration.name} was deleted", why="another Migration may have its name now") from gone
 
 
 async def _changes(api: Api, migration: Migration) -> AsyncIterator[Migration]:

@@ -327,7 +327,7 @@ def _busy(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
     if claimed in around.under_way:
         yield unfit(
             "AlreadyMigrating",
-            "the pod is on its way already",
+            "the pod is being migrated already",
             why=f"by the Migration with uid {claimed}",
             remedy="wait for it or cancel it: kubectl get migrations",
         )

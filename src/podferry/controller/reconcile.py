@@ -166,7 +166,7 @@ class Reconciler:
         try:
             return await self._api.create(PODS, body, migration.namespace)
         except ObjectAlreadyExists as faster:
-            raise Conflict.because("another controller was faster", faster) from faster
+            raise Conflict.because("another controller has changed the object meanwhile", faster) from faster
         except ApiFailed as refused:
             if transient(refused) and "webhook" not in refused.why:
                 raise

@@ -126,17 +126,18 @@ class Signer:
         if len(bound) != 1:
             raise Refused("the token is not bound to a node", why="Kubernetes 1.32 or later binds the tokens of pods")
         if extra := sorted(set(spec.get("usages") or []) - USAGES):
-            raise Refused("an agent's certificate is not for that", why=", ".join(extra))
+            raise Refused("the certificate request asks for more than an agent may have", why=", ".join(extra))
         try:
             request = x509.load_pem_x509_csr(base64.b64decode(spec["request"]))
             names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             asked, key = names.get_values_for_type(x509.DNSName), request.public_key()
             signed = request.is_signature_valid
         except _UNREADABLE as wrong:
-            raise Refused.because("the request cannot be read", wrong) from wrong
+            raise Refused.because("the certificate request cannot be read", wrong) from wrong
         if not signed or not isinstance(key, ec.EllipticCurvePublicKey):
             raise Refused(
-                "the request's key is not usable", why="an elliptic-curve key with a valid signature is wanted"
+                "the key of the certificate request cannot be used",
+                why="podferry signs only elliptic-curve keys whose request has a valid signature",
             )
         if asked != bound:
             raise Refused(f"the agent of {bound[0]} asks for another node's name", why=", ".join(asked))

@@ -74,7 +74,7 @@ class NodeFacts:
         try:
             return from_json(NodeFacts, data)
         except NotStrict as error:
-            raise PeerMisbehaved.because("not the facts of a node", error) from error
+            raise PeerMisbehaved.because("the peer's description of its node is invalid", error) from error
 
 
 @dataclass(frozen=True)
@@ -124,4 +124,4 @@ class ContainerFacts:
         try:
             return from_json(ContainerFacts, data)
         except NotStrict as error:
-            raise PeerMisbehaved.because("not the facts of a container", error) from error
+            raise PeerMisbehaved.because("the peer's description of the container is invalid", error) from error

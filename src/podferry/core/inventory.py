@@ -53,9 +53,9 @@ def decode(data: bytes) -> Inventory:
         found = json.loads(data)
         whole = all(isinstance(one, str) for had in found.values() for pair in had.items() for one in pair)
     except (ValueError, AttributeError, RecursionError) as error:
-        raise PeerMisbehaved.because("not an inventory", error) from error
+        raise PeerMisbehaved.because("the peer's inventory is invalid", error) from error
     if not whole:
-        raise PeerMisbehaved("not an inventory", why="it says something else than texts")
+        raise PeerMisbehaved("the peer's inventory is invalid", why="it has a value that is no text")
     return dict(found)
 
 

@@ -134,7 +134,7 @@ def _programs(question: Question) -> Iterator[Refused]:
 def _kernels(question: Question) -> Iterator[Refused]:
     if question.target is not None and not question.target.lazy_pages:
         yield NodeUnfit(
-            "the target's kernel cannot feed pages to a restored job",
+            "the target's kernel cannot fill the memory of a restored job on demand",
             why="it has no userfaultfd that reports forks, moves and removals",
             remedy="use a kernel with CONFIG_USERFAULTFD",
         )

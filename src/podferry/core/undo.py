@@ -62,7 +62,7 @@ class Ledger:
         for entry in reversed(self.entries):
             try:
                 if (kind := handled_as(entry.kind)) not in handlers:
-                    raise Bug(f"nothing takes back '{entry.kind}'")
+                    raise Bug(f"there is no undo step for '{entry.kind}'")
                 await handlers[kind](entry.facts)
             except Exception as error:  # noqa: BLE001 - undo goes on through its own errors
                 leftovers.append(Leftover(entry.kind, f"{type(error).__name__}: {error}"))

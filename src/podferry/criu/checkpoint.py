@@ -346,7 +346,7 @@ class HeldDump:
             noted = data.get("terminals", ())  # agents before this one did not write it down
             held.terminals = tuple((int(pid), int(descriptor), int(had)) for pid, descriptor, had in noted)
         except (KeyError, TypeError, ValueError) as error:
-            raise PeerMisbehaved.because("not a hold", error) from error
+            raise PeerMisbehaved.because("the record of a held dump is invalid", error) from error
         return held
 
     def _settled(self, patience: float) -> bool:

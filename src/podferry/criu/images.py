@@ -233,7 +233,7 @@ def _messages(path: Path, magic: int) -> Iterator[bytes]:
 def messages_of(data: bytes, path: str, magic: int, *, first_alone: bool = False) -> Iterator[bytes]:
     """The protobuf messages of an image; the first alone where what follows it is of another kind."""
     if len(data) < 8 or struct.unpack_from("<II", data) != (COMMON_MAGIC, magic):
-        raise PeerMisbehaved(f"{path} is not the image it is named for")
+        raise PeerMisbehaved(f"{path} is an image of another kind than its name says")
     at = 8
     while at < len(data):
         body = at + 4
@@ -264,5 +264,5 @@ def _parse(entry: Entry, message: bytes) -> Entry:
     try:
         entry.ParseFromString(message)
     except DecodeError as error:
-        raise PeerMisbehaved.because("an image holds a message that is none", error) from error
+        raise PeerMisbehaved.because("an image of CRIU's holds an invalid message", error) from error
     return entry

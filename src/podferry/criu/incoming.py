@@ -153,12 +153,12 @@ class Incoming:
             raise self._reason
         if not events:
             raise TimedOut(
-                f"no podferry-runc came for {self.key} within {timeout:g} s",
+                f"podferry-runc did not ask for {self.key} within {timeout:g} s",
                 remedy="check that the container's runtime is podferry-runc, and containerd's log",
             )
         said = os.read(self._poised, 4096).decode(errors="replace").split()
         if len(said) < 3 or said[0] != "poised" or not said[2].isdecimal():
-            raise self.gone("it ended at once")
+            raise self.gone("it ended right after its start")
         self.container, self.wrapper = said[1], int(said[2])
         # From here on only the wrapper reads the verdict, so that writing it to a dead one fails.
         writer = os.open(self.path / "verdict", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -267,7 +267,7 @@ class Incoming:
         poll = select.poll()
         poll.register(self._poised, 0)
         if not poll.poll(TAKEN_TIMEOUT * 1000):
-            raise TimedOut(f"podferry-runc does not take its verdict for {self.key}")
+            raise TimedOut(f"podferry-runc does not read the agent's verdict on {self.key}")
 
     def gone(self, why: str) -> WrapperGone:
         """The error that says so."""

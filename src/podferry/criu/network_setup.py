@@ -101,7 +101,7 @@ class NetworkSetup:
 def _arrange(pid: str, images: Path) -> Namespace | None:
     """Arrange the namespace of a process; where connections come with the images, it is locked then."""
     if not pid.isdecimal():
-        raise Failed("CRIU does not say which process it has made", why=f"it says {pid!r}"[:80])
+        raise Failed("CRIU did not name the process that it has created", why=f"it says {pid!r}"[:80])
     described = images / network.IMAGE
     told = described.read_bytes() if described.exists() else b""
     network.make(network.Network.decode(told) if told else network.DEFAULT, int(pid))

@@ -242,7 +242,7 @@ def _joined(words: Iterable[int]) -> int:
 def _one(path: Path, into: Decoded, kind: str) -> Decoded:
     found = list(_all(path, kind))
     if len(found) != 1:
-        raise PeerMisbehaved(f"{path.name} has {len(found)} entries", why="it has one in every image of CRIU's")
+        raise PeerMisbehaved(f"{path.name} has {len(found)} entries", why="CRIU writes exactly one")
     return _parsed(into, found[0], path.name)
 
 
@@ -258,9 +258,9 @@ def _parsed(into: Decoded, data: bytes, where: str) -> Decoded:
     try:
         into.ParseFromString(data)
     except DecodeError as error:
-        raise PeerMisbehaved.because(f"{where} holds a message that is none", error) from error
+        raise PeerMisbehaved.because(f"{where} holds an invalid message", error) from error
     if not into.IsInitialized():
-        raise PeerMisbehaved(f"{where} holds a message that is none", why="what CRIU always writes is not in it")
+        raise PeerMisbehaved(f"{where} holds an invalid message", why="it lacks a field that CRIU always writes")
     size = into.ByteSize()
     into.DiscardUnknownFields()
     if into.ByteSize() != size:
@@ -274,5 +274,5 @@ def _is_raw(socket: bytes) -> bool:
     try:
         found.ParseFromString(socket)
     except DecodeError as error:
-        raise PeerMisbehaved.because("a socket is none", error) from error
+        raise PeerMisbehaved.because("CRIU's image of a socket is invalid", error) from error
     return found.type == _SOCK_RAW

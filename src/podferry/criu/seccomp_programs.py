@@ -71,7 +71,7 @@ def program(data: bytes) -> list[Instruction]:
     """The instructions of a filter. Raises `PeerMisbehaved` for what the kernel would not take either."""
     count, rest = divmod(len(data), 8)
     if rest or not 0 < count <= MOST_INSTRUCTIONS:
-        raise PeerMisbehaved("a seccomp filter is none", why=f"it has {len(data)} bytes")
+        raise PeerMisbehaved("a seccomp filter is invalid", why=f"it has {len(data)} bytes")
     found = [Instruction(*one) for one in struct.iter_unpack("=HBBI", data)]
     for at, (code, if_true, if_false, k) in enumerate(found):
         furthest = (
@@ -79,9 +79,9 @@ def program(data: bytes) -> list[Instruction]:
         )
         last = code & _CLASS == _RET or at + 1 + furthest < count
         if not last or (code == _LD_ABS and (k % 4 or k >= _LENGTH)):
-            raise PeerMisbehaved("a seccomp filter is none", why=f"instruction {at} leads out of it")
+            raise PeerMisbehaved("a seccomp filter is invalid", why=f"instruction {at} leads out of it")
     if found[-1].code & _CLASS != _RET:
-        raise PeerMisbehaved("a seccomp filter is none", why="it does not end")
+        raise PeerMisbehaved("a seccomp filter is invalid", why="it does not end")
     return found
 
 

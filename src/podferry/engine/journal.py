@@ -251,7 +251,7 @@ def _kind(written: object) -> str:
 def _text(value: object) -> str:
     """A word of a line. Raises `TypeError` where something else stands there: a damaged file may hold anything."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} stands where a word belongs")
+        raise TypeError(f"{value!r} stands where a text belongs")
     return value
 
 

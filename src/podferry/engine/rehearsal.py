@@ -59,7 +59,7 @@ class Rehearsal(Source):
             leftovers = await self.take_back()
         if leftovers:
             raise Failed(
-                "the rehearsed job may not go on", why="; ".join(f"{one.kind}: {one.why}" for one in leftovers)
+                "the rehearsed job may still be frozen", why="; ".join(f"{one.kind}: {one.why}" for one in leftovers)
             )
         self.record.extra["rehearsal"] = {
             "stood_still_ms": round(self.record.now() - start, 3),

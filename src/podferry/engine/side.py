@@ -171,6 +171,6 @@ def _bounded(handler: Handler) -> Handler:
             with anyio.fail_after(UNDO_STEP):
                 return await handler(facts)
         except TimeoutError:
-            raise TimedOut(f"no end within {UNDO_STEP:.0f} s") from None
+            raise TimedOut(f"the undo step did not end within {UNDO_STEP:.0f} s") from None
 
     return within

@@ -120,10 +120,10 @@ class Source(Side[SourcePhase, SourceEvent]):
             )
         if event is SourceEvent.RESOLVED_THERE and self._postcopy and not (filled or self._filled):
             raise Refused(
-                "the job may lack memory on the target, and the rest is only in the frozen original here",
-                why="it was moved in post-copy, and the target has not said that it has everything",
-                remedy=f"let the nodes meet again, they go on by themselves; or end the job on {self.record.target}, then "
-                f"podferry resolve {self.record.id} --run-on {self.record.source}",
+                "the job on the target may lack pages that only the frozen original on this node holds",
+                why="the migration used post-copy, and the target has not confirmed that it has all pages",
+                remedy="restore the connection between the nodes, and the migration goes on by itself; or end the job on "
+                f"{self.record.target}, then podferry resolve {self.record.id} --run-on {self.record.source}",
             )
         self._resolved = event
         self._verdict.set()

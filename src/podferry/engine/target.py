@@ -205,7 +205,7 @@ class Target(Side[TargetPhase, TargetEvent]):
                 case PagesLost():
                     return self._pages_lost.set()
                 case _:
-                    raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
+                    raise PeerMisbehaved(f"the source sent a {type(item).__name__} in phase {self.phase}")
             await page_channel.flush()
 
     async def _forward_requests(self, page_channel: PageChannel, channel: Channel) -> None:
@@ -226,7 +226,7 @@ class Target(Side[TargetPhase, TargetEvent]):
                     helpers.start_soon(self._prepare_target, channel, item.postcopy)
                 case StatePart():
                     if len(self._expected) == MOST_PARTS:
-                        raise PeerMisbehaved("the source announces more files and spaces than any job has")
+                        raise PeerMisbehaved("the source announces more files and address spaces than a job may have")
                     self._expected.append(item)
                 case StateEnd():
                     await self._verify(whole_end(self._expected, item))
@@ -238,7 +238,7 @@ class Target(Side[TargetPhase, TargetEvent]):
                 case Abort():
                     raise Failed("the source took its offer back", why=item.reason)
                 case _:
-                    raise PeerMisbehaved(f"a {type(item).__name__} in phase {self.phase}")
+                    raise PeerMisbehaved(f"the source sent a {type(item).__name__} in phase {self.phase}")
             item = await channel.receive()
 
     def _take(self, item: Data) -> None:

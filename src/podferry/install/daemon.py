@@ -58,7 +58,7 @@ def restart(name: str, pid: int, socket: str) -> None:
     while listener(there) in (None, pid):
         if time.monotonic() > deadline:
             raise TimedOut(
-                f"{name} does not come back", why=f"nobody listens at {socket} after {RESTART_SECONDS:.0f} s"
+                f"{name} does not come back", why=f"no process listens at {socket} after {RESTART_SECONDS:.0f} s"
             )
         time.sleep(0.1)  # the birth of a socket is no event that others could wait for
 
@@ -77,7 +77,7 @@ def find() -> Daemon:
     """The containerd that listens at `SOCKET`. Raises `Refused` where none does."""
     pid = listener(_socket())
     if pid is None:
-        raise Refused("containerd does not run on this node", why=f"nobody listens at {SOCKET}")
+        raise Refused("containerd does not run on this node", why=f"no process listens at {SOCKET}")
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     program = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - as the node names it
     printed = run(outside.on_node([program, "--version"]), timeout=30.0).stdout

@@ -74,7 +74,7 @@ def install(
     if criu.wanted(root.top):
         if not bundle.is_dir():
             raise Refused(
-                "this node needs another CRIU, and none came along",
+                "podferry needs another CRIU on this node, and this installation brings none",
                 why=f"its own is missing or older than {'.'.join(map(str, criu.OLDEST))}, and {bundle} is not there",
                 remedy="install CRIU on the node, or use podferry's container image",
             )
@@ -203,13 +203,13 @@ def _check(runtime: Runtime) -> None:
         return
     if isinstance(runtime, CrioDaemon):
         raise Refused(
-            "CRI-O would not know podferry's runtime",
+            "CRI-O would not load podferry's runtime",
             why=f"it does not read {runtime.drop_ins}/{crio.NAME}, or a later file replaces what that says",
             remedy=f"see `{' '.join(('crio', *runtime.flags))} config`",
         )
     raise Refused(
-        "containerd would not know podferry's runtime",
-        why=f"another file that {runtime.config} imports replaces what ours says",
+        "containerd would not load podferry's runtime",
+        why=f"another file that {runtime.config} imports replaces podferry's settings",
         remedy=f"see `containerd --config {runtime.config} config dump`",
     )
 

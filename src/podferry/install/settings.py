@@ -101,7 +101,7 @@ def with_import(settings: ContainerdSettings, major: int, drop_in: str) -> str:
     if _parsed(text) != wanted:
         raise Refused(
             f"cannot add an import to containerd's configuration {settings.path}",
-            why="its list of imports is written in a way that is not understood",
+            why="podferry cannot parse its list of imports",
             remedy=f"add {PurePosixPath(drop_in).parent}/*.toml to imports by hand, and try again",
         )
     return text

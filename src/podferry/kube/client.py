@@ -127,7 +127,7 @@ class Api:
         while True:
             page = await self._call("GET", kind.path(namespace), query, what=what)
             if not isinstance(page.get("metadata"), dict):
-                raise ApiUnreachable(what, why="what answered is no API server: it sent no list")
+                raise ApiUnreachable(what, why="the answer is not an API server's: it holds no list")
             yield page.get("items") or [], str(page["metadata"].get("resourceVersion", ""))
             if not page["metadata"].get("continue"):
                 return
@@ -280,9 +280,9 @@ class Api:
         try:
             answer = response.json()
         except ValueError as strange:
-            raise ApiUnreachable.because(f"{what}: what answered is no API server", strange) from strange
+            raise ApiUnreachable.because(f"{what}: the answer is not an API server's", strange) from strange
         if not isinstance(answer, dict):
-            raise ApiUnreachable(what, why=f"what answered is no API server: it sent a {type(answer).__name__}")
+            raise ApiUnreachable(what, why=f"the answer is not an API server's: it is a {type(answer).__name__}")
         return answer
 
 

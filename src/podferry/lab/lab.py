@@ -443,5 +443,5 @@ def _wait_for_socket(path: Path, whose: str, log: Path) -> None:
             if client.connect_ex(str(path)) == 0:
                 return
         if time.monotonic() > deadline:
-            raise TimedOut(f"{whose} does not answer", why=f"nobody listens at {path}", evidence=last_lines(log))
+            raise TimedOut(f"{whose} does not answer", why=f"no process listens at {path}", evidence=last_lines(log))
         time.sleep(0.05)  # a socket's birth is no event that its future client could wait for

@@ -78,7 +78,10 @@ class CriuSocket:
                     yield RestoreFinished()
                     return
                 if not -_LARGEST_PID <= number <= _LARGEST_PID or not number:
-                    raise Failed(f"CRIU sent {number:#x} where a pid was due", why="it speaks another protocol")
+                    raise Failed(
+                        f"CRIU sent {number:#x} where podferry expects a pid",
+                        why="this CRIU speaks another lazy-pages protocol",
+                    )
                 uffd = self._receive_descriptor() if number > 0 else -1
                 self._pid = b""
                 if number > 0:

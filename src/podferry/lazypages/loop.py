@@ -144,7 +144,8 @@ class Loop:
         copy = self._copies[pid] = Copy(self._store, pid, pages)
         if not self._source.endless and not self._store.is_complete(pid) and 0 in copy.held:
             raise Failed(
-                f"the page store lacks pages of the process {pid}", why="the source never said that it is complete"
+                f"the page store lacks pages of the process {pid}",
+                why="the source did not confirm that it had sent them all",
             )
         missing = bytearray(b"\1" * copy.index.count) if self._source.endless else copy.held[:]
         address_space = AddressSpace(pages, anonymous_areas(self._images, pid))

@@ -53,9 +53,7 @@ class Frame(NamedTuple):
             word, address_space, start, end = _FRAME.unpack(packet)
             frame = cls(Word(word), address_space, start, end)
         except (struct.error, ValueError) as error:
-            raise PeerMisbehaved.because(
-                "the lazy-pages daemon's socket carried a frame that is none", error
-            ) from error
+            raise PeerMisbehaved.because("the lazy-pages daemon's socket carried an invalid frame", error) from error
         if start % PAGE or end % PAGE or start >= end:
             raise PeerMisbehaved(f"the lazy-pages daemon's socket carried the range {start:#x}-{end:#x}")
         return frame
@@ -91,7 +89,7 @@ class NoSource:
 
     def want(self, address_space: int, origin: int) -> None:
         """A complete store lacks nothing: raises `Bug`."""
-        raise Bug(f"the page {origin:#x} of space {address_space} is wanted from a store that is complete")
+        raise Bug(f"the page {origin:#x} of space {address_space} is requested although the page store is complete")
 
     def news(self) -> Iterator[Frame]:
         """Nothing, ever."""
@@ -156,7 +154,9 @@ class AgentSource:
                 return
             frame = Frame.decode(packet)
             if frame.word is Word.WANT:
-                raise PeerMisbehaved("the agent wants a page of the lazy-pages daemon")
+                raise PeerMisbehaved(
+                    "the agent sent a page request to the lazy-pages daemon, which only answers with pages"
+                )
             for key in [
                 key for key in self._wanted if key[0] == frame.address_space and frame.start <= key[1] < frame.end
             ]:

@@ -48,7 +48,7 @@ def drained(pid: int, fifos: Sequence[Path] = (), *, timeout: float = DRAIN_TIME
             quiet = quiet + 1 if left == 0 else 0
             if time.monotonic() > deadline:
                 raise TimedOut(
-                    f"the output of process {pid} is not taken in",
+                    f"the output of process {pid} is not read",
                     why=f"{left} bytes are left in its pipes",
                     remedy="see whether containerd's shim or the pod's log has a disk that is full or slow",
                 )

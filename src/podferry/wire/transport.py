@@ -87,7 +87,9 @@ async def serve(
         slot = greeters.enter(host)
         if slot is None:
             connection.close()
-            raise PeerLost(f"{peer} was not heard", why="all that may be greeted at once are")
+            raise PeerLost(
+                f"this node closed the connection of {peer}", why="as many handshakes as it allows are under way"
+            )
         scope = anyio.CancelScope()
         slot.makes_way = scope.cancel
         try:
@@ -97,7 +99,10 @@ async def serve(
         finally:
             greeters.leave(slot)
         connection.close()
-        raise PeerLost(f"{peer} was not heard to its end", why="it took its time, and others wait")
+        raise PeerLost(
+            f"this node closed the connection of {peer} before the handshake was complete",
+            why="it was slow, and other connections waited",
+        )
 
     async def converse(connection: socket.socket, peer: str, host: str) -> None:
         try:
@@ -106,7 +111,7 @@ async def serve(
             try:
                 async with _conversing(channel, timing):
                     if talking[channel.peer] > OF_ONE_PEER:
-                        raise Refused(f"{channel.peer} holds {OF_ONE_PEER} conversations already")
+                        raise Refused(f"{channel.peer} holds {OF_ONE_PEER} connections open already")
                     await handler(channel)
             finally:
                 talking[channel.peer] -= 1
@@ -132,7 +137,7 @@ async def _first_byte(connection: socket.socket, peer: str, patience: float) -> 
             await anyio.wait_readable(connection)
     except TimeoutError as late:
         connection.close()
-        raise PeerLost(f"{peer} said nothing for {patience:g} s") from late
+        raise PeerLost(f"{peer} sent nothing for {patience:g} s") from late
     except BaseException:
         connection.close()
         raise
@@ -165,7 +170,7 @@ async def _greet(
                 raise
         check_name(node or theirs.node, names, peer)
         if node not in (None, theirs.node):
-            raise PeerMisbehaved(f"{peer} says it is {theirs.node}")
+            raise PeerMisbehaved(f"{peer} calls itself {theirs.node} in its greeting")
         if not node:
             await channel.speak(mine)
         channel.peer = theirs.node

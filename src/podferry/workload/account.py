@@ -121,7 +121,7 @@ class Account:
                     f"the target has too little {what}",
                     why=f"the job needs {_mib(asked + kept)}; {_mib(there)} are free, and {_mib(theirs)} of that are promised to "
                     f"{len(others)} other migrations",
-                    remedy=remedy if not theirs else f"wait for the others; or {remedy}",
+                    remedy=remedy if not theirs else f"wait until the other migrations have ended; or {remedy}",
                 )
 
 

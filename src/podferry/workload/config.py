@@ -86,7 +86,7 @@ def of_kubernetes(environment: Mapping[str, str]) -> Config:
     missing = [name for name in ("NODE_NAME", "NODE_IP") if not environment.get(name)]
     if missing:
         raise UsageError(
-            "the agent does not know its node",
+            "the agent's settings lack the name or the address of its node",
             why=f"{' and '.join(missing)} not set",
             remedy="start it by podferry's DaemonSet (deploy/agent.yaml)",
         )

@@ -54,7 +54,7 @@ def start_helper(journal: Part, scratch: Path, kind: str, argv: Sequence[str | P
         child = spawn(surviving([*argv]), stdout=file, stderr=file, env=helper_environment())
     process = Process.of(child.pid)
     if process is None:
-        raise Failed(f"the {kind} died at once", evidence=last_lines(log))
+        raise Failed(f"the {kind} ended right after its start", evidence=last_lines(log))
     write_down(journal, kind, process)
     return process
 

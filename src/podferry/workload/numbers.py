@@ -48,4 +48,6 @@ def demand_known(end: StateEnd, containers: int, trees: int) -> None:
     strange += [one for one in end.address_spaces if container_of_address_space(one.address_space)[0] >= containers]
     strange += [one for one in end.trees if one.tree >= trees]
     if strange:
-        raise PeerMisbehaved("the source speaks of containers that the workload has not", why=str(strange[0]))
+        raise PeerMisbehaved(
+            "the source names a container or a tree of files that the workload does not have", why=str(strange[0])
+        )

@@ -133,7 +133,9 @@ class Offered:
                 "the container has hooks, which would run on the target as root", remedy="run it without hooks"
             )
         if foreign := sorted(one.source for one in binds(spec) if one.destination not in OWN_BINDS):
-            raise Refused("the container wants directories of this node", why=", ".join(foreign[:8]))
+            raise Refused(
+                "the container's spec mounts directories of this node, which it may not", why=", ".join(foreign[:8])
+            )
         _ = offered.log  # raises what cannot follow
         return offered
 

@@ -46,7 +46,7 @@ class DaemonPageChannel:
     def _queue(self, word: Word, address_space: int, start: int, end: int) -> None:
         number, pid = container_of_address_space(address_space)
         if number >= len(self._sockets):
-            raise PeerMisbehaved(f"memory of container {number}, which the workload has not")
+            raise PeerMisbehaved(f"memory of container {number}, which the workload does not have")
         self._unsent.append((number, Frame(word, pid, start, end).encode()))
 
     async def flush(self) -> None:

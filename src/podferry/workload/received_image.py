@@ -25,7 +25,7 @@ class ReceivedImage:
         if offset != self._size:
             raise PeerMisbehaved(f"the image {self._name} came out of order", why=f"offset {offset} after {self._size}")
         if offset + len(data) > self._most:
-            raise PeerMisbehaved(f"the image {self._name} is larger than any", why=f"{self._most} bytes may come")
+            raise PeerMisbehaved(f"the image {self._name} is too large", why=f"at most {self._most} bytes are allowed")
         written = os.pwrite(self._fd, data, offset)
         if written != len(data):
             raise Failed.because(

@@ -32,7 +32,9 @@ class ReceivedImages:
         """Raise `PeerMisbehaved` where others came than were announced, `Failed` where one is not whole."""
         sums = {one.name: one for one in announced}
         if set(sums) != {*self._open, *self._whole}:
-            raise PeerMisbehaved("other images arrived than were announced", why=f"{set(sums) ^ set(self._whole)}")
+            raise PeerMisbehaved(
+                "the images that arrived are not those that the source announced", why=f"{set(sums) ^ set(self._whole)}"
+            )
         for name, expected in sums.items():
             if self._whole.get(name) != (expected.size, expected.digest):
                 raise Failed(f"the image {name} did not arrive whole")

@@ -152,7 +152,7 @@ class TargetWorkload:
         if number < len(self._containers):
             return self._containers[number].tree(record)
         if number - len(self._containers) >= len(self._volumes):
-            raise PeerMisbehaved(f"a record of tree {number}, which the workload has not")
+            raise PeerMisbehaved(f"a record of tree {number}, which the workload does not have")
         return self._volumes[number - len(self._containers)].receiver.feed(record)
 
     def log(self, directory: int, offset: int, data: memoryview) -> None:
@@ -165,7 +165,7 @@ class TargetWorkload:
 
     def _container(self, number: int) -> TargetContainer:
         if number >= len(self._containers):
-            raise PeerMisbehaved(f"something for container {number}, which the workload has not")
+            raise PeerMisbehaved(f"something for container {number}, which the workload does not have")
         return self._containers[number]
 
     async def verify(self, end: StateEnd) -> None:

@@ -254,7 +254,10 @@ class TargetContainer:
             store.complete(pid)
         store.verify({pid: StoreTotals(1, pages, pages * PAGE) for pid, pages in totals.items()})
         if lacking := missing(store, self.incoming.images):
-            raise Failed("memory is missing", why=f"of the processes {sorted(lacking)}, nothing was said of some pages")
+            raise Failed(
+                "memory pages are missing",
+                why=f"the source sent nothing for some pages of the processes {sorted(lacking)}",
+            )
         store.sync()
         return store.close()
 
@@ -353,7 +356,7 @@ class TargetContainer:
             if self.journal.facts.get("postcopy") and not await answered(
                 self.maker.is_here
             ):  # whoever is gone lacks no page
-                raise Failed("the job is gone, and had not all its memory yet")
+                raise Failed("the job has ended before all of its memory had arrived")
             figures = {name: value for name, value in status.items() if name != "state"}
             self.journal.note(filled=figures)
             if status:

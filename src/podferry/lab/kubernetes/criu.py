@@ -84,7 +84,7 @@ def _assemble(tree: Path, root: Path, into: Path) -> None:
     script: list[str | Path] = ["unshare", "--mount", "sh", "-ec", _LDD, "sh", tree, root, f"/usr/lib/{multiarch.name}"]
     said = run(script).stdout
     if missing := re.findall(r"(\S+) => not found", said):
-        raise Failed(f"CRIU of Debian {NEXT_SUITE} needs libraries that are not at hand: {', '.join(missing)}")
+        raise Failed(f"CRIU of Debian {NEXT_SUITE} needs libraries that are not installed: {', '.join(missing)}")
     for name in ("bin", "lib", "loader"):
         (into / name).mkdir(parents=True)
     for name, path in re.findall(r"(\S+) => (/\S+)", said):

@@ -46,7 +46,7 @@ def wait(kubectl: Kubectl) -> None:
             pods = kubectl.run("-n", NAMESPACE, "get", "pods", "-o", "wide", check=False)
             logs = kubectl.run("-n", NAMESPACE, "logs", rollout, "--all-containers", "--tail=10", check=False)
             raise Failed(
-                f"{rollout} of podferry does not get ready", why=str(late), evidence=[*_lines(pods), *_lines(logs)]
+                f"{rollout} of podferry did not become ready", why=str(late), evidence=[*_lines(pods), *_lines(logs)]
             ) from late
 
 

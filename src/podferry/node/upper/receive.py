@@ -144,7 +144,7 @@ class Receiver:
     def finish(self) -> Summary:
         """The summary of the pass that has just ended, equal to the source's. Raises `PeerMisbehaved` otherwise."""
         if self._summary is None or self._broken or self._in_pass:
-            raise misbehaved("no end of its pass over the upper layer")
+            raise misbehaved("no end record of its pass over the upper layer")
         return self._summary
 
     def _record(self, verb: Verb, body: Body, digest: str) -> None:

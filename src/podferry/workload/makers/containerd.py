@@ -185,7 +185,7 @@ async def _end_of(starter: Process | None, container: TargetContainer) -> None:
     try:
         answer = json.loads((container.scratch / "started.json").read_text())
     except (OSError, ValueError) as error:
-        raise Failed.because("the starter died", error) from error
+        raise Failed.because("the process that starts the container died", error) from error
     if "error" in answer:
         failure = PodferryError.from_dict(answer["error"])
         failure.evidence = container.restore_log() or failure.evidence

@@ -95,7 +95,7 @@ class KubeletOwner(Owner):
         argv = outside.surviving([*python("podferry.workload.answering"), json.dumps(what)])
         process = Process.of(spawn(argv, env=helper_environment()).pid)
         if process is None:
-            raise Failed("what answers the pod's liveness probes while it stands still died at once")
+            raise Failed("the process that answers the frozen pod's liveness probes ended right after its start")
         write_down(self._journal, STAND_IN, process)
 
     async def before_freeze(self) -> None:
