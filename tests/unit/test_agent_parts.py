@@ -20,6 +20,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from podferry.agent import control
 from podferry.agent.program import _serve_metrics
+from podferry.controller import program as controller
 from podferry.core.precopy import Round
 from podferry.engine import metrics
 from podferry.engine.journal import JOURNAL, Journal, forget_old, journals
@@ -27,6 +28,7 @@ from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import Failed, PeerMisbehaved, PodferryError, Refused, UsageError
 from podferry.model import Mode, Outcome
 from podferry.node.records import Container, Opaque, Stdio
+from podferry.wire import metrics_server
 from podferry.workload.config import METRICS_PORT, load, of_kubernetes
 from podferry.workload.offered import Offered
 
@@ -336,9 +338,8 @@ def test_an_agent_of_a_cluster_serves_its_metrics() -> None:
     assert annotations == {"prometheus.io/scrape": "true", "prometheus.io/port": str(METRICS_PORT)}
 
 
-def test_whoever_asks_for_metrics_and_says_nothing_keeps_no_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "ANSWER_WITHIN", 0.05)
-    port = metrics.serve("127.0.0.1:0")
+def keeps_no_other_out(port: int, counted: bytes) -> None:
+    """Whoever asks there for metrics and says nothing."""
 
     def scraped() -> bytes:
         while True:
@@ -346,17 +347,37 @@ def test_whoever_asks_for_metrics_and_says_nothing_keeps_no_other_out(monkeypatc
                 found: bytes = answer.read()
                 return found
 
-    assert b"podferry_migrations_total" in scraped()
+    assert counted in scraped()
     before = threading.active_count()
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
     try:
-        assert threading.active_count() - before <= 2 * metrics.AT_ONCE
-        assert b"podferry_migrations_total" in scraped(), "as soon as their time is over"
+        assert threading.active_count() - before <= 2 * metrics_server.AT_ONCE
+        assert counted in scraped(), "as soon as their time is over"
         for one in silent:
             assert one.recv(1) == b""
     finally:
         for one in silent:
             one.close()
+
+
+def test_whoever_asks_an_agent_for_metrics_and_says_nothing_keeps_no_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_server, "ANSWER_WITHIN", 0.05)
+    keeps_no_other_out(metrics_server.serve_metrics("127.0.0.1:0", metrics.REGISTRY), b"podferry_migrations_total")
+
+
+def test_whoever_asks_the_controller_for_metrics_and_says_nothing_keeps_no_other_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def work(*_: object) -> None:
+        keeps_no_other_out(port, b"podferry_migrations_waiting")
+
+    monkeypatch.setattr(metrics_server, "ANSWER_WITHIN", 0.05)
+    monkeypatch.setattr(controller.anyio, "run", work)
+    monkeypatch.setattr("sys.argv", ["podferry-controller", f"--metrics-port={port}"])
+    controller.main()
 
 
 def test_an_agent_that_cannot_serve_metrics_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

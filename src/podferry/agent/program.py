@@ -15,11 +15,12 @@ import structlog
 from podferry import __version__
 from podferry.agent.node_paths import of_this_node
 from podferry.agent.service import Agent
-from podferry.engine import metrics
+from podferry.engine.metrics import REGISTRY
 from podferry.errors import PodferryError, UsageError
 from podferry.node import apparmor, own_tmpfs
 from podferry.node.logs import log_json_lines
 from podferry.node.secrecy import no_core_dumps
+from podferry.wire.metrics_server import serve_metrics
 from podferry.workload.config import Config, load, of_kubernetes
 
 DESCRIPTION = """Move running containers off this node and onto it.
@@ -62,7 +63,7 @@ def main() -> None:
 def _serve_metrics(address: str) -> None:
     """No migration fails since nobody can be told how many there were."""
     try:
-        metrics.serve(address)
+        serve_metrics(address, REGISTRY)
     except OSError as error:
         structlog.get_logger().error("metrics are not served", address=address, why=str(error))
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-from prometheus_client import start_http_server
 
 from podferry import __version__
 from podferry.controller.drains import Drains
@@ -47,6 +46,7 @@ from podferry.kube.lease import Leader
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.watch import Queues, follow
 from podferry.node.logs import log_json_lines
+from podferry.wire.metrics_server import serve_metrics
 
 DESCRIPTION = """Decide about Migration objects: which pods may move, where to, who owns them afterwards.
 
@@ -275,7 +275,7 @@ def main() -> None:
         )
         metrics = ControllerMetrics()
         if arguments.metrics_port:
-            start_http_server(arguments.metrics_port, registry=metrics.registry)
+            serve_metrics(f"0.0.0.0:{arguments.metrics_port}", metrics.registry)
         if anyio.run(_work, arguments.kubeconfig, arguments.namespace, settings, metrics):
             sys.exit(1)
     except PodferryError as error:

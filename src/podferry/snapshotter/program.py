@@ -43,6 +43,7 @@ from podferry.snapshotter.service import Service
 from podferry.snapshotter.snapshotter import Snapshotter
 from podferry.snapshotter.store import LayerStore
 from podferry.snapshotter.tree import TreeForm
+from podferry.wire.metrics_server import serve_metrics
 
 SOCKET = Path("/run/podferry/snapshotter.sock")
 ROOT = Path("/var/lib/podferry/snapshotter")
@@ -102,9 +103,7 @@ def serve(
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(Service(snapshotter, metrics.called), server)  # type: ignore[no-untyped-call]
     listen(server, socket_path)
     if metrics_port:
-        from prometheus_client import start_http_server
-
-        start_http_server(metrics_port, "127.0.0.1", metrics.registry)
+        serve_metrics(f"127.0.0.1:{metrics_port}", metrics.registry)
     for part in (_in_the_background(publisher.run), housekeeping.run, prefetcher.run, _in_the_background(watch.run)):
         threading.Thread(target=part, name=part.__qualname__, daemon=True).start()
     stop = threading.Event()
