@@ -26,7 +26,7 @@ STANDIN = Path(__file__).with_name("standin.py")
 DIRECTORY = "run/podferry-standin"
 GATES = "run/podferry-gates"
 SETTINGS = "etc/podferry/standin.json"
-PATHS = "PYTHONPATH=/opt/podferry/src:/opt/podferry/site PYTHONPYCACHEPREFIX=/var/lib/podferry/pycache"
+PATHS = "PYTHONPATH=/opt/podferry/src:/opt/podferry/site"
 PYTHON = f"PODFERRY_BREAKPOINTS=/{GATES} {PATHS} python3 -P"
 
 RUNTIME_CLASS = {
