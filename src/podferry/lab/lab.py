@@ -40,8 +40,8 @@ DEFAULT_LINK = "1gbit"
 AGENT_SOCKET = "run/podferry/agent.sock"
 CONTAINERD_SOCKET = "run/containerd/containerd.sock"
 SNAPSHOTTER_SOCKET = "run/podferry/snapshotter.sock"
-READY_SECONDS = 240.0
-"""A machine that is emulated, or short of processors, needs more than a minute to put an image into the registry."""
+READY_SECONDS = 600.0
+"""On a machine that is emulated, or short of processors, a service needs minutes to start."""
 
 # A mount is an event (poll on /proc/self/mountinfo); ctr itself waits for containerd's socket.
 # containerd that once found no snapshotter comes back to it only after a while, and pulls fail until then.
@@ -340,7 +340,9 @@ class Lab:
                 connect(name, pid, addresses)
             if name == STORAGE:
                 for reference, archive in _archives(settings).items():
-                    self.exec(name, registry.ensure(f"{_IMAGES}/{archive}.tar", reference), timeout=READY_SECONDS)
+                    self.exec(
+                        name, registry.ensure(f"{_IMAGES}/{archive}.tar", reference), timeout=registry.PUSH_SECONDS
+                    )
             elif name != CONTROL:
                 self._wait_until_ready(name, settings, progress)
 
