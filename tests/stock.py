@@ -309,6 +309,8 @@ def booted(suite: str, *, link: Sequence[str] = (), memory: str = MEMORY) -> Ite
             stock = Stock(suite, port, place)
             _wait_for_ssh(stock, qemu)
             with stock.connected():
+                # Busy, the machine may have given up on the disk before it saw it.
+                stock.run("mountpoint -q $cache || mount $cache".replace("$cache", str(CACHE)), timeout=BOOT_SECONDS)
                 yield stock
         finally:
             qemu.kill()
