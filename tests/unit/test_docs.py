@@ -16,6 +16,7 @@ from podferry.cli.app import app
 from podferry.core.phases import SourcePhase
 from podferry.core.preflight import OLDEST_CRIU, OLDEST_RUNC, PIPE_BYTES
 from podferry.errors import Failed
+from podferry.memory.tracking.tracker import TrackerKind
 from podferry.model import Mode
 from podferry.snapshotter import program
 from podferry.snapshotter.metrics import Metrics
@@ -127,6 +128,11 @@ def test_every_phase_of_the_source_has_its_place_in_the_failures() -> None:
     page = (ROOT / "docs/failures.md").read_text()
     going_on = set(SourcePhase) - {SourcePhase.UNDO, SourcePhase.REFUSED, SourcePhase.FAILED, SourcePhase.CANCELLED}
     assert [phase for phase in going_on if f"`{phase}`" not in page] == []
+
+
+def test_cli_md_names_every_tracker_and_no_other() -> None:
+    (row,) = re.findall(r"^\| `tracker`, .*$", (ROOT / "docs/cli.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\(([^)]+)\)", row)[0].split(", ")) == {f"`{kind}`" for kind in TrackerKind}
 
 
 def test_the_readme_names_every_mode() -> None:

@@ -25,8 +25,9 @@ from podferry.workload.config import Config, load, of_kubernetes
 
 DESCRIPTION = """Move running containers off this node and onto it.
 
-The agent answers `podferry` on a unix socket (RUN/agent.sock) and other agents over TLS. It is told what to do by one JSON
-file; docs/agent.md lists its fields. It may be killed and started again at any moment: what it was doing it finishes or undoes."""
+The agent answers `podferry` on a unix socket (RUN/agent.sock) and other agents over TLS. One JSON file holds
+its settings; docs/agent.md lists the fields. It may be killed and restarted at any moment: it then finishes or undoes its
+migrations."""
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument(
         "--kubernetes",
         action="store_true",
-        help="serve the cluster that this runs in: settings come from NODE_NAME, NODE_IP and POD_NAMESPACE, not from a file",
+        help="serve the Kubernetes cluster that the agent runs in; settings come from NODE_NAME, NODE_IP and "
+        "POD_NAMESPACE, not from a file",
     )
     parser.add_argument("--version", action="version", version=__version__)
     arguments = parser.parse_args()

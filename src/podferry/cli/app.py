@@ -53,12 +53,13 @@ Id = Annotated[
     ),
 ]
 To = Annotated[str, typer.Option("--to", metavar="NODE", help="The node to move it to.", autocompletion=complete.nodes)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/cli.md promises it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/cli.md specifies it.")]
 Lab = Annotated[
     str | None, typer.Option("--lab", metavar="NAME", help="The lab to use (env PODFERRY_LAB, or 'default').")
 ]
 Agent = Annotated[
-    Path | None, typer.Option("--agent", metavar="SOCKET", help="Talk to this one agent instead (env PODFERRY_AGENT).")
+    Path | None,
+    typer.Option("--agent", metavar="SOCKET", help="Ask the agent at this socket alone (env PODFERRY_AGENT)."),
 ]
 
 
@@ -110,17 +111,17 @@ def check(
         bool,
         typer.Option(
             "--rehearse",
-            help="Have CRIU dump the container without its memory, and the target judge the images. The job stands still for "
-            "about 0.1 s and goes on; what `exec` started in it ends, as in a move.",
+            help="Rehearse the move: CRIU dumps the container without its memory, and the target checks the images. "
+            "The job stands still for about 0.1 s and goes on; its `exec` sessions end, as in a move.",
         ),
     ] = False,
     json: Json = False,
     lab: Lab = None,
     agent: Agent = None,
 ) -> None:
-    """Ask whether a container can move, and what stands in the way. Nothing is touched, unless it is to be rehearsed.
+    """Check whether a container can move, and list the reasons why not. Changes nothing without --rehearse.
 
-    Exit code 0 means that it can, 3 that it cannot.
+    Exit code 0 means that the container can move, 3 that it cannot.
 
     Examples:
 
@@ -143,28 +144,36 @@ def migrate(
     *,
     name: Name,
     to: To,
-    mode: Annotated[Mode, typer.Option(help="live copies while it runs; stop and postcopy freeze first.")] = Mode.LIVE,
+    mode: Annotated[
+        Mode, typer.Option(help="live copies memory while the job runs; stop and postcopy freeze it first.")
+    ] = Mode.LIVE,
     timeout: Annotated[
-        float | None, typer.Option(metavar="S", min=0, help="Roll back if it is not done after S seconds.")
+        float | None,
+        typer.Option(metavar="S", min=0, help="Roll the migration back if it is not done after S seconds."),
     ] = None,
     max_downtime: Annotated[
-        float | None, typer.Option(metavar="MS", min=0, help="Only stop the job when that will take less than MS ms.")
+        float | None,
+        typer.Option(
+            metavar="MS", min=0, help="Freeze the job only when the expected downtime is below MS milliseconds."
+        ),
     ] = None,
     max_freeze: Annotated[
         float | None,
         typer.Option(
             metavar="S",
             min=0.1,
-            help="Give the job back where it has stood still for S seconds and cannot go on yet. Default: 5 s beyond "
+            help="Thaw the job and roll back when it has been frozen for S seconds before the switchover. Default: 5 s beyond "
             "--max-downtime; in mode stop, when nothing could be sent for 2 min.",
         ),
     ] = None,
     bandwidth: Annotated[
-        str | None, typer.Option(metavar="RATE", help="Use no more of the link than RATE: 100mbit, 50MiB, ...")
+        str | None, typer.Option(metavar="RATE", help="Send at most RATE: 100mbit, 50MiB, ...")
     ] = None,
     allow_postcopy: Annotated[
         bool,
-        typer.Option("--allow-postcopy", help="Fall to post-copy where the job writes faster than the link carries."),
+        typer.Option(
+            "--allow-postcopy", help="Switch to post-copy where the job writes memory faster than the link carries it."
+        ),
     ] = False,
     json: Json = False,
     lab: Lab = None,
@@ -172,7 +181,7 @@ def migrate(
 ) -> None:
     """Move a running container to another node.
 
-    Ctrl-C rolls it back: the job runs on where it was. A second Ctrl-C leaves the agent to finish alone.
+    Ctrl-C rolls the migration back: the job runs on at the source. After a second Ctrl-C the agent finishes alone.
 
     Examples:
 
@@ -211,14 +220,14 @@ def status(
     id: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ID]", help="One migration; all of them without it.", autocompletion=complete.migrations
+            metavar="[ID]", help="The migration to show; all of them if omitted.", autocompletion=complete.migrations
         ),
     ] = None,
     json: Json = False,
     lab: Lab = None,
     agent: Agent = None,
 ) -> None:
-    """Show the migrations that there are and were, or one of them.
+    """Show the migrations under way and past ones, or one of them.
 
     Example: [bold]podferry status[/]
     """
@@ -235,7 +244,7 @@ def status(
 
 @app.command()
 def cancel(context: typer.Context, id: Id, json: Json = False, lab: Lab = None, agent: Agent = None) -> None:
-    """Undo a migration that is under way: the job runs on where it was.
+    """Cancel a migration that is under way: the job runs on at the source.
 
     Example: [bold]podferry cancel 7f3a[/]
     """
@@ -252,18 +261,18 @@ def resolve(
     run_on: Annotated[
         str,
         typer.Option(
-            "--run-on", metavar="NODE", help="The node that shall run the job.", autocompletion=complete.nodes
+            "--run-on", metavar="NODE", help="The node that is to run the job.", autocompletion=complete.nodes
         ),
     ],
     json: Json = False,
     lab: Lab = None,
     agent: Agent = None,
 ) -> None:
-    """Decide where a job runs whose nodes lost each other in the middle of a migration.
+    """Decide where a job runs whose nodes lost contact in the middle of a migration.
 
-    Needed only when a migration is in phase [bold]lost-contact[/] and the nodes will not meet again: then the source is
-    frozen and nobody but you knows whether the target runs. Make sure that the [bold]other[/] node is down for good first:
-    a job that runs twice cannot be undone.
+    Needed only when a migration is in phase [bold]lost-contact[/] and the nodes cannot reach each other again: the source
+    is frozen and does not know whether the target runs the job. First make sure that the [bold]other[/] node is down for
+    good: podferry cannot undo a job that ran twice.
 
     Example: [bold]podferry resolve 7f3a --run-on node-a[/]
     """
@@ -286,7 +295,8 @@ def explain(
     *,
     id: Id,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as one self-contained page instead; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a self-contained HTML page to FILE instead; - for stdout."),
     ] = None,
     lab: Lab = None,
     agent: Agent = None,

@@ -28,7 +28,7 @@ FIGURES = {
 RESULTS = Path("bench-results.jsonl")
 
 app = typer.Typer(
-    help="Measure how jobs are moved: by podferry, by CRIU alone, and by how little one could do with. Needs root.",
+    help="Measure moves of jobs: by podferry, by CRIU alone, and the lowest downtime that CRIU allows. Needs root.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -49,7 +49,9 @@ def list_scenarios() -> None:
 
 @app.command()
 def run(
-    scenarios: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="As `podferry bench list` names them.")],
+    scenarios: Annotated[
+        list[str], typer.Argument(metavar="SCENARIO...", help="Scenarios, as `podferry bench list` names them.")
+    ],
     method: Annotated[
         list[str] | None, typer.Option("--method", metavar="NAME", help="Run this method alone; may be repeated.")
     ] = None,
@@ -61,7 +63,7 @@ def run(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the lab up at the end.")] = False,
     lab: LabName = "bench",
 ) -> None:
-    """Run scenarios and keep a record of every run; then say which goals they keep.
+    """Run scenarios and record every run; then say which goals the results meet.
 
     Example: [bold]podferry bench run downtime small large --repeat 10[/]
     """
@@ -87,7 +89,9 @@ def run(
 
 @app.command("report")
 def make_report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", exists=True, help="What `run` has written.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", exists=True, help="Results that `run` has written.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(

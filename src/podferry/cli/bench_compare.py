@@ -17,7 +17,9 @@ from podferry.errors import UsageError
 GOT_WORSE = 1
 STYLES = {ChangeVerdict.WORSE: "red", ChangeVerdict.FAILED: "red", ChangeVerdict.BETTER: "green"}
 
-Results = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `run` or `evaluate` has written.")]
+Results = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, help="Results that `run` or `evaluate` has written.")
+]
 
 
 def compare_results(

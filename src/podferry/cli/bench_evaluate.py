@@ -25,7 +25,9 @@ MINUTES, QUICK_MINUTES = 90.0, 2.0
 LabName = Annotated[
     str,
     typer.Option(
-        "--lab", metavar="NAME", help="The lab to use; made where it is not there, and anew after a run that failed."
+        "--lab",
+        metavar="NAME",
+        help="The lab to use; it is created where it does not exist, and again after a failed run.",
     ),
 ]
 
@@ -40,17 +42,17 @@ def evaluate(
             help="Time for all runs, those of earlier sittings included. [default: 90; 2 with --quick]",
         ),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Run the small subset that two minutes have room for.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run a subset that takes two minutes.")] = False,
     out: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", file_okay=False, help="Where results and report are written, and results are gone on with."
+            metavar="DIR",
+            file_okay=False,
+            help="The directory of results and report; an evaluation continues the results in it.",
         ),
     ] = OUT,
     report: Annotated[
-        bool, typer.Option("--report", help="Write the report of the results that are there, and run nothing.")
+        bool, typer.Option("--report", help="Write the report of existing results, and run nothing.")
     ] = False,
     show_plan: Annotated[
         bool, typer.Option("--plan", help="Show one round of the plan with its times, and run nothing.")

@@ -44,22 +44,20 @@ def demo(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the move's record as a page, as `podferry explain` does.")
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="How it moves, as for `podferry migrate`.")] = Mode.LIVE,
+    mode: Annotated[Mode, typer.Option(help="The mode of the move, as for `podferry migrate`.")] = Mode.LIVE,
     steps_: Annotated[
-        int, typer.Option("--steps", metavar="N", min=LEAST_STEPS, help="How long the job computes, in its own steps.")
+        int, typer.Option("--steps", metavar="N", min=LEAST_STEPS, help="The number of steps that the job computes.")
     ] = STEPS,
     memory: Annotated[
         int, typer.Option(metavar="MIB", min=LEAST_MEBIBYTES, help="How much memory the job rewrites.")
     ] = MEBIBYTES,
     name: Annotated[
-        str, typer.Option("--lab", metavar="NAME", help="What its lab is called; it must not be up already.")
+        str, typer.Option("--lab", metavar="NAME", help="The name of the demo's lab, which must not be up already.")
     ] = LAB,
     kubernetes: Annotated[
-        bool, typer.Option("--kubernetes", help="In a real Kubernetes, by kubectl: the pod of a Job moves, live.")
+        bool, typer.Option("--kubernetes", help="Move the pod of a Job in a lab with Kubernetes, in mode live.")
     ] = False,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the lab and the containers as they are at the end.")
-    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the lab and its containers up at the end.")] = False,
 ) -> None:
     """Move a computing job between two nodes, and prove that its result is the one of a job that never moved.
 

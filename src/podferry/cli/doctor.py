@@ -27,16 +27,21 @@ SUMMARIES = {
 
 def doctor(
     node: Annotated[
-        bool, typer.Option("--node", help="What a node's agent needs, on a host or in a cluster, instead of the lab.")
+        bool,
+        typer.Option(
+            "--node", help="Check what a node's agent needs, on a host or in a cluster, instead of what the lab needs."
+        ),
     ] = False,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="With --node: the agent's own configuration.")
+        Path | None, typer.Option("--config", metavar="FILE", help="With --node: the agent's configuration file.")
     ] = None,
-    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="For a lab with Kubernetes.")] = False,
+    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Check for a lab with Kubernetes.")] = False,
     debian: Annotated[
-        str, typer.Option(metavar="RELEASE", help=f"For a lab whose nodes are made of {' or '.join(SUITES)}.")
+        str, typer.Option(metavar="RELEASE", help=f"Check for a lab whose nodes run Debian {' or '.join(SUITES)}.")
     ] = OF_NODES,
-    lab: Annotated[str, typer.Option("--lab", metavar="NAME", envvar="PODFERRY_LAB", help="Which lab.")] = "default",
+    lab: Annotated[
+        str, typer.Option("--lab", metavar="NAME", envvar="PODFERRY_LAB", help="The lab's name.")
+    ] = "default",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say whether this machine can run the lab, or with --node be a node, and what to do about what it lacks.

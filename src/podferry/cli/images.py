@@ -20,19 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Share = Annotated[Path, typer.Option(metavar="DIR", help="The share, as `podferry-snapshotter --share` has it.")]
+Share = Annotated[
+    Path, typer.Option(metavar="DIR", help="The share's directory, as given to `podferry-snapshotter --share`.")
+]
 SHOWN = 12
 
 
 @app.command()
 def show(
     share: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The share, as `podferry-snapshotter --share` has it.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The share's directory, as given to `podferry-snapshotter --share`."),
     ] = None,
     lab: Annotated[str | None, typer.Option(metavar="NAME", help="The share of a lab on this machine.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the layers, how large they are, and which nodes use them. Nothing is changed.
+    """Show the layers with their sizes and the nodes that use them. Changes nothing.
 
     Examples:
 
@@ -68,12 +71,13 @@ def show(
 @app.command()
 def check(
     share: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The share, as `podferry-snapshotter --share` has it.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The share's directory, as given to `podferry-snapshotter --share`."),
     ] = None,
     lab: Annotated[str | None, typer.Option(metavar="NAME", help="The share of a lab on this machine.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each layer.")] = False,
 ) -> None:
-    """Read all layers whole, against their digests. A damaged one is set aside, and the next pull makes it again.
+    """Read all layers and compare their digests. Sets damaged layers aside; the next pull publishes them again.
 
     Example: [bold]podferry images check --share /share/images[/]
     """
@@ -117,10 +121,10 @@ def _where(share: Path | None, lab: str | None) -> Path:
 def init(
     share: Share,
     local: Annotated[
-        bool, typer.Option("--local", help="Also where nothing is mounted: a directory of this machine alone.")
+        bool, typer.Option("--local", help="Allow a directory of this machine's own disk, where no share is mounted.")
     ] = False,
 ) -> None:
-    """Make a share of an empty directory. The first snapshotter does it by itself where a file system is mounted.
+    """Turn an empty directory into a share. The first snapshotter does this by itself where a file system is mounted.
 
     Example: [bold]podferry images init --share /share/images[/]
     """
@@ -134,9 +138,9 @@ def init(
 
 @app.command()
 def forget(
-    node: Annotated[str, typer.Argument(metavar="NODE", help="A node that is gone for good.")], share: Share
+    node: Annotated[str, typer.Argument(metavar="NODE", help="A node that will never come back.")], share: Share
 ) -> None:
-    """Drop what a node that will not come back still uses, so that it can be collected.
+    """Remove the references of a node that will not come back, so that its layers can be collected.
 
     Example: [bold]podferry images forget node-c --share /share/images[/]
     """

@@ -28,9 +28,9 @@ def install(json: Json = False) -> None:
 
 def uninstall(
     force: Annotated[
-        bool, typer.Option("--force", help="Although containers run that could not be stopped afterwards.")
+        bool, typer.Option("--force", help="Uninstall although containers run that no runtime could stop afterwards.")
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Until no container needs it any more.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until no container needs podferry any more.")] = False,
     json: Json = False,
 ) -> None:
     """Take podferry off this node again: every file is as it was before `podferry install`, the agent's key and journals are gone.

@@ -60,49 +60,60 @@ def migrate(
         typer.Option("--to", metavar="NODE", help="Default: the scheduler chooses.", autocompletion=offering(NODES)),
     ] = None,
     selector: Annotated[
-        list[str] | None, typer.Option("--node-selector", metavar="KEY=VALUE", help="A label that the node must have.")
+        list[str] | None,
+        typer.Option("--node-selector", metavar="KEY=VALUE", help="A label that the target node must have."),
     ] = None,
     mode: Annotated[
         Mode | None,
         typer.Option(
-            help="live copies while it runs; stop and postcopy freeze first. Default: the pod's policy's, or live."
+            help="live copies memory while the job runs; stop and postcopy freeze it first. "
+            "Default: that of the pod's MigrationPolicy, or live."
         ),
     ] = None,
     timeout: Annotated[
         str | None,
         typer.Option(
-            metavar="TIME", help="Take it back if it is not done by then. Default: the pod's policy's, or 1h."
+            metavar="TIME",
+            help="Roll the Migration back if it is not done after this time. Default: that of the pod's MigrationPolicy, or 1h.",
         ),
     ] = None,
     max_downtime: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Only stop the job when that will take less, e.g. 300ms.")
+        str | None,
+        typer.Option(metavar="TIME", help="Freeze the job only when the expected downtime is below this, e.g. 300ms."),
     ] = None,
     max_freeze: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Give the job back where it has stood still for so long and cannot go on yet. Default: 5s beyond --max-downtime; "
-            "in mode stop, when nothing could be sent for 2m.",
+            help="Thaw the job and roll back when it has been frozen for so long before the switchover. "
+            "Default: 5s beyond --max-downtime; in mode stop, when nothing could be sent for 2m.",
         ),
     ] = None,
     bandwidth: Annotated[
-        str | None, typer.Option(metavar="RATE", help="Use no more of the link than RATE: 100mbit, 50MiB, ...")
+        str | None, typer.Option(metavar="RATE", help="Send at most RATE: 100mbit, 50MiB, ...")
     ] = None,
     allow_postcopy: Annotated[
         bool,
-        typer.Option("--allow-postcopy", help="Fall to post-copy where the job writes faster than the link carries."),
+        typer.Option(
+            "--allow-postcopy", help="Switch to post-copy where the job writes memory faster than the link carries it."
+        ),
     ] = False,
     allow_throttle: Annotated[
-        bool, typer.Option("--allow-throttle", help="Slow the job down where it writes faster than the link carries.")
+        bool,
+        typer.Option(
+            "--allow-throttle",
+            help="Throttle the job's CPU time where it writes memory faster than the link carries it.",
+        ),
     ] = False,
     ttl: Annotated[
         str | None,
         typer.Option(
-            "--ttl", metavar="TIME", help="Delete the Migration so long after its end, e.g. 1h; default: keep it."
+            "--ttl", metavar="TIME", help="Delete the Migration this long after its end, e.g. 1h; default: keep it."
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="The Migration's name; default: made up.")
+        str | None,
+        typer.Option("--name", metavar="NAME", help="The Migration's name; default: move-POD and a random suffix."),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
     json: Json = False,
@@ -112,7 +123,7 @@ def migrate(
 ) -> None:
     """Move a running pod to another node.
 
-    Ctrl-C takes it back: the job runs on where it was. A second Ctrl-C leaves the cluster to finish alone.
+    Ctrl-C cancels the Migration: the job runs on at the source. After a second Ctrl-C the cluster finishes alone.
 
     Examples:
 
@@ -157,7 +168,8 @@ def check(
         bool,
         typer.Option(
             "--rehearse",
-            help="Have a node chosen and asked, and CRIU dump the pod without its memory: it stands still for about 0.1 s.",
+            help="Rehearse the move: a node is chosen, and CRIU dumps the pod without its memory. "
+            "The pod stands still for about 0.1 s.",
         ),
     ] = False,
     json: Json = False,
@@ -165,11 +177,11 @@ def check(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """List what stands in the way of moving a pod, in words. Nothing is touched, unless its move is to be rehearsed.
+    """List the reasons why a pod cannot move. Changes nothing without --rehearse.
 
-    What only the nodes know (kernel, CRIU, what the processes hold open) is checked at the start of a migration, before
-    anything is touched too. Exit code 0 means that nothing was found, 3 that something was. A rehearsal is a Migration with
-    spec.dryRun, and exits as one.
+    The agents check the node's side (kernel, CRIU, open files of the processes) at the start of a migration, also before
+    they change anything. Exit code 0 means that there is no reason, 3 that there is one. A rehearsal is a Migration with
+    spec.dryRun, and has the exit code of one.
 
     Examples:
 
@@ -209,56 +221,72 @@ def drain(
     node: Annotated[str, typer.Argument(metavar="NODE", help="The node to empty.", autocompletion=offering(NODES))],
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would become of each pod, where to, how soon. Nothing is touched."),
+        typer.Option(
+            "--dry-run",
+            help="Show for each pod whether it would move, to which nodes, and how long that would take. Changes nothing.",
+        ),
     ] = False,
     evict_others: Annotated[
         bool,
         typer.Option(
-            "--evict-others", help="Evict the pods that cannot move. Their disruption budgets hold; their work is lost."
+            "--evict-others",
+            help="Evict the pods that cannot move. Their PodDisruptionBudgets are kept; the work they have computed is lost.",
         ),
     ] = False,
     parallel: Annotated[
-        int, typer.Option("--parallel", metavar="N", min=1, max=50, help="Moves out of the node at once.")
+        int,
+        typer.Option(
+            "--parallel", metavar="N", min=1, max=50, help="The number of moves out of the node at the same time."
+        ),
     ] = 2,
     mode: Annotated[
         Mode | None,
         typer.Option(
-            help="live copies while it runs; stop and postcopy freeze first. Default: each pod's policy's, or live."
+            help="live copies memory while the job runs; stop and postcopy freeze it first. "
+            "Default: that of each pod's MigrationPolicy, or live."
         ),
     ] = None,
     timeout: Annotated[
         str | None,
         typer.Option(
-            metavar="TIME", help="Take a move back if it is not done by then. Default: each pod's policy's, or 1h."
+            metavar="TIME",
+            help="Roll a move back if it is not done after this time. Default: that of each pod's MigrationPolicy, or 1h.",
         ),
     ] = None,
     allow_postcopy: Annotated[
         bool,
-        typer.Option("--allow-postcopy", help="Fall to post-copy where a job writes faster than the link carries."),
+        typer.Option(
+            "--allow-postcopy", help="Switch to post-copy where a job writes memory faster than the link carries it."
+        ),
     ] = False,
     allow_throttle: Annotated[
-        bool, typer.Option("--allow-throttle", help="Slow a job down where it writes faster than the link carries.")
+        bool,
+        typer.Option(
+            "--allow-throttle", help="Throttle a job's CPU time where it writes memory faster than the link carries it."
+        ),
     ] = False,
     within: Annotated[
         str | None,
         typer.Option(
             "--within",
             metavar="TIME",
-            help="The node goes away in TIME: the moves go first that save most computed work until then.",
+            help="The node goes away in TIME, e.g. 10m. Moves that save most computed work until then go first.",
         ),
     ] = None,
     stop: Annotated[
-        bool, typer.Option("--stop", help="Begin no further move; those under way go on. Drain again to resume.")
+        bool, typer.Option("--stop", help="Begin no further move; moves under way go on. Run `drain` again to resume.")
     ] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait: the cluster goes on alone.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Do not wait for the end; the controller goes on with the drain.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON: a NodeDrain object on each change.")] = False,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Empty a node: cordon it and move its pods, those that have computed longest first.
 
-    A pod's annotation podferry.dev/priority (a number) puts it before others. What cannot move stays, unless you evict it.
-    The drain is an object in the cluster: close the terminal, and it goes on; run the command again, and it is shown again.
+    A pod's annotation podferry.dev/priority (a number) puts it before others. Pods that cannot move stay, unless you evict them.
+    The drain is an object in the cluster: it goes on when you close the terminal; run the command again to watch it again.
 
     Exit code 0 means that the node is empty, 5 that pods are left.
 
@@ -317,9 +345,9 @@ def cancel(
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Take a migration back, as long as the right to run has not passed: the job runs on where it was.
+    """Cancel a migration before its point of no return: the job runs on at the source.
 
-    Exit code 0 means that it was taken back, another how it ended instead.
+    Exit code 0 means that it was cancelled; other codes say how it ended instead.
 
     Example: [bold]kubectl podferry cancel move-train-x7k2p-4f2a[/]
     """

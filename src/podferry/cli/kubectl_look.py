@@ -21,9 +21,12 @@ from podferry.cli.terminal import print_json, stdout
 
 def list_(
     *,
-    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,
+    all_namespaces: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="Show the objects of every namespace.")
+    ] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Go on: those that have not ended, and what changes, until Ctrl-C.")
+        bool,
+        typer.Option("--watch", "-w", help="Show the Migrations that have not ended, and every change, until Ctrl-C."),
     ] = False,
     json: Json = False,
     namespace: Namespace = None,

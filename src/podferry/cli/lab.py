@@ -42,7 +42,8 @@ app = typer.Typer(
 app.add_typer(image_commands)
 
 LabName = Annotated[
-    str, typer.Option("--lab", metavar="NAME", envvar="PODFERRY_LAB", help="Which lab; labs never meet.")
+    str,
+    typer.Option("--lab", metavar="NAME", envvar="PODFERRY_LAB", help="The lab's name. Labs have separate networks."),
 ]
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="node-a, node-b, ... or storage.")]
 Container = Annotated[str, typer.Argument(metavar="NAME", help="The container, as `podferry lab run` named it.")]
@@ -71,21 +72,23 @@ def up(
     ] = None,
     debian: Annotated[
         str | None,
-        typer.Option(metavar="RELEASE", help=f"What nodes are made of: {' or '.join(SUITES)} (new labs: {OF_NODES})."),
+        typer.Option(
+            metavar="RELEASE", help=f"The Debian release of the nodes: {' or '.join(SUITES)} (new labs: {OF_NODES})."
+        ),
     ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What makes the containers of a lab with Kubernetes: containerd, or crio from the programs in "
+            help="The container runtime of a lab with Kubernetes: containerd, or crio from the programs in "
             "$PODFERRY_CRIO_BIN; containerd,crio gives node-a the first, all others the second (new labs: containerd).",
         ),
     ] = None,
     lab: LabName = DEFAULT,
 ) -> None:
-    """Bring the lab up, or complete what is missing. The first time builds its images: a few minutes.
+    """Start the lab, or its missing parts. The first start builds the nodes' image, which takes a few minutes.
 
-    Running it again is quick and changes only what is asked for: a lab can grow, and its links can change their rate.
+    A second `up` takes a moment; it can add nodes and change the rate of the links.
 
     Examples:
 
@@ -109,7 +112,7 @@ def up(
 
 @app.command()
 def down(lab: LabName = DEFAULT) -> None:
-    """End everything in the lab and remove it: processes, namespaces, cgroups, files. A lab that is not there is fine."""
+    """Stop and remove the lab: processes, namespaces, cgroups, files. Does nothing where there is no such lab."""
     with _progress() as progress:
         Lab(lab).down(progress)
 
@@ -141,7 +144,7 @@ def list_command(json: Json = False) -> None:
 
 @app.command(name="exec", context_settings=PASS_ON)
 def exec_command(context: typer.Context, node: NodeName, lab: LabName = DEFAULT) -> None:
-    """Run a command inside a node, on this terminal; its exit code is ours.
+    """Run a command inside a node, on this terminal; ends with its exit code.
 
     Examples:
 
@@ -158,7 +161,7 @@ def exec_command(context: typer.Context, node: NodeName, lab: LabName = DEFAULT)
 
 @app.command(context_settings=PASS_ON)
 def kubectl(context: typer.Context, lab: LabName = DEFAULT) -> None:
-    """Run kubectl for the lab's Kubernetes, with this machine's files; its exit code is ours.
+    """Run kubectl for the lab's Kubernetes, with this machine's files; ends with its exit code.
 
     A lab's network is its own, so a kubectl started elsewhere would not reach it.
 
@@ -207,13 +210,13 @@ def mend(node: NodeName, lab: LabName = DEFAULT) -> None:
 def run(
     context: typer.Context,
     *,
-    node: Annotated[str, typer.Option(metavar="NODE", help="Where it starts.")],
-    name: Annotated[str, typer.Option(metavar="NAME", help="What it is called from now on.")],
+    node: Annotated[str, typer.Option(metavar="NODE", help="The node that starts the container.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="The container's name.")],
     image: Annotated[
         str, typer.Option(metavar="REF", help="An image of the lab's registry, or the path of an OCI archive here.")
     ] = JOB_IMAGE,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="Set in its environment; may be repeated.")
+        list[str] | None, typer.Option(metavar="K=V", help="An environment variable of the container; may be repeated.")
     ] = None,
     lab: LabName = DEFAULT,
 ) -> None:
@@ -228,7 +231,7 @@ def run(
 
 @app.command()
 def stop(name: Container, lab: LabName = DEFAULT) -> None:
-    """Kill a container and remove it, wherever it is. Its log stays."""
+    """Kill a container and remove it, whichever node it runs on. Its log stays."""
     require_root()
     containers.stop(Lab(lab), name)
 
@@ -237,7 +240,7 @@ def stop(name: Container, lab: LabName = DEFAULT) -> None:
 def logs(
     name: Container,
     follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Go on until the container ends, wherever it moves.")
+        bool, typer.Option("-f", "--follow", help="Follow the output until the container ends, also across its moves.")
     ] = False,
     lab: LabName = DEFAULT,
 ) -> None:

@@ -33,17 +33,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def build(
     name: Name,
     packages: Annotated[
-        list[str], typer.Option("--packages", metavar="PACKAGE,...", help="What is in it; may be repeated.")
+        list[str],
+        typer.Option("--packages", metavar="PACKAGE,...", help="The Debian packages to install; may be repeated."),
     ],
     command: Annotated[
-        str, typer.Option(metavar="COMMAND", help="What it runs unless told otherwise, quoted as for a shell.")
+        str, typer.Option(metavar="COMMAND", help="The image's default command, quoted as for a shell.")
     ] = "bash",
     env: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="Set in its environment; may be repeated.")
+        list[str] | None, typer.Option(metavar="K=V", help="An environment variable of the container; may be repeated.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Build an image: a minimal Debian with packages and all they need. The same again is there at once.
+    """Build an image: a minimal Debian with packages and all they need. An image with the same contents is not built again.
 
     Example: [bold]podferry lab image build numpy --packages python3-numpy,python3-scipy --command python3[/]
     """
@@ -69,9 +70,9 @@ def build(
 @app.command()
 def push(
     name: Name,
-    compress: Annotated[bool, typer.Option(help="Pack its layers, as other tools do when they push.")] = True,
+    compress: Annotated[bool, typer.Option(help="Compress the layers with gzip.")] = True,
     lab: Annotated[
-        str, typer.Option("--lab", metavar="NAME", envvar="PODFERRY_LAB", help="Whose registry.")
+        str, typer.Option("--lab", metavar="NAME", envvar="PODFERRY_LAB", help="The lab whose registry to push to.")
     ] = "default",
 ) -> None:
     """Push an image that was built here to the lab's registry. Nodes pull it when they next run it.

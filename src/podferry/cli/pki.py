@@ -24,7 +24,7 @@ HOME = Path("pki")
 
 @app.command()
 def init(directory: Home = HOME) -> None:
-    """Make an authority. One that exists is never replaced: its nodes would be orphans.
+    """Create a certificate authority. Never replaces one: agents would refuse the certificates that it has signed.
 
     Example: [bold]podferry pki init --authority pki[/]
     """
@@ -35,12 +35,13 @@ def init(directory: Home = HOME) -> None:
 @app.command()
 def issue(
     *,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name, as agent.json says it.")],
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name, as in its agent.json.")],
     address: Annotated[
-        list[str] | None, typer.Option(metavar="IP", help="An address to name as well; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="IP", help="An IP address to put into the certificate, too; may be repeated."),
     ] = None,
     into: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write it; without it a directory with the node's name.")
+        Path | None, typer.Option(metavar="DIR", help="The directory to write to; default: one with the node's name.")
     ] = None,
     directory: Home = HOME,
 ) -> None:

@@ -48,10 +48,10 @@ from podferry.kube.watch import Queues, follow
 from podferry.node.logs import log_json_lines
 from podferry.wire.metrics_server import serve_metrics
 
-DESCRIPTION = """Decide about Migration objects: which pods may move, where to, who owns them afterwards.
+DESCRIPTION = """Carry out Migration objects: check the pod, choose the target node, create the target pod, hand the job over.
 
-It may run twice (one leads, by a Lease) and may be killed at any moment: all that it knows is in the cluster's
-objects. It finds the cluster as kubectl does, or by the service account of the pod that it runs in."""
+Several instances may run; a Lease elects the one that acts. Each may be killed at any moment, since all state is in the
+cluster's objects. The program finds the cluster as kubectl does, or by the service account of its pod."""
 
 LEASE = ACCOUNT = "podferry-controller"
 
@@ -214,19 +214,19 @@ def main() -> None:
     parser.add_argument(
         "--namespace",
         default=os.environ.get("POD_NAMESPACE", "podferry-system"),
-        help="where the lease and the authority are; default: $POD_NAMESPACE or podferry-system",
+        help="the namespace of the lease and the certificate authority; default: $POD_NAMESPACE or podferry-system",
     )
     parser.add_argument(
         "--image",
         default=os.environ.get("PODFERRY_IMAGE", ControllerSettings.image),
-        help="what placeholder pods run; it must have `sleep`; default: $PODFERRY_IMAGE or %(default)s",
+        help="the image of placeholder pods; it must have `sleep`; default: $PODFERRY_IMAGE or %(default)s",
     )
     parser.add_argument(
         "--scheduling-patience",
         type=float,
         default=ControllerSettings.scheduling,
         metavar="S",
-        help="give a move up when no node was found for so long; default: %(default)s",
+        help="roll a move back when the scheduler found no node for so long; default: %(default)s",
     )
     for flag, number, what in (
         ("--parallel", Limits.cluster, "in the cluster"),
@@ -241,7 +241,7 @@ def main() -> None:
         "--node-trouble",
         action="append",
         metavar="KIND:KEY=TIME",
-        help="drain a node for as long as it has, TIME after this taint, condition or annotation came; may be given several times; "
+        help="drain a node that gets this taint, condition or annotation, and expect it to go away TIME later; may be repeated; "
         f"none: only for the annotation {BY_ANNOTATION}; default: {shown}",
     )
     parser.add_argument(
@@ -249,7 +249,7 @@ def main() -> None:
         type=float,
         default=ControllerSettings.movability,
         metavar="S",
-        help="look so often at each pod that opted in, and say in its condition PodferryMovable whether it can move; 0: never; "
+        help="seconds between two checks of a pod that opted in, whose result is its condition PodferryMovable; 0: never; "
         "default: %(default)s",
     )
     parser.add_argument(

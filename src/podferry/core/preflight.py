@@ -1,7 +1,7 @@
 """May this container move from that node to this one? Facts in, refusals out: each with a reason and a remedy.
 
 A refusal is said before anything is touched. What is only worth knowing is a warning. The checks are one function each and stand in
-one list; all are asked, so that a person reads every reason at once.
+one list. `check` shows the refusals of all of them at once; a migration ends with the first.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def serve(
     grace: Annotated[float, typer.Option(help="seconds for which an unused layer is kept")] = DAY,
     metrics_port: Annotated[int, typer.Option(help="serve Prometheus metrics on this port of 127.0.0.1; 0: no")] = 0,
 ) -> None:
-    """containerd's snapshots over layers that live once, on a file system that every node mounts."""
+    """Serve containerd snapshots whose layers lie once on a file system that every node mounts."""
     metrics = Metrics()
     root = root.resolve()
     private_directory(root, below=root)
