@@ -184,6 +184,7 @@ REFUSED: dict[str, Refusal] = {
         ("unix_backlog", "unix_backlog_with_data", "tcp_backlog", "tcp_backlog_with_data"),
         Refusal("its listener does not accept", "accept the connection, or close either end"),
     ),
+    "tcp_closed_with_more_data_than_its_reader_takes": Refusal("does not read all that was said", "read it"),
     "traced_child": Refusal("another one of it traces", "end the debugger"),
     "own_users": Refusal("user namespace of its own", "run the job without a sandbox of its own"),
     "faults_by_descriptor": Refusal("userfaultfd", "run the job without it"),
@@ -226,7 +227,7 @@ def family(file: str) -> Iterator[Situation]:
 
 def needs_sockets(source: str) -> bool:
     """Whether it has TCP or UDP sockets."""
-    words = ("create_server", "AF_INET", "asyncio", "socket.socket()")
+    words = ("create_server", "AF_INET", "asyncio", "socket.socket()", "tcp_over()")
     return any(word in source for word in words)
 
 

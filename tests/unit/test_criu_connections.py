@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from podferry.criu.connections import CLOSE, CLOSE_WAIT, LISTEN, SYN_SENT, settle
+from podferry.criu.connections import CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYN_SENT, settle
 from podferry.criu.images import FILES_MAGIC, encode_entries, entries_of
 from podferry.errors import PeerMisbehaved
 from podferry.node.network import DEFAULT, Network
@@ -125,12 +125,13 @@ def test_what_is_not_connected_yet_begins_anew() -> None:
     assert not one.HasField("shutdown")
 
 
-def test_what_the_other_end_said_before_it_closed_can_still_be_read() -> None:
-    found = settle(
-        images([tcp(("127.0.0.1", 1), ("127.0.0.1", 2), CLOSE_WAIT), tcp((POD, 1), (OTHER, 2), CLOSE_WAIT, ino=8)])
-    )
+@pytest.mark.parametrize("state", [CLOSE_WAIT, LAST_ACK, CLOSE])
+def test_what_the_other_end_said_before_it_closed_can_still_be_read(state: int) -> None:
+    """The other end is gone: in CLOSE both have closed, and this one has still to read."""
+    found = settle(images([tcp(("127.0.0.1", 1), ("127.0.0.1", 2), state), tcp((POD, 1), (OTHER, 2), state, ino=8)]))
     kept, closed = sockets(found.images)
-    assert kept.state == CLOSE_WAIT
+    assert kept.state == state
+    assert (kept.src_port, kept.dst_port) == (1, 2)
     assert is_closed(closed)
 
 

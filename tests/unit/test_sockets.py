@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -99,6 +100,29 @@ def test_what_waits_to_be_accepted_is_told() -> None:
                 assert not any(f":{port}" in one for one in sockets.unaccepted(ME, [ME]))
 
 
+def test_what_a_closed_end_has_not_sent_yet_is_told_until_it_is_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+    with accepted:
+        accepted.settimeout(10)
+        client.setblocking(False)
+        said = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                said += client.send(bytes(1 << 16))
+        mine = f"{accepted.getsockname()[0]}:{accepted.getsockname()[1]} -> 127.0.0.1:{client.getsockname()[1]}"
+        assert not any(mine in one for one in sockets.unsent(ME, [ME])), "it is open"
+        client.close()
+        assert any(mine in one for one in sockets.waits_for(0.01, sockets.unsent, ME, [ME]))
+        assert not any(mine in one for one in to_others(ME, [ME])), "its other end was ours"
+        assert sockets.unsent(ME, []) == ()
+        while got := accepted.recv(1 << 20):
+            said -= len(got)
+        assert said == 0
+        assert not any(mine in one for one in sockets.unsent(ME, [ME])), "all is here"
+
+
 @pytest.mark.parametrize("address", ["\0unaccepted", "unaccepted.sock"])
 def test_what_waits_at_a_unix_socket_is_told(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -110,11 +134,11 @@ def test_what_waits_at_a_unix_socket_is_told(address: str, tmp_path: Path, monke
         client.connect(address)
         client.sendall(b"hello")
         assert name in sockets.unaccepted(ME, [ME])
-        assert name in sockets.unaccepted_for(0.01, ME, [ME])
+        assert name in sockets.waits_for(0.01, sockets.unaccepted, ME, [ME])
         assert sockets.unaccepted(ME, []) == ()
         with server.accept()[0]:
             assert name not in sockets.unaccepted(ME, [ME])
-    assert sockets.unaccepted_for(60.0, ME, []) == (), "nothing is waited for"
+    assert sockets.waits_for(60.0, sockets.unaccepted, ME, []) == (), "nothing is waited for"
 
 
 def test_whoever_has_said_all_before_it_is_accepted_waits_too() -> None:

@@ -34,6 +34,8 @@ SOCKETS = "internet sockets"
 """As `ContainerFacts.unsaved` names TCP, UDP and raw sockets, where the kernel does not let CRIU save them before 4.2."""
 UNACCEPTED = "unaccepted connection"
 """As `ContainerFacts.unsaved` names connections within the job that nobody accepts."""
+UNSENT = "unsent data"
+"""As `ContainerFacts.unsaved` names connections within the job that were closed before the other end had read all."""
 CORKED = "corked UDP socket"
 """As `ContainerFacts.unsaved` names datagram sockets with a datagram that is not sent yet."""
 MPTCP = "MPTCP socket"
@@ -267,6 +269,7 @@ def _bound(question: Question) -> Iterator[Refused]:
         GHOST: f"a deleted file of more than {GHOST_BYTES >> 20} MiB open; have the job close it, or keep it under a name",
         OTHER_ROOT: "a first process with another root directory (chroot); start the job from a shell that stays where it is",
         UNACCEPTED: "a connection of its own that its listener does not accept; have it accept the connection, or close either end",
+        UNSENT: "a connection of its own, closed by one end, of which the other does not read all that was said; have it read that",
         PACKET_PIPE: "a pipe in packet mode (pipe2 with O_DIRECT); have the job use a socketpair(SOCK_SEQPACKET)",
         MESSAGE_QUEUE: "a POSIX message queue (mq_open, /dev/mqueue); have the job close it and mq_unlink it, or use another kind",
         CONTROLLING: "a shell on a pty of the container's own that has it open as /dev/tty, as dash does; use bash, which does not",

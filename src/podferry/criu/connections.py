@@ -28,7 +28,9 @@ from podferry.node.newfile import small_file
 from podferry.protos.pagemap_pb2 import FileEntry, InetSkEntry
 
 FILES = "files.img"
-SYN_SENT, CLOSE, CLOSE_WAIT, LISTEN = 2, 7, 8, 10  # net/tcp_states.h
+SYN_SENT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN = 2, 7, 8, 9, 10  # net/tcp_states.h
+_HEARD_ALL = frozenset({CLOSE, CLOSE_WAIT, LAST_ACK})
+"""States in which there may be data that nobody has read, and nothing is waited for: the other end is closed, and gone."""
 BOTH = 3  # SK_SHUTDOWN__BOTH, CRIU's images/sk-opts.proto
 _DATAGRAMS = frozenset({socket.IPPROTO_UDP, socket.IPPROTO_UDPLITE})
 
@@ -97,7 +99,7 @@ class _Workload:
         """Whether a connection can go on: its other end is here, or was, and has said all that it had to say."""
         if one.state == SYN_SENT:
             return False
-        return (_remote(one), _local(one)) in self._pairs or (one.state == CLOSE_WAIT and self._is_own(_remote(one)))
+        return (_remote(one), _local(one)) in self._pairs or (one.state in _HEARD_ALL and self._is_own(_remote(one)))
 
     def rebound(self, one: InetSkEntry) -> Iterator[Address]:
         """Have a socket restored under the new address where it can be; the address that it needs."""

@@ -22,13 +22,14 @@ from podferry.core.preflight import (
     SECRET,
     TRACED,
     UNACCEPTED,
+    UNSENT,
     USER_NAMESPACE,
 )
 from podferry.errors import Failed
 from podferry.node import netns, network
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
-from podferry.node.sockets import to_others, unaccepted_for, unsaved_sockets
+from podferry.node.sockets import to_others, unaccepted, unsaved_sockets, unsent, waits_for
 from podferry.node.unsaved_files import unsaved_files
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts", "time")
@@ -64,7 +65,8 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
                 *has_open.unsaved,
                 *unsaved_processes(task.pid, pids),
                 *unsaved_sockets(pids),
-                *([UNACCEPTED] if unaccepted_for(SECONDS_TO_ACCEPT, task.pid, pids) else ()),
+                *([UNACCEPTED] if waits_for(SECONDS_TO_ACCEPT, unaccepted, task.pid, pids) else ()),
+                *([UNSENT] if waits_for(SECONDS_TO_ACCEPT, unsent, task.pid, pids) else ()),
                 *unsaved_files(task.pid, pids),
                 *_interfaces(task.pid, spec),
             ]

@@ -4,6 +4,9 @@ CRIU reads one socket after the other, and containers of a pod are dumped and re
 would be known to one end alone; and a packet that finds the other end not restored yet would be answered with a reset. TCP sends
 again what is dropped here. Only what arrives over loopback is held: probes and new clients come in from outside as ever.
 
+CRIU itself gives a restored connection the end that its peer had sent, as a packet of its own with a mark. It has to arrive: where
+the peer is gone nobody sends it again, and the connection would be open, until its owner's end is answered with a reset.
+
 CRIU has locks of its own (`network-lock`), but a lazy dump that fails late leaves them in place, and they end with one container.
 One nftables table is made and removed through netlink, so that no program of the node is needed.
 """
@@ -28,7 +31,8 @@ _BEGIN, _END, _SUBSYSTEM, _INET = 0x10, 0x11, 10, 1
 _NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE = 0, 2, 3, 6
 _LOCAL_IN, _PRIORITY = 1, -400
 _NESTED = 0x8000
-_IIF, _REGISTER_1, _EQUAL, _DROP = 4, 1, 0, 0
+_IIF, _MARK, _REGISTER_1, _EQUAL, _NOT_EQUAL, _DROP = 4, 3, 1, 0, 1, 0
+CRIU_MARK = 0xC114  # SOCCR_MARK, CRIU's soccr/soccr.h
 
 
 @dataclass(frozen=True)
@@ -94,24 +98,29 @@ def _expression(name: bytes, *data: bytes) -> bytes:
     return _nest(1, attribute(1, name + b"\0"), _nest(2, *data))
 
 
+def _where(key: int, operator: int, value: int) -> list[bytes]:
+    """That what the kernel knows of a packet by this key is, or is not, this."""
+    return [
+        _expression(b"meta", _number(1, _REGISTER_1), _number(2, key)),
+        _expression(
+            b"cmp", _number(1, _REGISTER_1), _number(2, operator), _nest(3, attribute(1, struct.pack("=I", value)))
+        ),
+    ]
+
+
 def _lock() -> list[bytes]:
     table, chain = attribute(1, TABLE), b"arriving\0"
     hook = _nest(4, _number(1, _LOCAL_IN), _number(2, _PRIORITY))
-    is_loopback = [
-        _expression(b"meta", _number(1, _REGISTER_1), _number(2, _IIF)),
-        _expression(
-            b"cmp",
-            _number(1, _REGISTER_1),
-            _number(2, _EQUAL),
-            _nest(3, attribute(1, struct.pack("=I", netlink.LOOPBACK))),
-        ),
-    ]
+    is_loopback = _where(_IIF, _EQUAL, netlink.LOOPBACK)
+    is_not_of_criu = _where(_MARK, _NOT_EQUAL, CRIU_MARK)
     drop = _expression(b"immediate", _number(1, 0), _nest(2, _nest(2, _number(1, _DROP))))
     return _batch(
         [
             _message(_NEWTABLE, ACK | CREATE, table),
             _message(_NEWCHAIN, ACK | CREATE, table + attribute(3, chain) + hook + attribute(7, b"filter\0")),
-            _message(_NEWRULE, ACK | CREATE, table + attribute(2, chain) + _nest(4, *is_loopback, drop)),
+            _message(
+                _NEWRULE, ACK | CREATE, table + attribute(2, chain) + _nest(4, *is_loopback, *is_not_of_criu, drop)
+            ),
         ]
     )
 

@@ -8,7 +8,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,8 @@ _CONNECTING = "02"  # SS_CONNECTING of linux/net.h
 LISTED = 32  # at most: facts travel
 _WAITS_TO_BE_ACCEPTED = frozenset({"01", "03", "08"})
 """ESTABLISHED; SYN_RECV: the queue is full, or the listener defers; CLOSE_WAIT: the client has said all it had to say."""
+_CLOSED_TOO_EARLY = frozenset({"04", "09", "0B"})
+"""FIN_WAIT1, LAST_ACK, CLOSING of what nobody has open: its end has not arrived, and so not all that was said before."""
 _NO_CONNECTION = frozenset({"06", "07", "0A"})  # TIME_WAIT, CLOSE, LISTEN
 _MAPPED = "0000000000000000FFFF0000" if sys.byteorder == "little" else "00000000000000000000FFFF"
 _TCP_REPAIR, _REPAIR_OFF_SILENTLY = 19, -1  # linux/tcp.h
@@ -107,7 +109,7 @@ def _to_others(pid: int, pids: Iterable[int]) -> Iterator[tuple[Connection, int,
     if there := list(connections(pid)):
         holders = {inode: (owner, at) for owner in pids for inode, at in _open_in(owner).items()}
         own = [one for one in there if one.inode in holders]
-        inside = {(_plain(one.local), _plain(one.remote)) for one in own}
+        inside = {(_plain(one.local), _plain(one.remote)) for one in there if one.inode in holders or _is_gone(one)}
         for one in own:
             if (_plain(one.remote), _plain(one.local)) not in inside:
                 yield one, *holders[one.inode]
@@ -119,15 +121,42 @@ def unaccepted(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
     return (*_unaccepted_tcp(pid, pids), *_unaccepted_unix(pid, pids))
 
 
-def unaccepted_for(seconds: float, pid: int, pids: Iterable[int]) -> tuple[str, ...]:
-    """Those of them that wait for so long: nobody is about to accept them."""
+def _is_gone(one: Connection) -> bool:
+    """Whether it was open and is closed: what waits to be accepted was not open yet."""
+    return not one.inode and one.state not in _WAITS_TO_BE_ACCEPTED
+
+
+def unsent(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
+    """Connections in the network namespace of `pid` that were closed before all that was said had arrived at the processes `pids`.
+
+    Nobody has such an end open, so CRIU does not save it, and the rest of what it has to send is nowhere else.
+    """
+    there = list(connections(pid))
+    closed = {
+        (_plain(one.remote), _plain(one.local)) for one in there if not one.inode and one.state in _CLOSED_TOO_EARLY
+    }
+    if not closed:
+        return ()
+    inodes = {inode for owner in pids for inode in _open_in(owner)}
+    return tuple(
+        f"{one}, whose other end is closed and has data left"
+        for one in there
+        if one.inode in inodes and (_plain(one.local), _plain(one.remote)) in closed
+    )
+
+
+Look = Callable[[int, Collection[int]], tuple[str, ...]]
+
+
+def waits_for(seconds: float, look: Look, pid: int, pids: Iterable[int]) -> tuple[str, ...]:
+    """What is there for so long of what `look` sees: nobody is about to accept or to read it."""
     pids = tuple(pids)
-    found = unaccepted(pid, pids)
+    found = look(pid, pids)
     for _ in range(LOOKS):
         if not found:
             break
         time.sleep(seconds / LOOKS)
-        there = unaccepted(pid, pids)
+        there = look(pid, pids)
         found = tuple(one for one in found if one in there)
     return found
 

@@ -157,9 +157,9 @@ class SourceWorkload(FrozenWorkload):
         await gathered(*(one.lock_exec for one in self._containers))
 
     async def freeze(self) -> None:
-        """Stop every task of every container, at a moment at which no connection within the workload waits to be accepted, and
-        nothing in a terminal of its own to be read: CRIU leaves both out, and who has connected or written would wait for ever. The
-        ends of a connection may be in two containers, so none stays frozen while it is waited for."""
+        """Stop every task of every container, at a moment at which no connection within the workload waits to be accepted, or was
+        closed with data left, and nothing in a terminal of its own waits to be read: CRIU leaves all of it out. The ends of a
+        connection may be in two containers, so none stays frozen while it is waited for."""
         await self._owner.before_freeze()
         waited = 0.0
         pauses = iter(ACCEPT_PAUSES)
@@ -174,9 +174,9 @@ class SourceWorkload(FrozenWorkload):
             await anyio.sleep(pause)
             waited += pause
         raise Failed(
-            "the job cannot be dumped: whenever it is frozen, a connection waits to be accepted or a terminal to be read",
+            "the job cannot be dumped: whenever it is frozen, a connection waits to be accepted, or something to be read",
             why=f"{', '.join(waiting[:4])}; it was frozen {len(ACCEPT_PAUSES) + 1} times, and ran for {waited:.1f} s between them",
-            remedy="migrate when the job accepts its connections and reads its terminals, or have it close what it leaves waiting",
+            remedy="migrate when the job accepts and reads its connections and terminals, or have it close what it leaves waiting",
         )
 
     async def _unaccepted(self) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from podferry.node.newfile import small_file
 from podferry.node.records import Container, Task
 from podferry.node.rotated_log import RotatedLog
 from podferry.node.runtime import ContainerRuntime
-from podferry.node.sockets import Peers, has_connections, unaccepted
+from podferry.node.sockets import Peers, has_connections, unaccepted, unsent
 from podferry.node.stdio import drained
 from podferry.node.timer_threads import timer_threads
 from podferry.node.unsaved_files import names_gone
@@ -184,12 +184,14 @@ class SourceContainer(FrozenContainer):
 
     async def unaccepted(self, members: Collection[int]) -> tuple[str, ...]:
         """What CRIU would leave out: connections of the workload's processes, `members`, that wait to be accepted in this
-        container's network namespace, and terminals of its own with what nobody has read."""
+        container's network namespace, or were closed with data left, and terminals of its own with what nobody has read."""
 
-        def scan_dirty() -> tuple[str, ...]:
-            return (*unaccepted(self._task.pid, members), *terminals.unread(self._task.pid, self.cgroup.pids()))
+        def look() -> tuple[str, ...]:
+            first = self._task.pid
+            waits = (*unaccepted(first, members), *unsent(first, members))
+            return (*waits, *terminals.unread(first, self.cgroup.pids()))
 
-        return await self._scans.at_once(scan_dirty)
+        return await self._scans.at_once(look)
 
     async def thaw_again(self) -> None:
         """Let the frozen container go on for a moment: `freeze` is called again. The ledger keeps the freeze."""

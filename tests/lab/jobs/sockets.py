@@ -261,6 +261,78 @@ def tcp_with_data_and_an_end():
     count(step, gap=0.01)
 
 
+def tcp_over():
+    """A connection over 127.0.0.1, and the socket that has accepted it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        return client, server.accept()[0]
+
+
+@situation
+def tcp_closed_by_both_with_data_left():
+    """As whoever reads to the end after shutdown(SHUT_WR): both ends are closed, and what came is not read yet."""
+    client, accepted = tcp_over()
+    client.shutdown(socket.SHUT_WR)
+    if accepted.recv(1):
+        bad("more than the end")
+    accepted.sendall(b"last words" * 10000)
+    accepted.close()
+
+    def step(number):
+        if number == 1500 and (whole(client, 100000) != b"last words" * 10000 or client.recv(1) != b""):
+            bad("the last words are others")
+
+    count(step, gap=0.01)
+
+
+@situation
+def tcp_closed_with_more_data_than_its_reader_takes():
+    """One end is closed, with data left that the other, whose queue is full, does not read."""
+    client, accepted = tcp_over()
+    client.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            client.send(bytes(65536))
+    client.close()
+    count(lambda number: accepted.fileno())
+
+
+@situation
+def tcp_answered_after_its_end():
+    """One end has said all and waits for an answer that comes much later."""
+    client, accepted = tcp_over()
+    client.sendall(b"question")
+    client.shutdown(socket.SHUT_WR)
+
+    def step(number):
+        if number == 1500:
+            if whole(accepted, 8) != b"question" or accepted.recv(1) != b"":
+                bad("another question")
+            accepted.sendall(b"answer")
+            accepted.close()
+            if whole(client, 6) != b"answer" or client.recv(1) != b"":
+                bad("another answer")
+
+    count(step, gap=0.01)
+
+
+@situation
+def tcp_closed_by_both_and_never_read():
+    """It is closed by both, with both ends open in the job: each has still something to read."""
+    client, accepted = tcp_over()
+    for one in (client, accepted):
+        one.sendall(b"last words")
+        one.shutdown(socket.SHUT_WR)
+
+    def step(number):
+        if number == 1500:
+            for one in (client, accepted):
+                if whole(one, 10) != b"last words" or one.recv(1) != b"":
+                    bad("the last words are others")
+
+    count(step, gap=0.01)
+
+
 @situation
 def tcp_many_pairs():
     with socket.create_server(("127.0.0.1", 7038), backlog=200) as server:
