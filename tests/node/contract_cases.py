@@ -22,9 +22,9 @@ from podferry.node.records import Stdio, TaskStatus, upper_dir
 from podferry.workload import frozen
 from podferry.workload.config import Config
 from podferry.workload.helpers import process_of
-from podferry.workload.inspection import DUMP_FLAGS
+from podferry.workload.kinds.kind import DUMP_FLAGS
 from podferry.workload.makers.containerd import ContainerdContainer, target_handlers
-from podferry.workload.offered import Offered
+from podferry.workload.offered import OfferedContainer
 from podferry.workload.page_channel import DaemonPageChannel
 from podferry.workload.remote_pages import FrozenPages
 from podferry.workload.source_container import Output, RunningContainer, SourceContainer
@@ -117,7 +117,7 @@ class RealTargetCase:
         spec["linux"]["cgroupsPath"] = f"/default/{NAME}"
         spec_as_text = replace(record.spec, value=json.dumps(spec).encode())
         log = f"file://{self.job.log}"
-        self.offered = Offered(
+        self.offered = OfferedContainer(
             replace(record, id=NAME, spec=spec_as_text),
             tuple(self.client.lineage(record.snapshotter, record.snapshot_key)),
             Stdio("", log, log),

@@ -16,7 +16,7 @@ from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.workload.makers import kubelet
 from podferry.workload.makers.kubelet import KubeletMaker, KubeletOwner
 from podferry.workload.numbers import address_space_of
-from podferry.workload.pod.offered import OfferedPod, PodPart
+from podferry.workload.offered import OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 
 POD = PodName("ns", "job", "uid-source")

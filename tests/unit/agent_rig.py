@@ -40,7 +40,7 @@ from agent_fakes import (
 )
 from anyio.abc import TaskStatus
 
-from podferry.agent import service
+from podferry.agent import migrations, service
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import PreCopyPolicy
 from podferry.engine import side
@@ -60,7 +60,7 @@ from podferry.workload import target as workload_target
 from podferry.workload import threads
 from podferry.workload.account import Account, Room
 from podferry.workload.config import Config
-from podferry.workload.offered import Offered
+from podferry.workload.offered import OfferedContainer
 from podferry.workload.source import FrozenWorkload, Owner, SourceWorkload
 from podferry.workload.target import Maker, TargetWorkload
 
@@ -369,25 +369,33 @@ def guarded(rig: Rig, side: str, name: str, method: Callable[..., Any]) -> Calla
 RECORD = Container(NAME, "image", "overlayfs", NAME, Opaque("spec", b"{}"))
 
 
-class FakeInspection:
-    """Looks at nothing and refuses what the test says."""
+class FakeKind:
+    """A kind of workload that looks at nothing, and refuses what the test says."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
+        self.source, self.target = rig.source_of, rig.target_of
+        self.source_handlers = lambda: rig.handlers("source")
+        self.target_handlers = lambda: rig.handlers("target")
 
-    def container(self, name: str) -> SimpleNamespace:
-        offered = Offered(RECORD, ("layer",))
+    def view(self, name: str) -> SimpleNamespace:
+        offered = OfferedContainer(RECORD, ("layer",))
         choice = SimpleNamespace(kind="wp-async", reason="a fake")
         return SimpleNamespace(
             offered=offered,
-            source=self.rig.source_of,
             demand_movable=lambda mode: choice,
-            warnings=lambda mode, target: [f"{mode} is worth knowing"],
+            warnings=lambda mode: [f"{mode} is worth knowing"],
             offer=lambda id, mode: Offer(id, name, mode, offered.to_dict(), {}, 1, 1),
         )
 
-    def weigh(self, offer: Offer, offered: Offered) -> tuple[SimpleNamespace, list[PodferryError]]:
+    def frozen(self, journal: Journal, name: str) -> Guarded | None:
+        return self.rig.frozen(journal) if "offered" in journal.facts else None
+
+    def weigh(self, offer: Offer, offered: OfferedContainer) -> tuple[SimpleNamespace, list[PodferryError]]:
         return SimpleNamespace(to_dict=dict), self.rig.refusals
+
+    def sweep(self) -> None:
+        """Nothing is left."""
 
 
 class FakedAgent(service.Agent):
@@ -397,11 +405,9 @@ class FakedAgent(service.Agent):
         self.rig, self.config = rig, rig.configs[node]
         self.log = structlog.get_logger().bind(node=node)
         self.life = Life(node)
-        self.containerd = self.credentials = None  # type: ignore[assignment]
         self._cluster = rig.cluster
-        self.inspection = FakeInspection(rig)  # type: ignore[assignment]
-        self._sources, self._targets, self._weighed = {}, {}, set()
-        self.account = Account(lambda: self.rig.free)
+        self.alone = FakeKind(rig)  # type: ignore[assignment]
+        self._oversee(self.alone, Account(lambda: self.rig.free))  # type: ignore[arg-type]
         self.errors: list[PodferryError] = []
 
     async def live(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -411,7 +417,7 @@ class FakedAgent(service.Agent):
             with self.life.scope:
                 async with anyio.create_task_group() as self._tasks:
                     self.rig.agents[self.life.node] = self
-                    self._recover()
+                    self.migrations.recover()
                     task_status.started()
                     await anyio.sleep_forever()
         except (Killed, BaseExceptionGroup):
@@ -443,7 +449,7 @@ class FakedAgent(service.Agent):
         """What `transport.serve` does with a connection."""
         LIFE.set(self.life)
         try:
-            await self._converse(channel)
+            await self.peers.converse(channel)
         except PodferryError as error:
             self.errors.append(error)
             await channel.complain(error)
@@ -548,13 +554,12 @@ class Rig:
         """Whose they are."""
         return Owner()
 
-    def source_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
+    def source_of(self, view: Any, journal: Journal, *_: Any) -> Guarded:
         containers = self.containers(FakeSource, "source", journal)
         self.used += [weakref.ref(one) for one in containers]
         return Guarded(SourceWorkload(containers, self.owner(journal)), (SourceJob,), self, "source")
 
-    def frozen(self, containers: list[Part], owner: Part) -> Guarded:
-        journal = containers[0]._journal
+    def frozen(self, journal: Journal) -> Guarded:
         workload = FrozenWorkload(self.containers(FakeFrozen, "source", journal), self.owner(journal))
         return Guarded(workload, (FrozenSource,), self, "source")
 
@@ -562,7 +567,8 @@ class Rig:
         """Who makes them on the target."""
         return Maker()
 
-    def target_of(self, config: Config, containerd: None, journal: Journal, *_: Any) -> Guarded:
+    def target_of(self, journal: Journal, name: str, *_: Any) -> Guarded:
+        config = self.configs["b"]
         containers = self.containers(FakeTarget, "target", journal)
         workload = TargetWorkload(config, journal, containers, self.maker(config, journal))
         return Guarded(workload, (TargetJob,), self, "target")
@@ -580,14 +586,9 @@ class Rig:
             return function(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(service, "Journal", self.journal)
-            patch.setattr(service, "FrozenContainer", lambda journal, *_: journal)
-            patch.setattr(service, "FrozenWorkload", self.frozen)
+            patch.setattr(migrations, "Journal", self.journal)
             patch.setattr(workload_source, "FrozenPages", FakePages)
             patch.setattr(workload_target, "DaemonPageChannel", FakeChannel)
-            patch.setattr(service, "frozen", SimpleNamespace(handlers=lambda *_: self.handlers("source")))
-            made = SimpleNamespace(target=self.target_of, target_handlers=lambda *_: self.handlers("target"))
-            patch.setattr(service, "containerd", made)
             patch.setattr(threads, "to_thread", SimpleNamespace(run_sync=direct))
             patch.setattr(side.breakpoints, "hold", self.hold)
             anyio.run(self._run, replace(self.order, mode=mode), backend_options={"loop_factory": LeapingLoop})
@@ -615,7 +616,7 @@ class Rig:
 
     def _help(self) -> None:
         """What a person does with a migration that does not end: decides, or starts both agents again."""
-        sources = self.agents["a"]._sources.values()
+        sources = self.agents["a"].migrations.sources.values()
         if self.resolve is not None and any(one.phase is SourcePhase.LOST for one in sources):
             try:
                 for source in sources:
@@ -643,7 +644,7 @@ class Rig:
         agent = self.agents["a"]
         LIFE.set(agent.life)
         try:
-            await agent._set_out(NAME, "b", order)
+            agent._set_out(NAME, "b", order)
         except (OSError, PodferryError):  # whoever asked is told so; nothing began
             self.told()
 
@@ -672,20 +673,20 @@ class Rig:
         return [line["phase"] for text in path.read_text().splitlines() if "phase" in (line := json.loads(text))]
 
     def all_ended(self) -> bool:
-        never_began = not self.phases("a") and not self.agents["a"]._sources
+        never_began = not self.phases("a") and not self.agents["a"].migrations.sources
         return (
             bool(self.id) and (never_began or self.phase("a") in SOURCE_ENDS) and self.phase("b") in TARGET_ENDS | {""}
         )
 
     def cancel(self) -> None:
-        for source in self.agents["a"]._sources.values():
+        for source in self.agents["a"].migrations.sources.values():
             source.cancel()
 
     def record_messages(self) -> None:
         """The last word of both agents, for assertions after the loop has ended."""
         self.halves: list[Source | Target] = [
-            *self.agents["a"]._sources.values(),
-            *self.agents["b"]._targets.values(),
+            *self.agents["a"].migrations.sources.values(),
+            *self.agents["b"].migrations.targets.values(),
         ]
         self.records = {node: (self.journal_of(node).load_record() or {}) for node in ("a", "b") if self.phases(node)}
 

@@ -41,7 +41,7 @@ from podferry.node.upper import records
 from podferry.snapshotter import filters, layout
 from podferry.snapshotter.faults import LayerDamaged, ShareRefused
 from podferry.wire import compression, frames, messages
-from podferry.workload.offered import Offered
+from podferry.workload.offered import OfferedContainer
 
 HERE = Path(__file__).parent
 IMAGES = HERE / "criu_images"
@@ -181,7 +181,7 @@ def _spec(data: bytes, _: Path) -> None:
 
 
 def _offer(data: bytes, _: Path) -> None:
-    offered = Offered.from_dict(parse(data), "job")
+    offered = OfferedContainer.from_dict(parse(data), "job")
     offered.against(namespace="default", capabilities=allowed_spec.DEFAULT_CAPABILITIES)
 
 

@@ -172,7 +172,9 @@ def test_a_promise_is_held_from_the_accept_to_the_end(
 
     def look(rig: Rig) -> None:
         agent = rig.agents["b"]
-        held.append((rig.phase("b"), agent.account.to_dict() == {rig.id: {"memory": 1, "run": 1, "disk": 1}}))
+        held.append(
+            (rig.phase("b"), agent.migrations.account.to_dict() == {rig.id: {"memory": 1, "run": 1, "disk": 1}})
+        )
 
     gates = [
         Fault("target", f"breakpoint {phase}", look, nth=n)
@@ -181,7 +183,7 @@ def test_a_promise_is_held_from_the_accept_to_the_end(
     ]
     rig = Rig(tmp_path, [*gates, *faults]).move(Mode.LIVE, monkeypatch)
     assert held and all(ok for _, ok in held), held
-    assert rig.agents["b"].account.to_dict() == {}
+    assert rig.agents["b"].migrations.account.to_dict() == {}
     assert rig.phase("a") in (SourcePhase.COMPLETED, SourcePhase.ROLLED_BACK)
     assert rig.phase("b") in (TargetPhase.DONE, TargetPhase.GAVE_UP)
     assert rig.restarts == len(faults)

@@ -13,7 +13,7 @@ import anyio
 import pytest
 from agent_rig import RECORD, Rig
 
-from podferry.agent import service
+from podferry.agent import peer_requests
 from podferry.agent.admission import demand_allowed, demand_peer
 from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase
@@ -21,8 +21,7 @@ from podferry.errors import PeerUntrusted, Refused
 from podferry.model import Mode
 from podferry.wire.messages import Offer
 from podferry.workload.config import Config
-from podferry.workload.offered import Offered
-from podferry.workload.pod.offered import OfferedPod, PodPart
+from podferry.workload.offered import OfferedContainer, OfferedPod, PodPart
 from podferry.workload.pod.ports import Cluster, PodName
 
 pytestmark = pytest.mark.unit
@@ -47,7 +46,7 @@ def config(*peers: str) -> Config:
     return Config("b", "b:1", Path(), dict.fromkeys(peers, "x:1"))
 
 
-def offer(offered: Offered | OfferedPod, name: str) -> Offer:
+def offer(offered: OfferedContainer | OfferedPod, name: str) -> Offer:
     return Offer("m-1", name, Mode.LIVE, offered.to_dict(), {}, 1, 1)
 
 
@@ -67,7 +66,7 @@ def test_nobody_speaks_under_this_nodes_own_name() -> None:
 
 def test_in_a_cluster_plain_containers_are_refused_whoever_offers_them() -> None:
     cluster = Admitting()
-    plain = Offered(RECORD, ())
+    plain = OfferedContainer(RECORD, ())
     with pytest.raises(Refused, match="takes pods only"):
         anyio.run(demand_allowed, config("a"), cluster, "a", offer(plain, RECORD.id), plain)
     assert not cluster.asked
@@ -88,7 +87,7 @@ def test_alone_pods_are_refused() -> None:
 
 
 def test_the_agent_lets_no_unknown_node_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real `Agent._converse`: nothing is looked at, nothing made, and the source hears why."""
+    """The real `PeerRequests.converse`: nothing is looked at, nothing made, and the source hears why."""
     rig = Rig(tmp_path)
     rig.configs["b"] = dataclasses.replace(rig.configs["b"], peers={"c": "c:1"})
     rig.move(Mode.LIVE, monkeypatch)
@@ -109,10 +108,10 @@ def test_one_name_is_weighed_once_at_a_time(tmp_path: Path) -> None:
     """Two offers of one Migration at the same moment: the second may not slip in before the first has its journal."""
     agent = SimpleNamespace(_weighed={"m-1"})
     channel = SimpleNamespace(peer="a")
-    plain = Offered(RECORD, ())
+    plain = OfferedContainer(RECORD, ())
 
     async def twice() -> None:
-        await service.Agent._receive(agent, channel, offer(plain, RECORD.id))  # type: ignore[arg-type]
+        await peer_requests.PeerRequests._receive(agent, channel, offer(plain, RECORD.id))  # type: ignore[arg-type]
 
     with pytest.raises(Exception, match="twice at the same time"):
         anyio.run(twice)

@@ -21,7 +21,7 @@ from podferry.engine.journal import JOURNAL
 from podferry.errors import Refused
 from podferry.model import Mode
 from podferry.node.records import Container, Opaque
-from podferry.workload.offered import Offered
+from podferry.workload.offered import OfferedContainer
 
 pytestmark = pytest.mark.unit
 
@@ -218,17 +218,17 @@ def test_no_environment_variable_stays_in_a_journal(tmp_path: Path, monkeypatch:
     spec = {"process": {"env": ["PASSWORD=hunter2"], "args": ["train"]}}
     record = Container(NAME, "image", "overlayfs", NAME, Opaque("spec", json.dumps(spec).encode()))
     monkeypatch.setattr(agent_rig, "RECORD", record)
-    given: list[Offered] = []
+    given: list[OfferedContainer] = []
     target_of = Rig.target_of
 
-    def noted(rig: Rig, config: Any, containerd: None, journal: Any, offered: Offered, *more: Any) -> Any:
+    def noted(rig: Rig, journal: Any, name: str, offered: OfferedContainer, *more: Any) -> Any:
         given.append(offered)
-        return target_of(rig, config, containerd, journal, offered, *more)
+        return target_of(rig, journal, name, offered, *more)
 
     monkeypatch.setattr(Rig, "target_of", noted)
     rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
     for node in ("a", "b"):
-        kept = Offered.from_dict(rig.journal_of(node).facts["offered"], NAME)
+        kept = OfferedContainer.from_dict(rig.journal_of(node).facts["offered"], NAME)
         assert kept.record.spec_json() == {"process": {"args": ["train"]}}
         raw = (rig.configs[node].migrations / rig.id / JOURNAL).read_bytes()
         encoded = [

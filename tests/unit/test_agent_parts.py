@@ -30,7 +30,7 @@ from podferry.model import Mode, Outcome
 from podferry.node.records import Container, Opaque, Stdio
 from podferry.wire import metrics_server
 from podferry.workload.config import METRICS_PORT, load, of_kubernetes
-from podferry.workload.offered import Offered
+from podferry.workload.offered import OfferedContainer
 
 pytestmark = pytest.mark.unit
 
@@ -133,7 +133,7 @@ RECORD = Container("job", "image", "overlayfs", "key", Opaque("spec", b"{}"))
 
 
 def offer(container: Container = RECORD, **fields: Any) -> dict[str, Any]:
-    return Offered(container, ("lower", "upper"), Stdio()).to_dict() | fields
+    return OfferedContainer(container, ("lower", "upper"), Stdio()).to_dict() | fields
 
 
 def with_spec(spec: Any) -> Container:
@@ -145,14 +145,14 @@ def stdio(**fields: Any) -> dict[str, Any]:
 
 
 def test_an_offer_travels() -> None:
-    offered = Offered(
+    offered = OfferedContainer(
         RECORD,
         ("lower", "upper"),
         Stdio("", "file:///var/log/a", "file:///var/log/a"),
         ("--file-locks",),
         {"upper": "it holds a device node"},
     )
-    assert Offered.from_dict(json.loads(json.dumps(offered.to_dict())), "job") == offered
+    assert OfferedContainer.from_dict(json.loads(json.dumps(offered.to_dict())), "job") == offered
     here = offered.record_here(Path("/here/podferry-runc"))
     assert here.runc_options().binary_name == "/here/podferry-runc"
     assert here.snapshot_key == "job"
@@ -189,7 +189,7 @@ def test_an_offer_travels() -> None:
 )
 def test_a_hostile_offer_is_refused(data: dict[str, Any], name: str) -> None:
     with pytest.raises((PeerMisbehaved, Refused)):
-        Offered.from_dict(data, name)
+        OfferedContainer.from_dict(data, name)
 
 
 # The control socket.

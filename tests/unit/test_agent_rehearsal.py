@@ -30,7 +30,7 @@ class Stage(Rig):
         agent = self.agents["a"]
         LIFE.set(agent.life)
         try:
-            await agent._set_out(NAME, "b", order, self.half)
+            agent._set_out(NAME, "b", order, self.half)
         except (OSError, PodferryError):
             self.told()
 

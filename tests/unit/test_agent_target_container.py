@@ -19,7 +19,7 @@ from podferry.workload import helpers
 from podferry.workload.config import Config
 from podferry.workload.lazypages_process import DAEMON_STATUS
 from podferry.workload.makers.containerd import ContainerdContainer
-from podferry.workload.offered import Offered
+from podferry.workload.offered import OfferedContainer
 from podferry.workload.target_container import POLL_JOB_INTERVAL, TargetContainer
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -58,7 +58,7 @@ def arriving(tmp_path: Path, status: TaskStatus | None, *, postcopy: bool) -> tu
     for kind in ("container", "snapshot", "task", "log", "restored", "lazy-pages-daemon"):
         journal.acquire(kind, pid=1, started=-1)
     config = Config("b", "b:1", tmp_path, {}, run=tmp_path, state=tmp_path)
-    maker = ContainerdContainer(config, Containerd(status), Offered(JOB, ()))  # type: ignore[arg-type]
+    maker = ContainerdContainer(config, Containerd(status), OfferedContainer(JOB, ()))  # type: ignore[arg-type]
     job = TargetContainer(config, Containerd(status), journal, maker)  # type: ignore[arg-type]
     job.scratch.mkdir(parents=True)
     (job.scratch / DAEMON_STATUS).write_text(json.dumps({"state": "done", "faults": 3}))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from podferry.core.allowed_spec import DEFAULT_CAPABILITIES, against, is_plain_path
 from podferry.node.records import RUNC_V2, Container, Opaque
 from podferry.protos import runc_pb2
-from podferry.workload.offered import OPTIONS_TYPE, Offered
+from podferry.workload.offered import OPTIONS_TYPE, OfferedContainer
 
 pytestmark = pytest.mark.unit
 
@@ -374,7 +374,7 @@ def record(**fields: Any) -> Container:
 
 
 def test_the_record_is_made_anew() -> None:
-    here = Offered(record()).record_here(Path("/here/podferry-runc"))
+    here = OfferedContainer(record()).record_here(Path("/here/podferry-runc"))
     assert here.options is not None
     assert here.runc_options() == runc_pb2.Options(binary_name="/here/podferry-runc", systemd_cgroup=True)
     assert (here.runtime, here.snapshot_key, here.sandbox) == (RUNC_V2, "job", "")
@@ -386,7 +386,7 @@ def test_the_record_is_made_anew() -> None:
 def test_of_a_field_that_stands_there_twice_one_is_left() -> None:
     """Go's JSON would put both together; what was judged is what is made."""
     text = json.dumps(SPEC)[:-1] + ', "root": {"readonly": true, "path": "rootfs"}}'
-    here = Offered(record(spec=Opaque("x", text.encode()))).record_here(Path("/here/podferry-runc"))
+    here = OfferedContainer(record(spec=Opaque("x", text.encode()))).record_here(Path("/here/podferry-runc"))
     assert here.spec.value.count(b'"root"') == 1
 
 
@@ -404,7 +404,7 @@ def test_of_a_field_that_stands_there_twice_one_is_left() -> None:
     ],
 )
 def test_a_record_that_names_what_it_may_not_is_refused(fields: Json) -> None:
-    allowed: Callable[[Container], Any] = lambda one: Offered(one).against(  # noqa: E731
+    allowed: Callable[[Container], Any] = lambda one: OfferedContainer(one).against(  # noqa: E731
         namespace="default", capabilities=DEFAULT_CAPABILITIES
     )
     assert allowed(record()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -19,7 +20,7 @@ from podferry.core.preflight import Question, refusals, warnings
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed
 from podferry.model import Mode
-from podferry.workload.inspection import View
+from podferry.workload.inspected import View
 
 pytestmark = pytest.mark.unit
 LINK = 118e6
@@ -222,13 +223,12 @@ def test_every_reason_is_said_at_once() -> None:
 
 
 def test_a_container_without_a_cpu_controller_moves_and_that_is_said() -> None:
-    seen: Any = {"offered": None, "task": None, "upper": None, "tracker": None}
-    view = View(
-        container=JOB, node=NODE, why_unthrottled="the container has no cpu controller: /sys/fs/cgroup/x", **seen
-    )
+    seen: Any = {"offered": None, "tracker": None}
+    member: Any = SimpleNamespace(why_unthrottled="the container has no cpu controller: /sys/fs/cgroup/x")
+    view = View("job", (member,), facts=JOB, node=NODE, **seen)
     [told] = view.warnings(Mode.LIVE, NODE)
     assert "no cpu controller" in told and "/sys/fs/cgroup/x" in told
-    assert view.warnings(Mode.STOP, NODE) == replace(view, why_unthrottled="").warnings(Mode.LIVE, NODE) == []
+    assert view.warnings(Mode.STOP, NODE) == replace(view, members=()).warnings(Mode.LIVE, NODE) == []
     assert refusals(view.question(Mode.LIVE, NODE)) == []
 
 

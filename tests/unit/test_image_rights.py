@@ -32,8 +32,7 @@ from podferry.workload import target_container
 from podferry.workload.config import Config
 from podferry.workload.makers.containerd import ContainerdContainer
 from podferry.workload.makers.kubelet import KubeletContainer
-from podferry.workload.offered import Offered
-from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, PodPart
+from podferry.workload.offered import LAST_WORDS, PAYLOADS, OfferedContainer, PodPart
 from podferry.workload.target_container import TargetContainer
 
 pytestmark = pytest.mark.unit
@@ -503,7 +502,7 @@ def test_the_target_asks_before_it_says_ready(tmp_path: Path, monkeypatch: pytes
     """The real `TargetContainer`: images that arrived whole, and say more than the spec of the container that was made here."""
     record = Container("job", "image", "overlayfs", "job", Opaque("spec", json.dumps(SPEC).encode()))
     config = Config("b", "b:1", tmp_path, {}, run=tmp_path / "run", state=tmp_path)
-    maker = ContainerdContainer(config, None, Offered(record, ()))  # type: ignore[arg-type]
+    maker = ContainerdContainer(config, None, OfferedContainer(record, ()))  # type: ignore[arg-type]
     maker._starter = cast(Any, "it waits")
     job = TargetContainer(config, None, Part(Journal(tmp_path / "m1"), 0), maker)  # type: ignore[arg-type]
     job._incoming = Incoming.prepare("job", run=config.run)

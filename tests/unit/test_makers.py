@@ -22,8 +22,7 @@ from podferry.workload.helpers import start_helper
 from podferry.workload.makers import containerd
 from podferry.workload.makers.containerd import ContainerdContainer
 from podferry.workload.makers.kubelet import KubeletContainer, KubeletMaker
-from podferry.workload.offered import Offered
-from podferry.workload.pod.offered import PodPart
+from podferry.workload.offered import OfferedContainer, PodPart
 
 pytestmark = pytest.mark.unit
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
@@ -73,7 +72,7 @@ async def test_a_wait_that_is_broken_off_is_no_failure_and_leaves_no_thread(
     maker: Any = KubeletContainer(config, None, journal, PodPart("main", "c0", ()))  # type: ignore[arg-type]
     if not kubelet:
         monkeypatch.setattr(containerd, "start_helper", lambda *_: Process.of(process))
-        maker = ContainerdContainer(config, None, Offered(JOB))  # type: ignore[arg-type]
+        maker = ContainerdContainer(config, None, OfferedContainer(JOB))  # type: ignore[arg-type]
     with anyio.move_on_after(0.1) as scope:
         await maker.make(container, 60.0)
     assert scope.cancelled_caught

@@ -23,9 +23,9 @@ from podferry.errors import PodferryError
 from podferry.node.cri import SharedMountKind, Volume
 from podferry.node.records import Container, Opaque, SnapshotMount, Stdio
 from podferry.workload.config import Config
-from podferry.workload.makers import containerd, kubelet
-from podferry.workload.offered import Offered
-from podferry.workload.pod.offered import OfferedPod, PodPart
+from podferry.workload.kinds.alone import ContainersAlone
+from podferry.workload.kinds.kubelet_pods import KubeletPods
+from podferry.workload.offered import OfferedContainer, OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 from podferry.workload.target import TargetWorkload
 
@@ -116,21 +116,17 @@ Step = Callable[[TargetWorkload], Awaitable[object]]
 def alone(config: Config, journal: Journal, runtime: Containerd) -> tuple[TargetWorkload, dict[str, Any]]:
     record = Container("job", "image", "overlayfs", "job", Opaque("spec", SPEC))
     log = f"file://{config.logs}/podferry-jobs/job.log"
-    offered = Offered(record, stdio=Stdio("", log, log))
-    return (
-        containerd.target(config, runtime, journal, offered),  # type: ignore[arg-type]
-        containerd.target_handlers(config, runtime),  # type: ignore[arg-type]
-    )
+    offered = OfferedContainer(record, stdio=Stdio("", log, log))
+    kind = ContainersAlone(config, runtime)  # type: ignore[arg-type]
+    return kind.target(journal, "job", offered), kind.target_handlers()
 
 
 def pod(config: Config, journal: Journal, runtime: Containerd) -> tuple[TargetWorkload, dict[str, Any]]:
     parts = tuple(PodPart(f"c{number}", str(number), ()) for number in range(2))
     volumes = (Volume("data", SharedMountKind.DISK), Volume("cache", SharedMountKind.MEMORY))
     offered = OfferedPod(PodName("default", "job", "uid"), parts, volumes)
-    return (
-        kubelet.target(config, runtime, journal, offered, Cluster()),  # type: ignore[arg-type]
-        kubelet.target_handlers(config, runtime, Cluster()),  # type: ignore[arg-type]
-    )
+    kind = KubeletPods(config, runtime, Cluster())  # type: ignore[arg-type]
+    return kind.target(journal, "default/job", offered), kind.target_handlers()
 
 
 async def prepare(workload: TargetWorkload) -> None:

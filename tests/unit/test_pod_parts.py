@@ -35,8 +35,8 @@ from podferry.workload.numbers import (
     demand_known,
     directory_of,
 )
+from podferry.workload.offered import OfferedPod, PodPart
 from podferry.workload.page_channel import DaemonPageChannel
-from podferry.workload.pod.offered import OfferedPod, PodPart
 from podferry.workload.pod.ports import PodName
 from podferry.workload.source import union
 from podferry.workload.target import TargetWorkload

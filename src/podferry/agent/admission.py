@@ -16,8 +16,7 @@ from podferry.wire.greeters import plain
 from podferry.wire.messages import Offer
 from podferry.wire.transport import parse_address
 from podferry.workload.config import Config
-from podferry.workload.offered import Offered
-from podferry.workload.pod.offered import OfferedPod
+from podferry.workload.offered import Offered, OfferedContainer, OfferedPod
 from podferry.workload.pod.ports import Cluster
 
 
@@ -36,9 +35,7 @@ def demand_peer(config: Config, cluster: Cluster | None, peer: str) -> None:
         )
 
 
-async def demand_allowed(
-    config: Config, cluster: Cluster | None, peer: str, offer: Offer, offered: Offered | OfferedPod
-) -> None:
+async def demand_allowed(config: Config, cluster: Cluster | None, peer: str, offer: Offer, offered: Offered) -> None:
     """Raise `Refused` unless `peer` may have this node take what it offers.
 
     In a cluster this uses up the one offer of a Migration.
@@ -50,7 +47,7 @@ async def demand_allowed(
                 remedy="run podferry's DaemonSet there",
             )
         return
-    if isinstance(offered, Offered):
+    if isinstance(offered, OfferedContainer):
         raise Refused(
             f"{config.node} takes pods only",
             why="its agent belongs to a Kubernetes cluster, where a Migration says what may come",

@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import stat
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,16 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
         connections=to_others(task.pid, pids),
         stdio=tuple(_stdio(task.pid, number) for number in (0, 1, 2)),
         memory=cgroup.memory_usage(),
-        anonymous=sum(size.get("RssAnon", 0) + size.get("VmSwap", 0) for size in sizes),
+        anonymous=sum(map(_anonymous, sizes)),
         shared=sum(size.get("RssShmem", 0) for size in sizes),
         tmpfs=sum(_tmpfs(task.pid, {bind.destination for bind in binds(spec)})),
         upper=disk_usage(upper),
     )
+
+
+def resident(pid: int) -> int:
+    """Bytes of private anonymous memory that a process has, in memory or swapped out."""
+    return _anonymous(_status(pid))
 
 
 def may_read_limits(pid: int) -> bool:
@@ -235,6 +240,10 @@ def _status(pid: int) -> dict[str, int]:
     except OSError:
         return {}
     return {name: int(size) << 10 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+
+
+def _anonymous(sizes: Mapping[str, int]) -> int:
+    return sizes.get("RssAnon", 0) + sizes.get("VmSwap", 0)
 
 
 def _tmpfs(pid: int, mounted: Collection[str]) -> Iterator[int]:

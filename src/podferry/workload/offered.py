@@ -1,4 +1,5 @@
-"""What the source tells the target of a container: its record, where its image is, where its output goes.
+"""What the source tells the target of a workload: of a container alone its record, where its image is, where its output goes; of a
+pod which containers and volumes are on their way, since the target's kubelet makes everything else after its own object.
 
 It comes from a peer, and the target acts on it as root: so it is decoded strictly, and what it names is bounded.
 """
@@ -11,15 +12,20 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from podferry.core.allowed_spec import against
 from podferry.core.preflight import OWN_BINDS
+from podferry.core.strict import AllowedRange, NotStrict, from_json, to_json
 from podferry.criu.checkpoint import FLAGS
 from podferry.errors import PeerMisbehaved, Refused
+from podferry.node.cri import CONTAINER_NAME, Volume
 from podferry.node.jobfacts import binds
+from podferry.node.pod_records import UID
 from podferry.node.records import RUNC_V2, Container, Opaque, Stdio
 from podferry.protos import runc_pb2
+from podferry.workload.numbers import MOST_CONTAINERS
+from podferry.workload.pod.ports import PodName
 
 MOST_LAYERS, LONGEST = 500, 255
 """overlayfs takes no more layers (OVL_MAX_STACK in fs/overlayfs/ovl_entry.h); characters of a layer's name, and of the
@@ -35,12 +41,16 @@ _LABELS_READ = ("containerd.io/", "io.containerd.", "io.cri-containerd", "io.kub
 SPEC_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 OPTIONS_TYPE = "containerd.runc.v1.Options"
 _SCHEME = "file://"
+LAST_WORDS = "podferry-last-words"
+"""Among CRIU's images: what a container of a pod has written of its termination message so far."""
+PAYLOADS = "podferry-payloads"
+"""Among the first container's: payloads of volumes in which something is open (`podferry.node.payloads`)."""
 
 
 @dataclass(frozen=True)
-class Offered:
-    """A container as it is offered. `layers` are the chain ids of its image, the lowest first: what its root stands on.
-    `flags` are those of the dump and the restore; `staying` says of layers that are not shared why not."""
+class OfferedContainer:
+    """A container alone as it is offered, a workload of one. `layers` are the chain ids of its image, the lowest first: what its
+    root stands on. `flags` are those of the dump and the restore; `staying` says of layers that are not shared why not."""
 
     record: Container
     layers: tuple[str, ...] = ()
@@ -87,6 +97,16 @@ class Offered:
         ]
 
     @property
+    def records(self) -> tuple[Container, ...]:
+        """Its containers, as the source knows them."""
+        return (self.record,)
+
+    @property
+    def volumes(self) -> tuple[Volume, ...]:
+        """What moves beside its upper layer."""
+        return ()
+
+    @property
     def log(self) -> Path | None:
         """The file that containerd's shim writes the container's output to, if it does."""
         return log_file(self.stdio)
@@ -110,7 +130,7 @@ class Offered:
         return replace(self, record=record).to_dict()
 
     @staticmethod
-    def from_dict(data: dict[str, Any], name: str) -> Offered:
+    def from_dict(data: dict[str, Any], name: str) -> OfferedContainer:
         """Decode an offer of the container `name`. Raises `PeerMisbehaved` for what no source of ours sends."""
         try:
             record = Container.from_bytes(base64.b64decode(data["record"], validate=True))
@@ -120,13 +140,12 @@ class Offered:
             raise PeerMisbehaved.because("not an offer of a container", error) from error
         if record.id != name or not _ID.fullmatch(name):
             raise PeerMisbehaved("an offer names one container and holds another", why=f"{name!r}, {record.id!r}")
-        if not set(flags) <= FLAGS:
-            raise PeerMisbehaved("not an offer of a container", why=f"flags {flags!r}")
+        _demand_flags("a container", flags)
         if len(layers) > MOST_LAYERS or not all(isinstance(one, str) and len(one) <= LONGEST for one in layers):
             raise PeerMisbehaved("not an offer of a container", why="its layers are not a list of names")
         if not all(isinstance(one, str) and len(one) <= LONGEST for one in (*staying, *staying.values())):
             raise PeerMisbehaved("not an offer of a container", why="its reasons why layers stay are no texts")
-        offered = Offered(record, layers, stdio, flags, staying)
+        offered = OfferedContainer(record, layers, stdio, flags, staying)
         spec = record.spec_json()
         if spec.get("hooks"):
             raise Refused(
@@ -138,6 +157,70 @@ class Offered:
             )
         _ = offered.log  # raises what cannot follow
         return offered
+
+
+@dataclass(frozen=True)
+class PodPart:
+    """A container of the pod. `id` is its own on the source; `flags` are those of the dump and the restore."""
+
+    name: Annotated[str, AllowedRange(1, 63)]
+    id: Annotated[str, AllowedRange(1, 200)]
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OfferedPod:
+    """A pod as it is offered. `containers` are in the order in which the kubelet starts them."""
+
+    pod: PodName
+    containers: Annotated[tuple[PodPart, ...], AllowedRange(1, MOST_CONTAINERS)]
+    volumes: Annotated[tuple[Volume, ...], AllowedRange(0, 128)]
+
+    @property
+    def records(self) -> tuple[Container, ...]:
+        """Its containers, as far as must be known on the source to find their groups."""
+        return tuple(Container(one.id, "", "", "", Opaque("", b"{}")) for one in self.containers)
+
+    def for_journal(self) -> dict[str, Any]:
+        """As a journal keeps it: names alone."""
+        return self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it travels; `from_dict` is its inverse."""
+        data: dict[str, Any] = to_json(self)
+        return data
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], name: str) -> OfferedPod:
+        """Decode an offer of the pod `name` (NAMESPACE/NAME). Raises `PeerMisbehaved` for what no source of ours sends."""
+        try:
+            offered = from_json(OfferedPod, data)
+        except NotStrict as error:
+            raise PeerMisbehaved.because("not an offer of a pod", error) from error
+        names = [one.name for one in offered.containers]
+        if str(offered.pod) != name or not UID.fullmatch(offered.pod.uid):
+            raise PeerMisbehaved("an offer names one pod and holds another", why=f"{name!r}, {offered.pod}")
+        if len(set(names)) < len(names) or not all(map(CONTAINER_NAME.fullmatch, names)):
+            raise PeerMisbehaved("not an offer of a pod", why=f"containers {names}")
+        if len(set(offered.volumes)) < len(offered.volumes):
+            raise PeerMisbehaved("not an offer of a pod", why="a volume is listed twice")
+        for one in offered.containers:
+            _demand_flags("a pod", one.flags)
+        return offered
+
+
+Offered = OfferedContainer | OfferedPod
+
+
+def decode(data: dict[str, Any], name: str) -> Offered:
+    """Decode an offer of the workload `name`. Raises `PeerMisbehaved` for what no source of ours sends, `Refused` for what no node
+    takes."""
+    return (OfferedPod if "pod" in data else OfferedContainer).from_dict(data, name)
+
+
+def _demand_flags(what: str, flags: tuple[str, ...]) -> None:
+    if not set(flags) <= FLAGS:
+        raise PeerMisbehaved(f"not an offer of {what}", why=f"flags {flags!r}")
 
 
 def log_file(stdio: Stdio) -> Path | None:

@@ -16,20 +16,18 @@ import anyio.lowlevel
 from podferry.core.undo import Handler
 from podferry.criu.checkpoint import CRIU_CONF, Process
 from podferry.criu.incoming import Incoming
-from podferry.engine.journal import Journal, Part
 from podferry.errors import Bug, Failed, PodferryError, Refused
 from podferry.node.containerd import Containerd, ContainerdAlreadyExists, ContainerdNotFound
 from podferry.node.netns import is_own
 from podferry.node.newfile import check_new, create_new
 from podferry.node.records import Container, upper_dir
 from podferry.node.upper import Receiver
-from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import ended, kill_helper, process_of, python, remove_task, runs, start_helper
-from podferry.workload.offered import Offered
+from podferry.workload.offered import OfferedContainer
 from podferry.workload.source import Owner
-from podferry.workload.target import Maker, TargetWorkload, handlers
+from podferry.workload.target import handlers
 from podferry.workload.target_container import TargetContainer
 from podferry.workload.threads import at_once, patiently, run, threaded
 
@@ -67,7 +65,7 @@ class ContainerdContainer:
     not_images: tuple[str, ...] = ()
     lasting: tuple[str, ...] = ("task", "container", "snapshot", "log", "restored")
 
-    def __init__(self, config: Config, containerd: Containerd, offered: Offered) -> None:
+    def __init__(self, config: Config, containerd: Containerd, offered: OfferedContainer) -> None:
         self._config, self._containerd, self._offered = config, containerd, offered
         self.name = self.key = offered.record.id
         self.flags = offered.flags
@@ -190,15 +188,6 @@ async def _end_of(starter: Process | None, container: TargetContainer) -> None:
         failure = PodferryError.from_dict(answer["error"])
         failure.evidence = container.restore_log() or failure.evidence
         raise failure
-
-
-def target(
-    config: Config, containerd: Containerd, journal: Journal, offered: Offered, promise: Promise | None = None
-) -> TargetWorkload:
-    """The container that is to run here. `promise` is what it was promised of memory and disk."""
-    maker = ContainerdContainer(config, containerd, offered)
-    container = TargetContainer(config, containerd, Part(journal, 0), maker, promise)
-    return TargetWorkload(config, journal, [container], Maker(), promise=promise)
 
 
 def target_handlers(config: Config, containerd: Containerd) -> dict[str, Handler]:

@@ -44,16 +44,15 @@ from podferry.node.runtime import ContainerNotFound, ContainerRuntime
 from podferry.node.staging import Staged, discard
 from podferry.node.upper import refresh_root
 from podferry.workload import frozen
-from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import ended, helper_environment, kill_helper, python, write_down
 from podferry.workload.numbers import directory_of
-from podferry.workload.pod.offered import LAST_WORDS, PAYLOADS, OfferedPod, PodPart
+from podferry.workload.offered import LAST_WORDS, PAYLOADS, PodPart
 from podferry.workload.pod.ports import Cluster
 from podferry.workload.pod.probes import Probe
 from podferry.workload.source import Owner
-from podferry.workload.target import Maker, TargetWorkload, handlers
+from podferry.workload.target import Maker, handlers
 from podferry.workload.target_container import RESTORE_TIMEOUT, TargetContainer
 from podferry.workload.threads import Scans, at_once, patiently, run
 
@@ -331,23 +330,6 @@ class KubeletContainer:
 def _kill(runtime: ContainerRuntime, id: str) -> None:
     with suppress(ContainerNotFound, CgroupFailed):
         Cgroup.of_container(runtime.runc_root(runtime.container(id)), id).kill()
-
-
-def target(
-    config: Config,
-    runtime: ContainerRuntime,
-    journal: Journal,
-    offered: OfferedPod,
-    cluster: Cluster,
-    promise: Promise | None = None,
-) -> TargetWorkload:
-    """The pod that is to run here. `promise` is what it was promised of memory and disk."""
-    containers = []
-    for number, one in enumerate(offered.containers):
-        part = Part(journal, number)
-        maker = KubeletContainer(config, runtime, part, one)
-        containers.append(TargetContainer(config, runtime, part, maker, promise))
-    return TargetWorkload(config, journal, containers, KubeletMaker(config, journal, cluster), offered.volumes, promise)
 
 
 def target_handlers(config: Config, runtime: ContainerRuntime, cluster: Cluster) -> dict[str, Handler]:
