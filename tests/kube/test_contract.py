@@ -5,17 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import httpx2
 import pytest
-import yaml
 from contracts.api_server import ApiServerCase, ApiServerContract
 
 from podferry.kube.client import Api
 
-from .fake import FakeApiServer
-from .line import Line
+from .conftest import fake_line, real_line
 from .world import World
 
 
@@ -23,32 +19,22 @@ from .world import World
 class TestFakeApiServer(ApiServerContract):
     @pytest.fixture
     async def case(self, anyio_backend: str) -> AsyncIterator[ApiServerCase]:
-        server = FakeApiServer()
+        async with fake_line() as (api, server, cut, mend), World.open(api, "test", fake=server) as world:
 
-        def forget() -> str:
-            server.oldest = server.version
-            return "1"
+            def forget() -> str:
+                server.oldest = server.version
+                return "1"
 
-        async with httpx2.AsyncClient(transport=server, base_url="http://fake") as http:
-            api = Api(http)
-            async with World.open(api, "test", fake=server) as world:
-                cut, mend = (lambda: server.go(away=True)), (lambda: server.go(away=False))
-                yield ApiServerCase(api, world.namespace, world.nodes[0], cut, mend, forget)
+            yield ApiServerCase(api, world.namespace, world.nodes[0], cut, mend, forget)
 
 
 @pytest.mark.cluster
 class TestRealApiServer(ApiServerContract):
     @pytest.fixture
     async def case(self, control_plane: Path, tmp_path: Path, anyio_backend: str) -> AsyncIterator[ApiServerCase]:
-        config = yaml.safe_load(control_plane.read_text())
-        cluster = config["clusters"][0]["cluster"]
         async with (
-            Line.to(urlsplit(cluster["server"]).port) as line,
+            real_line(control_plane, tmp_path) as (api, cut, mend),
             Api.open(control_plane) as direct,
             World.open(direct, f"t-{secrets.token_hex(3)}") as world,
         ):
-            cluster["server"] = f"https://127.0.0.1:{line.port}"
-            other = tmp_path / "kubeconfig"
-            other.write_text(yaml.safe_dump(config))
-            async with Api.open(other) as api:
-                yield ApiServerCase(api, world.namespace, world.nodes[0], line.cut, line.mend, lambda: "1")
+            yield ApiServerCase(api, world.namespace, world.nodes[0], cut, mend, lambda: "1")

@@ -20,7 +20,7 @@ from podferry.controller.program import Controller
 from podferry.controller.reconcile import ControllerSettings
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, NAMESPACES, NODES, PODS, RUNTIME_CLASSES, Api, Json, ResourceKind
-from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
+from podferry.kube.errors import ApiFailed, ApiUnreachable, Conflict, ObjectNotFound
 from podferry.kube.migration import (
     HANDED_OVER,
     HANDED_OVER_ANNOTATION,
@@ -270,8 +270,7 @@ class World:
     async def _kubelets(self) -> None:
         async for what, pod in follow(self.api, PODS, self.namespace):
             if what != "DELETED":
-                with contextlib.suppress(Conflict, ObjectNotFound):
-                    await self._play(pod)
+                await _insist(self._play, pod)
 
     async def _play(self, pod: Json) -> None:
         about, spec = pod["metadata"], pod["spec"]
@@ -320,23 +319,30 @@ class World:
         async for what, pod in follow(self.api, PODS, self.namespace):
             if what == "DELETED" or "nodeName" in pod["spec"]:
                 continue
-            node = self._fitting(pod["spec"])
-            with contextlib.suppress(Conflict, ObjectNotFound):
-                if node:
-                    await self.patch(PODS, pod["metadata"]["name"], {"spec": {"nodeName": node}}, self.namespace)
-                else:
-                    why = {
-                        "type": "PodScheduled",
-                        "status": "False",
-                        "reason": "Unschedulable",
-                        "message": "0/2 nodes fit",
-                    }
-                    if why not in (pod["status"].get("conditions") or []):
-                        patch = {"status": {"conditions": [why]}}
-                        await self.patch(PODS, pod["metadata"]["name"], patch, self.namespace, part="status")
+            await _insist(self._schedule, pod)
+
+    async def _schedule(self, pod: Json) -> None:
+        if node := self._fitting(pod["spec"]):
+            await self.patch(PODS, pod["metadata"]["name"], {"spec": {"nodeName": node}}, self.namespace)
+            return
+        why = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes fit"}
+        if why not in (pod["status"].get("conditions") or []):
+            patch = {"status": {"conditions": [why]}}
+            await self.patch(PODS, pod["metadata"]["name"], patch, self.namespace, part="status")
 
     def _fitting(self, spec: Json) -> str | None:
         required = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
         (rule,) = required["nodeSelectorTerms"][0]["matchFields"]
         fits = [one for one in self.nodes if (one in rule["values"]) == (rule["operator"] == "In")]
         return None if spec.get("nodeSelector") else next(iter(fits), None)
+
+
+async def _insist(act: Callable[[Json], Awaitable[None]], pod: Json) -> None:
+    """What a kubelet or a scheduler does with a pod, once the API server answers."""
+    while True:
+        try:
+            with contextlib.suppress(Conflict, ObjectNotFound):
+                await act(pod)
+            return
+        except ApiUnreachable:
+            await anyio.sleep(0.1)

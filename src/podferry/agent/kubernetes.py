@@ -7,7 +7,9 @@ that was restarted.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import anyio
 import structlog
@@ -24,7 +26,7 @@ from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, Api
-from podferry.kube.errors import NotServed, ObjectNotFound, transient
+from podferry.kube.errors import ApiUnreachable, NotServed, ObjectNotFound, transient
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     HANDED_OVER,
@@ -42,6 +44,7 @@ from podferry.workload.pod.ports import PodMigration, PodName, PodOrder, Pods
 from podferry.workload.pod.probes import network_probes
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
 
 RETRY = 1.0
 ADMIT_WITHIN = 10.0
@@ -184,7 +187,14 @@ class Kubernetes:
                 f"{source} may not offer {pod} to {self._node}", why=f"no Migration to {self._node} has the uid {id}"
             )
         change = claim(node=self._node, peer=source, pod=pod, mode=mode)
-        self._known.learn(await store.change(self._api, seen.model_copy(deep=True), change))
+        with anyio.move_on_after(ADMIT_WITHIN):
+            return self._known.learn(
+                await self._patiently(partial(store.change, self._api, seen.model_copy(deep=True), change))
+            )
+        raise ApiUnreachable(
+            f"{self._node} cannot note that it takes the offer of {pod}",
+            why=f"the API server has not answered for {ADMIT_WITHIN:.0f} s",
+        )
 
     async def target_pod(self, id: str) -> PodName:
         """Have the controller make the target pod, and wait for its name."""
@@ -195,7 +205,7 @@ class Kubernetes:
             now.status.set_condition(TARGET_REQUESTED, True, "Converged", f"{self._node} is ready for the pod")
             return True
 
-        await self._known.change(id, asked)
+        await self._patiently(partial(self._known.change, id, asked))
         made = await self._known.once(id, lambda one: _is_made(one) or bool(one.status.abort) or one.ended)
         if made.status.target_pod is None:
             end = made.status.abort or made.status.ending
@@ -217,7 +227,7 @@ class Kubernetes:
             return not now.ended
 
         with contextlib.suppress(ObjectNotFound):  # its pods went with it
-            await self._known.change(id, given)
+            await self._patiently(partial(self._known.change, id, given))
 
     async def hand_over(self, id: str) -> None:
         """Tell the controller that the job runs on the target, and wait until the owner has its pod."""
@@ -230,6 +240,18 @@ class Kubernetes:
                 return  # somebody removed the Migration by force: there is nobody to wait for
             except PodferryError as error:
                 self._log.warning("the hand-over waits", migration=id, error=str(error))
+                await anyio.sleep(RETRY)
+
+    async def _patiently(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        """What `call` returns, once the API server answers: that it is away says nothing of the migration, which has deadlines of
+        its own."""
+        while True:
+            try:
+                return await call()
+            except PodferryError as error:
+                if not (transient(error) or isinstance(error, NotServed)):
+                    raise
+                self._log.warning("the API server does not answer", error=str(error))
                 await anyio.sleep(RETRY)
 
 
