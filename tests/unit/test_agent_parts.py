@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,8 @@ from podferry.errors import Failed, PeerMisbehaved, PodferryError, Refused, Usag
 from podferry.model import Mode, Outcome
 from podferry.node.records import Container, Opaque, Stdio
 from podferry.wire import metrics_server
+from podferry.wire.pki import NODE_CERTIFICATE, Authority
+from podferry.wire.tls import Credentials
 from podferry.workload.config import METRICS_PORT, load, of_kubernetes
 from podferry.workload.offered import OfferedContainer
 
@@ -325,6 +329,43 @@ def test_ends_and_broken_rules_are_counted() -> None:
     assert value("podferry_migrations_total", **ends) == before[0] + 1
     assert value("podferry_invariant_violations_total", rule="I1") == before[1] + 1
     assert value("podferry_downtime_seconds_bucket", mode="stop", le="0.3") >= 1
+
+
+def test_what_was_sent_the_phases_and_refusals_are_counted() -> None:
+    def value(name: str, **labels: str) -> float:
+        return metrics.REGISTRY.get_sample_value(name, labels) or 0.0
+
+    migration_record = MigrationRecord("m", "job", "a", "b", Mode.LIVE)
+    migration_record.enter("check")
+    migration_record.sent(50)
+    migration_record.memory_bytes, migration_record.upper_bytes = 70, 7
+    error = Refused("no", why="because")
+    migration_record.end(Outcome.REFUSED, error=error)
+
+    def counted() -> list[float]:
+        return [
+            *(value("podferry_bytes_total", kind=kind) for kind in ("wire", "memory", "files")),
+            value("podferry_refusals_total", code=error.code),
+            value("podferry_phase_seconds_count", role="source", phase="check"),
+        ]
+
+    before = counted()
+    metrics.ended("source", migration_record)
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [50, 70, 7, 1, 1]
+    metrics.ended("target", migration_record)
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [50, 70, 7, 1, 1], "once, by the source"
+    assert value("podferry_phase_seconds_count", role="target", phase="check") >= 1
+
+
+def test_the_end_of_the_certificate_is_shown(tmp_path: Path) -> None:
+    end = datetime.now(UTC).replace(microsecond=0) + timedelta(days=6)
+    Authority.new().issue("a", [], tmp_path, not_after=end)
+    metrics.watch_certificate(Credentials.load(tmp_path).not_after)
+    assert metrics.REGISTRY.get_sample_value("podferry_certificate_not_after_seconds") == end.timestamp()
+    (tmp_path / NODE_CERTIFICATE).unlink()
+    gone = metrics.REGISTRY.get_sample_value("podferry_certificate_not_after_seconds")
+    assert gone is not None
+    assert math.isnan(gone)
 
 
 def test_an_agent_of_a_cluster_serves_its_metrics() -> None:

@@ -15,7 +15,7 @@ import structlog
 from podferry import __version__
 from podferry.agent.node_paths import of_this_node
 from podferry.agent.service import Agent
-from podferry.engine.metrics import REGISTRY
+from podferry.engine.metrics import REGISTRY, watch_certificate
 from podferry.errors import PodferryError, UsageError
 from podferry.node import apparmor, own_tmpfs
 from podferry.node.logs import log_json_lines
@@ -104,6 +104,7 @@ async def _in_cluster(config: Config) -> None:
 
 
 def _ready(agent: Agent) -> None:
+    watch_certificate(agent.credentials.not_after)
     agent.log.info("ready", socket=str(agent.config.socket), listen=agent.config.listen)
 
 

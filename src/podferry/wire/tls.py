@@ -10,6 +10,7 @@ but Python before 3.15 cannot choose among the suites of TLS 1.3.
 
 from __future__ import annotations
 
+import math
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,14 @@ class Credentials:
         credentials = cls(directory, node)
         credentials.server()
         return credentials
+
+    def not_after(self) -> float:
+        """When the node's certificate ends, in seconds since 1970; NaN where that cannot be read now."""
+        try:
+            certificate = x509.load_pem_x509_certificate((self.directory / NODE_CERTIFICATE).read_bytes())
+        except (OSError, ValueError):
+            return math.nan
+        return certificate.not_valid_after_utc.timestamp()
 
     def client(self) -> ssl.SSLContext:
         """The context of the side that dials; give `server_hostname` the name of the node that is meant."""
