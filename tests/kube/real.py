@@ -45,20 +45,23 @@ def etcd() -> Path | None:
 
 
 @contextmanager
-def control_plane() -> Iterator[Path]:
-    """Up while the context lasts. Yields an administrator's kubeconfig."""
+def control_plane(*, bare: bool = False) -> Iterator[Path]:
+    """Up while the context lasts, with podferry's CRDs and RuntimeClass unless it is to be `bare`.
+
+    Yields an administrator's kubeconfig.
+    """
     with tempfile.TemporaryDirectory(prefix="podferry-test-") as where:
         home = Path(where)
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            yield _start(home, processes)
+            yield _start(home, processes, bare=bare)
         finally:
             for one in reversed(processes):
                 one.send_signal(signal.SIGKILL)
                 one.wait()
 
 
-def _start(home: Path, processes: list[subprocess.Popen[bytes]]) -> Path:
+def _start(home: Path, processes: list[subprocess.Popen[bytes]], *, bare: bool) -> Path:
     def start(name: str, program: Path, *argv: str) -> None:
         log = (home / f"{name}.log").open("wb")
         processes.append(
@@ -119,12 +122,13 @@ def _start(home: Path, processes: list[subprocess.Popen[bytes]]) -> Path:
     )
     with httpx2.Client(base_url=server, verify=False, headers={"Authorization": f"Bearer {token}"}) as http:
         _until(lambda: http.get("/readyz").status_code == 200, home / "apiserver.log", processes)
-        for resource in RESOURCES:
+        for resource in () if bare else RESOURCES:
             made = http.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", json=definition(resource))
             assert made.status_code == 201, made.text
         runtime = {"metadata": {"name": "podferry"}, "handler": "podferry"}
-        assert http.post("/apis/node.k8s.io/v1/runtimeclasses", json=runtime).status_code == 201
-        for resource in RESOURCES:
+        if not bare:
+            assert http.post("/apis/node.k8s.io/v1/runtimeclasses", json=runtime).status_code == 201
+        for resource in () if bare else RESOURCES:
             path = resource.kind.path()
             _until(lambda path=path: http.get(path).status_code == 200, home / "apiserver.log", processes)
     common = (f"--kubeconfig={kubeconfig}", "--leader-elect=false", "--bind-address=127.0.0.1")
