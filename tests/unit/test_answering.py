@@ -10,8 +10,10 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -126,7 +128,8 @@ def test_a_probe_over_tls(pod: Pod) -> None:
     assert get(pod.port, "/healthz", tls=True) == (200, b"ok\n")
 
 
-def test_a_health_check_over_grpc(pod: Pod) -> None:
+def test_a_health_check_over_grpc(pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pod.freeze()
     with grpc.insecure_channel(f"127.0.0.1:{pod.port}") as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check")
@@ -134,6 +137,7 @@ def test_a_health_check_over_grpc(pod: Pod) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             channel.unary_unary("/shop.Orders/Buy")(b"", timeout=PATIENCE)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert not list(tmp_path.iterdir()), "a process that is killed while it answers removes no files"
 
 
 def test_connections_are_taken_however_many_come(pod: Pod) -> None:

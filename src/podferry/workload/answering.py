@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import secrets
 import select
 import socket
 import ssl
@@ -202,12 +203,12 @@ def _health_server() -> str:
                 else None
             )
 
-    path = f"{tempfile.mkdtemp(prefix='podferry-answering-')}/health"
+    name = f"podferry-answering-{secrets.token_hex(16)}"  # in the abstract namespace: no file of it stays in /tmp
     server = grpc.server(ThreadPoolExecutor(4), handlers=[Health()])
-    server.add_insecure_port(f"unix:{path}")
+    server.add_insecure_port(f"unix-abstract:{name}")
     server.start()
     _kept.append(server)
-    return path
+    return f"\0{name}"
 
 
 _kept: list[object] = []
