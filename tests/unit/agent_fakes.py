@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,11 @@ import xxhash
 from podferry.engine.ports import IMAGES, LOG, UPPER, DirtySet, OriginalGone
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused
 from podferry.lazypages.page_source import Frame, Word
+from podferry.memory.held_pages import HeldPages
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
 from podferry.wire.batch import PageBatch
-from podferry.wire.frames import PAGE, Drop, Pages
+from podferry.wire.frames import HELD_PAGES, INLINE, PAGE, Drop, File, Pages
 from podferry.wire.messages import AddressSpaceSum, StateEnd, TreeSum
 from podferry.workload.numbers import address_space_of, container_of_address_space, directory_of
 from podferry.workload.source_memory import Left
@@ -30,6 +31,7 @@ from podferry.workload.source_memory import Left
 Memory = dict[int, dict[int, bytes]]
 BASE = 0x7000_0000_0000
 FIRST, SECOND, LATE = 1, 7, 12
+SHARED = 1 << 40
 UNTOUCHED = BASE + 9 * PAGE
 """A page of the first space that CRIU lists and nobody owes: it was never written."""
 ZERO = bytes(PAGE)
@@ -59,6 +61,7 @@ class SourceNode:
             for address_space in (FIRST, SECOND)
         }
         self.files = {"data": b"first", "idle": b"never written again"}
+        self.shared = page(6) + ZERO + page(7) + page(8)
         self.log = b"it begins\n"
         self.alive, self.frozen, self.held, self.scratch, self.quota = True, False, False, False, 1.0
         self.exec_locked = self.spoilt = False
@@ -266,6 +269,19 @@ class FakeTree:
         pass
 
 
+class FakeShared:
+    """`podferry.workload.shared_memory.SharedMemory` of a container that changes it once, after the first pass."""
+
+    def __init__(self, node: SourceNode) -> None:
+        self.node, self.held = node, HeldPages()
+
+    async def changed(self, round: int) -> AsyncGenerator[Pages | Drop, None]:
+        space, memory = address_space_of(self.node.number, HELD_PAGES), memoryview(self.node.shared)
+        for start, end in self.held.changed(SHARED, memory):
+            yield Pages(space, round, ((SHARED + start, (end - start) // PAGE),), bytes(memory[start:end]))
+        self.node.shared = self.node.shared[:-PAGE] + page(9)
+
+
 class FakeSource(FakeFrozen):
     """`podferry.workload.source_container.SourceContainer` on a `SourceNode`."""
 
@@ -274,6 +290,7 @@ class FakeSource(FakeFrozen):
     def __init__(self, node: SourceNode, journal: Any) -> None:
         super().__init__(node, journal)
         self.memory, self.tree = FakeMemory(node), FakeTree(node)
+        self.shared = FakeShared(node)
         self._log_sent = 0
 
     async def scan_dirty(self) -> DirtySet:
@@ -332,7 +349,9 @@ class FakeSource(FakeFrozen):
         lazy = {address_space: sorted(pages) for address_space, pages in self.node.memory.items()}
         lazy[FIRST].append(UNTOUCHED)
         directory = directory_of(self.node.number, IMAGES)
-        return {(directory, "pagemap.img"): json.dumps(lazy).encode(), (directory, "empty.img"): b""}
+        return {(directory, "pagemap.img"): json.dumps(lazy).encode(), (directory, "empty.img"): b""} | {
+            (directory, "pages-1.img"): self.node.shared
+        }
 
     async def demand_quota(self) -> None:
         pass
@@ -394,6 +413,7 @@ class TargetNode:
         self.running = self.released = self.postcopy = self.died = False
         self.crashed = self.marked = self.taken = False
         self.store: Memory = {}
+        self.shared: dict[int, bytes] = {}
         self.files: dict[str, bytes] = {}
         self.log = b""
         self.images: dict[str, bytes] = {}
@@ -576,8 +596,9 @@ class FakeTarget:
     def pages(self, round: int, pid: int, address: int, data: memoryview) -> None:
         if self._closed or not self._prepared:
             raise Bug("pages came when there was no store")
+        into = self.node.shared if pid == HELD_PAGES else self.node.store.setdefault(pid, {})
         for offset in range(0, len(data), PAGE):
-            self.node.store.setdefault(pid, {})[address + offset] = bytes(data[offset : offset + PAGE])
+            into[address + offset] = bytes(data[offset : offset + PAGE])
 
     def drop(self, pid: int, start: int, end: int) -> None:
         for at in range(start, end, PAGE):
@@ -596,6 +617,16 @@ class FakeTarget:
 
     def image(self, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         self.node.images[name] = self.node.images.get(name, b"")[:offset] + bytes(data)
+
+    def image_of_pages(self, piece: File) -> None:
+        inline, data = bytes(piece.payload), b""
+        for address, pages in piece.runs:
+            for at in range(address, address + pages * PAGE, PAGE):
+                if address == INLINE:
+                    data, inline = data + inline[:PAGE], inline[PAGE:]
+                else:
+                    data += self.node.shared.pop(at) if address else ZERO
+        self.image(piece.name, piece.offset, memoryview(data), last=piece.last)
 
     async def judge(self, end: StateEnd) -> None:
         images = directory_of(self.node.number, IMAGES)

@@ -13,9 +13,11 @@ from podferry.errors import Bug, PeerMisbehaved
 from podferry.wire import frames
 from podferry.wire.frames import (
     HEADER_SIZE,
+    INLINE,
     MAX_ADDRESS,
     MAX_PAYLOAD,
     PAGE,
+    ZEROS,
     Beat,
     Control,
     Drop,
@@ -47,7 +49,7 @@ def solid(frame: Frame) -> Frame:
         case Tree():
             return Tree(frame.tree, bytes(frame.records))
         case File():
-            return File(frame.directory, frame.name, frame.offset, bytes(frame.payload), frame.last)
+            return File(frame.directory, frame.name, frame.offset, bytes(frame.payload), frame.last, frame.runs)
     return frame
 
 
@@ -89,6 +91,8 @@ a_frame = st.one_of(
         st.binary(min_size=0, max_size=300),
         st.booleans(),
     ),
+    pages().map(lambda one: File(1, "pages-1.img", 5, b"", True, one.runs)),
+    st.just(File(1, "pages-1.img", 5, bytes(2 * PAGE), True, ((ZEROS, 1), (INLINE, 2), (PAGE, 3)))),
 )
 
 
@@ -251,6 +255,11 @@ def test_an_illegal_body_is_refused(kind: FrameKind, flags: int, body: bytes) ->
         Tree(0, bytes(MAX_PAYLOAD + 1)),
         File(0, "a", -1, b""),
         File(0, "a", 0, bytes(MAX_PAYLOAD + 1)),
+        File(0, "a", 0, b"x", runs=((PAGE, 1),)),
+        File(0, "a", 0, b"x", runs=((INLINE, 1),)),
+        File(0, "a", 0, runs=((1, 1),)),
+        File(0, "a", 0, runs=((PAGE, 0),)),
+        File(0, "a", 0, runs=((PAGE, MAX_PAYLOAD // PAGE), (0, 1))),
     ],
     ids=repr,
 )

@@ -102,6 +102,12 @@ SCENARIOS = {
             {"live": LIVE},
         ),
         Scenario(
+            "shared",
+            "256 MiB of shared memory, 50 MB/s written: copied while the job runs, or while it stands still",
+            Workload(256, 50, shared=True),
+            {"live": LIVE, "stop": STOP},
+        ),
+        Scenario(
             "sequential",
             "1 GiB written from end to end at 50 MB/s",
             Workload(1024, 50, pattern=Pattern.SEQUENTIAL),

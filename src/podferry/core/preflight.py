@@ -99,6 +99,12 @@ def warnings(question: Question) -> list[str]:
     found = []
     container, target = question.container, question.target
     in_images = container.shared + container.tmpfs
+    if question.mode is Mode.LIVE and container.shared > MUCH_IN_IMAGES:
+        in_images = container.tmpfs
+        found.append(
+            f"{container.shared >> 20} MiB are shared memory: they are copied while the job runs, but CRIU saves and restores them "
+            "while it stands still"
+        )
     if in_images > MUCH_IN_IMAGES:
         found.append(
             f"{in_images >> 20} MiB are shared memory or in memory file systems: they move while the job stands still"

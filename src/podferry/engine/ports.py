@@ -10,16 +10,17 @@ are the same on both sides and on the wire (`podferry.workload.numbers`).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from podferry.errors import Failed, PodferryError
 from podferry.lazypages.page_source import Frame
+from podferry.memory.held_pages import HeldPages
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
-from podferry.wire.frames import Drop, Pages
+from podferry.wire.frames import Drop, File, Pages
 from podferry.wire.messages import AddressSpaceSum, StateEnd, TreeSum
 
 Json = dict[str, Any]
@@ -170,6 +171,15 @@ class SourceJob(FrozenSource, Protocol):
         """Read what `change` lists, as frames of up to a megabyte. Send each before the next is taken."""
         ...
 
+    def changed_shared(self, round: int) -> AsyncGenerator[Pages | Drop, None]:
+        """One pass over the shared memory, all of it at the first: the pages that changed since the pass before. Send each frame
+        before the next is taken."""
+        ...
+
+    def held_pages(self, directory: int) -> HeldPages:
+        """What the target holds of the shared memory that CRIU saves in the images of `directory`."""
+        ...
+
     def trees(self, *, last: bool) -> AsyncIterator[tuple[int, bytes]]:
         """One pass over the upper layer: (tree, record) of what changed since the pass before. In the last nothing may change."""
         ...
@@ -255,6 +265,11 @@ class TargetJob(Protocol):
 
     def image(self, directory: int, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         """A piece of one of CRIU's images."""
+        ...
+
+    def image_of_pages(self, piece: File) -> None:
+        """A piece of one of CRIU's images, of pages of which some are here already, in the address space of shared memory. They are
+        needed there no more."""
         ...
 
     async def verify(self, end: StateEnd) -> None:

@@ -70,7 +70,7 @@ class Rehearsal(Source):
 
     async def _have_judged(self, inbox: Inbox) -> None:
         """Let the target read the images, and say what it would say before GO. The job runs meanwhile."""
-        await self._sender.send_images(self._images)
+        await self._sender.send_images(self.job, self._images)
         with self.record.span("check what arrived", "target"):
             await self._sender.state_end(self.job, (), trees=False)
             await inbox.expect(Ready)

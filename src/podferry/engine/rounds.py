@@ -8,13 +8,17 @@ from dataclasses import replace
 import anyio
 import structlog
 
-from podferry.core.precopy import PreCopyPolicy, Round, Step, decide, link_rate, rest
+from podferry.core.precopy import CLEARLY_LESS, PreCopyPolicy, Round, Step, decide, link_rate, rest
 from podferry.engine.inbox import Inbox
 from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.ports import DirtySet, SourceJob
 from podferry.engine.sending import Sender
 from podferry.errors import Failed, Refused
 from podferry.wire.messages import RoundAck, RoundEnd
+
+MOST_SHARED_PASSES = 5
+MUCH_SHARED = 8 << 20
+"""Bytes of shared memory that are sent while the job stands still without another pass."""
 
 
 class Rounds:
@@ -27,6 +31,7 @@ class Rounds:
         self._job, self._sender, self._inbox, self._record, self._policy = job, sender, inbox, record, policy
         self._judged_from = 0
         self._quota = 1.0
+        self._shared: list[int] = []  # bytes of shared memory that each round found changed
         self._log = structlog.get_logger().bind(migration=record.id)
 
     async def scan_dirty(self) -> None:
@@ -42,7 +47,7 @@ class Rounds:
         while True:
             await self._round()
             step = await self._judge()
-            if step in (Step.CUT_OVER, Step.POSTCOPY):
+            if step is Step.POSTCOPY or (step is Step.CUT_OVER and not self._shared_becomes_less()):
                 return step is Step.POSTCOPY
 
     async def keep_up(self, until: anyio.Event) -> None:
@@ -53,6 +58,16 @@ class Rounds:
                 await until.wait()
             if not until.is_set():
                 await self._round(rested=time.monotonic() - began)
+
+    def _shared_becomes_less(self) -> bool:
+        """Whether another pass over shared memory leaves much less of it for the time that the job stands still. It never ends a
+        migration: without passes, all of it moves then."""
+        *before, last = self._shared[-MOST_SHARED_PASSES:]
+        return (
+            last > MUCH_SHARED
+            and len(before) + 1 < MOST_SHARED_PASSES
+            and (not before or last < CLEARLY_LESS * before[-1])
+        )
 
     async def _judge(self) -> Step:
         """Decide what comes next, and slow the job down if it is that."""
@@ -75,8 +90,9 @@ class Rounds:
 
     async def _round(self, rested: float = 0.0) -> None:
         channel, record = self._inbox.channel, self._record
-        number, began, before = len(record.rounds) + 1, time.monotonic(), channel.traffic.sent
-        start = record.now()
+        number, start = len(record.rounds) + 1, record.now()
+        self._shared.append(await self._sender.shared(self._job, number))
+        began, before = time.monotonic(), channel.traffic.sent
         pages = await self._sender.dirty(self._job, self.pending, number)
         sent = channel.traffic.sent - before
         await channel.send(RoundEnd(number, pages, sent))

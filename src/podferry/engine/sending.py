@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import aclosing
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -13,9 +15,13 @@ from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.pages import PageSender
 from podferry.engine.ports import LOG, DirtySet, Images, SourceJob
 from podferry.errors import Failed
+from podferry.memory.held_pages import HeldPages
 from podferry.wire.channel import Channel
-from podferry.wire.frames import MAX_PAYLOAD, Drop, File, Pages, Tree
+from podferry.wire.frames import INLINE, MAX_PAYLOAD, PAGE, Drop, File, Pages, Tree
 from podferry.wire.messages import MOST_SUMS, AddressSpaceSum, FileSum, StateEnd, StatePart
+
+OF_PAGES = "pages-"
+"""How the names of CRIU's images begin that hold memory, page by page."""
 
 
 class Sender:
@@ -33,13 +39,23 @@ class Sender:
 
     async def frames(self, frames: Iterable[Pages | Drop]) -> int:
         """Send frames as they are made. Returns how many pages carried data."""
+        return sum([await self._frame(frame) for frame in frames])
+
+    async def shared(self, job: SourceJob, number: int) -> int:
+        """One pass over the shared memory, in round `number`. Returns how many bytes of it were new to the target."""
         pages = 0
-        for frame in frames:
-            await self._pages.send(frame)
-            if isinstance(frame, Pages):
-                pages += frame.count
-                self._record.memory_bytes += len(frame.payload)
-            self._record.sent(self.channel.traffic.sent)
+        async with aclosing(job.changed_shared(number)) as frames:
+            async for frame in frames:
+                pages += await self._frame(frame)
+        return pages * PAGE
+
+    async def _frame(self, frame: Pages | Drop) -> int:
+        await self._pages.send(frame)
+        pages = 0
+        if isinstance(frame, Pages):
+            pages = frame.count
+            self._record.memory_bytes += len(frame.payload)
+        self._record.sent(self.channel.traffic.sent)
         return pages
 
     async def files(self, job: SourceJob, *, last: bool) -> None:
@@ -54,7 +70,7 @@ class Sender:
 
     async def images(self, job: SourceJob) -> None:
         """Have CRIU dump the frozen job, and send its images."""
-        await self.send_images(await self.dump(job))
+        await self.send_images(job, await self.dump(job))
 
     async def dump(self, job: SourceJob) -> Images:
         """Have CRIU dump the frozen job."""
@@ -65,15 +81,16 @@ class Sender:
         self._record.extra["dump"] = str(job.dumped())
         return images
 
-    async def send_images(self, images: Images) -> None:
+    async def send_images(self, job: SourceJob, images: Images) -> None:
         """Send what `dump` returned."""
         total = sum(map(size_of, images.values()))
         with self._record.span("send images", detail=f"{total >> 10} KiB"):
             for (directory, name), content in images.items():
-                await self._image(directory, name, content)
+                await self._image(directory, name, content, job.held_pages(directory))
 
-    async def _image(self, directory: int, name: str, content: bytes | Path) -> None:
-        """Send one image piece by piece: of a job with much shared memory it may be larger than this node's memory is."""
+    async def _image(self, directory: int, name: str, content: bytes | Path, held: HeldPages) -> None:
+        """Send one image piece by piece, and of memory only what the target does not hold: of a job with much shared memory it may
+        be larger than this node's memory is."""
         size, digest, offset = size_of(content), xxhash.xxh3_128(), 0
         of_image(name).demand(size, f"the job, in its image {name}")
         with content.open("rb", buffering=0) if isinstance(content, Path) else BytesIO(content) as file:
@@ -83,7 +100,7 @@ class Sender:
                 end = offset + len(piece)
                 if not piece and end < size:
                     raise Failed(f"the image {name} is cut short", why=f"{end} of {size} bytes are there")
-                await self.channel.send(File(directory, name, offset, piece, last=end >= size))
+                await self.channel.send(_piece(File(directory, name, offset, piece, last=end >= size), held))
                 self._record.sent(self.channel.traffic.sent)
                 offset = end
                 if offset >= size:
@@ -103,6 +120,20 @@ class Sender:
         await self.channel.send(
             StateEnd(id, tuple(files[last:]), address_spaces[last:], job.tree_totals() if trees else ())
         )
+
+
+def _piece(whole: File, held: HeldPages) -> File:
+    """A piece of an image: where it is memory, of which the target holds some, only the other pages go with their contents."""
+    piece = memoryview(whole.payload)
+    if not held or not whole.name.startswith(OF_PAGES) or len(piece) % PAGE:
+        return whole
+    runs, lacking, at = held.take(piece), [], 0
+    for address, pages in runs:
+        end = at + pages * PAGE
+        if address == INLINE:
+            lacking.append(piece[at:end])
+        at = end
+    return replace(whole, payload=b"".join(lacking), runs=tuple(runs))
 
 
 def size_of(content: bytes | Path) -> int:

@@ -251,6 +251,8 @@ class Target(Side[TargetPhase, TargetEvent]):
                     self.job.drop(item.address_space, start, end)
             case Tree():
                 self.job.tree(item.tree, memoryview(item.records))
+            case File() if item.runs:
+                self.job.image_of_pages(item)
             case File() if is_log(item.directory):
                 self.job.log(item.directory, item.offset, memoryview(item.payload))
             case File():

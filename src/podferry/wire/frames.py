@@ -21,6 +21,10 @@ PAGE = 4096
 MAX_PAYLOAD = 1 << 20
 MAX_PAGES = MAX_PAYLOAD // PAGE
 MAX_DROPS = 4096
+HELD_PAGES = 0
+"""No process has this pid: the address space of shared memory, which many processes have mapped."""
+ZEROS, INLINE = 0, 1 << 55
+"""Addresses of that address space that stand for something else."""
 MAX_ADDRESS = 1 << 56
 """User space ends at 2**47 on x86-64, at 2**56 with five-level page tables, at 2**52 on arm64."""
 
@@ -41,6 +45,7 @@ class Flag(IntFlag):
     NONE = 0
     ZSTD = 1
     LAST = 2
+    HELD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +99,24 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A piece of a file of a flat directory, such as a CRIU image; `last` marks its end."""
+    """A piece of a file of a flat directory, such as a CRIU image; `last` marks its end.
+
+    Its contents are `payload`; or, where there are `runs`, whole pages of which the target may hold some already: (address in
+    bytes, pages) in the address space `HELD_PAGES` of the container, one run after another. Those at `ZEROS` hold only zeros,
+    those at `INLINE` are the next pages of `payload`.
+    """
 
     directory: int
     name: str
     offset: int
-    payload: Buffer
+    payload: Buffer = b""
     last: bool = False
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many bytes of the file these are."""
+        return sum(pages for _, pages in self.runs) * PAGE if self.runs else _size(self.payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +133,21 @@ _PAGES_RUN = struct.Struct("<QI")
 _DROP = struct.Struct("<II")
 _DROP_RUN = struct.Struct("<QQ")
 _FILE = struct.Struct("<BBQ")
+_FILE_RUNS = struct.Struct("<H")
 _TREE = struct.Struct("<B")
+_LONGEST_RUNS = MAX_PAGES * _PAGES_RUN.size
 
 HEADER_SIZE = _HEADER.size
 BODY_SIZES: dict[FrameKind, tuple[int, int]] = {
     FrameKind.CONTROL: (2, MAX_PAYLOAD),
-    FrameKind.PAGES: (_PAGES.size + _PAGES_RUN.size + 1, _PAGES.size + MAX_PAGES * _PAGES_RUN.size + MAX_PAYLOAD),
+    FrameKind.PAGES: (_PAGES.size + _PAGES_RUN.size + 1, _PAGES.size + _LONGEST_RUNS + MAX_PAYLOAD),
     FrameKind.DROP: (_DROP.size + _DROP_RUN.size, _DROP.size + MAX_DROPS * _DROP_RUN.size),
     FrameKind.TREE: (_TREE.size + 1, _TREE.size + MAX_PAYLOAD),
-    FrameKind.FILE: (_FILE.size + 1, _FILE.size + 255 + MAX_PAYLOAD),
+    FrameKind.FILE: (_FILE.size + 1, _FILE.size + 255 + _FILE_RUNS.size + _LONGEST_RUNS + MAX_PAYLOAD),
     FrameKind.BEAT: (0, 0),
 }
 """The shortest and the longest body of each kind, in bytes."""
-FLAGS_OF: dict[FrameKind, Flag] = {FrameKind.PAGES: Flag.ZSTD, FrameKind.FILE: Flag.LAST}
+FLAGS_OF: dict[FrameKind, Flag] = {FrameKind.PAGES: Flag.ZSTD, FrameKind.FILE: Flag.LAST | Flag.HELD}
 """The flags that a kind may carry; the others none."""
 MAX_BODY = max(longest for _, longest in BODY_SIZES.values())
 
@@ -171,9 +189,11 @@ def _encode(frame: Frame) -> tuple[bytes, memoryview]:
             fixed = _TREE.pack(frame.tree)
         case File():
             kind, payload = FrameKind.FILE, frame.payload
-            flags = Flag.LAST if frame.last else Flag.NONE
+            flags = (Flag.LAST if frame.last else Flag.NONE) | (Flag.HELD if frame.runs else Flag.NONE)
             _check_file(frame)
             fixed = _FILE.pack(frame.directory, len(frame.name), frame.offset) + frame.name.encode("ascii")
+            if frame.runs:
+                fixed += _FILE_RUNS.pack(len(frame.runs)) + b"".join(_PAGES_RUN.pack(*run) for run in frame.runs)
         case Beat():
             kind = FrameKind.BEAT
     view = memoryview(payload).cast("B")
@@ -304,13 +324,13 @@ class FrameReader:
                 name = bytes(body[_FILE.size : _FILE.size + length])
                 if len(name) != length:
                     raise _Illegal("the file frame ends within the name")
-                file = File(
-                    directory,
-                    name.decode("latin-1"),
-                    offset,
-                    self._lend(body, _FILE.size + length),
-                    last=Flag.LAST in flags,
-                )
+                start, runs = _FILE.size + length, ()
+                if Flag.HELD in flags:
+                    runs, start = _runs(_PAGES_RUN, body, start + _FILE_RUNS.size, *_FILE_RUNS.unpack_from(body, start))
+                    if not runs:
+                        raise _Illegal("a file frame of no runs")
+                payload, last = self._lend(body, start), Flag.LAST in flags
+                file = File(directory, name.decode("latin-1"), offset, payload, last, runs)
                 _check_file(file)
                 return file
             case FrameKind.BEAT:
@@ -340,14 +360,20 @@ def _check_header(kind: int, flags: int, reserved: int, length: int) -> None:
         raise _Illegal(f"flags {flags:#x} and reserved {reserved:#x} of {kind.name}")
 
 
-def _check_pages(frame: Pages) -> None:
+def _check_runs(runs: tuple[Run, ...]) -> int:
+    """How many pages they are."""
     total = 0
-    for address, pages in frame.runs:
+    for address, pages in runs:
         if pages < 1 or address % PAGE or address + pages * PAGE > MAX_ADDRESS:
             raise _Illegal(f"{pages} pages at {address:#x}")
         total += pages
     if not 1 <= total <= MAX_PAGES:
         raise _Illegal(f"{total} pages in one frame, allowed are 1 to {MAX_PAGES}")
+    return total
+
+
+def _check_pages(frame: Pages) -> None:
+    total = _check_runs(frame.runs)
     size = _size(frame.payload)
     if not (0 < size <= MAX_PAYLOAD if frame.zstd else size == total * PAGE):
         raise _Illegal(f"{size} bytes for {total} pages")
@@ -364,7 +390,12 @@ def _check_drop(frame: Drop) -> None:
 def _check_file(frame: File) -> None:
     if not _FILE_NAME.match(frame.name):
         raise _Illegal(f"file name {frame.name!r}")
-    if frame.offset + _size(frame.payload) > 1 << 63:
+    if frame.runs:
+        _check_runs(frame.runs)
+        inline = sum(pages for address, pages in frame.runs if address == INLINE) * PAGE
+        if _size(frame.payload) != inline:
+            raise _Illegal(f"{_size(frame.payload)} bytes for {inline}")
+    if frame.offset + frame.size > 1 << 63:
         raise _Illegal(f"file offset {frame.offset}")
-    if _size(frame.payload) > MAX_PAYLOAD:
-        raise _Illegal(f"{_size(frame.payload)} bytes in one file frame")
+    if frame.size > MAX_PAYLOAD:
+        raise _Illegal(f"{frame.size} bytes in one file frame")

@@ -15,7 +15,7 @@ from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
 
-PROTOCOL = 6
+PROTOCOL = 7
 """The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
 of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`.
 3: `StatePart`. 4: `Filled.differences`. 5: `Offer.rehearsal`. 6: the names of messages and fields

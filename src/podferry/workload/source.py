@@ -6,7 +6,8 @@ A container alone is a workload of one. Whose the containers are, podferry's use
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from functools import partial
 from itertools import chain
 
@@ -15,6 +16,7 @@ import anyio
 from podferry.criu.connections import settle
 from podferry.engine.ports import DirtySet, Images, RemotePages
 from podferry.errors import Failed
+from podferry.memory.held_pages import HeldPages
 from podferry.memory.ranges import Runs
 from podferry.model import Dump
 from podferry.node.cgroup import Cgroup
@@ -22,6 +24,7 @@ from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import AddressSpaceSum, TreeSum
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import gathered
+from podferry.workload.numbers import container_of_directory
 from podferry.workload.remote_pages import FrozenPages
 from podferry.workload.source_container import SourceContainer
 from podferry.workload.source_tree import SourceTree
@@ -116,6 +119,17 @@ class SourceWorkload(FrozenWorkload):
     def read(self, dirty: DirtySet, round: int) -> Iterator[Pages | Drop]:
         """Read what `change` lists, one container after another."""
         return chain.from_iterable(one.memory.read(dirty, round) for one in self._containers)
+
+    async def changed_shared(self, round: int) -> AsyncGenerator[Pages | Drop, None]:
+        """One pass over the shared memory of one container after another."""
+        for one in self._containers:
+            async with aclosing(one.shared.changed(round)) as frames:
+                async for frame in frames:
+                    yield frame
+
+    def held_pages(self, directory: int) -> HeldPages:
+        """What the target holds of the shared memory of the container whose images are in `directory`."""
+        return self._containers[container_of_directory(directory)].shared.held
 
     def leave_remote(self, dirty: DirtySet) -> Iterator[Drop]:
         """Post-copy: leave what `change` lists for later."""

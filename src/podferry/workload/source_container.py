@@ -49,6 +49,7 @@ from podferry.workload.frozen import FrozenContainer, executes
 from podferry.workload.keeping import INVENTORY
 from podferry.workload.nodefacts import version
 from podferry.workload.numbers import container_of_address_space, directory_of
+from podferry.workload.shared_memory import SharedMemory
 from podferry.workload.source_memory import Left, SourceMemory
 from podferry.workload.source_tree import SourceTree
 from podferry.workload.threads import Scans, at_once, patiently, run, time_left
@@ -96,6 +97,7 @@ class SourceContainer(FrozenContainer):
         self._runc_root = runtime.runc_root(running.record)
         self.cgroup = Cgroup.of_container(self._runc_root, running.record.id)
         self.memory = SourceMemory(journal.number, create(kind, self.cgroup.pids, pause=self._paused))
+        self.shared = SharedMemory(journal.number, self.cgroup.pids)
         self.tree = SourceTree(running.upper, self.mapped_shared)
         self._scratch = config.outgoing / journal.directory.name
         self._exec_lock = config.run / "leaving" / running.record.id

@@ -15,12 +15,13 @@ from typing import Any
 
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal
-from podferry.engine.ports import JobDied, Json, PageChannel
+from podferry.engine.ports import JobDied, Json, PageChannel, is_log
 from podferry.errors import Failed, PeerMisbehaved, PodferryError
 from podferry.node.cri import SharedMountKind, Volume
 from podferry.node.records import Container
 from podferry.node.staging import Staged, discard_all
 from podferry.node.upper import Receiver
+from podferry.wire.frames import File
 from podferry.wire.messages import StateEnd
 from podferry.workload import target_container
 from podferry.workload.account import Promise
@@ -162,6 +163,12 @@ class TargetWorkload:
     def image(self, directory: int, name: str, offset: int, data: memoryview, *, last: bool) -> None:
         """A piece of one of CRIU's images."""
         self._container(container_of_directory(directory)).image(name, offset, data, last=last)
+
+    def image_of_pages(self, piece: File) -> None:
+        """A piece of one of CRIU's images, of pages of which some are here already."""
+        if is_log(piece.directory):
+            raise PeerMisbehaved("memory is no output of a container")
+        self._container(container_of_directory(piece.directory)).image_of_pages(piece)
 
     def _container(self, number: int) -> TargetContainer:
         if number >= len(self._containers):

@@ -33,6 +33,7 @@ from podferry.memory.store.page_store import Totals as StoreTotals
 from podferry.node.records import Container
 from podferry.node.runtime import ContainerRuntime
 from podferry.node.upper import Receiver, refresh_root
+from podferry.wire.frames import HELD_PAGES, File
 from podferry.wire.messages import StateEnd, TreeSum
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
@@ -128,7 +129,7 @@ class TargetContainer:
         self.log_size = 0
         self._incoming: Incoming | None = None
         self._store: PageStore | None = None
-        self._images = ReceivedImages(lambda: self.incoming.images)
+        self._images = ReceivedImages(lambda: self.incoming.images, self.scratch / "shared", self._grows)
         self._kept = Kept()
         self._lazypages = LazyPagesProcess(journal, self.scratch)
         self._judged = False
@@ -194,11 +195,17 @@ class TargetContainer:
 
     def pages(self, round: int, pid: int, address: int, data: memoryview) -> None:
         """Put arrived pages of a process into the store."""
-        self._need_store().write(pid, address, data, round)
+        if pid == HELD_PAGES:
+            self._images.hold(address, data, round)
+        else:
+            self._need_store().write(pid, address, data, round)
 
     def drop(self, pid: int, start: int, end: int) -> None:
         """Pages that are zero or gone."""
-        self._need_store().drop(pid, start, end)
+        if pid == HELD_PAGES:
+            self._images.drop(start, end)
+        else:
+            self._need_store().drop(pid, start, end)
 
     def tree(self, record: memoryview) -> None:
         """A record of the upper layer."""
@@ -219,6 +226,11 @@ class TargetContainer:
         self._grows(len(data))
         self._images.take(name, offset, data, last=last)
 
+    def image_of_pages(self, piece: File) -> None:
+        """A piece of one of CRIU's images, of pages of which some are here already."""
+        self._grows(piece.size)
+        self._images.take_pages(piece)
+
     async def verify(self, end: StateEnd) -> None:
         """All that `end` says of this container is here and whole, or an error says what is not."""
         await at_once(self._verify, end)
@@ -235,6 +247,7 @@ class TargetContainer:
 
     def _verify(self, end: StateEnd) -> None:
         number = self.journal.number
+        self._images.complete()
         self._judge(end)
         demand_whole(self.upper, number, end, "the upper layer")
         if (record := self.maker.made_already) is not None:

@@ -172,6 +172,15 @@ class PageStore:
         """The pages of `space` that are there."""
         return self._address_spaces[address_space].present.runs() if address_space in self._address_spaces else EMPTY
 
+    def holds(self, address_space: int, start: int, end: int) -> bool:
+        """Whether all pages from `start` to `end` are there."""
+        if address_space not in self._address_spaces:
+            return False
+        return (
+            sum(run.end - run.start for run in self._address_spaces[address_space].present.within(start, end))
+            == end - start
+        )
+
     def newest_first(self, address_space: int) -> Iterator[Run]:
         """At least `RECENT` of the last writes, the last first, their round as value. Runs may overlap, or be dropped by now."""
         log = self._address_spaces[address_space].log if address_space in self._address_spaces else array("Q")
