@@ -17,6 +17,13 @@ class Mode(StrEnum):
     POSTCOPY = "postcopy"
 
 
+class Connections(StrEnum):
+    """What a move may do to connections whose other end stays: `Close` them, or nothing: `Require` refuses the move."""
+
+    CLOSE = "Close"
+    REQUIRE = "Require"
+
+
 class Dump(StrEnum):
     """What CRIU's dump did not have to do while the job stood still; the values are part of the JSON contract.
 

@@ -128,6 +128,7 @@ def test_what_is_said_within_a_pod_is_heard_and_the_outside_notices_at_once(move
     until(lambda: "outside welcome" in movers.logs("talks"), "it is connected to the outside")
     counts_on(movers, "talks")
     closed: list[list[str]] = []
+    foretold: list[set[tuple[str, str]]] = []
     for _ in range(2):
         here, record = movers.move(here, mode)
         name = here["metadata"]["name"]
@@ -137,10 +138,12 @@ def test_what_is_said_within_a_pod_is_heard_and_the_outside_notices_at_once(move
         )
         until(lambda: len(movers.logs(f"peer-{mode}")) == 2, "the peer sees its connection closed")
         closed.append(record.get("closed_connections", []))
+        foretold.append({(one["peer"], one["fate"]) for one in record["connections"] if one["remote"]})
         ask = f"import socket; print(socket.create_connection(('{here['status']['podIP']}', 9003), 5).recv(9))"
         assert "b'here'" in movers.kubectl.run("exec", f"peer-{mode}", "--", "python3", "-c", ask).stdout
         assert all(one["restartCount"] == 0 for one in movers.get(name)["status"]["containerStatuses"])
     assert [len(one) for one in closed] == [1, 0]
+    assert foretold == [{("inside", "lives"), ("another", "closed")}, {("inside", "lives")}], "as the check says it"
     assert closed[0][0].endswith(f"-> {peer['status']['podIP']}:8000")
     movers.delete(here["metadata"]["name"], f"peer-{mode}")
 

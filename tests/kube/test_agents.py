@@ -18,6 +18,7 @@ from podferry.errors import Failed, PeerLost, Refused
 from podferry.kube.client import EVENTS, MIGRATIONS, NODES, PODS, Api
 from podferry.kube.errors import NotServed
 from podferry.kube.migration import HANDED_OVER, TARGET_REQUESTED, Migration
+from podferry.model import Connections
 
 from .engine import Engine, Half
 from .world import QUICK, World
@@ -82,13 +83,14 @@ async def test_a_pod_moves_and_the_migration_tells_how(world: World) -> None:
     world.controller()
     agents = Agents.of(world)
     migration = await world.migrate(
-        mode="live", maxDowntime="250ms", timeout="10m", bandwidth="5Mi", allowPostCopy=True
+        mode="live", maxDowntime="250ms", timeout="10m", bandwidth="5Mi", allowPostCopy=True, connections="Require"
     )
     await agents.begun(migration)
     (order,) = agents.engines[0].orders
     assert (order.containers, order.target) == (("main",), world.nodes[1])
     assert (order.order.timeout, order.order.bandwidth) == (600.0, 5 << 20)
     assert (order.order.policy.max_downtime, order.order.policy.postcopy) == (0.25, True)
+    assert order.order.connections is Connections.REQUIRE
     assert agents.clusters[0].address(world.nodes[1]) == f"10.1.0.{ord('b')}:7400"
     here, there = agents.clusters
     await agents.engines[0].move_whole(migration.uid, here, agents.engines[1], there, agents.resume)

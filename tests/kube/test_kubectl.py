@@ -20,6 +20,7 @@ from anyio import to_thread
 
 from podferry import __version__
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS
+from podferry.model import Connections
 
 from .real import BINARIES
 from .world import World
@@ -148,8 +149,10 @@ async def test_a_migration_that_is_gone_as_soon_as_it_has_ended_is_told_to_its_e
 async def test_cancel_waits_for_the_end(world: World, run: Run) -> None:
     await world.pod()
     world.controller()
-    code, out, _ = await run("migrate", "train", "--name", "move", "--detach", "-n", world.namespace)
+    asked = ("--name", "move", "--connections", "require", "--detach")
+    code, out, _ = await run("migrate", "train", *asked, "-n", world.namespace)
     assert (code, out.strip()) == (0, "migration/move created")
+    assert (await world.get()).settings.connections is Connections.REQUIRE
     await world.reached(lambda one: one.status.phase == "Running")
     code, out, _ = await run("cancel", "move", "-n", world.namespace)
     assert code == 0
@@ -166,6 +169,9 @@ async def test_what_makes_no_sense_is_said(world: World, run: Run, tmp_path: Pat
     code, _, err = await run("migrate", "train", "--ttl", "soon", "-n", world.namespace)
     assert code == 2
     assert "'soon' is not a duration" in err
+    code, _, err = await run("check", "train", "--connections", "require", "-n", world.namespace)
+    assert code == 2
+    assert "--connections needs --rehearse" in err
     code, _, err = await run("status", "nothing", "-n", world.namespace)
     assert code == 2
     assert "there is no Migration nothing" in err

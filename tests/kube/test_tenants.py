@@ -19,6 +19,7 @@ from podferry.controller.program import Controller
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import UsageError
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NAMESPACES, NODE_DRAINS, PODS, Json, ResourceKind
+from podferry.kube.connections import ListedConnection
 from podferry.kube.errors import ApiFailed
 from podferry.kube.migration import (
     HANDED_OVER_ANNOTATION,
@@ -378,3 +379,26 @@ def _now() -> object:
     import datetime
 
     return datetime.datetime.now(datetime.UTC)
+
+
+async def test_no_migration_tells_the_name_of_another_namespaces_pod(world: World, victim: tuple[str, Json]) -> None:
+    namespace, _ = victim
+    address = "10.67.0.9"
+    await world.patch(
+        PODS, VICTIM, {"status": {"podIP": address, "podIPs": [{"ip": address}]}}, namespace, part="status"
+    )
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.reached(lambda one: one.status.phase == "Running")
+    end = {"protocol": "tcp", "local": "10.67.0.5:1", "remote": f"{address}:5432", "peer": "another", "fate": "closed"}
+
+    def listed(now: Migration) -> bool:
+        now.status.engine = EnginePhases(source="check")
+        now.status.connections = [ListedConnection.model_validate(end)]
+        return True
+
+    await world.set(listed)
+    seen = await world.reached(lambda one: bool(one.status.peers))
+    assert [(one.address, str(one.kind), one.name) for one in seen.status.peers] == [(address, "Pod", "")]
+    assert VICTIM not in str(seen.to_json())

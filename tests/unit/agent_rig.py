@@ -383,7 +383,8 @@ class FakeKind:
         choice = SimpleNamespace(kind="wp-async", reason="a fake")
         return SimpleNamespace(
             offered=offered,
-            demand_movable=lambda mode: choice,
+            connections=(),
+            demand_movable=lambda mode, connections: choice,
             warnings=lambda mode: [f"{mode} is worth knowing"],
             offer=lambda id, mode: Offer(id, name, mode, offered.to_dict(), {}, 1, 1),
         )

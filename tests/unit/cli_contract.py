@@ -12,8 +12,9 @@ from podferry.model import Outcome
 CONTAINER = {"name", "node", "state", "memory_bytes", "image", "movable", "why"}
 CHECK = {
     *("name", "source", "target", "movable", "refusals", "warnings", "tracker", "tracker_reason"),
-    *("memory_bytes", "upper_bytes"),
+    *("memory_bytes", "upper_bytes", "connections", "connections_total"),
 }
+CONNECTION = {"protocol", "local", "remote", "backend", "peer", "fate", "why"}
 REHEARSAL = {"id", "outcome", "stood_still_ms", "forecast_ms", "written_bytes"}
 EVENT = {"id", "phase", "t_ms", "bytes", "total_bytes", "rate", "eta_s", "round", "note"}
 RESULT = {
@@ -35,6 +36,7 @@ def agent_keeps_the_contract(client: AgentClient, name: str, to: str) -> Record:
     check = client.call("check", name=name, to=to)
     assert set(check) >= CHECK
     assert (check["source"], check["target"], check["movable"]) == (node, to, True)
+    assert all(set(one) >= CONNECTION for one in check["connections"])
 
     rehearsed = client.call("check", timeout=None, name=name, to=to, rehearse=True, max_freeze_s=120.0)
     assert set(rehearsed) >= {*CHECK, "rehearsal"}

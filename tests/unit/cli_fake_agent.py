@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import anyio
 from anyio.from_thread import start_blocking_portal
 
 from podferry.agent.control import Emit, serve
+from podferry.core.connections import LISTEN, End, KernelSocket, judge, told
 from podferry.core.precopy import Round
 from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import CommandFailed, Failed, Refused, UsageError
-from podferry.model import Mode, Outcome
+from podferry.model import Connections, Mode, Outcome
 
 MIB = 1 << 20
 SCRIPTS = {
@@ -30,6 +32,9 @@ SCRIPTS = {
     "slow": "runs until it is cancelled",
     "mute": "the agent goes away in the middle",
 }
+
+_DATABASE = KernelSocket("tcp", End(ip_address("fd00::5"), 40000), End(ip_address("fd00:96::7"), 5432), 1)
+SOCKETS = [_DATABASE, KernelSocket("tcp", End(ip_address("::"), 80), None, LISTEN)]
 
 
 class FakeAgent:
@@ -71,9 +76,17 @@ class FakeAgent:
         return {"node": self.node_name, "version": "0"}
 
     async def check(
-        self, emit: Emit, name: str, to: str, *, rehearse: bool = False, max_freeze_s: float | None = None
+        self,
+        emit: Emit,
+        name: str,
+        to: str,
+        *,
+        rehearse: bool = False,
+        max_freeze_s: float | None = None,
+        connections: str = Connections.CLOSE,
     ) -> dict[str, Any]:
         self._known(name)
+        self.asked.append({"rehearse": rehearse, "connections": connections})
         refusals = [io_uring().to_dict()] if name == "greedy" or (rehearse and name == "weak") else []
         rehearsal = {"id": "m1", "outcome": "rolled-back" if refusals else "rehearsed"}
         rehearsal |= {} if refusals else {"stood_still_ms": 104.0, "forecast_ms": 222.0, "written_bytes": 4096}
@@ -88,6 +101,7 @@ class FakeAgent:
             "tracker_reason": "kernel 6.18 has PAGEMAP_SCAN",
             "memory_bytes": 512 * MIB,
             "upper_bytes": 3 * MIB,
+            **told(judge(SOCKETS)),
             **({"rehearsal": rehearsal} if rehearse else {}),
         }
 
@@ -102,8 +116,10 @@ class FakeAgent:
         bandwidth: int | None,
         allow_postcopy: bool,
         max_freeze_s: float | None = None,
+        connections: str = Connections.CLOSE,
     ) -> dict[str, Any]:
-        self.asked.append({"bandwidth": bandwidth, "mode": mode, "max_downtime_ms": max_downtime_ms})
+        wishes = {"mode": mode, "max_downtime_ms": max_downtime_ms, "connections": connections}
+        self.asked.append({"bandwidth": bandwidth, **wishes})
         self._known(name)
         if name == "shy":
             raise io_uring()

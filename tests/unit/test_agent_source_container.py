@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, replace
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ from unittest.mock import AsyncMock
 
 import pytest
 
+from podferry.core.connections import ConnectionsLost, End, KernelSocket, OpenConnection, judge
 from podferry.core.undo import Ledger
 from podferry.criu.checkpoint import HeldDump, Process
+from podferry.criu.connections import Settled
 from podferry.criu.dump_gate import DumpGate
 from podferry.criu.images import FILES_MAGIC, write_entries
 from podferry.engine.journal import Journal, Part
@@ -21,7 +24,7 @@ from podferry.engine.ports import OriginalGone
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracking.tracker import AddressSpaceRound, DirtyScan, TrackerKind
-from podferry.model import Dump
+from podferry.model import Connections, Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
 from podferry.node.containerd import ContainerdFailed, ContainerdNotFound
 from podferry.node.process import spawn
@@ -324,12 +327,12 @@ async def test_somebody_who_came_in_at_the_last_moment_is_not_frozen_with_the_jo
 
 
 class FakeMember:
-    """One of two containers, which `waits` for the other to accept a connection, as often as it says."""
+    """One of two containers, which `waits` for the other to accept a connection, and `talks` to another, as often as it says."""
 
     tree = None
 
-    def __init__(self, number: int, said: list[str], waits: int = 0) -> None:
-        self.number, self.frozen, self._said, self._waits = number, False, said, waits
+    def __init__(self, number: int, said: list[str], waits: int = 0, talks: int = 0) -> None:
+        self.number, self.frozen, self._said, self._waits, self._talks = number, False, said, waits, talks
 
     async def freeze(self) -> None:
         assert not self.frozen
@@ -348,6 +351,13 @@ class FakeMember:
     async def thaw_again(self) -> None:
         self.frozen = False
         self._said.append(f"{self.number} thawed")
+
+    async def connections(self, members: list[int]) -> tuple[OpenConnection, ...]:
+        assert self.frozen
+        assert members == [1, 2]
+        self._talks -= 1
+        ends = [KernelSocket("tcp", End(ip_address("10.0.0.5"), 1), End(ip_address("10.0.1.9"), 2), 1)]
+        return judge(ends if self._talks >= 0 else [])
 
 
 async def test_no_container_stays_frozen_while_a_connection_to_it_waits_to_be_accepted() -> None:
@@ -369,3 +379,40 @@ async def test_a_connection_that_is_never_accepted_ends_the_attempt(monkeypatch:
     assert "waits to be accepted" in caught.value.what
     assert "frozen 3 times" in str(caught.value.why)
     assert sorted(said[-2:]) == ["1 thawed", "2 thawed"], "and both go on meanwhile"
+
+
+async def test_a_workload_that_may_lose_no_connection_is_frozen_once_it_has_none_to_lose() -> None:
+    """A probe, or a question to DNS, is open for a moment only."""
+    said: list[str] = []
+    pod: list[Any] = [FakeMember(1, said, talks=2), FakeMember(2, said)]
+    await SourceWorkload(pod, Owner(), connections=Connections.REQUIRE).freeze()
+    assert (said.count("1 frozen"), said.count("1 thawed"), pod[0].frozen) == (3, 2, True)
+
+
+async def test_a_connection_that_stays_ends_the_attempt_where_none_may_be_lost() -> None:
+    said: list[str] = []
+    pod: list[Any] = [FakeMember(1, said, talks=10**6), FakeMember(2, said)]
+    with pytest.raises(ConnectionsLost) as caught:
+        await SourceWorkload(pod, Owner(), connections=Connections.REQUIRE).freeze()
+    assert "tcp 10.0.0.5:1 -> 10.0.1.9:2" in caught.value.why
+    assert sorted(said[-2:]) == ["1 thawed", "2 thawed"], "and both go on"
+    said.clear()
+    await SourceWorkload(pod, Owner()).freeze()
+    assert sorted(said) == ["1 frozen", "2 frozen"], "nobody asked for it: it is closed"
+
+
+@pytest.mark.parametrize("asked", [*Connections])
+async def test_images_with_a_connection_that_cannot_live_are_not_sent_where_none_may_be_lost(
+    asked: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = Settled({}, ("10.0.0.5:1 -> 10.0.1.9:2",))
+    monkeypatch.setattr("podferry.workload.source.settle", lambda images: closed)
+    parts: list[Any] = [SimpleNamespace(tree=None, dump=AsyncMock(return_value={}))]
+    workload = SourceWorkload(parts, Owner(), connections=asked)
+    if asked is Connections.CLOSE:
+        assert await workload.dump() == {}
+    else:
+        with pytest.raises(ConnectionsLost) as caught:
+            await workload.dump()
+        assert caught.value.why == "10.0.0.5:1 -> 10.0.1.9:2"
+    assert workload.closed_connections() == closed.closed

@@ -67,7 +67,13 @@ def test_check(podferry: Podferry, agent: FakeAgent) -> None:
     assert (ran.code, ran.json()["movable"]) == (0, True)
     ran = podferry("check", "greedy", "--to", "node-b", "--json")
     assert (ran.code, ran.json()["refusals"][0]["code"]) == (3, "PF100")
+    assert [(one["remote"], one["fate"]) for one in ran.json()["connections"]] == [
+        ("[fd00:96::7]:5432", "closed"),
+        ("", "lives"),
+    ]
     ran = podferry("check", "greedy", "--to", "node-b")
+    for word in ("[fd00::5]:40000", "[fd00:96::7]:5432", "another", "closed", "knows only the old address"):
+        assert word in ran.out, "what becomes of each connection, and why"
     assert "UV_USE_IO_URING" in ran.err
     assert "the clock of [b]node-b[/b]" in ran.out, "what an agent says is not markup"
 
@@ -108,8 +114,13 @@ def test_migrate_ends_with_a_result_and_its_code(
 
 
 def test_migrate_sends_what_was_asked_for(podferry: Podferry, agent: FakeAgent) -> None:
-    podferry("migrate", "train", "--to", "node-b", "--mode", "stop", "--bandwidth", "100mbit", "--max-downtime", "300")
-    assert agent.asked == [{"bandwidth": 12_500_000, "mode": "stop", "max_downtime_ms": 300.0}]
+    wishes = ("--mode", "stop", "--bandwidth", "100mbit", "--max-downtime", "300", "--connections", "require")
+    podferry("migrate", "train", "--to", "node-b", *wishes)
+    asked = {"bandwidth": 12_500_000, "mode": "stop", "max_downtime_ms": 300.0, "connections": "Require"}
+    assert agent.asked == [asked]
+    podferry("check", "train", "--to", "node-b", "--connections", "Require")
+    podferry("check", "train", "--to", "node-b")
+    assert agent.asked[1:] == [{"rehearse": False, "connections": one} for one in ("Require", "Close")]
 
 
 def test_migrate_prints_a_line_for_each_phase(podferry: Podferry, agent: FakeAgent) -> None:

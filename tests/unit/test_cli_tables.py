@@ -78,3 +78,24 @@ def test_a_migrations_end_says_what_was_closed_and_what_to_mind(capsys: pytest.C
     said = capsys.readouterr().out
     assert "mind: the kernels differ" in said
     assert "closed: a:1 -> b:2, a:1 -> c:3" in said
+
+
+def test_a_rehearsals_end_says_of_each_connection_whose_the_other_end_is(capsys: pytest.CaptureFixture[str]) -> None:
+    lost = {"protocol": "tcp", "local": "10.0.0.5:1", "peer": "another", "fate": "closed", "why": "it stays"}
+    status = {
+        "phase": "Rehearsed",
+        "connections": [
+            {**lost, "remote": "10.96.0.7:80", "backend": "10.0.1.9:8080"},
+            {**lost, "remote": "192.0.2.9:443"},
+            {**lost, "remote": "10.0.0.5:2", "peer": "inside", "fate": "lives", "why": "both ends are here"},
+        ],
+        "peers": [
+            {"address": "10.0.1.9", "kind": "Pod", "name": "database", "agent": True},
+            {"address": "192.0.2.9", "kind": "Outside"},
+        ],
+    }
+    print_end(Migration.from_json({"metadata": {"name": "move"}, "spec": {"podName": "train"}, "status": status}))
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("10.96.0.7:80 (10.0.1.9:8080) Pod database closed", "192.0.2.9:443 Outside closed", "inside lives"):
+        assert words in said
+    assert "closed: it stays" in said

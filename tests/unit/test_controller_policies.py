@@ -109,6 +109,10 @@ def test_without_a_policy_it_is_as_asked_or_as_ever() -> None:
         ({"bandwidthPerNode": "100M", "parallelPerNode": 4}, {}, {"bandwidth": "25000000"}),
         ({"bandwidthPerNode": "100M", "parallelPerNode": 4, "bandwidth": "1M"}, {}, {"bandwidth": "1M"}),
         ({"ttlSecondsAfterFinished": 5}, {}, {"ttlSecondsAfterFinished": 5}),
+        ({"connections": "Require"}, {}, {"connections": "Require"}),
+        ({"connections": "Require"}, {"connections": "Close"}, {"connections": "Close"}),
+        ({}, {"connections": "Require"}, {"connections": "Require"}),
+        ({}, {}, {"connections": "Close"}),
     ],
 )
 def test_what_is_not_asked_is_the_policys_and_what_is_beyond_it_comes_down(

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from podferry.criu.connections import CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYN_SENT, settle
+from podferry.core.connections import CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYN_SENT
+from podferry.criu.connections import settle
 from podferry.criu.images import FILES_MAGIC, encode_entries, entries_of
 from podferry.errors import PeerMisbehaved
 from podferry.node.network import DEFAULT, Network

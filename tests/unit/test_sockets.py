@@ -183,6 +183,8 @@ def test_those_whose_owner_lives_are_let_go(other: tuple[subprocess.Popen[str], 
 
 
 def test_addresses() -> None:
-    assert sockets._address(socket.AF_INET, "0100007F:1BCD") == "127.0.0.1:7117"
-    assert sockets._address(socket.AF_INET6, "00000000000000000000000001000000:0050") == "::1:80"
-    assert sockets._plain("0000000000000000FFFF00000100007F:0050") == "0100007F:0050"
+    assert str(sockets._end(socket.AF_INET, "0100007F:1BCD")) == "127.0.0.1:7117"
+    assert str(sockets._end(socket.AF_INET6, "00000000000000000000000001000000:0050")) == "[::1]:80"
+    mapped = "0000000000000000FFFF00000100007F:0050"
+    assert str(sockets._end(socket.AF_INET6, mapped)) == "127.0.0.1:80"
+    assert sockets._plain(mapped) == "0100007F:0050"

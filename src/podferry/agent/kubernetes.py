@@ -288,4 +288,11 @@ def order_of(migration: Migration) -> Order:
     )
     bandwidth = quantity(spec.bandwidth) if spec.bandwidth else None
     max_freeze = seconds(spec.max_freeze) if spec.max_freeze else None
-    return Order(spec.mode, timeout=seconds(spec.timeout), bandwidth=bandwidth, policy=policy, max_freeze=max_freeze)
+    return Order(
+        spec.mode,
+        timeout=seconds(spec.timeout),
+        bandwidth=bandwidth,
+        policy=policy,
+        max_freeze=max_freeze,
+        connections=spec.connections,
+    )

@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from podferry.core.connections import told
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.strict import from_json
 from podferry.engine.journal import Journal, forget_old, journals
@@ -123,11 +124,12 @@ class Migrations:
 
         async def propose() -> tuple[Offer, SourceWorkload]:
             view = await run(inspect)
-            choice = view.demand_movable(offered_as or mode)
+            record.extra |= told(view.connections)
+            choice = view.demand_movable(offered_as or mode, order.connections)
             record.extra["tracker"], record.extra["tracker_reason"] = str(choice.kind), choice.reason
             record.extra["warnings"] = view.warnings(mode)
             journal.note(offered=view.offered.for_journal(), record=record.to_dict())
-            job = kind.source(view, journal, choice.kind)
+            job = kind.source(view, journal, choice.kind, order.connections)
             return replace(view.offer(id, offered_as or mode), rehearsal=issubclass(half, Rehearsal)), job
 
         self._start(partial(source.run, propose))

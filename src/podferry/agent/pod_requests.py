@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -123,7 +124,7 @@ class PodRequests:
             order.target,
             pods,
             partial(pods.view, order.pod, order.containers, order.probes),
-            order=REHEARSAL if order.rehearse else order.order,
+            order=replace(REHEARSAL, connections=order.order.connections) if order.rehearse else order.order,
             half=RehearsalAlone if order.rehearse else Source,
             mode=order.order.mode,
             pod=to_json(order.pod),

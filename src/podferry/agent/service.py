@@ -23,6 +23,8 @@ from podferry.agent.control import Emit
 from podferry.agent.migrations import KEEP_RECORDS, Migrations, runtime_of_pods
 from podferry.agent.peer_requests import PeerRequests
 from podferry.agent.pod_requests import PodRequests
+from podferry.core.connections import TOLD
+from podferry.core.connections import told as told_of_connections
 from podferry.core.facts import NodeFacts
 from podferry.core.phases import TARGET_MAY_RUN, SourceEvent
 from podferry.core.precopy import PreCopyPolicy
@@ -34,7 +36,7 @@ from podferry.engine.source import Order, Source
 from podferry.engine.target import Target
 from podferry.errors import PeerLost, PodferryError, Refused, UsageError, leaves
 from podferry.fs.private import private_directory
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 from podferry.node.containerd import Containerd
 from podferry.wire.channel import Channel
 from podferry.wire.messages import Abort, Accept, Refuse
@@ -122,18 +124,26 @@ class Agent:
         return {"node": self.config.node, "version": __version__, "peers": sorted(self.config.peers), **facts.to_dict()}
 
     async def op_check(
-        self, emit: Emit, name: str, to: str, *, rehearse: bool = False, max_freeze_s: float | None = None
+        self,
+        emit: Emit,
+        name: str,
+        to: str,
+        *,
+        rehearse: bool = False,
+        max_freeze_s: float | None = None,
+        connections: str = Connections.CLOSE,
     ) -> Record:
         """Could this container move there? Nothing is touched, unless it is to be rehearsed as well."""
-        answer = await self._check(name, to)
+        asked = _connections(connections)
+        answer = await self._check(name, to, asked)
         if rehearse and answer["movable"]:
-            order = replace(REHEARSAL, max_freeze=max_freeze_s or REHEARSAL.max_freeze)
+            order = replace(REHEARSAL, max_freeze=max_freeze_s or REHEARSAL.max_freeze, connections=asked)
             source = self._set_out(name, to, order, Rehearsal)
             await source.ended.wait()
             answer |= told(source.record.to_dict())
         return answer
 
-    async def _check(self, name: str, to: str) -> Record:
+    async def _check(self, name: str, to: str, connections: Connections) -> Record:
         self._check_names(name, to)
         view = await run(partial(self.alone.view, name))
         reasons: list[PodferryError] = []
@@ -149,6 +159,8 @@ class Agent:
                 target = NodeFacts.from_dict(answer.facts)
             await inbox.channel.send(Abort(offer.migration, "only a check"))
             await inbox.close()
+        if (lost := view.lost(connections)) is not None:
+            reasons.append(lost)
         return {
             "name": name,
             "source": self.config.node,
@@ -156,6 +168,7 @@ class Agent:
             "movable": not reasons,
             "refusals": [reason.to_dict() for reason in reasons],
             "warnings": view.warnings(Mode.LIVE, target),
+            **told_of_connections(view.connections, TOLD),
             "tracker": str(view.tracker.kind),
             "tracker_reason": view.tracker.reason,
             "memory_bytes": offer.memory_bytes,
@@ -174,6 +187,7 @@ class Agent:
         max_freeze_s: float | None = None,
         allow_postcopy: bool = False,
         allow_throttle: bool = True,
+        connections: str = Connections.CLOSE,
     ) -> Record:
         """Move a container. Goes on if whoever asked hangs up."""
         if mode not in {str(one) for one in Mode}:
@@ -183,6 +197,7 @@ class Agent:
             timeout=timeout_s or Order.timeout,
             bandwidth=bandwidth,
             max_freeze=max_freeze_s,
+            connections=_connections(connections),
             policy=PreCopyPolicy(
                 max_downtime=(max_downtime_ms or PreCopyPolicy.max_downtime * 1e3) / 1e3,
                 throttle=allow_throttle,
@@ -298,6 +313,14 @@ class Agent:
         self.log.warning(
             "a conversation ended with an error", error=str(error), cause=repr(cause), evidence=error.evidence
         )
+
+
+def _connections(asked: str) -> Connections:
+    try:
+        return Connections(asked)
+    except ValueError:
+        known = ", ".join(Connections)
+        raise UsageError(f"connections cannot be {asked!r}", why=f"there are {known}") from None
 
 
 def _saved(directory: Path) -> Record | None:

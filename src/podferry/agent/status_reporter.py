@@ -12,6 +12,7 @@ from podferry.core.phases import SOURCE_ENDS, SourcePhase, TargetPhase
 from podferry.errors import PodferryError
 from podferry.kube import status as store
 from podferry.kube.client import Api
+from podferry.kube.connections import MOST_CONNECTIONS, ListedConnection
 from podferry.kube.errors import ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.migration import (
@@ -120,6 +121,7 @@ class Reporter:
             return True
         status.progress = progress_of(self._event, record)
         status.warnings = lines_of(record, "warnings")
+        status.connections = connections_of(record)
         status.closed_connections = closed_by(record)
         if record["downtime_ms"]:
             status.downtime = duration(record["downtime_ms"] / 1e3)
@@ -134,6 +136,12 @@ class Reporter:
             migration.status.engine_ending = ending_of(record)
             set_intact(migration, record.get("differences"))
         return changed
+
+
+def connections_of(record: Json) -> list[ListedConnection]:
+    """The connections that the pod had at the check, within what a status may hold."""
+    found = [one for one in record.get("connections") or () if one["remote"]]
+    return [ListedConnection.model_validate(one) for one in found[:MOST_CONNECTIONS]]
 
 
 def closed_by(record: Json) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ from podferry.cli.terminal import print_error, print_json, stderr, stdout, words
 from podferry.cli.units import parse_rate
 from podferry.cli.views import choose
 from podferry.errors import Bug, UsageError
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 refused, 4 rolled back, 5 failed, 6 cancelled,
 7 no agent answers, 130 left with Ctrl-C."""
@@ -53,6 +53,14 @@ Id = Annotated[
     ),
 ]
 To = Annotated[str, typer.Option("--to", metavar="NODE", help="The node to move it to.", autocompletion=complete.nodes)]
+MayClose = Annotated[
+    Connections,
+    typer.Option(
+        "--connections",
+        case_sensitive=False,
+        help="What may become of connections whose other end stays: Close, or Require: no move where one would be lost.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/cli.md specifies it.")]
 Lab = Annotated[
     str | None, typer.Option("--lab", metavar="NAME", help="The lab to use (env PODFERRY_LAB, or 'default').")
@@ -115,6 +123,7 @@ def check(
             "The job stands still for about 0.1 s and goes on; its `exec` sessions end, as in a move.",
         ),
     ] = False,
+    connections: MayClose = Connections.CLOSE,
     json: Json = False,
     lab: Lab = None,
     agent: Agent = None,
@@ -129,7 +138,8 @@ def check(
 
     [bold]podferry check train --to node-b --rehearse[/]
     """
-    result = _fleet(context, lab, agent).holder(name).call("check", timeout=None, name=name, to=to, rehearse=rehearse)
+    asked: dict[str, Any] = {"name": name, "to": to, "rehearse": rehearse, "connections": connections.value}
+    result = _fleet(context, lab, agent).holder(name).call("check", timeout=None, **asked)
     if json:
         print_json(result)
     else:
@@ -175,6 +185,7 @@ def migrate(
             "--allow-postcopy", help="Switch to post-copy where the job writes memory faster than the link carries it."
         ),
     ] = False,
+    connections: MayClose = Connections.CLOSE,
     json: Json = False,
     lab: Lab = None,
     agent: Agent = None,
@@ -201,6 +212,7 @@ def migrate(
         max_freeze_s=max_freeze,
         bandwidth=rate,
         allow_postcopy=allow_postcopy,
+        connections=connections.value,
     )
     if json:
         print_json({"type": "result", **record.raw}, indent=None)

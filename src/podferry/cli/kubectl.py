@@ -17,13 +17,24 @@ from podferry.cli import kubectl_preview as previewing
 from podferry.cli import kubectl_tables as tables
 from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.kubectl_moves import ClusterOptions
-from podferry.cli.kubectl_options import Context, Json, Kubeconfig, MigrationName, Namespace, PodName, do, offering
+from podferry.cli.kubectl_options import (
+    Context,
+    Json,
+    Kubeconfig,
+    MayClose,
+    MigrationName,
+    Namespace,
+    PodName,
+    do,
+    offering,
+)
 from podferry.cli.running import run_program
 from podferry.cli.terminal import print_error, print_json, stderr, stdout
 from podferry.cli.units import parse_rate
 from podferry.cli.views import choose
 from podferry.core.drain import DrainPhase
 from podferry.core.migration import OUTCOME_OF_END
+from podferry.errors import UsageError
 from podferry.kube.client import NODES
 from podferry.model import Mode
 
@@ -105,6 +116,7 @@ def migrate(
             help="Throttle the job's CPU time where it writes memory faster than the link carries it.",
         ),
     ] = False,
+    connections: MayClose = None,
     ttl: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +156,7 @@ def migrate(
         "bandwidth": None if bandwidth is None else str(int(parse_rate(bandwidth))),
         "allowPostCopy": allow_postcopy or None,
         "allowAutoConverge": allow_throttle or None,
+        "connections": connections and connections.value,
         "ttlSecondsAfterFinished": None if ttl is None else moves.whole_seconds(ttl),
     }
     body = moves.body(pod, name, {key: value for key, value in spec.items() if value is not None})
@@ -172,6 +185,7 @@ def check(
             "The pod stands still for about 0.1 s.",
         ),
     ] = False,
+    connections: MayClose = None,
     json: Json = False,
     namespace: Namespace = None,
     context: Context = None,
@@ -180,8 +194,8 @@ def check(
     """List the reasons why a pod cannot move. Changes nothing without --rehearse.
 
     The agents check the node's side (kernel, CRIU, open files of the processes) at the start of a migration, also before
-    they change anything. Exit code 0 means that there is no reason, 3 that there is one. A rehearsal is a Migration with
-    spec.dryRun, and has the exit code of one.
+    they change anything. A rehearsal shows it, and what a move makes of each connection of the pod. Exit code 0 means that
+    there is no reason, 3 that there is one. A rehearsal is a Migration with spec.dryRun, and has the exit code of one.
 
     Examples:
 
@@ -189,10 +203,13 @@ def check(
 
     [bold]kubectl podferry check train-x7k2p --rehearse[/]
     """
+    if connections is not None and not rehearse:
+        raise UsageError("--connections needs --rehearse", why="which connections a pod has only its node knows")
     where = ClusterOptions(namespace, context, kubeconfig)
     found, policy = do(partial(moves.obstacles, where, pod))
     if rehearse and not found:
-        body = moves.body(pod, None, {"podName": pod, "dryRun": True, "ttlSecondsAfterFinished": REHEARSED_TTL})
+        spec: dict[str, Any] = {"podName": pod, "dryRun": True, "ttlSecondsAfterFinished": REHEARSED_TTL}
+        body = moves.body(pod, None, spec | ({"connections": connections.value} if connections else {}))
         end = do(partial(moves.follow_to_the_end, where, body, choose(json)))
         print_json(end.to_json(), indent=None) if json else tables.print_end(end)
         raise typer.Exit(OF_OUTCOME[OUTCOME_OF_END[end.status.phase]])

@@ -13,6 +13,7 @@ import typer
 from podferry.cli import kubectl_moves as moves
 from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.kube.client import MIGRATIONS, PODS, ResourceKind
+from podferry.model import Connections
 
 T = TypeVar("T")
 
@@ -46,6 +47,15 @@ Context = Annotated[
 ]
 Kubeconfig = Annotated[
     Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG or ~/.kube/config.")
+]
+MayClose = Annotated[
+    Connections | None,
+    typer.Option(
+        "--connections",
+        case_sensitive=False,
+        help="What may become of connections whose other end stays: Close, or Require: no move where one would be lost. Default: "
+        "the pod's policy's, or Close.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: Migration objects as the API server has them.")]
 

@@ -9,11 +9,15 @@ from rich.table import Table
 
 from podferry.cli import units
 from podferry.cli.kubectl_moves import event_time
+from podferry.cli.tables import print_connections
 from podferry.cli.terminal import stderr, stdout, words
 from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
 from podferry.kube.migration import Migration
 
 Json = dict[str, Any]
+
+NOT_MOVED = frozenset({MigrationPhase.REHEARSED, MigrationPhase.REFUSED, MigrationPhase.ROLLED_BACK})
+"""Ends at which people want to know what a move would make of the pod's connections: after a move `closedConnections` says it."""
 
 STYLE = {
     MigrationPhase.COMPLETED: "bold green",
@@ -81,6 +85,8 @@ def print_end(migration: Migration) -> None:
     for name, value in facts:
         if value:
             console.print(words(f"  {name:<11} {value}"))
+    if status.phase in NOT_MOVED:
+        print_connections(_connections(migration))
     for warning in status.warnings:
         console.print(words(f"  mind: {warning}", "yellow"))
     if status.closed_connections:
@@ -92,6 +98,15 @@ def print_end(migration: Migration) -> None:
             console.print(words(f"  what to do: {end.remedy}"))
     elif status.message and status.phase not in MIGRATION_ENDS:
         console.print(words(f"  {status.message}"))
+
+
+def _connections(migration: Migration) -> list[Json]:
+    """The pod's connections, each with whose the other end is, as far as the controller has said."""
+    known = {one.address: str(one) for one in migration.status.peers}
+    return [
+        {**one.model_dump(mode="json"), "peer": known.get(one.address or "", str(one.peer))}
+        for one in migration.status.connections
+    ]
 
 
 def print_explanation(migration: Migration, events: list[Json]) -> None:

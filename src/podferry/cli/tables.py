@@ -14,6 +14,9 @@ from podferry.cli.record import Record
 from podferry.cli.terminal import print_error, stderr, stdout, words
 from podferry.errors import PodferryError
 
+CONNECTIONS = 20
+"""Of those that a check lists, shown to people."""
+
 
 def print_containers(answers: AgentAnswers) -> None:
     """The containers, node by node."""
@@ -72,8 +75,27 @@ def print_check(result: dict[str, Any]) -> None:
         print_error(PodferryError.from_dict(refusal))
     for warning in result.get("warnings") or []:
         console.print(words(f"mind: {warning}", "yellow"))
+    print_connections(result.get("connections") or [])
     _rehearsal(console, result.get("rehearsal") or {})
     _facts(console, result)
+
+
+def print_connections(found: list[dict[str, Any]]) -> None:
+    """What a move makes of each connection, as `podferry.core.connections` lists them: those that it costs come first."""
+    if not found:
+        return
+    table = _table("", "LOCAL", "PEER", "WITH", "FATE")
+    for one in found[:CONNECTIONS]:
+        peer = one["remote"] + (f" ({one['backend']})" if one["backend"] else "")
+        style = "" if one["fate"] == "lives" else "yellow"
+        table.add_row(
+            words(one["protocol"]), words(one["local"]), words(peer), words(one["peer"]), words(one["fate"], style)
+        )
+    stdout().print(table)
+    for why in dict.fromkeys(f"{one['fate']}: {one['why']}" for one in found):
+        stdout().print(words(f"  {why}", "dim"))
+    if len(found) > CONNECTIONS:
+        stdout().print(words(f"  and {len(found) - CONNECTIONS} more; --json lists them", "dim"))
 
 
 def _rehearsal(console: Console, rehearsal: dict[str, Any]) -> None:

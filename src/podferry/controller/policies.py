@@ -16,7 +16,7 @@ from podferry.kube.errors import Forbidden, NotServed
 from podferry.kube.migration import MigrationSpec, quantity, seconds
 from podferry.kube.policy import MigrationPolicy, MigrationPolicySpec, PodWish, PolicyUnreadable
 from podferry.kube.settings import DEFAULT_TIMEOUT, MoveSettings
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 
 Json = dict[str, Any]
 Labels = dict[str, str]
@@ -103,6 +103,7 @@ def settle(asked: MigrationSpec, policy: AppliedPolicy) -> MoveSettings | PodUnf
         mode=mode,
         allow_post_copy=_chosen(asked.allow_post_copy, spec.allow_post_copy),
         allow_auto_converge=_chosen(asked.allow_auto_converge, spec.allow_auto_converge),
+        connections=asked.connections or spec.connections or Connections.CLOSE,
         max_downtime=_least(seconds, asked.max_downtime, spec.max_downtime),
         max_freeze=_least(seconds, asked.max_freeze, spec.max_freeze),
         timeout=_least(seconds, asked.timeout, spec.timeout) or DEFAULT_TIMEOUT,

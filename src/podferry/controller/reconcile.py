@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from podferry.controller import failures, pods
+from podferry.controller.connections import with_peers
 from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
 from podferry.controller.node_trouble import TRIGGERS, Trigger
@@ -175,6 +176,7 @@ class Reconciler:
     # Running: the agents work; here the target pod is made, and whatever may go wrong around is watched.
 
     async def _running(self, migration: Migration) -> float | None:
+        migration = await with_peers(self._api, migration)
         status = migration.status
         if status.holds(RESUMED) and status.arbiter != "source":
             lost = status.engine is not None and status.engine.source == SourcePhase.LOST

@@ -18,34 +18,20 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
+from podferry.core.connections import CLOSE, LISTEN, SYN_SENT, Address, End, OwnEnds
 from podferry.core.limits import PARSED_IMAGE
 from podferry.criu.images import FILES_MAGIC, encode_entries, entries_of
-from podferry.node.netlink import Address
 from podferry.node.network import DEFAULT, IMAGE, Network
 from podferry.node.newfile import small_file
 from podferry.protos.pagemap_pb2 import FileEntry, InetSkEntry
 
 FILES = "files.img"
-SYN_SENT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN = 2, 7, 8, 9, 10  # net/tcp_states.h
-_HEARD_ALL = frozenset({CLOSE, CLOSE_WAIT, LAST_ACK})
-"""States in which there may be data that nobody has read, and nothing is waited for: the other end is closed, and gone."""
 BOTH = 3  # SK_SHUTDOWN__BOTH, CRIU's images/sk-opts.proto
 _DATAGRAMS = frozenset({socket.IPPROTO_UDP, socket.IPPROTO_UDPLITE})
 
 Key = tuple[int, str]
 """An image: its directory, one for each container, and its name."""
-
-
-class End(NamedTuple):
-    """An address with a port."""
-
-    address: Address
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -89,33 +75,30 @@ class _Workload:
     """The sockets of all containers together."""
 
     def __init__(self, sockets: list[InetSkEntry]) -> None:
-        self._pairs = {(_local(one), _remote(one)) for one in sockets if _is_connection(one)}
-        self._own = {_local(one).address for one in sockets if one.src_port}
+        self._ends = OwnEnds(
+            ((_local(one), _remote(one)) for one in sockets if _is_connection(one)),
+            (_local(one).address for one in sockets if one.src_port),
+        )
         self._bound: dict[tuple[int, int], set[Address]] = {}
         for one in filter(_is_bound, sockets):
             self._bound.setdefault((one.proto, one.src_port), set()).add(_local(one).address)
 
     def keeps(self, one: InetSkEntry) -> bool:
         """Whether a connection can go on: its other end is here, or was, and has said all that it had to say."""
-        if one.state == SYN_SENT:
-            return False
-        return (_remote(one), _local(one)) in self._pairs or (one.state in _HEARD_ALL and self._is_own(_remote(one)))
+        return self._ends.keep(_local(one), _remote(one), one.state)
 
     def rebound(self, one: InetSkEntry) -> Iterator[Address]:
         """Have a socket restored under the new address where it can be; the address that it needs."""
         here = _local(one)
         if not one.src_port or not _is_of_a_node(here.address):
             return
-        if one.proto in _DATAGRAMS and one.dst_port and not self._is_own(_remote(one)):
+        if one.proto in _DATAGRAMS and one.dst_port and not self._ends.has(_remote(one)):
             _anywhere(one)
             return
         yield here.address
         family = socket.AF_INET if here.address.version == 4 else socket.AF_INET6
         if _is_bound(one) and len(self._bound[one.proto, one.src_port]) == 1 and one.family == family:
             _anywhere(one)
-
-    def _is_own(self, end: End) -> bool:
-        return end.address.is_loopback or end.address in self._own
 
 
 def _need(images: dict[Key, bytes | Path], directory: int, addresses: list[Address]) -> None:

@@ -29,7 +29,7 @@ from podferry.engine.sending import Sender
 from podferry.engine.side import Side
 from podferry.engine.standstill import Standstill
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
-from podferry.model import Mode, Outcome
+from podferry.model import Connections, Mode, Outcome
 from podferry.wire.channel import Channel
 from podferry.wire.messages import (
     Abort,
@@ -57,13 +57,15 @@ BEFORE_GO = frozenset({SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.PREPA
 class Order:
     """What was asked for. `timeout` is in seconds and covers everything up to the point of no return; `bandwidth` caps
     what the data may use of the link, in bytes a second; `max_freeze` says for how many seconds the job may stand still before the
-    point of no return, where it is not what `podferry.engine.standstill` makes of mode and policy."""
+    point of no return, where it is not what `podferry.engine.standstill` makes of mode and policy. `connections` says what becomes
+    of those whose other end stays: who proposes the job holds it to that."""
 
     mode: Mode = Mode.STOP
     timeout: float = 3600.0
     bandwidth: float | None = None
     max_freeze: float | None = None
     policy: PreCopyPolicy = field(default_factory=PreCopyPolicy)
+    connections: Connections = Connections.CLOSE
 
 
 Propose = Callable[[], Awaitable[tuple[Offer, SourceJob]]]

@@ -14,9 +14,10 @@ from pydantic import Field, ValidationError
 
 from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
 from podferry.errors import Failed
+from podferry.kube.connections import MOST_CONNECTIONS, ConnectionPeer, ListedConnection
 from podferry.kube.objects import DURATION, FIXED, NAME, QUANTITY, ObjectPart, fixed, named, rule
 from podferry.kube.settings import MoveSettings
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 
 GROUP, VERSION = "podferry.dev", "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
@@ -101,6 +102,14 @@ class MigrationSpec(ObjectPart):
         Field(
             description="Let a live migration slow the job down where it writes faster than the link carries. Without it as the "
             "pod's MigrationPolicy says, or false."
+        ),
+    ] = None
+    connections: Annotated[
+        Connections | None,
+        Field(
+            description="What the move may do to connections whose other end stays, TCP and connected UDP. Close: end them, at "
+            "both ends. Require: nothing; where there is one, the move is refused before anything is touched, or, where it was "
+            "opened since, taken back before the right to run passes. Without it as the pod's MigrationPolicy says, or Close."
         ),
     ] = None
     max_downtime: Annotated[
@@ -301,6 +310,23 @@ class MigrationStatus(Conditioned):
             description="What is worth knowing of the move although it does not stand in the way. "
             "The source's agent looks for it before anything is touched.",
             max_length=MOST_LINES,
+            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = Field(default_factory=list)
+    connections: Annotated[
+        list[ListedConnection],
+        Field(
+            description="The pod's connections before anything is touched, TCP and connected UDP, with what a move makes of each; "
+            "those that it costs come first.",
+            max_length=MOST_CONNECTIONS,
+            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = Field(default_factory=list)
+    peers: Annotated[
+        list[ConnectionPeer],
+        Field(
+            description="Whose the addresses are at the other ends of these connections: agents read neither pods nor nodes.",
+            max_length=MOST_CONNECTIONS,
             json_schema_extra={"x-kubernetes-list-type": "atomic"},
         ),
     ] = Field(default_factory=list)

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from podferry.errors import Failed
 from podferry.kube.migration import API_VERSION
 from podferry.kube.objects import DURATION, QUANTITY, ObjectPart, rule
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 
 LARGEST = 1000
 """Requirements of a selector, and moves that a limit may allow."""
@@ -125,6 +125,12 @@ class MigrationPolicySpec(ObjectPart):
         Field(
             description="true: live migrations may slow the job down unless they say that they must not; false: one that asks "
             "for it is refused. Without it as the Migration says."
+        ),
+    ] = None
+    connections: Annotated[
+        Connections | None,
+        Field(
+            description="What holds where a Migration does not say what it may do to connections. Without it: Close."
         ),
     ] = None
     max_downtime: Annotated[

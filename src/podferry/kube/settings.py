@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from podferry.kube.objects import DURATION, QUANTITY, ObjectPart
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 
 DEFAULT_TIMEOUT = "1h"
 
@@ -24,6 +24,9 @@ class MoveSettings(ObjectPart):
     mode: Annotated[Mode, Field(description="How memory moves.")] = Mode.LIVE
     allow_post_copy: Annotated[bool, Field(description="Whether a live migration may fall to post-copy.")] = False
     allow_auto_converge: Annotated[bool, Field(description="Whether a live migration may slow the job down.")] = False
+    connections: Annotated[
+        Connections, Field(description="What the move may do to connections whose other end stays.")
+    ] = Connections.CLOSE
     max_downtime: Annotated[
         str | None,
         Field(description="The job is stopped only when that is expected to take no longer.", pattern=DURATION),

@@ -46,6 +46,8 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "downtime": BY_SOURCE,
     "forecast": BY_SOURCE,
     "warnings": BY_SOURCE,
+    "connections": BY_SOURCE,
+    "peers": BY_CONTROLLER,
     "closedConnections": BY_SOURCE,
     "abort": BY_CONTROLLER,
     "engineEnding": BY_SOURCE,
@@ -55,7 +57,7 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "startTime": BY_CONTROLLER,
     "completionTime": BY_CONTROLLER,
 }
-LISTS = frozenset({"containers", "warnings", "closedConnections"})
+LISTS = frozenset({"containers", "warnings", "connections", "peers", "closedConnections"})
 MIGRATION_CONDITIONS: Mapping[str, Writers] = {
     TARGET_REQUESTED: BY_TARGET,
     TARGET_READY: BY_TARGET,

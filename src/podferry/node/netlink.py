@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 
 ROUTE = socket.NETLINK_ROUTE
+NETFILTER = 12  # NETLINK_NETFILTER
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 REQUEST, MULTI, ACK, DUMP, CREATE, EXCL = 0x1, 0x2, 0x4, 0x300, 0x400, 0x200  # NLM_F_*
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -23,14 +24,19 @@ LOOPBACK = 1
 """Loopback is the first interface of every network namespace."""
 _HEADER, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=HH")
 _LARGEST = 1 << 16
+_NESTED = 0x8000
 
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def attribute(kind: int, value: bytes) -> bytes:
     """An attribute, padded to four bytes."""
     return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def nest(kind: int, *inner: bytes) -> bytes:
+    """An attribute that holds others."""
+    return attribute(kind | _NESTED, b"".join(inner))
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
@@ -61,6 +67,20 @@ def ask(family: int, kind: int, payload: bytes) -> Iterator[tuple[int, bytes]]:
                 if answered == NLMSG_ERROR:
                     _raise(body)
                 yield answered, body
+
+
+def get(family: int, kind: int, payload: bytes) -> bytes | None:
+    """Ask for one thing: its payload, or None where it is not there. Raises `OSError`."""
+    with _socket(family) as kernel:
+        kernel.send(message(kind, REQUEST, payload))
+        for answered, _, body in _messages(kernel.recv(_LARGEST)):
+            if answered != NLMSG_ERROR:
+                return body
+            try:
+                _raise(body)
+            except FileNotFoundError:
+                return None
+    return None
 
 
 def send(family: int, *messages: bytes) -> None:

@@ -21,16 +21,14 @@ from typing import Any
 
 from podferry.errors import Failed
 from podferry.node import netlink
-from podferry.node.netlink import ACK, CREATE, REQUEST, attribute, message
+from podferry.node.netlink import ACK, CREATE, NETFILTER, REQUEST, attribute, message, nest
 from podferry.node.netns import in_network_at, joined, on_node
 
-NETFILTER = 12  # NETLINK_NETFILTER
 TABLE = b"podferry\0"
 # linux/netfilter/nfnetlink.h and nf_tables.h
 _BEGIN, _END, _SUBSYSTEM, _INET = 0x10, 0x11, 10, 1
 _NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE = 0, 2, 3, 6
 _LOCAL_IN, _PRIORITY = 1, -400
-_NESTED = 0x8000
 _IIF, _MARK, _REGISTER_1, _EQUAL, _NOT_EQUAL, _DROP = 4, 3, 1, 0, 1, 0
 CRIU_MARK = 0xC114  # SOCCR_MARK, CRIU's soccr/soccr.h
 
@@ -90,12 +88,8 @@ def _number(kind: int, value: int) -> bytes:
     return attribute(kind, struct.pack(">i", value))
 
 
-def _nest(kind: int, *inner: bytes) -> bytes:
-    return attribute(kind | _NESTED, b"".join(inner))
-
-
 def _expression(name: bytes, *data: bytes) -> bytes:
-    return _nest(1, attribute(1, name + b"\0"), _nest(2, *data))
+    return nest(1, attribute(1, name + b"\0"), nest(2, *data))
 
 
 def _where(key: int, operator: int, value: int) -> list[bytes]:
@@ -103,23 +97,23 @@ def _where(key: int, operator: int, value: int) -> list[bytes]:
     return [
         _expression(b"meta", _number(1, _REGISTER_1), _number(2, key)),
         _expression(
-            b"cmp", _number(1, _REGISTER_1), _number(2, operator), _nest(3, attribute(1, struct.pack("=I", value)))
+            b"cmp", _number(1, _REGISTER_1), _number(2, operator), nest(3, attribute(1, struct.pack("=I", value)))
         ),
     ]
 
 
 def _lock() -> list[bytes]:
     table, chain = attribute(1, TABLE), b"arriving\0"
-    hook = _nest(4, _number(1, _LOCAL_IN), _number(2, _PRIORITY))
+    hook = nest(4, _number(1, _LOCAL_IN), _number(2, _PRIORITY))
     is_loopback = _where(_IIF, _EQUAL, netlink.LOOPBACK)
     is_not_of_criu = _where(_MARK, _NOT_EQUAL, CRIU_MARK)
-    drop = _expression(b"immediate", _number(1, 0), _nest(2, _nest(2, _number(1, _DROP))))
+    drop = _expression(b"immediate", _number(1, 0), nest(2, nest(2, _number(1, _DROP))))
     return _batch(
         [
             _message(_NEWTABLE, ACK | CREATE, table),
             _message(_NEWCHAIN, ACK | CREATE, table + attribute(3, chain) + hook + attribute(7, b"filter\0")),
             _message(
-                _NEWRULE, ACK | CREATE, table + attribute(2, chain) + _nest(4, *is_loopback, *is_not_of_criu, drop)
+                _NEWRULE, ACK | CREATE, table + attribute(2, chain) + nest(4, *is_loopback, *is_not_of_criu, drop)
             ),
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from podferry.core.connections import LISTEN, TCP, UDP, End, KernelSocket
 from podferry.core.preflight import CORKED, SOCKETS
 
 INTERNET = frozenset({"TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6", "PING", "PINGv6"})
@@ -72,7 +74,7 @@ def _has_corked(pid: int) -> bool:
 
 
 class Connection(NamedTuple):
-    """A TCP connection as the kernel lists it: both ends, in its own notation, and its socket. 0: nobody has it open."""
+    """A socket as the kernel lists it: both ends, in its own notation, and its inode. 0: nobody has it open."""
 
     local: str
     remote: str
@@ -81,17 +83,35 @@ class Connection(NamedTuple):
     state: str = ""
 
     def __str__(self) -> str:
-        return f"{_address(self.family, self.local)} -> {_address(self.family, self.remote)}"
+        return f"{_end(self.family, self.local)} -> {_end(self.family, self.remote)}"
 
 
 def connections(pid: int) -> Iterator[Connection]:
     """The TCP connections in the network namespace of a process that are not over yet."""
-    for family, name in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+    return (one for one in _listed(pid, TCP) if one.state not in _NO_CONNECTION)
+
+
+def _listed(pid: int, protocol: str) -> Iterator[Connection]:
+    """All sockets of a protocol in the network namespace of a process."""
+    for family, name in ((socket.AF_INET, protocol), (socket.AF_INET6, f"{protocol}6")):
         with suppress(OSError):
             for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
                 words = line.split()
-                if words[3] not in _NO_CONNECTION:
-                    yield Connection(words[1], words[2], family, int(words[9]), words[3])
+                yield Connection(words[1], words[2], family, int(words[9]), words[3])
+
+
+def kernel_sockets(pid: int, pids: Iterable[int]) -> list[KernelSocket]:
+    """The TCP and UDP sockets of the processes `pids`, in the network namespace of `pid`, and what waits there to be accepted."""
+    inodes = {inode for owner in pids for inode in _open_in(owner)}
+    found = []
+    for protocol in (TCP, UDP):
+        for one in _listed(pid, protocol):
+            held = one.inode in inodes
+            if held or (protocol == TCP and not one.inode and one.state in _WAITS_TO_BE_ACCEPTED):
+                local, remote, state = _end(one.family, one.local), _end(one.family, one.remote), int(one.state, 16)
+                peer = remote if remote.port and state != LISTEN else None
+                found.append(KernelSocket(protocol, local, peer, state, held))
+    return found
 
 
 def has_connections(pid: int) -> bool:
@@ -290,12 +310,13 @@ def _plain(end: str) -> str:
     return end.removeprefix(_MAPPED)
 
 
-def _address(family: socket.AddressFamily, text: str) -> str:
-    """An address of /proc/net/tcp: words of 32 bits as the processor orders them, and the port, in hexadecimal."""
+def _end(family: socket.AddressFamily, text: str) -> End:
+    """An end in /proc/net: words of 32 bits as the processor orders them, and the port, in hexadecimal."""
     host, port = text.split(":")
     words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
-    packed = struct.pack(f"={len(words)}I", *words)
-    return f"{socket.inet_ntop(family, packed)}:{int(port, 16)}"
+    address = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return End(mapped or address, int(port, 16))
 
 
 @cache

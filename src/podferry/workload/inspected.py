@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from podferry.core.connections import ConnectionsLost, OpenConnection, refused
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import GUARDS, LIMITS, Question, refusals, unthrottled, warnings
 from podferry.errors import Refused
 from podferry.memory.kernel.guards import has_guards
 from podferry.memory.tracking.tracker import Choice, TrackerKind
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 from podferry.node.cgroup import Cgroup
 from podferry.node.cri import Volume
 from podferry.node.jobfacts import container_facts, may_read_limits
@@ -44,7 +45,8 @@ class Member:
 @dataclass(frozen=True)
 class View:
     """A workload. `facts` are those of all its containers together; `refused` are reasons against it that are of its kind alone.
-    `volumes` are its file systems beside the containers' upper layers, and where they are; `probes` its liveness probes."""
+    `volumes` are its file systems beside the containers' upper layers, and where they are; `probes` its liveness probes;
+    `connections` those that it has open now."""
 
     name: str
     members: tuple[Member, ...]
@@ -55,6 +57,7 @@ class View:
     volumes: tuple[tuple[Volume, Path], ...] = ()
     probes: tuple[Probe, ...] = ()
     refused: tuple[Refused, ...] = ()
+    connections: tuple[OpenConnection, ...] = ()
 
     def offer(self, migration: str, mode: Mode) -> Offer:
         """What the target is asked."""
@@ -77,10 +80,16 @@ class View:
             found.append(unthrottled(whys[0]))
         return found
 
-    def demand_movable(self, mode: Mode) -> Choice:
+    def lost(self, asked: Connections) -> ConnectionsLost | None:
+        """Why it may not move where it was `asked` for that no connection is lost."""
+        return refused(self.name, self.connections, asked)
+
+    def demand_movable(self, mode: Mode, connections: Connections = Connections.CLOSE) -> Choice:
         """How it will be tracked in `mode`. Raises the first reason of this node's for which it cannot move."""
         for refusal in self.refusals(mode):
             raise refusal
+        if (lost := self.lost(connections)) is not None:
+            raise lost
         return self.tracker if mode is Mode.LIVE else Choice(TrackerKind.NONE, f"mode {mode} tracks nothing")
 
 

@@ -13,12 +13,13 @@ from itertools import chain
 
 import anyio
 
+from podferry.core.connections import ConnectionsLost, refusal, refused
 from podferry.criu.connections import settle
 from podferry.engine.ports import DirtySet, Images, RemotePages
 from podferry.errors import Failed
 from podferry.memory.held_pages import HeldPages
 from podferry.memory.ranges import Runs
-from podferry.model import Dump
+from podferry.model import Connections, Dump
 from podferry.node.cgroup import Cgroup
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import AddressSpaceSum, TreeSum
@@ -32,6 +33,10 @@ from podferry.workload.source_tree import SourceTree
 ACCEPT_PAUSES = (*(0.02,) * 12, *(0.1,) * 6, *(0.4,) * 5)
 """Seconds for which a workload goes on, each time that it was frozen while a connection within it waited to be accepted; more or
 less, by chance: a job that works in step with the pauses would be frozen at the same point each time."""
+
+BRIEF = (0.02, 0.1, 0.4)
+"""Seconds for which a workload goes on whose connections must live on, each time that it was frozen with one that would not: what
+lasts for a moment, a probe or a question to DNS, is gone then."""
 
 
 class Owner:
@@ -100,9 +105,16 @@ class FrozenWorkload:
 class SourceWorkload(FrozenWorkload):
     """A running workload. `volumes` are its file systems beside the containers' upper layers, in the offer's order."""
 
-    def __init__(self, containers: Sequence[SourceContainer], owner: Owner, volumes: Sequence[SourceTree] = ()) -> None:
+    def __init__(
+        self,
+        containers: Sequence[SourceContainer],
+        owner: Owner,
+        volumes: Sequence[SourceTree] = (),
+        *,
+        connections: Connections = Connections.CLOSE,
+    ) -> None:
         super().__init__(containers, owner)
-        self._containers = containers
+        self._containers, self._connections = containers, connections
         self._trees = [*(one.tree for one in containers), *volumes]
         self._closed: tuple[str, ...] = ()
 
@@ -173,14 +185,21 @@ class SourceWorkload(FrozenWorkload):
     async def freeze(self) -> None:
         """Stop every task of every container, at a moment at which no connection within the workload waits to be accepted, or was
         closed with data left, and nothing in a terminal of its own waits to be read: CRIU leaves all of it out. The ends of a
-        connection may be in two containers, so none stays frozen while it is waited for."""
+        connection may be in two containers, so none stays frozen while it is waited for. Raises `ConnectionsLost` where all
+        connections must live on and one would not."""
         await self._owner.before_freeze()
         waited = 0.0
-        pauses = iter(ACCEPT_PAUSES)
+        pauses, moments = iter(ACCEPT_PAUSES), iter(BRIEF)
         while True:
             await gathered(*(one.freeze for one in self._containers))
             if not (waiting := await self._unaccepted()):
-                return
+                if (lost := await self._lost()) is None:
+                    return
+                await gathered(*(one.thaw_again for one in self._containers))
+                if (moment := next(moments, None)) is None:
+                    raise lost
+                await anyio.sleep(moment)
+                continue
             await gathered(*(one.thaw_again for one in self._containers))
             if (longest := next(pauses, None)) is None:
                 break
@@ -198,11 +217,22 @@ class SourceWorkload(FrozenWorkload):
         found = await gathered(*(partial(one.unaccepted, members) for one in self._containers))
         return tuple(sorted(set(chain.from_iterable(found))))
 
+    async def _lost(self) -> ConnectionsLost | None:
+        """Why the frozen workload may not move with the connections that it has now: others than at the check, maybe."""
+        if self._connections is not Connections.REQUIRE:
+            return None
+        members = [pid for one in self._containers for pid in one.members()]
+        found = await self._containers[0].connections(members)  # containers of a pod share their network namespace
+        return refused("the job", found, self._connections)
+
     async def dump(self) -> Images:
-        """CRIU dumps the containers side by side, and then holds them."""
+        """CRIU dumps the containers side by side, and then holds them. Raises `ConnectionsLost` where all connections must live on
+        and its images have one that cannot."""
         dumps = await gathered(*(one.dump for one in self._containers))
         settled = settle({name: data for images in dumps for name, data in images.items()})
         self._closed = settled.closed
+        if self._connections is Connections.REQUIRE and (lost := refusal("the job", settled.closed)) is not None:
+            raise lost
         return await self._owner.completed(settled.images)
 
     def closed_connections(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import anyio
 
+from podferry.core.connections import OpenConnection, judge
 from podferry.core.inventory import encode
 from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import GUARDING_CRIU, numbers
@@ -39,7 +40,7 @@ from podferry.node.newfile import small_file
 from podferry.node.records import Container, Task
 from podferry.node.rotated_log import RotatedLog
 from podferry.node.runtime import ContainerRuntime
-from podferry.node.sockets import Peers, has_connections, unaccepted, unsent
+from podferry.node.sockets import Peers, has_connections, kernel_sockets, unaccepted, unsent
 from podferry.node.stdio import drained
 from podferry.node.timer_threads import timer_threads
 from podferry.node.unsaved_files import names_gone
@@ -194,6 +195,10 @@ class SourceContainer(FrozenContainer):
             return (*waits, *terminals.unread(first, self.cgroup.pids()))
 
         return await self._scans.at_once(look)
+
+    async def connections(self, members: Collection[int]) -> tuple[OpenConnection, ...]:
+        """Those of the workload's processes, `members`, in this container's network namespace, whatever stands between."""
+        return await self._scans.at_once(lambda: judge(kernel_sockets(self._task.pid, members)))
 
     async def thaw_again(self) -> None:
         """Let the frozen container go on for a moment: `freeze` is called again. The ledger keeps the freeze."""

@@ -14,6 +14,7 @@ from podferry.node.cgroup import Cgroup
 from podferry.node.containerd import Containerd, ContainerdNotFound
 from podferry.node.jobfacts import resident
 from podferry.node.newfile import check_new
+from podferry.node.open_connections import open_connections
 from podferry.node.records import Container, Stdio
 from podferry.workload import frozen
 from podferry.workload.config import Config
@@ -76,7 +77,8 @@ class ContainersAlone(WorkloadKind[OfferedContainer]):
         staying = self._containerd.staying(record.snapshotter, layers)
         offered = OfferedContainer(record, layers, stdio, DUMP_FLAGS, staying)
         member = inspect(self._containerd, name, RunningContainer(record, task, upper, output, flags=DUMP_FLAGS))
-        return View(name, (member,), offered, member.facts, self.node_facts(), self._choice)
+        connections = open_connections(task.pid, member.facts.pids)
+        return View(name, (member,), offered, member.facts, self.node_facts(), self._choice, connections=connections)
 
     def _refuse_crio(self) -> None:
         if self._config.crio:

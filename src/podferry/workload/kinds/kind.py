@@ -18,7 +18,7 @@ from podferry.core.undo import Handler
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Bug, Refused
 from podferry.memory.tracking.tracker import Choice, TrackerKind, choose, probe
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 from podferry.node import cri
 from podferry.node.runtime import ContainerRuntime
 from podferry.wire.messages import Offer
@@ -63,7 +63,9 @@ class WorkloadKind(ABC, Generic[OfferedKind]):
 
     # The source's half.
 
-    def source(self, view: View, journal: Journal, tracker: TrackerKind) -> SourceWorkload:
+    def source(
+        self, view: View, journal: Journal, tracker: TrackerKind, connections: Connections = Connections.CLOSE
+    ) -> SourceWorkload:
         """The workload that was inspected, ready to be moved."""
         containers = [
             SourceContainer(self._config, self._runtime, Part(journal, number), member.running, tracker)
@@ -79,7 +81,8 @@ class WorkloadKind(ABC, Generic[OfferedKind]):
             }
 
         trees = [SourceTree(path, partial(suspects, path)) for _, path in view.volumes]
-        return SourceWorkload(containers, self.owner(journal, self.known(view.offered), view.probes), trees)
+        owner = self.owner(journal, self.known(view.offered), view.probes)
+        return SourceWorkload(containers, owner, trees, connections=connections)
 
     def frozen(self, journal: Journal, name: str) -> FrozenWorkload | None:
         """The workload `name` on its source, as an earlier agent left it; None where it had not been inspected yet."""

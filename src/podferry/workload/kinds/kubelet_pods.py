@@ -14,6 +14,7 @@ from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
 from podferry.node import cri, payloads
 from podferry.node.jobfacts import deleted_but_open, disk_usage
+from podferry.node.open_connections import open_connections
 from podferry.node.records import PodContainer, Task
 from podferry.node.runtime import ContainerRuntime
 from podferry.node.sockets import to_others
@@ -70,16 +71,18 @@ class KubeletPods(WorkloadKind[OfferedPod]):
         volumes = cri.volumes([member.spec for member in members], pod.uid, self._config.kubelet)
         parts = tuple(PodPart(one.name, one.running.record.id, one.running.flags) for one in members)
         size = sum(disk_usage(path) for _, path in volumes)
+        first, pids = members[0].running.task.pid, [pid for member in members for pid in member.facts.pids]
         return View(
             str(pod),
             members,
             OfferedPod(pod, parts, tuple(volume for volume, _ in volumes)),
-            merged(str(pod), [member.facts for member in members], size, connections(members)),
+            merged(str(pod), [member.facts for member in members], size, to_others(first, pids)),
             self.node_facts(),
             self._choice,
             volumes,
             tuple(probes),
             tuple(self._refused(pod, members)),
+            open_connections(first, pids),
         )
 
     def _member(self, pod: PodName, name: str, there: Mapping[str, PodContainer]) -> Member:
@@ -176,9 +179,3 @@ class KubeletPods(WorkloadKind[OfferedPod]):
 def fifos(task: Task) -> tuple[Path, ...]:
     """The FIFOs between a container's shim and containerd."""
     return tuple(Path(one) for one in (task.stdout, task.stderr) if one.startswith("/"))
-
-
-def connections(members: Sequence[Member]) -> tuple[str, ...]:
-    """The connections of a pod's containers to others than themselves."""
-    pids = [pid for member in members for pid in member.facts.pids]
-    return to_others(members[0].running.task.pid, pids) if members else ()
