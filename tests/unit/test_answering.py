@@ -118,6 +118,17 @@ def test_a_probe_is_answered_while_the_pod_stands_still_and_by_the_job_before_an
     assert get(pod.port, "/healthz") == (200, b"by the job")
 
 
+def test_second_descriptors_are_closed_once_and_the_job_keeps_its_own(pod: Pod) -> None:
+    listeners = answering.Listeners([pod.process.pid], frozenset({pod.port}))
+    sockets = [one for one, _ in listeners.sockets.values()]
+    assert {port for _, port in listeners.sockets.values()} == {pod.port}
+    listeners.close()
+    listeners.close()
+    assert not listeners.sockets, "a later select would wait on closed descriptors"
+    assert {one.fileno() for one in sockets} == {-1}
+    assert get(pod.port, "/healthz") == (200, b"by the job")
+
+
 def test_what_is_no_probe_is_sent_away(pod: Pod) -> None:
     pod.freeze()
     assert get(pod.port, "/orders")[0] == 503

@@ -105,6 +105,49 @@ def test_the_clone_is_the_sources_spec_and_nobodys_pod() -> None:
     assert spec["hostname"] == "train-0-abcde"
 
 
+def as_stored() -> tuple[Json, Json]:
+    """A target pod as the controller creates it, and as the API server returns it: with defaults filled in."""
+    wanted = pods.target_pod(source(), migration(), "b", NOW)
+    stored = copy.deepcopy(wanted)
+    stored["metadata"]["labels"]["added-by"] = "a webhook"
+    stored["spec"]["dnsPolicy"] = "ClusterFirst"
+    stored["spec"]["containers"][0]["resources"]["limits"] = {"cpu": "1"}
+    stored["status"] = {"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}
+    return wanted, stored
+
+
+def test_the_target_pod_of_an_earlier_try_is_known_again_with_the_defaults_of_the_api_server() -> None:
+    wanted, stored = as_stored()
+    assert pods.as_made(stored, wanted)
+    stored["spec"]["activeDeadlineSeconds"] = 5
+    assert pods.as_made(stored, wanted | {"spec": wanted["spec"] | {"activeDeadlineSeconds": 9}}), "it runs down"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("metadata", "labels"), {}),
+        (("metadata", "ownerReferences"), []),
+        (("spec", "containers", 0, "resources", "requests", "cpu"), "2"),
+        (("spec", "containers", 0, "resources"), None),
+        (("spec", "containers", 0, "name"), "another"),
+        (("spec", "containers"), []),
+        (("spec", "volumes"), {"name": "d"}),
+        (("status", "containerStatuses", 0, "state"), {"running": {}}),
+        (("status", "initContainerStatuses"), [{"state": {"terminated": {"exitCode": 0}}}]),
+    ],
+)
+def test_a_pod_that_runs_or_asks_for_something_else_is_not_the_one_of_an_earlier_try(
+    path: tuple[str | int, ...], value: object
+) -> None:
+    wanted, stored = as_stored()
+    part: Any = stored
+    for step in path[:-1]:
+        part = part[step]
+    part[path[-1]] = value
+    assert not pods.as_made(stored, wanted)
+
+
 @pytest.mark.parametrize(("limit", "left"), [(3600, 2700), (600, 1)])
 def test_a_deadline_of_the_pods_own_goes_on(limit: int, left: int) -> None:
     one = source()

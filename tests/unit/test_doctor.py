@@ -14,7 +14,7 @@ from podferry.cli import doctor as command
 from podferry.cli.app import run
 from podferry.core import labhost, nodehost
 from podferry.core.facts import CgroupKind, NodeFacts, RuntimeKind
-from podferry.core.findings import Finding, MachineUnfit, Verdict, blocked, fine, limited, require, worst
+from podferry.core.findings import Finding, MachineUnfit, Verdict, blocked, fine, limited, mebibytes, require, worst
 from podferry.core.host import CAPABILITIES, NEEDED, Kernel, Privileges
 from podferry.core.labhost import TRIALS, Cgroups, Disk, LabHost
 from podferry.core.nodehost import NodeHost, Place
@@ -266,6 +266,11 @@ def test_json_and_exit_codes(
     for one in said["findings"]:
         assert list(one) == ["check", "verdict", "found", "why", "remedy"]
         assert one["verdict"] in ("fine", "limited", "blocked")
+
+
+@pytest.mark.parametrize(("size", "shown"), [(500 << 20, "500 MiB"), (1 << 30, "1.0 GiB"), (3 << 29, "1.5 GiB")])
+def test_sizes_are_in_gib_from_one_gib_on(size: int, shown: str) -> None:
+    assert mebibytes(size) == shown
 
 
 def test_words_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
