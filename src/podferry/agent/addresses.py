@@ -1,4 +1,4 @@
-"""Where the agents of other nodes listen, as Migrations tell: an agent reads no nodes.
+"""The addresses of other nodes' agents, taken from Migrations: an agent may not read Node objects.
 
 A node may be replaced under its name. The controller writes its new address into each Migration that has not ended; one that has
 ended says where the node was then, which only counts where nothing else is known.

@@ -26,7 +26,7 @@ OTHER_RUNTIMES = (
 
 
 def kernel() -> Kernel:
-    """What this machine's kernel can do, tried on ourselves."""
+    """Probe the features of this machine's kernel in this process."""
     root, system = os.geteuid() == 0, os.uname()
     chosen = tracker.choose(tracker.probe()) if root else None
     return Kernel(
@@ -42,7 +42,7 @@ def kernel() -> Kernel:
 
 
 def node_host(config: Config) -> NodeHost:
-    """What is here of an agent's node; `config` says where things are to be."""
+    """The facts of an agent's node; `config` has the paths and sockets to look at."""
     found = kubelet.find()
     crio = found.has_crio if found is not None and found.endpoint else not host.listens(_on_node(config.containerd))
     crio = crio and host.listens(_on_node(CRIO_SOCKET))

@@ -1,4 +1,4 @@
-"""What an agent knows of the cluster's Migrations, and when it may say that one of them is gone.
+"""An agent's cache of the cluster's Migrations, and when the agent may conclude that one of them is gone.
 
 A watch that is silent, an API server that does not answer and a watch's DELETED (which also means that the Migration does not match
 the watch's selector any more) say nothing of it. Only the API server's own answer to the question does.

@@ -279,7 +279,7 @@ def _never_began(error: PodferryError) -> store.Change:
 
 
 def order_of(migration: Migration) -> Order:
-    """What the engine is asked, by what the controller has settled."""
+    """The order to the engine, from the settings that the controller has written into the Migration."""
     spec = migration.settings
     policy = PreCopyPolicy(
         max_downtime=seconds(spec.max_downtime) if spec.max_downtime else PreCopyPolicy.max_downtime,

@@ -42,7 +42,7 @@ from podferry.workload.threads import run
 
 KEEP_RECORDS = 200
 MIGRATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
-"""What a migration may be called: its name is one of a directory."""
+"""The pattern of a migration's id, which is also the name of its directory."""
 
 Start = Callable[[Callable[[], Awaitable[None]]], None]
 Dial = Callable[[str], AbstractAsyncContextManager[Channel]]
@@ -77,11 +77,11 @@ class Migrations:
         return self.sources.get(id) or self.targets.get(id)
 
     def directory(self, id: str) -> Path:
-        """Where a migration has its journal."""
+        """The directory of a migration's journal."""
         return self._config.migrations / id
 
     def kind(self, *, pod: bool) -> WorkloadKind[Any]:
-        """What moves: pods, or containers alone."""
+        """The kind of workload: pods, or containers alone."""
         return self.pods if pod else self.alone
 
     def refuse_second(self, name: str, pod: PodName | None = None) -> None:
@@ -167,7 +167,7 @@ class Migrations:
         return Target(kind.target(journal, record.name, offered, promise), journal, record, kind.target_handlers())
 
     async def hold_promise(self, target: Target) -> None:
-        """What a migration was promised is free for others once it has ended here."""
+        """Release the resources promised to a migration once it has ended here."""
         await target.ended.wait()
         self.account.release(target.record.id)
 

@@ -1,4 +1,4 @@
-"""What an agent in a cluster finds out of its node: where the kubelet keeps pods, and what makes their containers."""
+"""Find the kubelet's root directory and the container runtime of the node that an agent of a cluster runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the agents of other nodes ask of this one: take a workload, or say what became of one."""
+"""Requests of other nodes' agents: to accept a workload, or to tell the outcome of a migration."""
 
 from __future__ import annotations
 

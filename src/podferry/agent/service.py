@@ -228,7 +228,7 @@ class Agent:
         return source.record.to_dict()
 
     async def op_status(self, emit: Emit, id: str | None = None) -> list[Record]:
-        """What happened in one migration, or in all that this node remembers, oldest first."""
+        """The record of one migration, or of all that this node keeps, the oldest first."""
         found = []
         for directory in journals(self.config.migrations):
             if id is None or directory.name == id:

@@ -172,7 +172,7 @@ def lines_of(record: Json, name: str) -> list[str]:
 
 
 def progress_of(event: Json, record: Json) -> MigrationProgress:
-    """How far the source is, from its last event and its record."""
+    """The source's progress, from its last event and its record."""
     sent, total = int(record["wire_bytes"]), int(event.get("total_bytes") or 0)
     left = event.get("eta_s")
     phase = record["phase"]
@@ -190,7 +190,7 @@ def progress_of(event: Json, record: Json) -> MigrationProgress:
 
 
 def ending_of(record: Json) -> Ending:
-    """How the engine ended, from its record."""
+    """The engine's outcome, from its record."""
     error = PodferryError.from_dict(record["error"]) if record["error"] else None
     evidence = f" ({'; '.join(error.evidence[-3:])})" if error is not None and error.evidence else ""
     return Ending(

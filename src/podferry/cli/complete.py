@@ -1,4 +1,4 @@
-"""What the shell offers on TAB: the containers, nodes and migrations that there are. Silent where it cannot know."""
+"""Shell completion of containers, nodes and migrations. Offers nothing where no agent answers."""
 
 from __future__ import annotations
 

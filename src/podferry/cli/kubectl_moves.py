@@ -1,4 +1,4 @@
-"""What `kubectl podferry` does in the cluster."""
+"""The cluster side of `kubectl podferry`: create, read and change Migrations."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ async def migrations(where: ClusterOptions, *, everywhere: bool) -> list[Migrati
 
 
 async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], AppliedPolicy]:
-    """What stands in the way of moving the pod, and the policy that applies to it."""
+    """The reasons why the pod cannot move, and the policy that applies to it."""
     async with where.open() as (api, namespace):
         pod = await api.find(PODS, name, namespace)
         if pod is None:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def offering(kind: ResourceKind) -> Callable[[typer.Context], list[str]]:
-    """What the shell offers on TAB: the names that there are. Silent where it cannot know."""
+    """Shell completion of object names. Offers nothing where the cluster does not answer."""
 
     def offer(context: typer.Context) -> list[str]:
         given = {

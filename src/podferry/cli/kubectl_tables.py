@@ -1,4 +1,4 @@
-"""What `kubectl podferry` prints for people."""
+"""The text output of `kubectl podferry`."""
 
 from __future__ import annotations
 

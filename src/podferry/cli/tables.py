@@ -1,4 +1,4 @@
-"""What `ps`, `status` and `check` print for people."""
+"""The text output of `ps`, `status` and `check`."""
 
 from __future__ import annotations
 

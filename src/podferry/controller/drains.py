@@ -68,7 +68,7 @@ class Drains:
         self._log = structlog.get_logger()
 
     async def step(self, name: str) -> float | None:
-        """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
+        """Take the next step. Returns the seconds until the next look, or None to wait for a change."""
         body = await self._api.find(NODE_DRAINS, name)
         if body is None or "deletionTimestamp" in body["metadata"]:
             return None  # its Migrations go with it: they are its own
@@ -185,7 +185,7 @@ class Drains:
         self._log.info("moves", node=drain.name, pod=about["name"], migration=made["metadata"]["name"])
 
     async def _warn(self, drain: NodeDrain, pod: Json) -> None:
-        """Whoever owns the pod can still save what only he can."""
+        """Warn the pod's owner, who may still save the job's state."""
         when = f"{drain.name} goes away at {drain.spec.deadline}"
         words = f"{when}, and other pods save more until then: the move of this one may be too late"
         with contextlib.suppress(PodferryError):
@@ -244,7 +244,7 @@ def _belongs(migration: Migration, drain: NodeDrain) -> bool:
 
 
 def wishes_of(drain: NodeDrain, pod: Json) -> MigrationSpec:
-    """What the drain asks of the pod's Migration."""
+    """The spec of the Migration that the drain creates for the pod."""
     wishes = {"mode", "timeout", "allow_post_copy", "allow_auto_converge", "requested_by"}
     return MigrationSpec(pod_name=pod["metadata"]["name"], **drain.spec.model_dump(include=wishes, exclude_none=True))
 

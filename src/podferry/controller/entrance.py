@@ -34,7 +34,7 @@ class Entrance:
         self._policies = Policies(api)
 
     async def step(self, migration: Migration) -> float | None:
-        """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
+        """Take the next step. Returns the seconds until the next look, or None to wait for a change."""
         if not await self._writer.hold_on(migration):
             return 0.0
         if cancelled := failures.of_cancel(migration):
@@ -54,7 +54,7 @@ class Entrance:
         return await self._take_up(migration, source, settings)
 
     async def _obstacles(self, migration: Migration, source: Json, settings: MoveSettings | PodUnfit) -> list[PodUnfit]:
-        """What stands in the way of moving this pod as the Migration asks."""
+        """The reasons why this pod cannot move as the Migration asks."""
         if found := eligibility.obstacles(source, await self._survey.around(source, migration)):
             return found
         if isinstance(settings, PodUnfit):
@@ -64,7 +64,7 @@ class Entrance:
         return [wrong] if wrong else []
 
     async def _take_up(self, migration: Migration, source: Json, settings: MoveSettings) -> float:
-        """It is its turn: the pod is marked as on its way, and a node is looked for."""
+        """Begin a Migration whose turn it is: claim the pod and have the scheduler choose a node."""
         if not failures.claims(source, migration):
             claim, uid = pods.claim(source, migration), source["metadata"]["uid"]
             try:

@@ -1,4 +1,4 @@
-"""What can go wrong around a migration, as words for its condition. Pure: objects in, an ending or nothing out."""
+"""Failures around a migration, with the reason and message of its condition. Pure: objects in, an ending or None out."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def of_time(migration: Migration, now: datetime.datetime, *, slack: float = 0.0)
 
 
 def of_silence(migration: Migration, patience: float, now: datetime.datetime) -> Ending | None:
-    """Nobody on the source has taken the order up for `patience` seconds."""
+    """The source's agent has not taken up the order for `patience` seconds."""
     placed, engine = migration.status.condition(SCHEDULED), migration.status.engine
     if (engine is not None and engine.source) or placed is None or age(placed.last_transition_time, now) < patience:
         return None

@@ -77,7 +77,7 @@ class HandOver:
             await self._patch(target, pods.take_place(source, target, blocking=False))
 
     async def dismiss(self, source: Json) -> None:
-        """The source goes: it belongs to nobody."""
+        """Delete the source pod, which has no owner any more."""
         about = source["metadata"]
         with contextlib.suppress(Conflict):  # another pod has the name by now
             await self._api.delete(PODS, about["name"], about["namespace"], uid=about["uid"], grace=GRACE)

@@ -1,4 +1,4 @@
-"""What this cluster has seen of moves, and what the next ones will be like: the figures behind a drain's estimate. Pure."""
+"""Statistics of this cluster's completed moves, from which a drain estimates the next ones. Pure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measured_moves(migrations: Iterable[Migration]) -> list[MeasuredMove]:
 
 
 def memory_of(pod: Json) -> int | None:
-    """What its containers ask for, or may have; None where one says neither."""
+    """The sum of its containers' requests, or limits; None where a container has neither."""
     total = 0
     for one in eligibility.containers(pod):
         resources = one.get("resources") or {}

@@ -1,4 +1,4 @@
-"""What the controller counts, for Prometheus."""
+"""The controller's Prometheus metrics."""
 
 from __future__ import annotations
 

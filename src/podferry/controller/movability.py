@@ -33,7 +33,7 @@ LONGEST = 2000
 
 
 class OptedIn(StrEnum):
-    """What a pod that opted in is, for the metric."""
+    """The state of a pod that opted in, for the metric."""
 
     MOVABLE = "movable"
     HELD = "held"

@@ -48,7 +48,7 @@ TRIGGERS = (
 
 @dataclass(frozen=True)
 class GoingAway:
-    """What is wrong with a node. `identity` is the same for as long as it is the same trouble."""
+    """A mark on a Node object that announces its end. `identity` stays the same as long as the mark does."""
 
     identity: str
     deadline: datetime
@@ -129,7 +129,7 @@ class NodeTroubles:
         self._log = structlog.get_logger()
 
     async def step(self, name: str) -> float | None:
-        """Do what comes next for the node of this name. Returns in how many seconds to look again, or None to wait for a change."""
+        """Take the next step for the node of this name. Returns the seconds until the next look, or None to wait for a change."""
         node = self._api.store(NODES).get("", name)
         known = self._api.store(NODE_DRAINS).get("", name)
         failure = trouble_of(node, self._triggers, clock()) if node is not None else None

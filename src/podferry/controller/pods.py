@@ -255,7 +255,7 @@ def claim(pod: Json, migration: Migration) -> Json:
 
 
 def unclaim(pod: Json) -> Json:
-    """The pod is nobody's concern any more."""
+    """Release the pod from podferry's labels and annotations."""
     return _patch(pod, labels={UID_LABEL: None, ROLE_LABEL: None}, annotations={DELETION_COST: None})
 
 
@@ -307,7 +307,7 @@ def stepped_aside(source: Json) -> str | None:
 
 
 def leave_place(source: Json) -> Json:
-    """The source is nobody's: its owner does not see it, let alone count it, when it goes."""
+    """Take the source pod from its owner, which then does not count the pod's end."""
     labels = {name: None for name in (source["metadata"].get("labels") or {}) if name != UID_LABEL}
     patch = _patch(source, labels=labels)
     patch["metadata"]["ownerReferences"] = None
@@ -324,7 +324,7 @@ def took_place(target: Json, migration: Migration) -> bool:
 
 
 def left_place(source: Json) -> bool:
-    """Whether the source belongs to nobody any more."""
+    """Whether the source pod has no owner any more."""
     about = source["metadata"]
     return not (about.get("ownerReferences") or about.get("finalizers") or set(about.get("labels") or {}) - {UID_LABEL})
 

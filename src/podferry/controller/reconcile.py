@@ -1,4 +1,4 @@
-"""One Migration, one step: look at the objects as they are now, do what comes next.
+"""Reconcile one Migration: read the objects as they are now, and take the next step.
 
 Nothing is remembered between steps. A controller that was killed anywhere, or runs twice, finds the same objects and does the same;
 every write is a compare-and-swap or names the uid that it means.
@@ -99,7 +99,7 @@ class Reconciler:
         }
 
     async def step(self, namespace: str, name: str) -> float | None:
-        """Do what comes next. Returns in how many seconds to look again, or None to wait for a change."""
+        """Take the next step. Returns the seconds until the next look, or None to wait for a change."""
         try:
             migration = await self._writer.read(namespace, name)
             if migration is None:
@@ -204,7 +204,7 @@ class Reconciler:
         return POLL_AGAIN
 
     async def _starting(self, migration: Migration, target: Json | None) -> Ending | None:
-        """What keeps the target pod from waiting for its state, once it takes long."""
+        """The failure that keeps the target pod from starting, once that takes long."""
         if target is None or migration.status.target_is_ready:
             return None
         if failures.age(target["metadata"]["creationTimestamp"], clock()) < self._settings.starting:
@@ -396,7 +396,7 @@ class Reconciler:
     # Common parts.
 
     async def _beforehand(self, migration: Migration, source: Json | None) -> Ending | None:
-        """What ends any migration before the job has resumed: a wish, a change of mind of the owner's, time."""
+        """Reasons to end any migration before the job has resumed: a cancel, a deletion by the owner, a timeout."""
         owner = await self._survey.owner(source) if source is not None else None
         slack = DEADLINE_SLACK if migration.status.phase is P.RUNNING else 0.0
         return (

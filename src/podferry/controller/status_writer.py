@@ -1,4 +1,4 @@
-"""What is known and written of a Migration: its pods, its phase and conditions, the events about it, and its own end."""
+"""Read and write a Migration's state: its pods, phase and conditions, its events, and its end."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What podferry decides, without doing any of it: phases, preflight, the stop rule, invariants, undo."""
+"""podferry's decisions, without I/O: phases, preflight, the stop rule of pre-copy, invariants, undo."""

@@ -1,4 +1,4 @@
-"""What the spec of a container lets its processes have: the measure for what CRIU's images would give them.
+"""The rights that a container's spec grants its processes: the bound for the rights in CRIU's images.
 
 CRIU restores as root whatever its images say: ids, capabilities, mounts, groups. They come from a peer; so before the right to run
 passes they are held against the spec of the container that was made here.
@@ -65,7 +65,7 @@ _EVERYWHERE = frozenset(
 
 @dataclass(frozen=True)
 class Rights:
-    """What the processes of one container may have. Capabilities are sets of bits."""
+    """The rights that the processes of one container may have. Capabilities are sets of bits."""
 
     uid: int
     gids: frozenset[int]
@@ -79,7 +79,7 @@ class Rights:
     namespaces: Mapping[str, str]
     """The kinds that are its own, and the paths of those that somebody else has made for it."""
     mounts: Mapping[str, int]
-    """Where it has mounts, and with which flags at least."""
+    """The mount points of the container, with the flags that each has at least."""
     cgroups: frozenset[str]
     """Which of these show groups: with cgroup v1 a memory file system that has one mount below it for each tree."""
     demanded: frozenset[str]
@@ -104,7 +104,7 @@ def bit(capability: str) -> int:
 
 
 def rights_of(spec: Mapping[str, Any], exists: Callable[[str], bool], machine: str) -> Rights:
-    """What an OCI spec grants. The spec is this node's own: containerd has made a container from it.
+    """The rights that an OCI spec grants. The spec is this node's own: containerd has made a container from it.
 
     `exists` says whether there is something at a path of this node's: what is not there need not be covered. `machine` is
     this node's kind of processor, as uname(2) names it.

@@ -1,4 +1,4 @@
-"""What an OCI runtime spec that a peer sends may ask of this node: a list of what is allowed; all else is refused, with the reason.
+"""The parts that an OCI runtime spec from a peer may have, as a list of allowed ones; the agent refuses all others with the reason.
 
 Stand-alone, the target makes the container from the source's spec, as root. So a spec must not reach further than a container that
 an ordinary `ctr run` makes: file systems of its own only, namespaces of its own, bounded capabilities and devices, and nothing by
@@ -33,7 +33,7 @@ DEFAULT_CAPABILITIES = frozenset(
         "CAP_SYS_CHROOT",
     }
 )
-"""What containerd gives every container (its oci/spec.go, defaultUnixCaps)."""
+"""The capabilities that containerd gives every container (its oci/spec.go, defaultUnixCaps)."""
 
 PLAIN_DEVICES = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)})
 """null, zero, full, random, urandom, tty, console, ptmx."""

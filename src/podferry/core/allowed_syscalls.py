@@ -1,4 +1,4 @@
-"""What the seccomp profile of an OCI spec lets a container call: the measure for the filters in CRIU's images.
+"""The system calls that the seccomp profile of an OCI spec allows: the bound for the filters in CRIU's images.
 
 The meaning of a profile is runc's (libcontainer/seccomp) and libseccomp's: a rule whose name a processor does not know does
 nothing, conditions on two different arguments hold together, two on the same one are two rules. Where rules contradict each other,
@@ -78,7 +78,7 @@ _MANY_IN_ONE = {
 
 @dataclass(frozen=True)
 class ArgumentCondition:
-    """What one argument has to be, behind a mask."""
+    """The value that one argument must have behind a mask."""
 
     argument: int
     operator: str
@@ -88,7 +88,7 @@ class ArgumentCondition:
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens where every condition holds."""
+    """The action of a rule whose conditions all hold."""
 
     action: int
     conditions: tuple[ArgumentCondition, ...] = ()
@@ -108,7 +108,7 @@ class Profile:
     """Of each of these, the numbers that have rules, in order."""
 
     def default_of(self, arch: int, number: int) -> int:
-        """What happens to a call that has no rule."""
+        """The action for a call without a rule."""
         x32 = arch == AUDIT_X86_64 and bool(number & X32_BIT)
         return self.default if (arch, x32) in self.spoken else ERRNO
 

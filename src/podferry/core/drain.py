@@ -1,4 +1,4 @@
-"""What a drain of a node does next: which pods it moves now, which it evicts, which it leaves, and when it is over. Pure.
+"""The next step of a node's drain: the pods to move now, to evict and to leave, and whether the drain has ended. Pure.
 
 A pod that can move is moved, and tried again a bounded number of times where a move fails. One that cannot move, or whose moves
 failed, stays where it is, unless the drain is told to evict such pods. Pods of DaemonSets and static pods belong to the node and
@@ -24,7 +24,7 @@ ATTEMPTS = 3
 
 
 class DrainPhase(StrEnum):
-    """How far a drain is; the values are part of the API."""
+    """The progress of a drain; the values are part of the API."""
 
     DRAINING = "Draining"
     STOPPED = "Stopped"
@@ -36,7 +36,7 @@ DRAIN_ENDS = frozenset({DrainPhase.COMPLETED, DrainPhase.INCOMPLETE})
 
 
 class PodState(StrEnum):
-    """What a drain does with a pod; the values are part of the API."""
+    """The action of a drain on a pod; the values are part of the API."""
 
     WAITING = "Waiting"
     MOVING = "Moving"
@@ -70,7 +70,7 @@ class DrainedPod:
 
 @dataclass(frozen=True)
 class DrainPlan:
-    """What to do now: the uids of the pods to move and to evict, in this order; the state of each pod with the reason; how far
+    """The next actions: the uids of the pods to move and to evict, in this order; the state of each pod with the reason; how far
     the drain is then; and the pods that may be too late for its deadline."""
 
     move: tuple[str, ...]
@@ -88,7 +88,7 @@ def plan(
     stopped: bool = False,
     left: float | None = None,
 ) -> DrainPlan:
-    """What comes next. `parallel` is how many moves of `pods` are asked for at once; when they begin, the queue of all Migrations
+    """The next step. `parallel` is how many moves of `pods` are asked for at once; when they begin, the queue of all Migrations
     decides (`podferry.core.turns`). `left` are the seconds until the node goes away, None where it does not.
 
     >>> plan([DrainedPod("a"), DrainedPod("b", obstacle="hostPath")], parallel=2).move

@@ -1,4 +1,4 @@
-"""How long a move will take, from the moves that this cluster has seen. Pure.
+"""Estimates of a move's duration from the completed moves of this cluster. Pure.
 
 A move copies a pod's memory about once, at a rate that link and processors set; so the rate of earlier moves says more than any
 formula. What a job writes while it is copied is not known before: the estimate is that of a middling job.

@@ -1,4 +1,4 @@
-"""What is known of nodes and containers when it is asked whether one may move: values that travel between agents.
+"""Facts of nodes and containers from which preflight decides whether a container may move: values that travel between agents.
 
 `podferry.node` gathers them, `preflight` judges by them.
 """
@@ -22,7 +22,7 @@ class CgroupKind(StrEnum):
 
 
 class RuntimeKind(StrEnum):
-    """What makes a node's containers."""
+    """The container runtime of a node."""
 
     CONTAINERD = "containerd"
     CRIO = "CRI-O"

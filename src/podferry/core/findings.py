@@ -1,4 +1,4 @@
-"""What `podferry doctor` says of one property of a machine: fine, works but not all, or in the way with a remedy."""
+"""A finding of `podferry doctor` about one property of a machine: fine, limited, or blocked with a remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from podferry.errors import Refused
 
 
 class Verdict(StrEnum):
-    """How good a property is, from the best to the worst."""
+    """The verdict on a property, from the best to the worst."""
 
     FINE = "fine"
     LIMITED = "limited"

@@ -26,7 +26,7 @@ MACHINES = ("x86_64", "aarch64")
 
 @dataclass(frozen=True)
 class Privileges:
-    """What the caller may do: `capabilities` are those in effect, `user_namespace` says whether it is in one of its own,
+    """The caller's privileges: `capabilities` are those in effect, `user_namespace` says whether it is in one of its own,
     `confined` is the AppArmor profile or SELinux context that holds it, empty where none does."""
 
     root: bool
@@ -37,7 +37,7 @@ class Privileges:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What this kernel can do; None where only root could tell. `checkpoint` is CONFIG_CHECKPOINT_RESTORE, `tracker` how
+    """The features of this kernel; None where only root can find out. `checkpoint` is CONFIG_CHECKPOINT_RESTORE, `tracker` how
     written memory is found (`uffd`, `soft-dirty`, `none`), `tracker_reason` why so, `lazy_pages` whether restored memory
     can be filled by userfaultfd, `userns_restricted` AppArmor's restriction of unprivileged user namespaces."""
 

@@ -1,4 +1,4 @@
-"""What a job has, as the kernel tells: taken while it is frozen on the source, and on the target before its first instruction.
+"""The inventory of a job, read from the kernel while the job is frozen on the source, and before its first instruction on the target.
 
 An inventory names each thread by its pid and tid inside the container, and says of it attribute by attribute what there is. Two of
 them are compared here, without I/O; `podferry.node.inventory` takes them and puts right what can be.
@@ -73,7 +73,7 @@ class Difference:
 
 
 def differences(before: Inventory, after: Inventory) -> list[Difference]:
-    """What is not as it was, and not expected to differ: the whole list, in order."""
+    """All unexpected differences between two inventories, in order."""
     return list(_differences(before, after))
 
 

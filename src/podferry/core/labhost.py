@@ -46,7 +46,7 @@ TRIALS = {
     "veth": ("nodes are joined by virtual links", "modprobe veth"),
     "rate": ("links have a rate (tc-tbf)", "modprobe sch_tbf, of the package with the kernel's further modules"),
 }
-"""What is tried on the spot: why the lab needs it, and what to do where it fails."""
+"""Operations that doctor tries: why the lab needs each, and the remedy where it fails."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a migration may cost an agent, in one table: whatever a container does, an agent's memory stays below its limit.
+"""Limits on the resources of an agent that one migration may take: they bound the agent's memory whatever a container does.
 
 Each limit is far above what jobs have, and is checked where the thing is counted. What is beyond it is refused with the limit's
 name; a peer that sends more breaks the protocol.
@@ -66,7 +66,7 @@ OPEN_PAYLOADS = Limit(
 TABLE = (FILES, IMAGE, PARSED_IMAGE, TERMINATION_MESSAGE, OPEN_PAYLOADS)
 
 STREAMED_IMAGES = ("pages-", "tmpfs-", "ghost-file-", "pipes-data", "fifo-data", "sk-queues")
-"""How the names of images begin that may be large, and that nobody reads as a whole."""
+"""Prefixes of the names of images that may be large and that podferry never reads as a whole."""
 
 
 def of_image(name: str) -> Limit:

@@ -14,7 +14,7 @@ from podferry.model import Outcome
 
 
 class MigrationPhase(StrEnum):
-    """How far a Migration is; the values are part of the API."""
+    """The phases of a Migration; the values are part of the API."""
 
     PENDING = "Pending"
     SCHEDULING = "Scheduling"
@@ -30,7 +30,7 @@ class MigrationPhase(StrEnum):
 
 
 class MigrationEvent(StrEnum):
-    """What may happen to a Migration."""
+    """The events of a Migration."""
 
     CLAIMED = "pod may move and is claimed"
     REFUSAL = "pod may not move"

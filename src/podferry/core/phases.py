@@ -19,7 +19,7 @@ from podferry.errors import Bug
 
 
 class SourcePhase(StrEnum):
-    """What the source is doing."""
+    """The phases of the source."""
 
     CHECK = "check"
     PRECOPY = "pre-copy"
@@ -39,7 +39,7 @@ class SourcePhase(StrEnum):
 
 
 class SourceEvent(StrEnum):
-    """What may happen to the source."""
+    """The events of the source."""
 
     ACCEPTED = "accepted"
     REFUSAL = "refusal"
@@ -61,7 +61,7 @@ class SourceEvent(StrEnum):
 
 
 class TargetPhase(StrEnum):
-    """What the target is doing."""
+    """The phases of the target."""
 
     RECEIVE = "receive"
     PREPARED = "prepared"
@@ -75,7 +75,7 @@ class TargetPhase(StrEnum):
 
 
 class TargetEvent(StrEnum):
-    """What may happen to the target."""
+    """The events of the target."""
 
     PREPARED = "prepared"
     READY = "ready"

@@ -48,7 +48,7 @@ SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0
 
 
 class Step(StrEnum):
-    """What to do after a round."""
+    """The action after a pre-copy round."""
 
     CUT_OVER = "cut over"
     GO_ON = "go on"
@@ -83,7 +83,7 @@ class Round:
 
 @dataclass(frozen=True)
 class PreCopyPolicy:
-    """What the user allows and aims at. `max_downtime` is in seconds."""
+    """The options and the aim that the user has set. `max_downtime` is in seconds."""
 
     max_downtime: float = 0.2
     throttle: bool = True
@@ -93,7 +93,7 @@ class PreCopyPolicy:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do next and why; `quota` is the share of its processor time that a throttled job keeps."""
+    """The next action and its reason; `quota` is the share of its processor time that a throttled job keeps."""
 
     step: Step
     reason: str
@@ -111,7 +111,7 @@ def link_rate(rounds: Sequence[Round]) -> float:
 
 
 def decide(rounds: Sequence[Round], policy: PreCopyPolicy, *, rate: float, quota: float = 1.0) -> Decision:
-    """What to do after the last of `rounds`, which are those since the circumstances changed.
+    """Decide the action after the last of `rounds`, which are those since the circumstances changed.
 
     `rate` is what the link carries, in bytes of memory a second (0 where that is not known: then a gigabit link is assumed);
     `quota` is the share of processor time that the job has now.

@@ -62,7 +62,7 @@ class NodeUnfit(Refused):
 
 
 class NodesDiffer(Refused):
-    """What runs on the source could not run on the target."""
+    """The nodes differ so that the target could not run the container."""
 
     code = "PF111"
 
@@ -95,7 +95,7 @@ def refusals(question: Question) -> list[Refused]:
 
 
 def warnings(question: Question) -> list[str]:
-    """What is worth knowing although it does not stand in the way."""
+    """Warnings: properties of the move that do not prevent it."""
     found = []
     container, target = question.container, question.target
     in_images = container.shared + container.tmpfs
@@ -119,7 +119,7 @@ def warnings(question: Question) -> list[str]:
 
 
 def unthrottled(why: str) -> str:
-    """What is worth knowing of a container that cannot be given less CPU."""
+    """The warning for a container whose CPU time podferry cannot limit."""
     return (
         f"the job moves without being slowed down: {why}; where it writes faster than the link carries, allow post-copy"
     )

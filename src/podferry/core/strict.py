@@ -25,7 +25,7 @@ MAX_INT = (1 << 63) - 1
 
 
 class NotStrict(ValueError):
-    """What was received is not of the shape it must have; the text says where and why."""
+    """Received data do not have the required shape; the text says where and why."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whose turn it is: which Migrations of those that wait may begin now, within the limits, and what the others wait for. Pure.
+"""The queue of Migrations: which of those waiting may begin now, within the limits, and the reason why each other waits. Pure.
 
 The limits are on moves under way at once: in the cluster, in a namespace, out of a node and into one. What leaves a node that goes
 away is urgent and comes before all others. Else turns are fair between namespaces: the next place goes to the one that has the
@@ -50,7 +50,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Wait:
-    """What a Migration waits for, as the reason of a condition and in words."""
+    """Why a Migration waits: the reason of its condition, and a sentence."""
 
     reason: str
     message: str
@@ -77,7 +77,7 @@ def next_turns(
 
 
 def wait(move: Move, under_way: Collection[Move], limits: Limits, outbound: Outbound | None = None) -> Wait | None:
-    """What keeps `move` from beginning beside those that are under way; None where nothing does."""
+    """The limit that keeps `move` from beginning beside those under way; None where it may begin."""
     out = limits.outbound if outbound is None else outbound(move.source)
     counted: tuple[tuple[str, str, int, int], ...] = (
         ("ClusterBusy", "the cluster", limits.cluster, len(under_way)),

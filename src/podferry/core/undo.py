@@ -37,8 +37,8 @@ class Leftover:
 
 
 class Ledger:
-    """What a migration holds at this moment, oldest first. Of a job of several containers, what container N holds is of the kind
-    `KIND.N`."""
+    """The resources that a migration holds at this moment, the oldest first. Of a job of several containers, the resources of
+    container N have the kind `KIND.N`."""
 
     def __init__(self, entries: list[Acquired] | None = None) -> None:
         self.entries = list(entries or [])

@@ -1,1 +1,1 @@
-"""What podferry knows about CRIU: prepared and held dumps, restores, and what is read and changed in images."""
+"""All of podferry's dealings with CRIU: prepared and held dumps, restores, and the reading and changing of images."""

@@ -1,4 +1,4 @@
-"""What is read of CRIU's images: which pages the target will ask for, and which processes there are.
+"""Read CRIU's images: the pages that the target will request, and the processes.
 
 The format is CRIU's (`criu/image.c`, `criu/protobuf.c`, `criu/include/{magic,pagemap}.h`): two magic numbers, then
 protobuf messages, each behind its size. The images come from a peer: whatever does not hold together is refused with

@@ -1,4 +1,4 @@
-"""What became of a restore, as CRIU itself reports it.
+"""The outcome of a restore, as CRIU reports it.
 
 A job may end within microseconds of its resume: that no process is there says nothing. CRIU's log does. CRIU writes `Running
 pre-resume scripts` when every task is restored and stopped at its last system call, and lets go of them right after that line,

@@ -1,4 +1,4 @@
-"""What a seccomp filter does: its program (classic BPF, linux/filter.h) walked with all that a system call may hold at once.
+"""The effect of a seccomp filter: its program (classic BPF, linux/filter.h) is followed symbolically, for all system calls at once.
 
 A program jumps forwards only, so that every way through it ends. `walk` follows each way and tells what is then known of the call.
 Where it cannot tell which way a call goes it follows both: what it reports is all that may happen, perhaps more, never less.

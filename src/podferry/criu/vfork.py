@@ -1,4 +1,4 @@
-"""Who waits in vfork: a parent that CRIU cannot stop as long as its child is frozen.
+"""Find parents that wait in vfork: CRIU cannot stop such a parent as long as its child is frozen.
 
 Between `vfork` and its child's `exec` or end, the parent sleeps in the kernel where only a signal that kills reaches it. A freezer
 counts it as frozen, but ptrace does not get it to stop before the child goes on: CRIU tries for 10 s and gives up. Most programs
@@ -19,7 +19,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
 """Seconds: a child is on its way for less than a millisecond, unless the machine is busy."""
 
 WAITING = frozenset({"wait_for_vfork_done", "kernel_clone", "_do_fork"})
-"""What /proc/PID/wchan says then: the function that waits, or the one that the compiler has put it into."""
+"""The content of /proc/PID/wchan then: the function that waits, or the one that the compiler has put it into."""
 
 
 def freeze_apart_from_vfork(

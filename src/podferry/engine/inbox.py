@@ -1,4 +1,4 @@
-"""What the target sends, sorted: the source waits for the message it needs, and learns at once when the target is gone or
+"""The inbox for the target's messages: the source waits for the message it needs, and learns at once when the target is gone or
 complains."""
 
 from __future__ import annotations

@@ -41,14 +41,14 @@ _BEGINS = b'{"t":'
 
 
 class Facts(TypedDict, total=False):
-    """What is known of a migration as a whole, and outlives a killed agent."""
+    """Facts of a migration as a whole that outlive a killed agent."""
 
     role: str
     """`source` or `target`."""
     record: dict[str, Any]
     """`podferry.engine.migration_record.MigrationRecord.to_dict`, as it was at the beginning."""
     offered: dict[str, Any]
-    """What the source offered, as it travels."""
+    """The source's offer in its wire format."""
     pod: dict[str, str]
     """On the source of a pod: its name."""
     promise: dict[str, int]
@@ -66,7 +66,7 @@ class Facts(TypedDict, total=False):
 
 
 class PartFacts(Facts, total=False):
-    """What is known of one container, beside what is known of all."""
+    """Facts of one container, beside those of the whole migration."""
 
     uid: str
     """Of the pod that was made, once podferry-runc may ask by it."""
@@ -135,7 +135,7 @@ class Journal:
         new.replace(self.directory / RECORD)
 
     def load_record(self) -> dict[str, Any] | None:
-        """What was last kept by `save_record`, or None."""
+        """The record that `save_record` wrote last, or None."""
         try:
             loaded = json.loads((self.directory / RECORD).read_text())
         except (OSError, ValueError):

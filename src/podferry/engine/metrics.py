@@ -1,4 +1,4 @@
-"""What an agent counts, for Prometheus."""
+"""An agent's Prometheus metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened in one migration and when: the record that `podferry status` and `explain` show, and the live events.
+"""The record of one migration, with times, which `podferry status` and `explain` show, and its live events.
 
 Times are milliseconds since the migration began, on this node's monotonic clock. The record's fields are a contract:
 docs/cli.md lists them.
@@ -96,7 +96,7 @@ class MigrationRecord:
             self.add_span(name, where, start, self.now(), detail)
 
     def steps(self, since_ms: float) -> list[str]:
-        """What was done since then and how long it took, in words; what is still under way counts."""
+        """The steps since then and their durations, in words, with the steps still under way."""
         done = [one for one in self.spans if one["start_ms"] >= since_ms]
         said = [
             f"{one['name']} {(one['end_ms'] - one['start_ms']) / 1e3:.2f} s"

@@ -1,4 +1,4 @@
-"""What the engine needs of the world: every effect of a migration passes through one of these.
+"""The ports of the engine: every effect of a migration passes through one of these.
 
 `source.py` and `target.py` are written against them; `podferry.workload` fulfils them with the real containerd, runc, CRIU, kernel
 and disk, and a unit test with fakes that fail, stall or die at will.
@@ -37,7 +37,7 @@ def is_log(directory: int) -> bool:
 
 @dataclass(frozen=True)
 class DirtySet:
-    """What one look at the job's memory found: what to send, and what the target must forget."""
+    """The result of one dirty scan of the job's memory: the pages to send, and those that the target must forget."""
 
     written: Mapping[int, Runs] = field(default_factory=dict)
     dropped: Mapping[int, Runs] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class DirtySet:
 
     @property
     def bytes(self) -> int:
-        """How much there is to send."""
+        """The number of bytes to send."""
         return sum(runs.size for runs in self.written.values())
 
 
@@ -83,7 +83,7 @@ class RemotePages(Protocol):
 
     @property
     def bytes(self) -> int:
-        """How much is still to be pushed."""
+        """The number of bytes still to be pushed."""
         ...
 
     def answer(self, address_space: int, address: int) -> Iterator[Pages | Drop]:
@@ -95,7 +95,7 @@ class RemotePages(Protocol):
         ...
 
     def start_over(self) -> None:
-        """Nobody knows what arrived of what was given: all of it is remote again."""
+        """Count all pages handed out as remote again, since it is unknown which of them arrived."""
         ...
 
     def close(self) -> None:
@@ -185,15 +185,15 @@ class SourceJob(FrozenSource, Protocol):
         ...
 
     def tree_totals(self) -> tuple[TreeSum, ...]:
-        """What the last finished pass over each tree sent."""
+        """The totals of the last finished pass over each tree."""
         ...
 
     def memory_totals(self) -> tuple[AddressSpaceSum, ...]:
-        """How many pages of each space the target must hold by now."""
+        """The number of pages of each address space that the target must hold by now."""
         ...
 
     def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:
-        """What the container has printed since the last pass: (directory, offset, bytes)."""
+        """The container's output since the last pass: (directory, offset, bytes)."""
         ...
 
     async def stand_by(self) -> None:

@@ -116,7 +116,7 @@ def without_memory(images: Images) -> Images:
 
 
 def told(record: dict[str, Any]) -> dict[str, Any]:
-    """What `check` says of a rehearsal that has ended, by its record: figures, and the reason where a move would fail of one."""
+    """The answer of `check` about a rehearsal that has ended, from its record: figures, and the reason where a move would fail."""
     answer: dict[str, Any] = {
         "rehearsal": {"id": record["id"], "outcome": record["outcome"], **record.get("rehearsal", {})}
     }

@@ -1,4 +1,4 @@
-"""What the source puts on the wire: pages, the upper layer, the log, CRIU's images, and in the end what all of it amounts to."""
+"""Send a job's state: pages, the upper layer, the log, CRIU's images, and at the end their totals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the source's and the target's half of a migration have in common: a place in the table, a journal, a record."""
+"""The common base of the source's and the target's side of a migration: a phase, a journal, a record."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Side(Generic[Phase, Event]):
 
     @property
     def phase(self) -> Phase:
-        """Where this half is."""
+        """The current phase of this side."""
         return self.machine.phase
 
     def fire(self, event: Event, *, note: str = "", sync: bool = False) -> None:
@@ -94,22 +94,22 @@ class Side(Generic[Phase, Event]):
         self.log.info("phase", phase=str(phase), because=str(event), note=note)
 
     def _keep_record(self) -> None:
-        """What people are shown; the journal decides. So a disk that is full must not stop the migration here."""
+        """Save the record, which is only shown to people; the journal decides. So a full disk must not stop the migration here."""
         try:
             self.journal.save_record(self.record.to_dict())
         except OSError as error:
             self.log.error("the record cannot be kept", error=str(error))
 
     def sight(self, phase: Phase) -> Sight:
-        """What this agent sees as it is about to enter `phase`."""
+        """The facts of this agent as it is about to enter `phase`."""
         raise NotImplementedError
 
     async def at_breakpoint(self) -> None:
-        """Where a breakpoint may hold this agent."""
+        """A point at which a test's breakpoint may hold this agent."""
         await breakpoints.hold(self.role, self.phase, self.record.name)
 
     def cause_of(self, error: BaseException) -> PodferryError:
-        """What went wrong, out of the groups that tasks wrap it in. What is not ours is a bug and is logged whole."""
+        """The error itself, out of the groups that tasks wrap it in. An exception that is not podferry's is a bug; its traceback is logged."""
         causes = list(leaves(error))
         for cause in causes:
             if isinstance(cause, PodferryError):

@@ -376,7 +376,7 @@ class Source(Side[SourcePhase, SourceEvent]):
         await self._drain(inbox)
 
     async def _kill_original(self) -> list[Leftover]:
-        """What cannot be killed stays frozen: the ledger forgets it, so that nothing thaws it."""
+        """Leave processes frozen that cannot be killed: remove them from the ledger, so that no undo step thaws them."""
         for _ in range(COMMIT_TRIES):
             try:
                 await self._original().commit()

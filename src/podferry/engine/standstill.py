@@ -1,4 +1,4 @@
-"""How long a job may stand still before GO. What takes longer is broken off: the job is thawed, and the migration rolls back.
+"""The limit on a job's freeze before GO. Beyond it the agent breaks the step off, thaws the job and rolls the migration back.
 
 The limit is on everything between the freeze and the point of no return: CRIU, the last pages and files on a link that may be slow,
 a target that may say nothing. In the modes `live` and `postcopy` it is a few seconds beyond the downtime that was asked for. In

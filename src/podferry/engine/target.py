@@ -91,7 +91,7 @@ class Target(Side[TargetPhase, TargetEvent]):
             self.ended.set()
 
     def sight(self, phase: TargetPhase) -> Sight:
-        """What runs here is known of what the right to run was given for."""
+        """Check that the job that runs here is the one for which this node got the right to run."""
         kinds = tuple(entry.kind for entry in self.journal.ledger.entries)
         return Sight(phase, self._still_here, ended=phase in TARGET_ENDS, ledger=kinds)
 

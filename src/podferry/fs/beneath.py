@@ -73,7 +73,7 @@ def reached(fd: int) -> str:
 
 
 class NotRegular(OSError):
-    """What has this name is no regular file: a directory, FIFO, socket or device."""
+    """The entry of this name is no regular file, but a directory, FIFO, socket or device."""
 
 
 class Beneath:

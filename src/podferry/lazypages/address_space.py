@@ -1,4 +1,4 @@
-"""Where the pages of a task's address space are now: bookkeeping over what userfaultfd reports, without I/O.
+"""The present addresses of a task's pages: bookkeeping over the events of userfaultfd, without I/O.
 
 The store keeps a page under its address at the source, its `origin`. A job that runs while it is being fed moves,
 unmaps and forks; `AddressSpace` follows and translates between an origin and the address where the page belongs now.

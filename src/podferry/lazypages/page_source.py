@@ -1,4 +1,4 @@
-"""Where the lazy-pages daemon gets pages from that the store has not got: nowhere in a pre-copy migration, the agent in post-copy.
+"""The source of pages that the page store lacks: none in a pre-copy migration, the agent in post-copy.
 
 The agent connects to a unix socket of the lazy-pages daemon's (SOCK_SEQPACKET, one frame a packet), so that an agent that was
 restarted can connect again: it is told anew what is wanted. The agent writes pages into the store's files first and says so

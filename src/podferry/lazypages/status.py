@@ -1,4 +1,4 @@
-"""What the lazy-pages daemon tells of itself: a small JSON file that is replaced in one step, for the agent to read."""
+"""The status of the lazy-pages daemon: a small JSON file, replaced atomically, which the agent reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PERIOD = 0.1
 
 
 class DaemonState(StrEnum):
-    """How far the lazy-pages daemon is."""
+    """The phases of the lazy-pages daemon."""
 
     LISTENING = "listening"
     RESTORING = "restoring"

@@ -1,4 +1,4 @@
-"""What a process that stands still has open, for its inventory (`node/inventory.py`): taken by copies of its descriptors.
+"""The open descriptors of a frozen process, for its inventory (`node/inventory.py`): taken by copies of its descriptors.
 
 A copy (pidfd_getfd(2)) is of the same open file, socket or pipe, so that what the kernel tells of it here is what it tells the
 process, and an option that is set here is set there. CRIU saves few of a socket's options; seen with 4.1.1 and 4.2.

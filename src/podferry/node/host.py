@@ -1,4 +1,4 @@
-"""What a machine lets us do and what it has, asked from outside any container; facts for `podferry doctor`."""
+"""Privileges and resources of a machine, read outside any container; facts for `podferry doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running container has that a migration must know of: from its spec, from /proc, from its cgroup."""
+"""The properties of a running container that a migration depends on, from its spec, /proc and its cgroup."""
 
 from __future__ import annotations
 

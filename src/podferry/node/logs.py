@@ -1,4 +1,4 @@
-"""How podferry's daemons log: one JSON object a line, on standard error, where whoever runs them collects it."""
+"""Logging of podferry's daemons: one JSON object per line on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What containerd keeps of containers, snapshots, images and tasks, as frozen values."""
+"""containerd's records of containers, snapshots, images and tasks, as immutable values."""
 
 from __future__ import annotations
 

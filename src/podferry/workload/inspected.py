@@ -74,7 +74,7 @@ class View:
         return [*self.refused, *refusals(self.question(mode))]
 
     def warnings(self, mode: Mode, target: NodeFacts | None = None) -> list[str]:
-        """What is worth knowing although it does not stand in the way."""
+        """Warnings: properties of the move that do not prevent it."""
         found = warnings(self.question(mode, target))
         if mode is Mode.LIVE and (whys := [one.why_unthrottled for one in self.members if one.why_unthrottled]):
             found.append(unthrottled(whys[0]))

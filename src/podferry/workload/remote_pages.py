@@ -33,7 +33,7 @@ class FrozenPages:
 
     @property
     def bytes(self) -> int:
-        """How much is still to be pushed."""
+        """The number of bytes still to be pushed."""
         given = sum((self._given.get(address_space, EMPTY) & runs).size for address_space, runs in self._runs.items())
         return sum(runs.size for runs in self._runs.values()) - given
 
@@ -59,7 +59,7 @@ class FrozenPages:
                         yield from self._read(reader, address_space, left)
 
     def start_over(self) -> None:
-        """Nobody knows what arrived of what was given: all of it is remote again."""
+        """Count all pages handed out as remote again, since it is unknown which of them arrived."""
         self._given.clear()
 
     def close(self) -> None:

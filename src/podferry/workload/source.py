@@ -148,7 +148,7 @@ class SourceWorkload(FrozenWorkload):
         return chain.from_iterable(one.memory.leave(dirty) for one in self._containers)
 
     def memory_totals(self) -> tuple[AddressSpaceSum, ...]:
-        """How many pages of each space the target must hold by now."""
+        """The number of pages of each address space that the target must hold by now."""
         return tuple(chain.from_iterable(one.memory.totals() for one in self._containers))
 
     # Files.
@@ -162,7 +162,7 @@ class SourceWorkload(FrozenWorkload):
                 yield number, record
 
     def tree_totals(self) -> tuple[TreeSum, ...]:
-        """What the last finished pass over each tree sent."""
+        """The totals of the last finished pass over each tree."""
         return tuple(tree.total(number) for number, tree in enumerate(self._trees))
 
     async def logs(self, *, last: bool) -> AsyncIterator[tuple[int, int, bytes]]:

@@ -134,7 +134,7 @@ class SourceMemory:
             yield Drop(address_space, some)
 
     def totals(self) -> tuple[AddressSpaceSum, ...]:
-        """How many pages of each space the target must hold by now."""
+        """The number of pages of each address space that the target must hold by now."""
         return tuple(
             AddressSpaceSum(address_space, runs.size // PAGE) for address_space, runs in sorted(self._sent.items())
         )

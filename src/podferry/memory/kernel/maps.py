@@ -1,4 +1,4 @@
-"""What an address space consists of: `/proc/PID/maps` and, where flags matter, `/proc/PID/smaps`.
+"""The mappings of an address space: `/proc/PID/maps` and, where flags matter, `/proc/PID/smaps`.
 
 Formats: proc_pid_maps(5), proc_pid_smaps(5), and `fs/proc/task_mmu.c` of the kernel.
 """

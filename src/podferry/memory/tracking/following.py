@@ -1,4 +1,4 @@
-"""What all trackers share: following processes as they come, exec, share memory and go."""
+"""The common base of trackers: it follows processes as they fork, exec, share memory and exit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TrackedAddressSpace:
     pagemap: int
     layout: Layout
     known: Runs = EMPTY
-    """What was reported as written and not as dropped since: what the other side has."""
+    """Pages reported as written and not dropped since: those that the target has."""
     unsettled: list[Runs] = field(default_factory=list)
     """What was reported since, to be added; not while the job stands still."""
     uffd: int | None = None

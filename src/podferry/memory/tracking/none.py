@@ -1,4 +1,4 @@
-"""Where nothing can be tracked: every look finds all memory written. Good for one look, at a frozen job."""
+"""A tracker for kernels that track nothing: every scan reports all memory as written. Of use for one scan of a frozen job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tracker is: something that says, round by round, which memory of a group of processes must be copied.
+"""The interface of trackers: a tracker says, round by round, which memory of a group of processes must be copied.
 
 A tracker follows processes as they come, fork, exec and go, and their areas as they are mapped, moved and unmapped.
 What it cannot follow it reports as written in every round, so that a wrong guess costs time and never data.
@@ -32,7 +32,7 @@ Pause = Callable[[], AbstractContextManager[object]]
 
 
 class TrackerKind(StrEnum):
-    """How written pages are found."""
+    """The mechanism that finds written pages."""
 
     UFFD = "uffd"
     """A userfaultfd protects pages asynchronously and PAGEMAP_SCAN collects what was written. The job is not stopped."""
@@ -44,7 +44,7 @@ class TrackerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AddressSpaceRound:
-    """What one look at an address space found. Runs are page-aligned bytes."""
+    """The result of one scan of an address space. Runs are page-aligned bytes."""
 
     areas: tuple[Area, ...]
     """The areas whose memory is pre-copied."""
@@ -66,7 +66,7 @@ class AddressSpaceRound:
 
 @dataclass(frozen=True, slots=True)
 class DirtyScan:
-    """What one look at all processes found."""
+    """The result of one scan of all processes."""
 
     address_spaces: dict[int, AddressSpaceRound]
     """By process id. Processes that share one address space appear once."""

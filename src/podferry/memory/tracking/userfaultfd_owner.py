@@ -1,4 +1,4 @@
-"""What a tracker asks about one process."""
+"""The queries of a tracker about one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Containers alone: nobody but containerd knows of them, and podferry has it make them."""
+"""Stand-alone containers: only containerd knows them, and podferry has containerd create them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ContainersAlone(WorkloadKind[OfferedContainer]):
         return ContainerdOwner(self._containerd, offered.log)
 
     def source_handlers(self) -> dict[str, Handler]:
-        """How what the source holds is taken back."""
+        """The undo steps for resources that the source holds."""
         return frozen.handlers()
 
     # The target's half.
@@ -110,7 +110,7 @@ class ContainersAlone(WorkloadKind[OfferedContainer]):
         yield from offered.against(namespace=self._config.namespace, capabilities=capabilities)
 
     def missing(self, offered: OfferedContainer) -> Iterator[Refused]:
-        """A place for its log, its name, an AppArmor profile, its image."""
+        """Check the log's path, the name, the AppArmor profile and the image's layers."""
         record, node = offered.record, self._config.node
         if offered.log is not None:
             try:
@@ -132,7 +132,7 @@ class ContainersAlone(WorkloadKind[OfferedContainer]):
             )
 
     def maker(self, journal: Journal) -> Maker:
-        """Nobody makes more than the container."""
+        """A maker without work: there is nothing to create but the container."""
         return Maker()
 
     def container_maker(self, journal: Part, offered: OfferedContainer, number: int) -> ContainerdContainer:
@@ -140,5 +140,5 @@ class ContainersAlone(WorkloadKind[OfferedContainer]):
         return ContainerdContainer(self._config, self._containerd, offered)
 
     def target_handlers(self) -> dict[str, Handler]:
-        """How what the target holds is taken back."""
+        """The undo steps for resources that the target holds."""
         return made_by_containerd.target_handlers(self._config, self._containerd)

@@ -97,11 +97,11 @@ class WorkloadKind(ABC, Generic[OfferedKind]):
 
     @abstractmethod
     def owner(self, journal: Journal, offered: OfferedKind, probes: Sequence[Probe] = ()) -> Owner:
-        """Whose the containers are on this node."""
+        """The owner of the containers on this node."""
 
     @abstractmethod
     def source_handlers(self) -> dict[str, Handler]:
-        """How what the source holds is taken back."""
+        """The undo steps for resources that the source holds."""
 
     # The target's half.
 
@@ -114,11 +114,11 @@ class WorkloadKind(ABC, Generic[OfferedKind]):
         return here, [*self.unallowed(known), *asked, *self.missing(known)]
 
     def unallowed(self, offered: OfferedKind) -> Iterator[Refused]:
-        """What in an offer no node makes for another."""
+        """Refusals of parts of an offer that no target accepts from another node."""
         yield from ()
 
     def missing(self, offered: OfferedKind) -> Iterator[Refused]:
-        """What this node lacks of what an offer needs, or has in its place."""
+        """Refusals because this node lacks what the offer needs, or because a name is taken."""
         yield from ()
 
     def target(
@@ -136,15 +136,15 @@ class WorkloadKind(ABC, Generic[OfferedKind]):
 
     @abstractmethod
     def maker(self, journal: Journal) -> Maker:
-        """Who makes the workload here."""
+        """The maker of the workload on this node."""
 
     @abstractmethod
     def container_maker(self, journal: Part, offered: OfferedKind, number: int) -> ContainerMaker:
-        """Who makes its container `number` here."""
+        """The maker of its container `number` on this node."""
 
     @abstractmethod
     def target_handlers(self) -> dict[str, Handler]:
-        """How what the target holds is taken back."""
+        """The undo steps for resources that the target holds."""
 
     def known(self, offered: Offered) -> OfferedKind:
         """An offer that is one of this kind's. Raises `Bug` for another's."""

@@ -158,7 +158,7 @@ class KubeletPods(WorkloadKind[OfferedPod]):
         )
 
     def source_handlers(self) -> dict[str, Handler]:
-        """How what the source holds is taken back."""
+        """The undo steps for resources that the source holds."""
         return made_by_kubelet.source_handlers()
 
     # The target's half.
@@ -172,7 +172,7 @@ class KubeletPods(WorkloadKind[OfferedPod]):
         return KubeletContainer(self._config, self._runtime, journal, offered.containers[number])
 
     def target_handlers(self) -> dict[str, Handler]:
-        """How what the target holds is taken back."""
+        """The undo steps for resources that the target holds."""
         return made_by_kubelet.target_handlers(self._config, self._runtime, self.cluster)
 
 
