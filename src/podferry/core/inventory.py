@@ -1,4 +1,4 @@
-"""The inventory of a job, read from the kernel while the job is frozen on the source, and before its first instruction on the target.
+"""The inventory of a job, read from the kernel during its freeze on the source, and before its first instruction on the target.
 
 An inventory names each thread by its pid and tid inside the container, and says of it attribute by attribute what there is. Two of
 them are compared here, without I/O; `podferry.node.inventory` takes them and puts right what can be.

@@ -109,7 +109,7 @@ class Side(Generic[Phase, Event]):
         await breakpoints.hold(self.role, self.phase, self.record.name)
 
     def cause_of(self, error: BaseException) -> PodferryError:
-        """The error itself, out of the groups that tasks wrap it in. An exception that is not podferry's is a bug; its traceback is logged."""
+        """The error itself, out of the groups that tasks wrap it in. Exceptions that are not podferry's are bugs, logged whole."""
         causes = list(leaves(error))
         for cause in causes:
             if isinstance(cause, PodferryError):
