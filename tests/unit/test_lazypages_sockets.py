@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Bug, Failed, PeerMisbehaved
+from podferry.lazypages import status
 from podferry.lazypages.copying import PageIndex
 from podferry.lazypages.criu_socket import FINISHED, SOCKET, CriuSocket, Restored, RestoreFinished
 from podferry.lazypages.page_source import AgentSource, Frame, NoSource, Word
@@ -176,18 +177,18 @@ def test_a_status_without_room_ends_nobody_and_is_written_when_there_is_some(
 ) -> None:
     """The job's memory depends on the daemon, which would end with the error."""
     report, full, slept = StatusFile(tmp_path / "status"), [True], []
-    write = Path.write_text
+    replace_file = status.replace_file
 
-    def no_room(path: Path, text: str) -> int:
+    def no_room(path: Path, content: bytes) -> None:
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, text)
+        replace_file(path, content)
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         full.clear()
 
-    monkeypatch.setattr(Path, "write_text", no_room)
+    monkeypatch.setattr(status, "replace_file", no_room)
     monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(OSError, match="No space"):
         report.enter(DaemonState.LISTENING)  # nothing depends on it yet

@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from podferry.errors import Failed, PodferryError, TimedOut
 from podferry.fs.private import private_directory
+from podferry.fs.replacing import replace_file
 from podferry.kube.client import CONFIGMAPS, SIGNING_REQUESTS, Api
 from podferry.wire.pki import AGENT_LIFE, BACKDATED, CA_CERTIFICATE, NODE_CERTIFICATE, NODE_KEY
 
@@ -76,7 +77,7 @@ def _trust(directory: Path, authorities: bytes) -> None:
         raise Failed.because("the ConfigMap podferry-ca holds no valid certificate authority", wrong) from wrong
     place = directory / CA_CERTIFICATE
     if place.exists() and place.read_bytes() != authorities:
-        _write(place, authorities)
+        replace_file(place, authorities, mode=0o600)
 
 
 def usable(directory: Path, node: str, authorities: bytes | None = None) -> str | None:
@@ -145,9 +146,9 @@ async def obtain(api: Api, namespace: str, node: str, directory: Path) -> None:
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        _write(directory / CA_CERTIFICATE, authority)
-        _write(directory / NODE_KEY, private)
-        _write(directory / NODE_CERTIFICATE, base64.b64decode(certificate))
+        replace_file(directory / CA_CERTIFICATE, authority, mode=0o600)
+        replace_file(directory / NODE_KEY, private, mode=0o600)
+        replace_file(directory / NODE_CERTIFICATE, base64.b64decode(certificate), mode=0o600)
         return
     raise TimedOut(
         f"podferry-controller did not sign the certificate request {name} within {PATIENCE:.0f} s",
@@ -164,10 +165,3 @@ def request(node: str, key: ec.EllipticCurvePrivateKey) -> bytes:
         .sign(key, hashes.SHA256())
         .public_bytes(serialization.Encoding.PEM)
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.touch(mode=0o600)
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -30,6 +30,7 @@ from podferry.criu.images import (
     page_map,
 )
 from podferry.errors import Failed, PeerMisbehaved
+from podferry.fs.replacing import replacement
 from podferry.memory.kernel.guards import hides_guards
 from podferry.memory.kernel.maps import KERNEL_AREAS, read_areas
 from podferry.memory.kernel.pagemap import (
@@ -131,16 +132,14 @@ def _complete(images: Path, inside: int, found: Population, guards: bool) -> boo
     lazy, others = dumped_areas(images, inside)
     after = settled(before.entries, found.held & lazy, found.held & others)
     pages = images / f"pages-{before.pages_id}.img"
-    written = pages.with_suffix(".new")
     memory = os.open(f"/proc/{found.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with pages.open("rb") as old, written.open("wb") as new:
+        with pages.open("rb") as old, replacement(pages) as new:
             for piece in after:
                 if piece.flags & PE_PRESENT:
                     new.writelines(_next_pages(old.fileno(), piece) if piece.done else _pages_at(memory, piece, inside))
     finally:
         os.close(memory)
-    written.replace(pages)
     entries = [Mapped(piece.start, piece.end, piece.flags) for piece in after]
     (images / f"pagemap-{inside}.img").write_bytes(PageMap(before.pages_id, entries).encode())
     if found.guards:

@@ -26,6 +26,7 @@ from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.undo import Acquired, Ledger
 from podferry.errors import Failed, PodferryError
 from podferry.fs.private import private_directory
+from podferry.fs.replacing import replace_file
 
 JOURNAL = "journal.jsonl"
 RECORD = "record.json"
@@ -130,9 +131,7 @@ class Journal:
 
     def save_record(self, record: Mapping[str, Any]) -> None:
         """Keep what `podferry status` shows of a migration, replacing what was kept before."""
-        new = self.directory / f"{RECORD}.new"
-        new.write_text(json.dumps(record))
-        new.replace(self.directory / RECORD)
+        replace_file(self.directory / RECORD, json.dumps(record).encode())
 
     def load_record(self) -> dict[str, Any] | None:
         """The record that `save_record` wrote last, or None."""

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from podferry.errors import Failed
 from podferry.fs.beneath import DIRECTORY, open_beneath
 from podferry.fs.private import private_directory
+from podferry.fs.replacing import replace_file
 
 LEDGER = "/var/lib/podferry/install"
 """Where a node keeps what was there before."""
@@ -57,10 +58,7 @@ class Root:
         """Put a file in its place in one step: a container that starts meanwhile finds the old one or the new one."""
         place = self.path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        new = place.with_name(f".{place.name}.podferry")
-        new.write_bytes(content)
-        new.chmod(mode)
-        new.replace(place)
+        replace_file(place, content, mode=mode)
 
     def remove_empty(self, path: str) -> None:
         """Remove a directory in which nothing is left; one that something is mounted on stays.

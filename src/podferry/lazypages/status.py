@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from podferry.fs.replacing import replace_file
+
 PERIOD = 0.1
 """Seconds between two writes while nothing but numbers changes."""
 
@@ -83,9 +85,7 @@ class StatusFile:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        new = self.path.with_name(f"{self.path.name}.new")
-        new.write_text(json.dumps(asdict(self.status)) + "\n")
-        new.rename(self.path)
+        replace_file(self.path, json.dumps(asdict(self.status)).encode() + b"\n")
         self._is_current = True
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from podferry.errors import Failed, UsageError
 from podferry.fs.private import private_directory
+from podferry.fs.replacing import replace_file
 
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 NODE_CERTIFICATE, NODE_KEY = "node.crt", "node.key"
@@ -220,11 +220,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Put `content` at `path` in one step; nobody meets half a file or a key that others may read."""
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123
-            file.write(content)
-        temporary.replace(path)
+        replace_file(path, content, mode=mode)
     except OSError as cause:
         raise Failed.because(f"cannot write {path}", cause) from cause

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import Bug, PodferryError
+from podferry.fs.replacing import replace_file
 from podferry.node.containerd import Containerd
 from podferry.node.records import Stdio
 
@@ -37,9 +38,7 @@ def main() -> None:
         answer = {"error": error.to_dict()}
     except Exception as error:  # noqa: BLE001 - the agent must hear of it, whatever it is
         answer = {"error": Bug.because("the starter failed", error).to_dict()}
-    new = result.with_suffix(".new")
-    new.write_text(json.dumps(answer))
-    new.replace(result)
+    replace_file(result, json.dumps(answer).encode())
     sys.exit("error" in answer)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.fs.private import private_directory
+from podferry.fs.replacing import replace_file
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.store.runs import Run, RunMap
@@ -223,9 +224,7 @@ class PageStore:
             sizes = {"present": len(present), "log": len(log)}
             head[key] = sizes | {"first_round": address_space.first_round, "complete": address_space.complete}
             parts += [present, log]
-        path = self.directory / f"{RECORD}.new"
-        path.write_bytes(b"".join([_MAGIC, json.dumps(head).encode(), b"\n", *parts]))
-        path.rename(self.directory / RECORD)
+        replace_file(self.directory / RECORD, b"".join([_MAGIC, json.dumps(head).encode(), b"\n", *parts]))
 
     def _load(self, data: bytes) -> None:
         if not data.startswith(_MAGIC):
