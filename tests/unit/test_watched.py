@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from podferry.core.preflight import CONTROLLING, PACKET_PIPE, SEMAPHORE, SHARED_LOCK
+from podferry.fs.mountinfo import MountEntry
 from podferry.node import unsaved_files, watched
 
 pytestmark = pytest.mark.unit
@@ -127,17 +128,9 @@ def test_a_lock_that_a_server_keeps_is_told(
     kind: str, options: str, what: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    mounted = (kind, (tmp_path / "file").stat().st_dev, "/claim", options.split(","))
-    monkeypatch.setattr(unsaved_files, "_mounts", lambda init: iter([mounted]))
+    device = (tmp_path / "file").stat().st_dev
+    mounted = MountEntry(1, device, "/", "/claim", ("rw",), kind, "server:/", tuple(options.split(",")))
+    monkeypatch.setattr(unsaved_files, "mounts", lambda init: [mounted])
     script = f"import fcntl, sys; held = open(sys.argv[1], 'r+b'); {what}; print('.', flush=True); sys.stdin.read()"
     with job(script, str(tmp_path / "file")) as pid:
         assert list(unsaved_files.unsaved_files(pid, [pid])) == found
-
-
-def test_mounts_are_told_with_the_options_of_their_file_systems(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line = "36 35 0:61 / /claim rw,noatime shared:1 - nfs4 server:/some\\040place rw,vers=4.2,local_lock=none,addr=10.0.0.1\n"
-    monkeypatch.setattr(Path, "read_text", lambda path: line * (path == Path("/proc/7/mountinfo")))
-    options = ["rw", "vers=4.2", "local_lock=none", "addr=10.0.0.1"]
-    assert list(unsaved_files._mounts(7)) == [("nfs4", os.makedev(0, 61), "/claim", options)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 import signal
 import socket
@@ -46,9 +47,11 @@ def _mount_point(file: str) -> str:
     """Where the mount is that `file` is reached through, as the kernel says."""
     found = os.open(file, os.O_PATH | os.O_CLOEXEC)
     try:
-        with Path(f"/proc/self/fdinfo/{found}").open() as info, Path("/proc/self/mountinfo").open() as mounts:
-            id = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
-            return next(words[4] for words in map(str.split, mounts) if words[0] == id)
+        with Path(f"/proc/self/fdinfo/{found}").open() as info, Path("/proc/self/mountinfo").open("rb") as mounts:
+            id = next(line.split()[1].encode() for line in info if line.startswith("mnt_id:"))
+            # `fs/mountinfo.py` tells why; this program has no module of podferry's
+            words = next(words for words in (line.split(b" ") for line in mounts) if words[0] == id)
+            return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), words[4]))
     except StopIteration:
         raise OSError(f"{file} lies on no mount") from None
     finally:

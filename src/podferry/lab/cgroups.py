@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from podferry.errors import Failed, TimedOut
+from podferry.fs.mountinfo import mounts
 from podferry.lab import delegation
 from podferry.lab.delegation import LEAF, PROCS, CgroupUnusable
 from podferry.lab.progress import Progress, quiet
@@ -64,18 +65,15 @@ def hierarchies() -> list[Hierarchy]:
     """The cgroup hierarchies that are mounted here, in the order of their mounts."""
     own = _memberships("self")
     found: dict[str, Hierarchy] = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields, _, tail = line.partition(" - ")
-        kind, _, options = tail.split(" ", 2)
-        if kind not in ("cgroup", "cgroup2"):
+    for one in mounts():
+        if one.kind not in ("cgroup", "cgroup2"):
             continue
-        root, mount = fields.split()[3:5]
-        key = "" if kind == "cgroup2" else _controllers(options, own)
+        key = "" if one.kind == "cgroup2" else _controllers(",".join(one.settings), own)
         if key is None or key not in own or key in found:
             continue
-        here = Path(mount) / os.path.relpath(own[key], root)
+        here = Path(one.point) / os.path.relpath(own[key], one.root)
         if here.is_dir():
-            found[key] = Hierarchy(2 if key == "" else 1, Path(mount), key, here)
+            found[key] = Hierarchy(2 if key == "" else 1, Path(one.point), key, here)
     return list(found.values())
 
 

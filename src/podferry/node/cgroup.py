@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any, ClassVar
 
 from podferry.core.facts import CgroupKind
 from podferry.errors import Failed, PeerMisbehaved, Refused, TimedOut
+from podferry.fs.mountinfo import mounts_in
 from podferry.node.members import killed
 
 FREEZE_TIMEOUT = 10.0  # seconds
@@ -80,14 +80,11 @@ class CgroupTree:
 
 def trees(mountinfo: Path = Path("/proc/self/mountinfo")) -> tuple[CgroupTree, ...]:
     """The cgroup trees that the caller sees mounted."""
-    found = []
-    for line in mountinfo.read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        words, (kind, _, options) = left.split(), right.split()[:3]
-        if kind in ("cgroup", "cgroup2"):
-            controllers = frozenset(options.split(",")) if kind == "cgroup" else frozenset[str]()
-            found.append(CgroupTree(Path(_unescaped(words[4])), _unescaped(words[3]), controllers))
-    return tuple(found)
+    return tuple(
+        CgroupTree(Path(one.point), one.root, frozenset(one.settings if one.kind == "cgroup" else ()))
+        for one in mounts_in(mountinfo)
+        if one.kind in ("cgroup", "cgroup2")
+    )
 
 
 def cgroup_kind() -> CgroupKind:
@@ -342,11 +339,6 @@ class Cgroup:
                 remedy=f"enable the {name} controller for the container's cgroup, or forbid throttling in the policy",
             )
         return path
-
-
-def _unescaped(word: str) -> str:
-    """A path from mountinfo, where blanks are written in octal."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
 
 
 @contextlib.contextmanager

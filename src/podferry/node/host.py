@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from podferry.core.host import CAPABILITIES, Privileges
+from podferry.fs.mountinfo import holding, mounts_in
 
 _ALL_USERS = ["0", "0", "4294967295"]
 
@@ -50,15 +51,10 @@ def selinux_enforces(root: Path = Path("/")) -> bool:
 
 def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> HostMount:
     """The mount that `path` is on, or would be on if it were there."""
-    there = existing(path)
-    found = HostMount(Path("/"), "unknown", frozenset())
-    for line in mountinfo.read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        words, (kind, _, options) = left.split(), right.split(" ", 2)
-        point = Path(words[4].encode().decode("unicode_escape"))
-        if there.is_relative_to(point) and len(point.parts) >= len(found.point.parts):
-            found = HostMount(point, kind.partition(".")[0], frozenset((*words[5].split(","), *options.split(","))))
-    return found
+    found = holding(str(existing(path)), mounts_in(mountinfo))
+    if found is None:
+        return HostMount(Path("/"), "unknown", frozenset())
+    return HostMount(Path(found.point), found.kind.partition(".")[0], frozenset((*found.options, *found.settings)))
 
 
 def existing(path: Path) -> Path:

@@ -26,6 +26,7 @@ from podferry.core.preflight import (
     USER_NAMESPACE,
 )
 from podferry.errors import Failed
+from podferry.fs.mountinfo import mounts
 from podferry.node import netns, network
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
@@ -250,14 +251,12 @@ def _tmpfs(pid: int, mounted: Collection[str]) -> Iterator[int]:
     """How much each of the container's own memory file systems holds; those that are `mounted` into it are not its own."""
     with contextlib.suppress(OSError):
         seen = set()
-        for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
-            left, _, right = line.partition(" - ")
-            words = left.split()
-            own = words[3] == "/" and words[4] not in mounted
-            if right.startswith("tmpfs ") and words[2] not in seen and own:
-                seen.add(words[2])
+        for one in mounts(pid):
+            own = one.root == "/" and one.point not in mounted
+            if one.kind == "tmpfs" and one.device not in seen and own:
+                seen.add(one.device)
                 with contextlib.suppress(OSError):
-                    found = os.statvfs(f"/proc/{pid}/root{words[4]}")
+                    found = os.statvfs(f"/proc/{pid}/root{one.point}")
                     yield (found.f_blocks - found.f_bfree) * found.f_frsize
 
 

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from podferry.core.preflight import CONTROLLING, MESSAGE_QUEUE, PACKET_PIPE, SEMAPHORE, SHARED_LOCK, WATCHED
+from podferry.fs.mountinfo import MountEntry, mounts
 from podferry.node.watched import unfindable, watched
 
 _CONTROLLING, _MASTER = (5, 0), (5, 2)
@@ -77,31 +78,26 @@ def _mappings(pid: int) -> Iterator[Path]:
 def _queues(init: int) -> dict[int, bool]:
     """The container's file systems of POSIX message queues, and whether there is a queue in each."""
     found = {}
-    for kind, device, place, _ in _mounts(init):
-        if kind == "mqueue":
+    for one in _mounted(init):
+        if one.kind == "mqueue":
             with suppress(OSError):
-                found[device] = any(Path(f"/proc/{init}/root{place}").iterdir())
+                found[one.device] = any(Path(f"/proc/{init}/root{one.point}").iterdir())
     return found
 
 
 def _served(init: int) -> frozenset[int]:
     """The container's file systems whose locks a server keeps."""
-    mounted = _mounts(init)
     return frozenset(
-        device
-        for kind, device, _, options in mounted
-        if kind in _LOCKED_BY_A_SERVER and "local_lock=all" not in options
+        one.device for one in _mounted(init) if one.kind in _LOCKED_BY_A_SERVER and "local_lock=all" not in one.settings
     )
 
 
-def _mounts(init: int) -> Iterator[tuple[str, int, str, list[str]]]:
-    """Type, device, place and the file system's own options of what is mounted in the container (proc_pid_mountinfo(5))."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{init}/mountinfo").read_text().splitlines():
-            left, _, right = line.partition(" - ")
-            words, (kind, _, options) = left.split(), right.split(" ", 2)
-            major, minor = map(int, words[2].split(":"))
-            yield kind, os.makedev(major, minor), words[4], options.split(",")
+def _mounted(init: int) -> list[MountEntry]:
+    """What is mounted in the container; nothing where it has ended."""
+    try:
+        return mounts(init)
+    except OSError:
+        return []
 
 
 def _told(pid: int, number: str, field: str) -> str:

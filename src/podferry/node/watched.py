@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from podferry.fs.mountinfo import mounts
+
 Watched = tuple[int, int]
 """Device, as the kernel numbers it, and inode."""
 PATIENCE = 5.0
@@ -38,12 +40,9 @@ def watched(pids: Iterable[int]) -> set[Watched]:
 
 def of_the_root(init: int, wanted: Collection[Watched]) -> set[Watched]:
     """Those on the file system of the root of process `init`, where that is an overlay. Raises `OSError`."""
-    for line in Path(f"/proc/{init}/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        words = left.split()
-        if words[4] == "/" and right.startswith("overlay "):
-            major, minor = map(int, words[2].split(":"))
-            return {one for one in wanted if one[0] == major << 20 | minor}
+    for mount in mounts(init):
+        if mount.point == "/" and mount.kind == "overlay":
+            return {one for one in wanted if one[0] == os.major(mount.device) << 20 | os.minor(mount.device)}
     return set()
 
 

@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 from podferry.fs.beneath import reached
+from podferry.fs.mountinfo import holding, mounts, mounts_in
 from podferry.fs.mounts import MS_NODEV, MS_RDONLY, bind, mount
 from podferry.snapshotter.loops import loop_device
 
@@ -30,21 +31,10 @@ def mount_directory(directory: int, at: Path) -> None:
 
 def mount_points(under: Path) -> dict[Path, str]:
     """What is mounted below a directory, and of what kind, from the kernel's own list: nothing that might hang is touched."""
-    points = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        point = Path(left.split()[4].encode().decode("unicode_escape"))
-        if point.is_relative_to(under):
-            points[point] = right.split()[0]
-    return points
+    return {Path(one.point): one.kind for one in mounts() if Path(one.point).is_relative_to(under)}
 
 
 def mounted_read_only(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> bool:
     """Whether the mount that holds `path` was made read-only. One whose file system takes no writes for now was not."""
-    best, options = Path("/"), ""
-    for line in mountinfo.read_text().splitlines():
-        words = line.split()
-        point = Path(words[4].encode().decode("unicode_escape"))
-        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
-            best, options = point, words[5]
-    return "ro" in options.split(",")
+    found = holding(str(path), mounts_in(mountinfo))
+    return found is not None and "ro" in found.options

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from podferry.fs.beneath import DIRECTORY, Beneath
+from podferry.fs.mountinfo import holding, mounts
 from podferry.snapshotter import layout
 from podferry.snapshotter.faults import ShareRefused, ShareUnavailable, faults
 from podferry.snapshotter.guard import Guard
@@ -135,14 +136,8 @@ def _foreign(there: Beneath) -> list[str]:
 
 def _mounted_kind(root: Path) -> str | None:
     """The type of the file system at `root`; None when that is the root file system's."""
-    best, kind = "/", None
-    resolved = str(root.resolve())
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields, _, rest = line.partition(" - ")
-        point = fields.split()[4].encode().decode("unicode_escape")
-        if len(point) >= len(best) and point != "/" and (resolved + "/").startswith(point.rstrip("/") + "/"):
-            best, kind = point, rest.split()[0]
-    return kind
+    found = holding(str(root.resolve()), mounts())
+    return None if found is None or found.point == "/" else found.kind
 
 
 def initialise(root: Path) -> str:
