@@ -176,6 +176,15 @@ class Move:
         killed = [self.lab.exec(one, ["sh", "-c", FIND, "sh", program]).stdout for one in machines]
         assert "".join(killed).split(), f"nothing on {machines} runs {program}"
 
+    def take_the_api_server_away(self, seconds: float) -> None:
+        """Nobody reaches it for so long."""
+        service = "/run/service/kube-apiserver"
+        self.lab.exec(CONTROL, ["sv", "-w", "5", "force-stop", service], check=False)
+        try:
+            time.sleep(seconds)
+        finally:
+            self.lab.exec(CONTROL, ["sv", "up", service])
+
     def cancel(self) -> None:
         self.kubectl.run("patch", "migration", "move", "--type=merge", "-p", '{"spec": {"cancel": true}}')
 
@@ -237,6 +246,18 @@ def test_it_is_killed(move: Move, victim: str, phase: str) -> None:
     status = move.ended()
     # The controllers remember nothing, so nothing is lost with them.
     assert status["phase"] in ("Completed", *["RolledBack"] * (victim != "controllers")), status
+    assert status["ending"]["message"]
+    move.check()
+
+
+@pytest.mark.parametrize("phase", WAY)
+def test_the_api_server_is_away_for_a_minute(move: Move, phase: str) -> None:
+    """Nothing is lost, and nothing runs twice: nobody takes its silence for the Migration's or the pod's end."""
+    move.begin()
+    move.reach(phase)
+    move.take_the_api_server_away(60.0)
+    status = move.ended()
+    assert status["phase"] in ("Completed", "RolledBack"), status
     assert status["ending"]["message"]
     move.check()
 
