@@ -13,6 +13,7 @@ import anyio
 import structlog
 
 from podferry import __version__
+from podferry.agent import memory
 from podferry.agent.node_paths import of_this_node
 from podferry.agent.service import Agent
 from podferry.engine.metrics import REGISTRY, watch_certificate
@@ -50,6 +51,8 @@ def main() -> None:
             raise UsageError("podferry-agent needs root", why="it reads other processes' memory and freezes cgroups")
         no_core_dumps()
         _raise_file_limit()
+        if arguments.kubernetes:
+            memory.limit(os.environ.get(memory.VARIABLE, ""))
         apparmor.show()
         config = of_this_node(of_kubernetes(os.environ)) if arguments.kubernetes else load(arguments.config)
         if config.run_size and (why := own_tmpfs.ensure(config.run, config.run_size)):

@@ -120,6 +120,12 @@ class Side(Generic[Phase, Event]):
                     why=str(cause),
                     remedy="make room there, and migrate again",
                 )
+            if isinstance(cause, MemoryError):
+                return Failed(
+                    f"the agent of the {self.role}'s node has as much memory as it may have",
+                    why="what it has to keep of this job and of others on their way is too much",
+                    remedy="migrate fewer jobs at once, or give agents more memory (AGENT_MEMORY in deploy/agent.yaml)",
+                )
         self.log.error("bug", exc_info=error)
         return Bug.because(f"the {self.role}'s half of the migration failed", causes[0])
 

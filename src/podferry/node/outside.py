@@ -23,7 +23,7 @@ IN_POD = "PODFERRY_IN_POD"
 
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP = "podferry"
-"""The node's cgroup for what outlives an agent."""
+"""The node's cgroup for what outlives an agent. The agent's own limit of memory is not theirs (`podferry.agent.memory`)."""
 
 CLONE_FS, CLONE_NEWNS = 0x200, 0x20000  # linux/sched.h
 
@@ -34,7 +34,9 @@ Result = TypeVar("Result")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-_ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
+_ENTER = (
+    'ulimit -S -d unlimited || :; while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
+)
 
 
 def in_pod() -> bool:
