@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -15,12 +16,13 @@ import structlog
 from podferry.engine.after_switchover import AfterSwitchover
 from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.ports import DirtySet, OriginalGone
+from podferry.errors import Failed, PeerLost
 from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Mode
 from podferry.wire.frames import Drop, Pages
-from podferry.wire.messages import PageRequest
+from podferry.wire.messages import Crashed, ErrorReport, PageRequest, PagesLost
 from podferry.workload.numbers import address_space_of
 from podferry.workload.remote_pages import PUSH, FrozenPages
 from podferry.workload.source_memory import SourceMemory
@@ -168,3 +170,69 @@ def test_a_page_that_is_not_owed_is_zero() -> None:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+class Conversation:
+    """An inbox in which `word` comes, or which breaks with it, and that says what was sent to it and whether it was closed."""
+
+    def __init__(self, *words: object) -> None:
+        self._words, self.closed, self.channel = list(words), False, self
+        self.sent: list[Any] = []
+        self.traffic = SimpleNamespace(sent=0)
+
+    async def send(self, frame: object) -> None:
+        self.sent.append(frame)
+
+    async def expect(self, *kinds: type[Any]) -> Any:
+        if not self._words:
+            return await anyio.sleep_forever()
+        word = self._words.pop(0)
+        if isinstance(word, Exception):
+            raise word
+        return word
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def after(remote_pages: FrozenPages | None = None) -> AfterSwitchover:
+    return AfterSwitchover(
+        MigrationRecord("m", "job", "a", "b", Mode.POSTCOPY),
+        structlog.get_logger(),
+        lambda: None,  # type: ignore[arg-type,return-value]
+        (lambda: remote_pages) if remote_pages else None,  # type: ignore[arg-type,return-value]
+        runs,
+    )
+
+
+@pytest.mark.anyio
+async def test_a_job_that_died_on_the_target_is_left_to_a_person_and_the_conversation_ends() -> None:
+    one, inbox = after(), Conversation(Crashed("m", ErrorReport.of(Failed("out of memory"))))
+    assert await one.send_go(inbox) is None  # type: ignore[arg-type]
+    assert "out of memory" in one._record.reason
+    assert "podferry resolve m --run-on NODE" in one._record.reason
+    assert (inbox.closed, one.inbox) == (True, None), "the next try dials again"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("gone", [False, True])
+async def test_the_target_is_told_that_pages_are_lost_only_where_they_are(
+    gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target ends the job then. A connection that breaks is no reason: the nodes meet again."""
+    memory = Memory()
+    remote_pages = memory.remote_pages()
+    error = OriginalGone("the frozen original has ended") if gone else PeerLost("b closed the connection")
+
+    def rest() -> Any:
+        raise error
+
+    monkeypatch.setattr(remote_pages, "rest", rest)
+    monkeypatch.setattr("podferry.engine.after_switchover.LAST_RITES", 0.05)
+    monkeypatch.setattr("podferry.engine.after_switchover.LAST_WORD", 0.05)
+    one, inbox = after(remote_pages), Conversation()
+    one.inbox = inbox  # type: ignore[assignment]
+    assert await one.serve() is None
+    assert [type(word) for word in inbox.sent] == ([PagesLost] if gone else [])
+    assert inbox.closed
+    remote_pages.close()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
+import anyio
 import pytest
 
 from podferry.core.connections import ConnectionsLost, End, KernelSocket, OpenConnection, judge
@@ -27,13 +28,14 @@ from podferry.memory.tracking.tracker import AddressSpaceRound, DirtyScan, Track
 from podferry.model import Connections, Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
 from podferry.node.containerd import ContainerdFailed, ContainerdNotFound
+from podferry.node.netlock import Namespace
 from podferry.node.process import spawn
 from podferry.node.records import Container, Opaque, Task, TaskStatus
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer, handlers
 from podferry.workload.numbers import address_space_of
 from podferry.workload.source import Owner, SourceWorkload
-from podferry.workload.source_container import RunningContainer, SourceContainer
+from podferry.workload.source_container import Output, RunningContainer, SourceContainer
 from podferry.workload.source_memory import pid_inside
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -416,3 +418,130 @@ async def test_images_with_a_connection_that_cannot_live_are_not_sent_where_none
             await workload.dump()
         assert caught.value.why == "10.0.0.5:1 -> 10.0.1.9:2"
     assert workload.closed_connections() == closed.closed
+
+
+async def test_a_job_that_runs_has_not_ended_and_one_that_ends_tells_its_exit_status(tmp_path: Path) -> None:
+    job, child = leaving(tmp_path, made(tmp_path / "group"), Journal(tmp_path / "journal")), spawn(["sleep", "60"])
+    asked: list[int | None] = []
+
+    def wait_task(id: str, patience: float) -> int:
+        asked.append(child.poll())
+        return 137
+
+    job._task, job.runtime = Task("job", child.pid, TaskStatus.RUNNING), SimpleNamespace(wait_task=wait_task)  # type: ignore[assignment]
+    said: list[str] = []
+
+    async def ended() -> None:
+        said.append(await job.ended())
+
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(ended)
+            await anyio.wait_all_tasks_blocked()
+            assert (said, asked) == ([], []), "it still runs"
+            child.kill()
+            child.wait()
+    finally:
+        child.kill()
+        child.wait()
+    assert said == ["exit status 137"]
+    assert asked == [-9], "containerd is asked only once the process has ended"
+
+
+async def test_a_job_whose_exit_status_nobody_kept_has_ended_all_the_same(tmp_path: Path) -> None:
+    job, child = leaving(tmp_path, made(tmp_path / "group"), Journal(tmp_path / "journal")), spawn(["true"])
+    child.wait()
+
+    def wait_task(id: str, patience: float) -> int:
+        raise ContainerdNotFound("no task")
+
+    job._task, job.runtime = Task("job", child.pid, TaskStatus.RUNNING), SimpleNamespace(wait_task=wait_task)  # type: ignore[assignment]
+    assert await job.ended() == "its exit status is not known"
+
+
+async def test_everything_that_is_open_for_a_job_is_closed_once_it_is_let_go(tmp_path: Path) -> None:
+    job = leaving(tmp_path, made(tmp_path / "group"), Journal(tmp_path / "journal"))
+    closed: list[str] = []
+
+    def closing(name: str) -> Any:
+        return SimpleNamespace(close=lambda: closed.append(name))
+
+    job.memory.close()
+    job.memory, job._held, job._log, job._peers = map(closing, ("memory", "held", "log", "peers"))
+    await job.close()
+    assert sorted(closed) == ["held", "log", "memory", "peers"]
+
+
+async def test_the_last_pass_over_the_log_has_what_the_shim_had_not_written_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, fifo = tmp_path / "job.log", tmp_path / "fifo"
+    log.write_bytes(b"one\n")
+    waited: list[tuple[int, tuple[Path, ...]]] = []
+
+    def drained(pid: int, fifos: tuple[Path, ...]) -> None:
+        waited.append((pid, fifos))
+        with log.open("ab") as file:
+            file.write(b"two\n")
+
+    monkeypatch.setattr("podferry.workload.source_container.drained", drained)
+    job = leaving(tmp_path, made(tmp_path / "group"), Journal(tmp_path / "journal"))
+    job._running = replace(job._running, output=Output(log, (fifo,)))
+    first = [(offset, data) async for _, offset, data in job.logs(last=False)]
+    assert (first, waited) == ([(0, b"one\n")], []), "while it runs, nobody waits for the shim"
+    last = [(offset, data) async for _, offset, data in job.logs(last=True)]
+    assert (last, waited) == ([(4, b"two\n")], [(1, (fifo,))])
+    await job.close()
+
+
+async def test_what_a_dump_leaves_on_disk_is_in_the_ledger_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    noted: list[Any] = []
+
+    def start(*_: object, images: Path, **__: object) -> FakeHeldDump:
+        noted.append(Journal(tmp_path / "journal").held("outgoing.0"))
+        return FakeHeldDump(images, [], waits=True, skipping=False, broken=False)
+
+    monkeypatch.setattr(HeldDump, "start", start)
+    job = leaving(tmp_path, made(tmp_path / "group"), journal)
+    job._start_dump(wait=True)
+    (fact,) = noted
+    directory = Path(fact["directory"])
+    assert (directory / "images/files.img").exists()
+    ledger = Ledger()
+    ledger.add("outgoing", fact)
+    assert await ledger.unwind(handlers()) == []
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_loopback_is_held_still_where_a_job_has_connections_and_the_ledger_knows(
+    connected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    noted: list[Any] = []
+    here = Namespace(f"/proc/{os.getpid()}/ns/net", 7)
+    monkeypatch.setattr("podferry.workload.source_container.has_connections", lambda pid: connected)
+    monkeypatch.setattr(Namespace, "of", lambda spec, pid: here)
+    monkeypatch.setattr(
+        Namespace, "lock", lambda self: noted.append(Journal(tmp_path / "journal").held("network-lock.0"))
+    )
+    job = leaving(tmp_path, made(tmp_path / "group"), journal)
+    assert job._hold_loopback() == (here if connected else None)
+    assert noted == ([asdict(here)] if connected else [])
+
+
+async def test_a_frozen_job_of_an_agent_before_is_killed_by_what_its_journal_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cgroup = made(tmp_path / "group")
+    journal = Part(Journal(tmp_path / "journal"), 0)
+    journal.acquire("freeze", cgroup=cgroup.to_dict())
+    killed: list[Any] = []
+    monkeypatch.setattr("podferry.workload.frozen.kill_frozen", killed.append)
+    one = FrozenContainer(journal, SimpleNamespace(), JOB)  # type: ignore[arg-type]
+    await one.kill()
+    assert killed == [journal]
+    assert one.group == Cgroup.from_dict(cgroup.to_dict())

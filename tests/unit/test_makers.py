@@ -109,3 +109,30 @@ def test_a_pod_without_volumes_has_no_places_for_them(tmp_path: Path) -> None:
     journal.note(target_pod="uid")
     maker = KubeletMaker(config, journal, None)  # type: ignore[arg-type]
     assert maker.places(JOB) == {}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_restored_container_of_a_pod_crashes_by_its_cgroup(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kubelet then does what it does for a container that crashed. One that was never made has nothing to kill."""
+    killed: list[str] = []
+    of = SimpleNamespace(of_container=lambda root, id: SimpleNamespace(kill=lambda: killed.append(f"{root}/{id}")))
+    monkeypatch.setattr("podferry.workload.makers.kubelet.Cgroup", of)
+    runtime: Any = SimpleNamespace(container=lambda id: id, runc_root=lambda record: "/run/runc")
+    journal = Part(Journal(tmp_path / "m"), 0)
+    if known:
+        journal.note(container="c0ffee")
+    config = Config("b", "b:1", tmp_path, run=tmp_path, state=tmp_path)
+    await KubeletContainer(config, runtime, journal, PodPart("main", "c0", ())).crash()
+    assert killed == (["/run/runc/c0ffee"] if known else [])
+
+
+def test_a_lazy_pages_daemon_tells_when_the_tasks_ran_in_seconds_and_nothing_before(tmp_path: Path) -> None:
+    daemon = lazypages_process.LazyPagesProcess(Part(Journal(tmp_path / "m"), 0), tmp_path)
+    assert daemon.resumed_at() == 0.0
+    status = tmp_path / lazypages_process.DAEMON_STATUS
+    for text, seconds in (("{", 0.0), ('{"state": "listening"}', 0.0), ('{"resumed_ns": 2500000000}', 2.5)):
+        status.write_text(text)
+        assert daemon.resumed_at() == seconds
