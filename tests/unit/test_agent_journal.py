@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
+from contracts.journal import JournalCase, JournalContract
 
 from podferry.engine import journal as module
 from podferry.engine.journal import JOURNAL, Journal, forget_old
 from podferry.errors import Failed
 
 pytestmark = pytest.mark.unit
+
+
+class FullDisk:
+    """One on which long writes are cut short, and then fail."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self._full, write = root, False, os.write
+
+        def fitting(file: int, data: bytes) -> int:
+            return write(file, data[:9] if self._full and len(data) > 4096 else data)
+
+        def no_room(path: Path, text: str) -> int:
+            with path.open("w") as file:
+                file.write(text[:9] if self._full and len(text) > 4096 else text)
+            if self._full and len(text) > 4096:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return len(text)
+
+        monkeypatch.setattr(module.os, "write", fitting)
+        monkeypatch.setattr(Path, "write_text", no_room)
+
+    def fill(self) -> None:
+        self._full = True
+
+    def make_room(self) -> None:
+        self._full = False
+
+
+class TestJournalOnAFullDisk(JournalContract):
+    @pytest.fixture
+    def case(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JournalCase:
+        return FullDisk(tmp_path, monkeypatch)
 
 
 def written(directory: Path, phase: str = "resume") -> Journal:

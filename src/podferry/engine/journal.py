@@ -121,6 +121,11 @@ class Journal:
         self._append({"release": kind})
 
     @property
+    def is_empty(self) -> bool:
+        """Whether not one line was written: there was no room, or the agent was killed, before the migration had begun."""
+        return not self._end
+
+    @property
     def is_of_a_pod(self) -> bool:
         """Whether the migration is that of a pod, and not of a container alone."""
         return "pod" in self.facts or "pod" in self.facts.get("offered", {})
@@ -238,7 +243,7 @@ def _is_over(directory: Path) -> bool:
         return False
     journal.close()
     ends: frozenset[str] = SOURCE_ENDS if journal.facts.get("role") == "source" else TARGET_ENDS
-    return journal.phase in ends and not journal.ledger.entries
+    return journal.is_empty or (journal.phase in ends and not journal.ledger.entries)
 
 
 def _kind(written: object) -> str:
