@@ -1,4 +1,4 @@
-"""The contract of the API server over the fake one and the real one."""
+"""The contracts of the API server, and of what an agent reports to it, over the fake one and the real one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from pathlib import Path
 
 import pytest
 from contracts.api_server import ApiServerCase, ApiServerContract
+from contracts.status_reporter import ReporterCase, StatusReporterContract
 
 from podferry.kube.client import Api
+from podferry.workload.pod.ports import PodName
 
 from .conftest import fake_line, real_line
+from .engine import Half
 from .world import World
 
 
+@pytest.fixture
+def reported(case: ApiServerCase) -> ReporterCase:
+    """The source's half, played."""
+    return ReporterCase(case, Half("id", "source", PodName(case.namespace, "train", "uid")))
+
+
 @pytest.mark.unit
-class TestFakeApiServer(ApiServerContract):
+class TestFakeApiServer(ApiServerContract, StatusReporterContract):
     @pytest.fixture
     async def case(self, anyio_backend: str) -> AsyncIterator[ApiServerCase]:
         async with fake_line() as (api, server, cut, mend), World.open(api, "test", fake=server) as world:
@@ -29,7 +38,7 @@ class TestFakeApiServer(ApiServerContract):
 
 
 @pytest.mark.cluster
-class TestRealApiServer(ApiServerContract):
+class TestRealApiServer(ApiServerContract, StatusReporterContract):
     @pytest.fixture
     async def case(self, control_plane: Path, tmp_path: Path, anyio_backend: str) -> AsyncIterator[ApiServerCase]:
         async with (
