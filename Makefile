@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.stamp
 
-.PHONY: help setup demo demo-kubernetes evaluation image test smoke unit what-moves lint format lock proto clean
+.PHONY: help setup demo demo-kubernetes evaluation image plugin test smoke unit what-moves lint format lock proto clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 18
@@ -26,6 +26,9 @@ evaluation: $(STAMP) ## measure everything for 90 minutes and write evaluation/i
 
 image: $(STAMP) ## build the container image for a cluster into podferry.tar; needs root
 	scripts/image $(VENV) podferry.tar
+
+plugin: $(STAMP) ## build kubectl-podferry as one file for each platform, and its krew manifest, into dist/plugin. PLUGIN has options
+	scripts/plugin $(VENV) $(PLUGIN)
 
 what-moves: $(STAMP) ## move every job of tests/lab/matrix.py in each mode, and write docs/what-moves.md; needs root and half an hour
 	$(VENV)/bin/python scripts/what-moves --debian trixie $(WHAT)
