@@ -111,7 +111,7 @@ async def test_what_is_worth_knowing_of_a_move_is_in_its_status_and_its_events(w
     migration = await world.migrate()
     half = await agents.begun(migration)
     warning, closed = (
-        "TCP connections to others are closed by the move: a -> b",
+        "the move closes TCP connections to others: a -> b",
         [f"a:{port} -> b:1" for port in range(99)],
     )
     half.enter(SourcePhase.PRECOPY, warnings=[warning, "w" * 5000])

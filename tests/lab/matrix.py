@@ -182,14 +182,14 @@ _THREADS = Refusal("first thread has ended", "have the first thread wait for the
 REFUSED: dict[str, Refusal] = {
     **dict.fromkeys(
         ("unix_backlog", "unix_backlog_with_data", "tcp_backlog", "tcp_backlog_with_data"),
-        Refusal("its listener does not accept", "accept the connection, or close either end"),
+        Refusal("the listener does not accept", "accept the connection, or close either end"),
     ),
     "tcp_closed_with_more_data_than_its_reader_takes": Refusal("does not read all that was said", "read it"),
-    "traced_child": Refusal("another one of it traces", "end the debugger"),
+    "traced_child": Refusal("another of its processes traces", "end the debugger"),
     "own_users": Refusal("user namespace of its own", "run the job without a sandbox of its own"),
     "faults_by_descriptor": Refusal("userfaultfd", "run the job without it"),
     "rings_of_io": Refusal("io_uring", "for Node.js UV_USE_IO_URING=0"),
-    "secret_memory": Refusal("memfd_secret", "memory that is locked (mlock)"),
+    "secret_memory": Refusal("memfd_secret", "locked memory (mlock)"),
     "file_unlinked_of_80_mib": Refusal("deleted file of more than 64 MiB", "close it, or keep it under a name"),
     **dict.fromkeys(
         ("inotify_of_a_file_that_is_gone", "inotify_of_a_file_of_the_image"), Refusal("inotify", "watch the directory")

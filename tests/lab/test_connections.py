@@ -112,7 +112,7 @@ def test_who_waits_for_another_finds_the_connection_closed(cluster: Cluster, nam
         told = [(one["local"], one["peer"], one["fate"]) for one in checked["connections"]]
         assert told == [("127.0.0.1:7017", "another", "closed"), ("127.0.0.1:7017", "listening", "lives")]
         warned = " ".join(checked["warnings"])
-        assert "TCP connections to others are closed by the move: 127.0.0.1:7017" in warned
+        assert "the move closes TCP connections to others: 127.0.0.1:7017" in warned
         record = cluster.migrate(name, source=A, mode=Mode.STOP)
         assert record["outcome"] == "completed", record
         assert [one.partition(" ")[0] for one in record["closed_connections"]] == ["127.0.0.1:7017"]

@@ -86,7 +86,7 @@ def test_in_mode_stop_the_job_is_given_back_when_nothing_is_sent_any_more(
     rig.move(Mode.STOP, monkeypatch)
     assert rig.phase("a") == SourcePhase.ROLLED_BACK
     assert timed.stood_still <= STALLED + 2.0
-    assert "nothing was sent" in rig.records["a"]["reason"]
+    assert "sent nothing for" in rig.records["a"]["reason"]
     assert step in rig.records["a"]["reason"]
 
 

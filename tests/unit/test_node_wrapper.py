@@ -417,8 +417,8 @@ def test_a_probe_that_comes_in_while_a_pod_stands_still_has_no_result(bench: Ben
     guard(bench)
     status, said = bench.end(*GLOBALS, "exec", "--process", "/tmp/p", "--detach", "--pid-file", "/p", "c0ffee")
     assert (status, bench.call.exists()) == (1, False)
-    assert "stands still to be moved" in said
-    assert "stands still" in bench.logged()[-1]["msg"]
+    assert "is frozen for a migration" in said
+    assert "is frozen" in bench.logged()[-1]["msg"]
 
 
 @pytest.mark.parametrize("words", [["15"], ["--all", "SIGHUP"], ["9"], [], ["KILL"]])

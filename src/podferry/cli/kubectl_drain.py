@@ -126,7 +126,9 @@ async def _follow(api: Api, drain: NodeDrain, show: Show) -> NodeDrain:
     if interrupted:
         raise Interrupted
     if not ended:
-        raise UsageError(f"the drain of {drain.name} was deleted", why="it had not ended; its moves are taken back")
+        raise UsageError(
+            f"the drain of {drain.name} was deleted", why="it had not ended; the controller rolls its moves back"
+        )
     return ended[0]
 
 

@@ -107,12 +107,12 @@ def warnings(question: Question) -> list[str]:
         )
     if in_images > MUCH_IN_IMAGES:
         found.append(
-            f"{in_images >> 20} MiB are shared memory or in memory file systems: they move while the job stands still"
+            f"{in_images >> 20} MiB are shared memory or in memory file systems: podferry copies them while the job is frozen"
         )
     if container.anonymous > MUCH_IN_PIPES and not question.source.memory_skipping_dump:
-        found.append(f"CRIU hands {container.anonymous >> 20} MiB of memory to pipes while the job stands still")
+        found.append(f"CRIU hands {container.anonymous >> 20} MiB of memory to pipes while the job is frozen")
     if container.connections:
-        found.append(f"TCP connections to others are closed by the move: {', '.join(container.connections[:4])}")
+        found.append(f"the move closes TCP connections to others: {', '.join(container.connections[:4])}")
     if target is not None and question.source.kernel != target.kernel:
         found.append(f"the kernels differ: {question.source.kernel} and {target.kernel}")
     return found
@@ -120,9 +120,7 @@ def warnings(question: Question) -> list[str]:
 
 def unthrottled(why: str) -> str:
     """The warning for a container whose CPU time podferry cannot limit."""
-    return (
-        f"the job moves without being slowed down: {why}; where it writes faster than the link carries, allow post-copy"
-    )
+    return f"podferry cannot throttle the job: {why}; allow post-copy where the job writes faster than the link carries"
 
 
 def _programs(question: Question) -> Iterator[Refused]:
@@ -212,7 +210,7 @@ def _clocks(question: Question) -> Iterator[Refused]:
     if question.target is not None and (apart := abs(question.source.clock - question.target.clock)) > CLOCKS_APART:
         yield NodesDiffer(
             "the nodes' clocks differ",
-            why=f"by {apart:.0f} s: the job would see it",
+            why=f"they are {apart:.0f} s apart, and the job would see its time jump",
             remedy="synchronise the nodes' clocks",
         )
 
@@ -268,13 +266,13 @@ def _bound(question: Question) -> Iterator[Refused]:
     unsaved = {
         "io_uring": "an open io_uring",
         "userfaultfd": "a userfaultfd of its own",
-        TRACED: "a process that another one of it traces (a debugger, strace)",
+        TRACED: "a process that another of its processes traces (a debugger, strace)",
         USER_NAMESPACE: "a process in a user namespace of its own (a sandbox, a rootless container)",
-        FIRST_THREAD: "a process whose first thread has ended while others go on; have the first thread wait for them",
-        SECRET: "secret memory (memfd_secret), which nobody else may read; use memory that is locked (mlock)",
+        FIRST_THREAD: "a process whose first thread has ended while other threads run; have the first thread wait for them",
+        SECRET: "secret memory (memfd_secret), which CRIU may not read; use locked memory (mlock)",
         GHOST: f"a deleted file of more than {GHOST_BYTES >> 20} MiB open; have the job close it, or keep it under a name",
         OTHER_ROOT: "a first process with another root directory (chroot); start the job from a shell that stays where it is",
-        UNACCEPTED: "a connection of its own that its listener does not accept; have it accept the connection, or close either end",
+        UNACCEPTED: "a connection within the job that the listener does not accept; accept the connection, or close either end",
         UNSENT: "a connection of its own, closed by one end, of which the other does not read all that was said; have it read that",
         PACKET_PIPE: "a pipe in packet mode (pipe2 with O_DIRECT); have the job use a socketpair(SOCK_SEQPACKET)",
         MESSAGE_QUEUE: "a POSIX message queue (mq_open, /dev/mqueue); have the job close it and mq_unlink it, or use another kind",
@@ -294,8 +292,8 @@ def _bound(question: Question) -> Iterator[Refused]:
     if SHARED_LOCK in container.unsaved:
         yield ContainerBound(
             "the container holds locks on files of a network file system",
-            why="its server gives them to nobody else, the target's restore either, as long as the frozen job holds them",
-            remedy="try again when the job has given them up; NFS keeps locks to the node where it is mounted with local_lock=all",
+            why="the file server refuses them to the restored job on the target as long as the frozen job holds them",
+            remedy="try again when the job has released them; NFS keeps locks to the node where it is mounted with local_lock=all",
         )
     judged = {LIMITS, SOCKETS, CORKED, MPTCP, SHARED_LOCK} | (set() if old else {GUARDS})
     if lost := [one for one in container.unsaved if one not in judged and not one.startswith(INTERFACE)]:
@@ -310,7 +308,7 @@ def _network(container: ContainerFacts, source: NodeFacts) -> Iterator[Refused]:
     if SOCKETS in container.unsaved and numbers(source.criu) < SOCKETS_CRIU:
         yield NodeUnfit(
             "the source's CRIU cannot save TCP and UDP sockets on its kernel",
-            why=f"CRIU {source.criu} asks them for SO_PASSCRED, which they have no more since Linux 6.16 (here {source.kernel})",
+            why=f"CRIU {source.criu} asks them for SO_PASSCRED, which Linux 6.16 and later do not support (here {source.kernel})",
             remedy="install CRIU 4.2 or later there",
         )
     if CORKED in container.unsaved:

@@ -116,6 +116,8 @@ class Incoming:
         if network:
             self._network = NetworkSetup(draft)
         self._open(draft)
+        # podferry-runc takes the directory's name for the sign that all of it is there: so it appears whole, and only then is the
+        # waiting wrapper woken.
         draft.rename(self.path)
         wake(run, key)
         return self

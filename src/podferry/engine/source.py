@@ -433,9 +433,9 @@ class Source(Side[SourcePhase, SourceEvent]):
             await self._hang_up(inbox, cause)
         if leftovers:
             error = Failed(
-                "the migration failed and could not be taken back whole",
+                "the migration failed, and the agent could not undo all of it",
                 why=f"{cause}; " + "; ".join(f"{one.kind}: {one.why}" for one in leftovers),
-                remedy="see to the cause and start podferry-agent again: it tries to take back what is left",
+                remedy="remove the cause and restart podferry-agent: it then tries to undo the rest",
                 evidence=cause.evidence,
             )
             await self.fire_anyway(SourceEvent.UNDONE_FAILED)

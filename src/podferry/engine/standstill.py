@@ -59,6 +59,8 @@ class Standstill:
                     if sent() != before:
                         over.deadline = anyio.current_time() + STALLED
             finally:
+                # A send that is under way cannot be cancelled: half a frame would break the stream. So it gets a moment to end, and
+                # then the link is broken, which ends it.
                 with anyio.move_on_after(GRACE, shield=True):
                     await done.wait()
                 if not done.is_set():
@@ -78,11 +80,13 @@ class Standstill:
     def _exceeded(self, record: MigrationRecord, began: float) -> TimedOut:
         seconds = (record.now() - began) / 1e3
         if self.limit is None:
-            what = f"nothing was sent for {STALLED:g} s while the job stood still, so it was given back"
+            what = f"the agent sent nothing for {STALLED:g} s while the job was frozen, and thawed the job"
         else:
-            what = f"the job stood still for {seconds:.1f} s, longer than the {self.limit:g} s that it may, and was given back"
+            what = (
+                f"the job was frozen for {seconds:.1f} s, beyond its limit of {self.limit:g} s, and the agent thawed it"
+            )
         return TimedOut(
             what,
             why=", ".join(record.steps(began)),
-            remedy="see to what took the time; or allow more by --max-freeze, in a Migration spec.maxFreeze",
+            remedy="look at the longest step; or raise the limit with --max-freeze, in a Migration spec.maxFreeze",
         )

@@ -254,11 +254,15 @@ class FedTask:
             ):  # it is there, or nobody feeds that place: let whoever waits see for itself
                 uffd.wake(self.fd, address, PAGE)
                 return FaultAnswer.DONE
-            case errno.EAGAIN:
+            case (
+                errno.EAGAIN
+            ):  # a fork, mremap or munmap is under way, whose event must be read first (ioctl_userfaultfd(2))
                 return FaultAnswer.BUSY
-            case errno.ENOMEM:
+            case errno.ENOMEM:  # the job's cgroup, or the node, is out of memory
                 return FaultAnswer.FULL
-            case errno.ESRCH | errno.ENOSPC:
+            case (
+                errno.ESRCH | errno.ENOSPC
+            ):  # the process has exited; before Linux 4.13 the kernel said ENOSPC for that
                 self.gone = True
                 return FaultAnswer.GONE
         raise Failed(f"the kernel refuses a page for the process {self.pid} at {address:#x}", why=os.strerror(error))

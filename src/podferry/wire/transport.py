@@ -231,6 +231,7 @@ async def _connect(address: str, peer: str) -> socket.socket:
             with suppress(BlockingIOError):
                 connection.connect(target)
             await anyio.wait_writable(connection)
+            # Writable means that the attempt has ended, well or not: connect(2), EINPROGRESS. Only SO_ERROR tells.
             if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(code, os.strerror(code))
             return _tune(connection)

@@ -116,6 +116,7 @@ class PageStore:
             if there < length:
                 self.grows(length - there)
         try:
+            # tmpfs writes what still fits and says so, before the next write fails with ENOSPC.
             written = os.pwrite(into.fd, data, address)
             if written != length:
                 raise OSError(errno.ENOSPC, f"only {written} of {length} bytes fitted")

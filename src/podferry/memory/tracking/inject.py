@@ -233,6 +233,8 @@ def _inject(tid: int, pidfd: int, mem: int, where: int, *, seconds: float) -> tu
         if os.pread(mem, len(ARCHITECTURE.syscall_instruction), where) != ARCHITECTURE.syscall_instruction:
             raise Failure(InjectionOutcome.GONE, "it became another program meanwhile")
         with _undisturbed(thread, before, mem):
+            # The call runs with the job's own rights: without CAP_SYS_PTRACE the kernel grants a userfaultfd for faults of user
+            # mode only (fs/userfaultfd.c, userfaultfd_syscall_allowed). Asynchronous write protection reports no faults at all.
             flags = os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY
             theirs = thread.syscall(before, ARCHITECTURE.userfaultfd, where, flags)
             if theirs < 0:

@@ -34,7 +34,7 @@ def make(tid: int, name: str, values: list[int]) -> None:
     if name == "set_mempolicy":
         number, (mode, nodes) = ARCHITECTURE.set_mempolicy, values
         pointed = nodes.to_bytes(BYTES, "little") if nodes else b""
-        arguments = [mode, 0, BYTES * 8]
+        arguments = [mode, 0, BYTES * 8]  # the kernel reads one bit less than that (mm/mempolicy.c, get_nodes)
     elif name == "personality":
         number, arguments = ARCHITECTURE.personality, values[:1]
     else:
@@ -46,6 +46,8 @@ def make(tid: int, name: str, values: list[int]) -> None:
             thread.stop(PATIENCE)
             before = thread.registers()
             ARCHITECTURE.check(before)
+            # Beyond the red zone no frame of the thread has data. The bytes are restored all the same, for programs that switch
+            # stacks by themselves.
             place = ARCHITECTURE.stack_pointer(before) - BELOW_STACK & ~15
             kept = os.pread(mem.fileno(), len(pointed), place)
             if pointed:
