@@ -384,6 +384,7 @@ class FakeKind:
         return SimpleNamespace(
             offered=offered,
             connections=(),
+            lost=lambda connections: None,
             demand_movable=lambda mode, connections: choice,
             warnings=lambda mode: [f"{mode} is worth knowing"],
             offer=lambda id, mode: Offer(id, name, mode, offered.to_dict(), {}, 1, 1),

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import structlog
 
-from podferry.core.connections import told
+from podferry.core.connections import BRIEF, told
 from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.strict import from_json
 from podferry.engine.journal import Journal, forget_old, journals
@@ -22,7 +23,7 @@ from podferry.engine.rehearsal import Rehearsal
 from podferry.engine.source import Order, Source
 from podferry.engine.target import Target
 from podferry.errors import PodferryError, Refused
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 from podferry.node.containerd import Containerd
 from podferry.node.cri import NAMESPACE
 from podferry.node.crio import Crio
@@ -47,6 +48,17 @@ MIGRATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 Start = Callable[[Callable[[], Awaitable[None]]], None]
 Dial = Callable[[str], AbstractAsyncContextManager[Channel]]
 Half = Source | Target
+
+
+async def inspected(inspect: Callable[[], View], connections: Connections) -> View:
+    """The workload, at a moment at which it has none of the connections that it may not lose, where there is such a moment soon."""
+    view = await run(inspect)
+    for pause in BRIEF:
+        if view.lost(connections) is None:
+            break
+        await anyio.sleep(pause)
+        view = await run(inspect)
+    return view
 
 
 class Migrations:
@@ -123,7 +135,7 @@ class Migrations:
         self.sources[id] = source
 
         async def propose() -> tuple[Offer, SourceWorkload]:
-            view = await run(inspect)
+            view = await inspected(inspect, order.connections)
             record.extra |= told(view.connections)
             choice = view.demand_movable(offered_as or mode, order.connections)
             record.extra["tracker"], record.extra["tracker_reason"] = str(choice.kind), choice.reason

@@ -20,7 +20,7 @@ from podferry import __version__
 from podferry.agent import control
 from podferry.agent.admission import known_addresses
 from podferry.agent.control import Emit
-from podferry.agent.migrations import KEEP_RECORDS, Migrations, runtime_of_pods
+from podferry.agent.migrations import KEEP_RECORDS, Migrations, inspected, runtime_of_pods
 from podferry.agent.peer_requests import PeerRequests
 from podferry.agent.pod_requests import PodRequests
 from podferry.core.connections import TOLD
@@ -145,7 +145,7 @@ class Agent:
 
     async def _check(self, name: str, to: str, connections: Connections) -> Record:
         self._check_names(name, to)
-        view = await run(partial(self.alone.view, name))
+        view = await inspected(partial(self.alone.view, name), connections)
         reasons: list[PodferryError] = []
         target: NodeFacts | None = None
         offer = view.offer(f"check-{secrets.token_hex(4)}", Mode.LIVE)

@@ -21,6 +21,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 TCP, UDP = "tcp", "udp"
 NAMED = 8
 """Connections that an error names."""
+BRIEF = (0.02, 0.1, 0.4)
+"""Seconds after which a workload whose connections must live on is looked at again where it had one that would not: what is open
+for a moment only, a probe or a question to DNS, is gone then."""
 TOLD, RECORDED = 4096, 64
 """Connections of one workload that `check` lists, and a record, of which a node keeps hundreds."""
 SYN_SENT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN = 2, 7, 8, 9, 10  # net/tcp_states.h

@@ -13,7 +13,7 @@ from itertools import chain
 
 import anyio
 
-from podferry.core.connections import ConnectionsLost, refusal, refused
+from podferry.core.connections import BRIEF, ConnectionsLost, refusal, refused
 from podferry.criu.connections import settle
 from podferry.engine.ports import DirtySet, Images, RemotePages
 from podferry.errors import Failed
@@ -33,10 +33,6 @@ from podferry.workload.source_tree import SourceTree
 ACCEPT_PAUSES = (*(0.02,) * 12, *(0.1,) * 6, *(0.4,) * 5)
 """Seconds for which a workload goes on, each time that it was frozen while a connection within it waited to be accepted; more or
 less, by chance: a job that works in step with the pauses would be frozen at the same point each time."""
-
-BRIEF = (0.02, 0.1, 0.4)
-"""Seconds for which a workload goes on whose connections must live on, each time that it was frozen with one that would not: what
-lasts for a moment, a probe or a question to DNS, is gone then."""
 
 
 class Owner:
