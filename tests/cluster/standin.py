@@ -19,7 +19,7 @@ from podferry.agent.service import Agent
 from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.source import Order
 from podferry.errors import Failed, PodferryError, Refused
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 from podferry.workload.config import load
 from podferry.workload.pod.ports import PodName, PodOrder
 
@@ -87,7 +87,13 @@ async def follow(agent: Agent, cluster: Directory) -> None:
                     PodName(**order["pod"]),
                     tuple(order["containers"]),
                     order["target"],
-                    Order(Mode(order["mode"]), timeout=order.get("timeout", 300.0), policy=policy, max_freeze=120.0),
+                    Order(
+                        Mode(order["mode"]),
+                        timeout=order.get("timeout", 300.0),
+                        policy=policy,
+                        max_freeze=120.0,
+                        connections=Connections(order.get("connections", Connections.CLOSE)),
+                    ),
                 )
                 try:
                     await agent.pods.move(what)

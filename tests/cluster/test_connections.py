@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from podferry.lab import Lab
+from podferry.model import Connections
 
-from .moving_pods import Json, Movers, also, pod, until
+from .moving_pods import A, B, Json, Movers, also, pod, until
 
 pytestmark = pytest.mark.cluster
 
@@ -127,6 +128,9 @@ def test_what_is_said_within_a_pod_is_heard_and_the_outside_notices_at_once(move
     here = movers.create(talking(peer["status"]["podIP"]))
     until(lambda: "outside welcome" in movers.logs("talks"), "it is connected to the outside")
     counts_on(movers, "talks")
+    refused = movers.ended(A, movers.order(here, B, mode, connections=str(Connections.REQUIRE)))
+    assert (refused["outcome"], refused["error"]["code"]) == ("refused", "PF116"), refused
+    assert f"-> {peer['status']['podIP']}:8000" in refused["error"]["why"]
     closed: list[list[str]] = []
     foretold: list[set[tuple[str, str]]] = []
     for _ in range(2):

@@ -28,7 +28,7 @@ from podferry.node.open_connections import open_connections
 
 pytestmark = pytest.mark.unit
 
-ESTABLISHED, BOUND = 1, 7
+ESTABLISHED, SYN_RECV, BOUND = 1, 3, 7
 POD, OTHER, SERVICE = "10.0.0.5", "10.0.1.9", "10.96.0.7"
 
 
@@ -73,6 +73,11 @@ def test_one_that_is_being_opened_is_closed_wherever_it_goes() -> None:
     found = judge([sock(f"{POD}:40000", f"{POD}:9000", SYN_SENT), sock(f"{POD}:40001", f"{OTHER}:9000", SYN_SENT)])
     assert {it.fate for it in found} == {Fate.CLOSED}
     assert all("not connected yet" in it.why for it in found)
+    half = [sock("0.0.0.0:80", state=LISTEN), sock(f"{POD}:80", f"{POD}:40000", SYN_RECV, held=False)]
+    opening = judge([*half, sock(f"{POD}:40000", f"{POD}:80", SYN_SENT)])
+    assert {it.fate for it in opening if it.local == f"{POD}:40000"} == {Fate.CLOSED}, (
+        "though its listener has heard of it"
+    )
 
 
 def test_a_connected_datagram_socket_to_another_sends_from_the_new_address() -> None:
