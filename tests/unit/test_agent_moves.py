@@ -46,6 +46,7 @@ def test_a_job_moves_whole(mode: Mode, tmp_path: Path, monkeypatch: pytest.Monke
     record = rig.records["a"]
     assert record["outcome"] == "completed"
     assert record["warnings"] == [f"{mode} is worth knowing"]
+    assert (record["connections"], record["connections_total"]["closed"]) == ([], 0)
     assert record["differences"] == ["comm of 1/1: was a, is b"]
     assert record["downtime_ms"] is not None
     assert record["postcopy_dependency"] == (mode is Mode.POSTCOPY)
