@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
+from podferry.fs.libc import libc
+
 OPENAT2 = 437  # the same number on every architecture that has it: include/uapi/asm-generic/unistd.h
 
 RESOLVE_NO_XDEV = 0x01
@@ -29,9 +31,6 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
 _BATCH = 1000  # names of a directory that are held at once: it may have been filled to exhaust memory
 _DEEP = 32  # directories inside each other that are held open at once: they may have been nested to exhaust descriptors
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class _OpenHow(ctypes.Structure):
@@ -49,7 +48,7 @@ def open_beneath(root: int, path: bytes, flags: int, mode: int = 0) -> int:
     how = _OpenHow(flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, RESOLVE)
     while True:
         # The arguments are passed as C longs: syscall(2) is variadic.
-        fd: int = _libc.syscall(
+        fd: int = libc.syscall(
             ctypes.c_long(OPENAT2),
             ctypes.c_long(root),
             ctypes.c_char_p(path or b"."),

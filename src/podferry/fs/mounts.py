@@ -7,18 +7,15 @@ import errno
 import os
 from pathlib import Path
 
+from podferry.fs.libc import checked, libc
+
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 0x1, 0x2, 0x4, 0x8, 0x20, 0x1000  # linux/mount.h
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def mount(source: Path | str, at: Path, kind: str, flags: int) -> None:
     """Mount at `at`. Raises `OSError`."""
-    result = _libc.mount(os.fsencode(source), os.fsencode(at), kind.encode(), ctypes.c_ulong(flags), None)
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(at))
+    checked(libc.mount(os.fsencode(source), os.fsencode(at), kind.encode(), ctypes.c_ulong(flags), None), str(at))
 
 
 def bind(source: Path | str, at: Path, flags: int) -> None:
@@ -33,7 +30,8 @@ def bind(source: Path | str, at: Path, flags: int) -> None:
 
 def unmount(at: Path) -> None:
     """Detach what is mounted at `at`; what still uses it keeps it until it ends. Nothing mounted, or not there, is no error."""
-    if _libc.umount2(os.fsencode(at), MNT_DETACH | UMOUNT_NOFOLLOW) != 0:
-        number = ctypes.get_errno()
-        if number not in (errno.EINVAL, errno.ENOENT):
-            raise OSError(number, os.strerror(number), str(at))
+    try:
+        checked(libc.umount2(os.fsencode(at), MNT_DETACH | UMOUNT_NOFOLLOW), str(at))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise

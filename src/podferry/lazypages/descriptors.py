@@ -7,7 +7,6 @@ is killed, the descriptor holder still has them all: whoever touches a missing p
 from __future__ import annotations
 
 import array
-import ctypes
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from podferry.errors import Failed
+from podferry.fs.libc import libc
 from podferry.lazypages.status import DaemonState, StatusFile
 from podferry.node.process import ending
 
@@ -53,7 +53,7 @@ def fork_holder(report: StatusFile) -> DescriptorHolder:
         theirs.close()
         _keep(child, ours, report)
     ours.close()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     return DescriptorHolder(theirs)

@@ -6,7 +6,6 @@ process, and an option that is set here is set there. CRIU saves few of a socket
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import socket
@@ -14,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 
-_PIDFD_GETFD = 438  # on every architecture
+from podferry.fs.libc import second_descriptor
+
 _LARGE_FILE = 0o100000
 """Says how a descriptor was opened; of what is opened again for a restored job, another program did it."""
 _DIRECTORY, _NAMELESS = 0o200000, 0o20000000  # O_TMPFILE without O_DIRECTORY, which it contains
@@ -41,7 +41,6 @@ OPTIONS: Mapping[int, tuple[int, ...]] = {
 _LEVELS = {socket.AF_INET: (_SOCKET, _IP), socket.AF_INET6: (_SOCKET, _IPV6, _IP), socket.AF_UNIX: (_SOCKET,)}
 _PROTOCOLS = {socket.IPPROTO_TCP: (_TCP,), socket.IPPROTO_UDP: (_UDP,)}
 Options = dict[tuple[int, int], int]
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def take(pid: int) -> dict[str, str]:
@@ -191,9 +190,7 @@ def _pidfd(pid: int) -> Iterator[int]:
 
 @contextmanager
 def _copy(pidfd: int, number: int) -> Iterator[int]:
-    fd = int(_libc.syscall(ctypes.c_long(_PIDFD_GETFD), pidfd, number, 0))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    fd = second_descriptor(pidfd, number)
     try:
         yield fd
     finally:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from podferry.core import mempolicy
 from podferry.core.inventory import Attributes, Inventory, may_be_given
+from podferry.fs.libc import system_call
 from podferry.node import descriptors
 
 ANYWHERE = "anywhere"
@@ -39,7 +40,6 @@ _OF_A_THREAD = frozenset(
     | {"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd"}
     | {"THP_enabled", "VmLck", "VmData", "VmStk", "x86_Thread_features", "x86_Thread_features_locked"}
 )
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def take(init: int, pids: Iterable[int], cpuset: frozenset[int]) -> Inventory:
@@ -176,12 +176,12 @@ def _status(path: str) -> dict[str, str]:
 
 
 def _io_priority(tid: int) -> str:
-    return str(_called(_numbers()[1], _IOPRIO_WHO_PROCESS, tid))
+    return str(system_call(_numbers()[1], _IOPRIO_WHO_PROCESS, tid))
 
 
 def _scheduler(tid: int) -> str:
     buffer = ctypes.create_string_buffer(_ATTR.size)
-    _called(_numbers()[3], tid, buffer, _ATTR.size, 0)
+    system_call(_numbers()[3], tid, buffer, _ATTR.size, 0)
     policy, flags, nice, priority, runtime, *rest = _ATTR.unpack(buffer.raw)[1:]
     if policy in _WITHOUT_RUNTIME:
         runtime = 0  # since 6.12 the slice, which each node sets by its number of processors unless the job did
@@ -199,13 +199,13 @@ def _give_affinity(tid: int, value: str) -> None:
 
 def _give_scheduler(tid: int, value: str) -> None:
     words = [int(word) for word in value.split()]
-    _called(_numbers()[2], tid, ctypes.create_string_buffer(_ATTR.pack(_ATTR.size, *words), _ATTR.size), 0)
+    system_call(_numbers()[2], tid, ctypes.create_string_buffer(_ATTR.pack(_ATTR.size, *words), _ATTR.size), 0)
 
 
 _GIVE: Mapping[str, Callable[[int, str], object]] = {
     "affinity": _give_affinity,
     "scheduler": _give_scheduler,
-    "io-priority": lambda tid, value: _called(_numbers()[0], _IOPRIO_WHO_PROCESS, tid, int(value)),
+    "io-priority": lambda tid, value: system_call(_numbers()[0], _IOPRIO_WHO_PROCESS, tid, int(value)),
     "timer-slack": lambda tid, value: Path(f"/proc/{tid}/timerslack_ns").write_text(value),
     "coredump_filter": lambda tid, value: Path(f"/proc/{tid}/coredump_filter").write_text(f"0x{value}"),
 }
@@ -213,13 +213,6 @@ _GIVE: Mapping[str, Callable[[int, str], object]] = {
 
 def _numbers() -> tuple[int, int, int, int]:
     return _NUMBERS[platform.machine()]
-
-
-def _called(*arguments: object) -> int:
-    result = int(_libc.syscall(*arguments))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
 
 
 def _listing(directory: str) -> list[int]:

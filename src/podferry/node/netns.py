@@ -5,7 +5,6 @@ Sockets and processes that it starts stay in that namespace; the rest of the pro
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from podferry.errors import Failed
+from podferry.fs.libc import checked, libc
 from podferry.node import outside
 
 CLONE_NEWNET = 0x40000000
@@ -23,14 +23,12 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 
 Result = TypeVar("Result")
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def in_new_network(function: Callable[[], Result]) -> Result:
     """Call `function` in a network namespace of its own, in which only loopback is up. Needs CAP_SYS_ADMIN."""
 
     def enter() -> None:
-        _check(_libc.unshare(CLONE_NEWNET), "make a network namespace")
+        _check(libc.unshare(CLONE_NEWNET), "make a network namespace")
         loopback_up()
 
     return _in_thread(enter, function)
@@ -51,7 +49,7 @@ def in_network_at(path: Path, function: Callable[[], Result], whose: str = "") -
         except OSError as error:
             raise Failed.because(f"cannot enter the network of {whose or path}", error) from error
         try:
-            _check(_libc.setns(namespace, CLONE_NEWNET), f"enter the network of {whose or path}")
+            _check(libc.setns(namespace, CLONE_NEWNET), f"enter the network of {whose or path}")
         finally:
             os.close(namespace)
 
@@ -114,6 +112,7 @@ def _in_thread(enter: Callable[[], None], function: Callable[[], Result]) -> Res
 
 
 def _check(result: int, doing: str) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise Failed.because(f"cannot {doing}", OSError(number, os.strerror(number)), remedy="run the agent as root")
+    try:
+        checked(result)
+    except OSError as error:
+        raise Failed.because(f"cannot {doing}", error, remedy="run the agent as root") from error

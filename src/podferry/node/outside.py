@@ -9,13 +9,13 @@ A program of the node may need one of ours, and a Python for it, which is in the
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from podferry.fs.libc import checked, libc
 from podferry.node.process import Arg
 
 IN_POD = "PODFERRY_IN_POD"
@@ -32,7 +32,6 @@ FIRST = 1
 
 Result = TypeVar("Result")
 
-_libc = ctypes.CDLL(None, use_errno=True)
 
 _ENTER = (
     'ulimit -S -d unlimited || :; while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs"; shift; done; shift; exec "$@"'
@@ -102,9 +101,8 @@ def _enter_mounts_of(pid: int) -> None:
     """For this thread alone."""
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if _libc.unshare(CLONE_FS) != 0 or _libc.setns(namespace, CLONE_NEWNS) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), f"/proc/{pid}/ns/mnt")
+        checked(libc.unshare(CLONE_FS), f"/proc/{pid}/ns/mnt")
+        checked(libc.setns(namespace, CLONE_NEWNS), f"/proc/{pid}/ns/mnt")
     finally:
         os.close(namespace)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
+
+from podferry.fs.libc import checked, libc
 
 PR_SET_DUMPABLE = 4  # linux/prctl.h
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def no_core_dumps() -> None:
@@ -16,6 +15,4 @@ def no_core_dumps() -> None:
 
     A child has the same until it executes another program. Raises `OSError`.
     """
-    if _libc.prctl(PR_SET_DUMPABLE, ctypes.c_ulong(0), 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "PR_SET_DUMPABLE")
+    checked(libc.prctl(PR_SET_DUMPABLE, ctypes.c_ulong(0), 0, 0, 0), "PR_SET_DUMPABLE")

@@ -11,15 +11,13 @@ import os
 from pathlib import Path
 
 from podferry.errors import Failed
+from podferry.fs.libc import checked, libc, system_call
 from podferry.node import outside
 
 # linux/mount.h, and numbers that are the same on all architectures
 OPEN_TREE, MOVE_MOUNT = 428, 429
 OPEN_TREE_CLONE, AT_RECURSIVE, AT_FDCWD, MOVE_MOUNT_F_EMPTY_PATH = 1, 0x8000, -100, 4
 MS_REC, MS_SLAVE = 0x4000, 1 << 19
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 def show(path: Path, *, below: bool = True, make: bool = False) -> bool:
@@ -38,8 +36,8 @@ def show(path: Path, *, below: bool = True, make: bool = False) -> bool:
         tree = outside.among_node_mounts(lambda: _copy(path, below=below))
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _checked(_libc.syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(path), MOVE_MOUNT_F_EMPTY_PATH))
-            _checked(_libc.mount(b"none", os.fsencode(path), None, ctypes.c_ulong(MS_REC | MS_SLAVE), None))
+            checked(libc.syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(path), MOVE_MOUNT_F_EMPTY_PATH))
+            checked(libc.mount(b"none", os.fsencode(path), None, ctypes.c_ulong(MS_REC | MS_SLAVE), None))
         finally:
             os.close(tree)
     except OSError as error:
@@ -49,11 +47,4 @@ def show(path: Path, *, below: bool = True, make: bool = False) -> bool:
 
 def _copy(path: Path, *, below: bool) -> int:
     flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if below else 0)
-    return int(_checked(_libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)))
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
+    return system_call(OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)

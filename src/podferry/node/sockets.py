@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import os
 import socket
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from podferry.core.connections import LISTEN, TCP, UDP, End, KernelSocket
 from podferry.core.preflight import CORKED, SOCKETS
+from podferry.fs.libc import second_descriptor
 
 INTERNET = frozenset({"TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6", "PING", "PINGv6"})
 DATAGRAMS = frozenset({"UDP", "UDPv6", "UDP-Lite", "UDPLITEv6"})
@@ -35,8 +35,6 @@ _NO_CONNECTION = frozenset({"06", "07", "0A"})  # TIME_WAIT, CLOSE, LISTEN
 _MAPPED = "0000000000000000FFFF0000" if sys.byteorder == "little" else "00000000000000000000FFFF"
 _TCP_REPAIR, _REPAIR_OFF_SILENTLY = 19, -1  # linux/tcp.h
 _UDP_CORK = 1  # linux/udp.h
-_PIDFD_GETFD = 438  # on every architecture
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def protocols(pids: Iterable[int]) -> set[str]:
@@ -297,12 +295,9 @@ def _second(owner: int, descriptor: int) -> socket.socket:
     """A descriptor of our own for what a process has open."""
     pidfd = os.pidfd_open(owner)
     try:
-        ours = int(_libc.syscall(ctypes.c_long(_PIDFD_GETFD), pidfd, descriptor, 0))
+        return socket.socket(fileno=second_descriptor(pidfd, descriptor))
     finally:
         os.close(pidfd)
-    if ours < 0:
-        raise OSError(ctypes.get_errno(), "pidfd_getfd")
-    return socket.socket(fileno=ours)
 
 
 def _plain(end: str) -> str:

@@ -23,6 +23,7 @@ from queue import SimpleQueue
 import structlog
 
 from podferry.errors import PodferryError
+from podferry.fs.libc import libc
 from podferry.memory.ranges import Runs
 from podferry.snapshotter import layout
 from podferry.snapshotter.erofs import IMAGE
@@ -36,11 +37,10 @@ BATCH = 32  # steps within one deadline
 
 log = structlog.get_logger()
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -129,15 +129,15 @@ def _cached(descriptor: int) -> Runs:
         size = os.fstat(file.fileno()).st_size
         if not size:
             return Runs()
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == _FAILED:
         raise OSError(ctypes.get_errno(), "mmap")
     try:
         pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
-        if _libc.mincore(address, size, pages) != 0:
+        if libc.mincore(address, size, pages) != 0:
             raise OSError(ctypes.get_errno(), "mincore")
     finally:
-        _libc.munmap(address, size)
+        libc.munmap(address, size)
     there = re.finditer(rb"\x01+", pages.raw)
     return Runs((run.start() * mmap.PAGESIZE, min(run.end() * mmap.PAGESIZE, size)) for run in there)
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
+from podferry.core import precopy
 from podferry.errors import Bug, PeerMisbehaved
 
-PAGE = 4096
+PAGE = precopy.PAGE
 MAX_PAYLOAD = 1 << 20
 MAX_PAGES = MAX_PAYLOAD // PAGE
 MAX_DROPS = 4096

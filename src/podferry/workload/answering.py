@@ -11,7 +11,6 @@ and a client's connection that waits through it is still there when the job goes
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
@@ -27,7 +26,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from podferry.memory.tracking.inject import ARCHITECTURE
+from podferry.fs.libc import second_descriptor
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen
 from podferry.workload.pod.probes import Probe
 
@@ -43,8 +42,6 @@ LISTENING = "0A"
 HEALTH = "/grpc.health.v1.Health/Check"
 SERVING = b"\x08\x01"
 """grpc.health.v1.HealthCheckResponse with status SERVING, encoded."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Listeners:
@@ -66,7 +63,7 @@ class Listeners:
                     with suppress(OSError):
                         inode = _inode(link)
                         if inode is not None and inode in wanted:
-                            self._add(_second(pidfd, int(link.name)), wanted.pop(inode))
+                            self._add(second_descriptor(pidfd, int(link.name)), wanted.pop(inode))
             finally:
                 os.close(pidfd)
 
@@ -94,13 +91,6 @@ def _listening(pid: int) -> Iterable[tuple[int, int]]:
 def _inode(link: Path) -> int | None:
     kind, _, rest = str(link.readlink()).partition(":[")
     return int(rest.rstrip("]")) if kind == "socket" else None
-
-
-def _second(pidfd: int, descriptor: int) -> int:
-    ours = int(_libc.syscall(ctypes.c_long(ARCHITECTURE.pidfd_getfd), pidfd, descriptor, 0))
-    if ours < 0:
-        raise OSError(ctypes.get_errno(), "pidfd_getfd")
-    return ours
 
 
 class Answers:

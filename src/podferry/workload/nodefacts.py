@@ -15,6 +15,7 @@ from podferry.criu import skipped_pages
 from podferry.criu.dump_gate import DumpGate
 from podferry.errors import CommandFailed, TimedOut
 from podferry.memory.kernel import uffd
+from podferry.memory.kernel.page import PAGE
 from podferry.memory.tracking import tracker
 from podferry.node import outside
 from podferry.node.cgroup import cgroup_kind
@@ -43,7 +44,7 @@ def node_facts(
     return NodeFacts(
         kernel=platform.release(),
         machine=platform.machine(),
-        page_size=uffd.PAGE,
+        page_size=PAGE,
         boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         cpus=os.cpu_count() or 1,
         cpu_model=model,

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from podferry.engine.ports import OriginalGone
+from podferry.memory.kernel.page import PAGE
 from podferry.memory.kernel.reader import Data, Gone, Reader
-from podferry.memory.kernel.uffd import PAGE
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, Drop, Pages

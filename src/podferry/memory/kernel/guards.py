@@ -7,6 +7,7 @@ import os
 from functools import cache
 
 from podferry.memory.kernel.maps import read_areas
+from podferry.memory.kernel.page import PAGE
 from podferry.memory.kernel.pagemap import Category, Scanner, ScanQuery, open_pagemap, reports_guards
 
 _GUARD_INSTALL = 102  # MADV_GUARD_INSTALL of asm-generic/mman-common.h
@@ -35,7 +36,7 @@ def hides_guards() -> bool:
     """Whether processes may have guard pages here and the kernel does not tell where (Linux 6.13 and 6.14)."""
     if reports_guards():
         return False
-    with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
         try:
             page.madvise(_GUARD_INSTALL)
         except OSError:

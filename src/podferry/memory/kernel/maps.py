@@ -5,15 +5,12 @@ Formats: proc_pid_maps(5), proc_pid_smaps(5), and `fs/proc/task_mmu.c` of the ke
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from podferry.memory.ranges import Runs
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 # Mappings without a file that are the kernel's own. [vectors] and [sigpage] are arm's.
 KERNEL_AREAS = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]", "[vectors]", "[sigpage]"})

@@ -21,10 +21,9 @@ from functools import cache
 from itertools import compress, repeat
 from operator import and_
 
+from podferry.memory.kernel.page import PAGE
 from podferry.memory.kernel.zero_frames import ZeroFrames, zero_frames
 from podferry.memory.ranges import Runs
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 _SCAN = 0xC0606610
 _ARGUMENT = struct.Struct("=12Q")  # struct pm_scan_arg

@@ -16,13 +16,13 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 
+from podferry.fs.libc import libc
 from podferry.memory.kernel.maps import covered, read_areas
+from podferry.memory.kernel.page import PAGE
 from podferry.memory.ranges import EMPTY, Runs
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
 PIECE = 1 << 20  # bytes; larger buffers fall out of the processor's cache
 _VECTORS = 1024  # IOV_MAX
 _WORD = bytes(8)
@@ -131,7 +131,7 @@ class Reader:
         total = sum(end - start for start, end in batch)
         remote = array("Q", [word for start, end in batch for word in (start, end - start)])
         local = array("Q", [self._address, total])
-        arrived = _libc().process_vm_readv(self._pid, local.buffer_info()[0], 1, remote.buffer_info()[0], len(batch), 0)
+        arrived = libc.process_vm_readv(self._pid, local.buffer_info()[0], 1, remote.buffer_info()[0], len(batch), 0)
         return 0 if self._end.poll(0) else max(0, int(arrived))
 
     def _read_around_holes(self, start: int, end: int, mapped: Runs) -> Iterator[Piece]:
@@ -192,10 +192,6 @@ def _may_hold_zeroes(memory: memoryview) -> bool:
     return _WORD in _heads(memory)  # also finds unaligned ones, which do no harm
 
 
-@cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    word = ctypes.c_ulong
-    libc.process_vm_readv.argtypes = [ctypes.c_int, ctypes.c_void_p, word, ctypes.c_void_p, word, word]
-    libc.process_vm_readv.restype = ctypes.c_ssize_t
-    return libc
+_LENGTH = ctypes.c_ulong
+libc.process_vm_readv.argtypes = [ctypes.c_int, ctypes.c_void_p, _LENGTH, ctypes.c_void_p, _LENGTH, ctypes.c_ulong]
+libc.process_vm_readv.restype = ctypes.c_ssize_t

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+from podferry.fs.libc import system_call
 
 API_VERSION = 0xAA
 USER_MODE_ONLY = 1
@@ -136,11 +136,7 @@ def create(flags: int = os.O_CLOEXEC | os.O_NONBLOCK) -> int:
     number = _SYSCALL.get(platform.machine())
     if number is None:
         raise OSError(errno.ENOSYS, f"userfaultfd has no known number on {platform.machine()}")
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = int(libc.syscall(ctypes.c_long(number), ctypes.c_int(flags)))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), f"userfaultfd: {os.strerror(ctypes.get_errno())}")
-    return fd
+    return system_call(number, ctypes.c_int(flags), of="userfaultfd")
 
 
 def api(fd: int, features: int = 0) -> Feature:

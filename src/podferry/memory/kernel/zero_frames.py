@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-PAGE = mmap.PAGESIZE
+from podferry.memory.kernel.page import PAGE
+
 _HUGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _FRAME = (1 << 55) - 1  # of a pagemap entry, see Documentation/admin-guide/mm/pagemap.rst
 _FRAME_BYTES = 6  # that are looked at: no machine has 2^48 frames

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from podferry.errors import Failed, PeerMisbehaved
+from podferry.fs.libc import libc
 from podferry.fs.private import private_directory
 from podferry.fs.replacing import replace_file
-from podferry.memory.kernel.uffd import PAGE
+from podferry.memory.kernel.page import PAGE
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.store.runs import Run, RunMap
 
@@ -38,8 +39,6 @@ RECORD = "record"
 
 _MAGIC = b"podferry page store 2\n"
 _FALLOC_PUNCH = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, include/uapi/linux/falloc.h
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class PageStore:
     def punch(self, address_space: int, start: int, end: int) -> None:
         """Free the memory of a range and leave the record as it is: for the lazy-pages daemon, as pages reach their place."""
         fd = self._address_spaces[address_space].fd
-        while _libc.fallocate(fd, _FALLOC_PUNCH, start, end - start) != 0:
+        while libc.fallocate(fd, _FALLOC_PUNCH, start, end - start) != 0:
             if ctypes.get_errno() != errno.EINTR:
                 raise Failed(
                     f"cannot free pages of the page store {self.directory}", why=os.strerror(ctypes.get_errno())

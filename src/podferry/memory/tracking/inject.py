@@ -35,6 +35,7 @@ from enum import IntEnum
 if __name__ == "__main__":  # started without a path to packages
     sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "..")))
 
+from podferry.fs.libc import checked, libc, second_descriptor
 from podferry.memory.tracking.registers import ARCHITECTURES, NT_ARM_SYSTEM_CALL, X86_64, UnsupportedCode, rseq_abort
 
 REQUEST = struct.Struct("<id")  # process id; seconds that a thread may take to stop
@@ -85,8 +86,7 @@ class _Vector(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_ptrace = _libc.ptrace
+_ptrace = libc.ptrace
 _ptrace.restype = ctypes.c_long
 _ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _registers = ctypes.create_string_buffer(1024)
@@ -94,11 +94,7 @@ _registers = ctypes.create_string_buffer(1024)
 
 def ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> int:
     """ptrace(2), its error as OSError."""
-    result = int(_ptrace(request, tid, address, data))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+    return checked(_ptrace(request, tid, address, data))
 
 
 class Thread:
@@ -323,10 +319,10 @@ def find_syscall(pid: int, mem: int) -> int:
 
 
 def _take(pidfd: int, theirs: int) -> int:
-    ours = int(_libc.syscall(ctypes.c_long(ARCHITECTURE.pidfd_getfd), pidfd, theirs, 0))
-    if ours < 0:
-        raise Failure(InjectionOutcome.REFUSED, f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
-    return ours
+    try:
+        return second_descriptor(pidfd, theirs)
+    except OSError as error:
+        raise Failure(InjectionOutcome.REFUSED, f"pidfd_getfd: {error.strerror}") from error
 
 
 def _status(pid: int, field: str) -> int:

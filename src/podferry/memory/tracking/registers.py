@@ -45,7 +45,6 @@ class Architecture:
     close: int
     set_mempolicy: int
     personality: int
-    pidfd_getfd: int = 438
 
     def with_syscall(self, regset: bytes, where: int, number: int, *arguments: int) -> bytes:
         """`regset` changed so that the thread goes on at `where`, a system call instruction, with this call."""

@@ -19,7 +19,8 @@ from typing import Protocol
 from podferry.errors import UsageError
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.maps import Area
-from podferry.memory.kernel.pagemap import PAGE, has_scan, open_pagemap, read_entries
+from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.pagemap import has_scan, open_pagemap, read_entries
 from podferry.memory.kernel.zero_frames import zero_frames
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking.registers import ARCHITECTURES

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
 from pathlib import Path
+
+from podferry.fs.libc import libc
 
 _KCMP = {"x86_64": 312, "aarch64": 272}  # arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
 _KCMP_VM = 1
@@ -16,7 +17,7 @@ def share_memory(one: int, other: int) -> bool:
     number = _KCMP.get(os.uname().machine)
     if number is None:
         return False
-    return int(_libc().syscall(ctypes.c_long(number), one, other, _KCMP_VM, 0, 0)) == 0
+    return int(libc.syscall(ctypes.c_long(number), one, other, _KCMP_VM, 0, 0)) == 0
 
 
 def owns_userfaultfd(pid: int) -> bool:
@@ -41,8 +42,3 @@ def uses_direct_io(pid: int) -> bool:
         if int(flags, 8) & os.O_DIRECT:
             return True
     return False
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)

@@ -6,12 +6,11 @@ import ctypes
 import errno
 import os
 
+from podferry.fs.libc import libc
+
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 ZEROS = bytes(128 * 1024)
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -19,7 +18,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
     The file's size stays. Raises `OSError`.
     """
-    while _libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) != 0:
+    while libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) != 0:
         code = ctypes.get_errno()
         if code == errno.EINTR:
             continue

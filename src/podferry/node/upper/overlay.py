@@ -8,13 +8,11 @@ import stat
 from pathlib import Path
 
 from podferry.errors import Failed
+from podferry.fs.libc import checked, libc, system_call
 
 OVERLAYFS = 0x794C7630  # linux/magic.h
 FSCONFIG, FSPICK = 431, 433  # the same on all architectures
 AT_FDCWD, FSPICK_CLOEXEC, FSCONFIG_CMD_RECONFIGURE = -100, 1, 7  # linux/fcntl.h, linux/mount.h
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 def refresh_root(merged: Path) -> None:
@@ -44,9 +42,9 @@ def refresh_root(merged: Path) -> None:
 def _forget_names(merged: Path) -> None:
     if _kind(merged) != OVERLAYFS:  # behind a bind mount is the node's own file system
         return
-    context = _checked(_libc.syscall(FSPICK, AT_FDCWD, os.fsencode(merged), FSPICK_CLOEXEC), merged)
+    context = system_call(FSPICK, AT_FDCWD, os.fsencode(merged), FSPICK_CLOEXEC, of=str(merged))
     try:
-        _checked(_libc.syscall(FSCONFIG, context, FSCONFIG_CMD_RECONFIGURE, None, None, 0), merged)
+        system_call(FSCONFIG, context, FSCONFIG_CMD_RECONFIGURE, None, None, 0, of=str(merged))
     finally:
         os.close(context)
 
@@ -54,12 +52,5 @@ def _forget_names(merged: Path) -> None:
 def _kind(path: Path) -> int:
     """The magic number of a path's file system: the first word of struct statfs."""
     buffer = (ctypes.c_long * 32)()
-    _checked(_libc.statfs(os.fsencode(path), buffer), path)
+    checked(libc.statfs(os.fsencode(path), buffer), str(path))
     return buffer[0]
-
-
-def _checked(result: int, path: Path) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(path))
-    return int(result)
