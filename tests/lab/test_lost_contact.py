@@ -121,7 +121,7 @@ def test_the_source_node_dies_while_it_still_has_the_jobs_memory(own_lab: Lab) -
     assert {cluster.record(B, name)["phase"] for name in (waits, ended)} == {TargetPhase.FILL}
     own_lab.exec(B, ["ctr", "task", "delete", "--force", ended])
     assert cluster.ended(B, ended)["outcome"] == "failed"
-    assert "had not all its memory" in cluster.record(B, ended)["reason"]
+    assert "before all of its memory had arrived" in cluster.record(B, ended)["reason"]
     assert cluster.record(B, waits)["phase"] == TargetPhase.FILL
     own_lab.start_node(A)
     for name in (waits, ended):

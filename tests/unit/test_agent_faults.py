@@ -155,7 +155,7 @@ def test_a_job_dies_on_the_target_before_it_has_all_its_memory(
     it was frozen."""
     rig = move("postcopy", tmp_path, monkeypatch, Fault(side, name, crash))
     assert (rig.phase("b"), rig.records["b"]["outcome"]) == (TargetPhase.DIED, "failed")
-    assert "had not all its memory" in rig.records["b"]["reason"]
+    assert "before all of its memory had arrived" in rig.records["b"]["reason"]
     assert SourcePhase.LOST in rig.phases("a")
     assert (rig.phase("a"), rig.helped) == (SourcePhase.ROLLED_BACK, True)
     assert not [error for error in rig.agents["b"].errors if not isinstance(error, PeerLost)]

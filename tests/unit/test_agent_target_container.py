@@ -78,7 +78,7 @@ async def test_a_job_that_has_all_its_memory_or_ended_by_itself_is_containerds(
 async def test_a_job_that_is_gone_before_it_has_all_its_memory_has_died(tmp_path: Path) -> None:
     """Its shim was killed, say. Nothing of it is let go of: the ledger takes all of it back."""
     job, journal = arriving(tmp_path, None, postcopy=True)
-    with pytest.raises(Failed, match="had not all its memory"):
+    with pytest.raises(Failed, match="before all of its memory had arrived"):
         await job.filled()
     assert len(held(journal)) == 6
     assert "filled" not in journal.facts
@@ -114,7 +114,7 @@ async def test_a_job_that_ends_while_nobody_sends_its_pages_is_not_waited_for(
         await job.filled()
     job.maker._containerd.status = status  # type: ignore[attr-defined]
     if status is None:
-        with pytest.raises(Failed, match="had not all its memory"):
+        with pytest.raises(Failed, match="before all of its memory had arrived"):
             await job.filled()
     else:
         assert await job.filled() == {}
