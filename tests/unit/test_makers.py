@@ -136,3 +136,36 @@ def test_a_lazy_pages_daemon_tells_when_the_tasks_ran_in_seconds_and_nothing_bef
     for text, seconds in (("{", 0.0), ('{"state": "listening"}', 0.0), ('{"resumed_ns": 2500000000}', 2.5)):
         status.write_text(text)
         assert daemon.resumed_at() == seconds
+
+
+@pytest.mark.anyio
+async def test_a_container_that_the_kubelet_made_is_in_the_journal_before_files_move_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that is killed in between must know which container's mark to remove, and that it was made."""
+    monkeypatch.setattr("podferry.workload.makers.kubelet.refresh_root", lambda root: order.append(f"refreshed {root}"))
+    order: list[str] = []
+    journal = Part(Journal(tmp_path / "m"), 0)
+
+    def move_to(upper: str) -> None:
+        kept = Part(Journal(tmp_path / "m"), 0)
+        order.append(f"moved to {upper}: {kept.held('restored')}, {kept.facts.get('container')}")
+
+    runtime: Any = SimpleNamespace(container=lambda id: JOB, upper=lambda record: "upper", root=lambda record: "root")
+    config = Config("b", "b:1", tmp_path, run=tmp_path, state=tmp_path)
+    maker = KubeletContainer(config, runtime, journal, PodPart("main", "c0", ()))
+    receiver = object()
+    maker._staged = SimpleNamespace(move_to=move_to, receiver=receiver)  # type: ignore[assignment]
+    incoming = SimpleNamespace(wait_prepared=lambda timeout: None, container="c0ffee")
+    container: Any = SimpleNamespace(adopted=False, incoming=incoming, belongs_in=lambda record: None, upper=None)
+    assert await maker.make(container, 60.0) is JOB
+    assert order == ["moved to upper: {'key': 'c0ffee'}, c0ffee", "refreshed root"]
+    assert (maker.made_already, container.upper) == (JOB, receiver)
+
+
+@pytest.mark.anyio
+async def test_a_container_whose_podferry_runc_ended_with_the_agent_before_is_not_waited_for(tmp_path: Path) -> None:
+    config = Config("b", "b:1", tmp_path, run=tmp_path, state=tmp_path)
+    maker = KubeletContainer(config, None, Part(Journal(tmp_path / "m"), 0), PodPart("main", "c0", ()))  # type: ignore[arg-type]
+    with pytest.raises(Failed, match="the agent was restarted"):
+        await maker.make(SimpleNamespace(adopted=True), 60.0)  # type: ignore[arg-type]
