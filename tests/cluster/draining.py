@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import Any
 
-from podferry.kube.migration import CAUSE_LABEL, Migration, seconds
+from podferry.kube.migration import CAUSE_LABEL, Migration
+from podferry.kube.quantities import seconds
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy

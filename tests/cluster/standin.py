@@ -17,7 +17,7 @@ import anyio
 
 from podferry.agent.service import Agent
 from podferry.core.precopy import PreCopyPolicy
-from podferry.engine.source import Order
+from podferry.engine.order import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.model import Connections, Mode
 from podferry.workload.config import load

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from podferry.kube.migration import seconds
+from podferry.kube.quantities import seconds
 from podferry.lab import Lab
 from podferry.lab.images import JOB_IMAGE
 

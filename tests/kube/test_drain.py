@@ -17,7 +17,8 @@ from podferry.core.drain import ATTEMPTS, PodState
 from podferry.core.estimate import MeasuredMove
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Json
 from podferry.kube.drain import PRIORITY_ANNOTATION, NodeDrain
-from podferry.kube.migration import Migration, MigrationProgress, seconds
+from podferry.kube.migration import Migration, MigrationProgress
+from podferry.kube.quantities import seconds
 
 from .world import World
 

@@ -15,9 +15,9 @@ from typing import Any, Self
 import anyio
 from anyio.abc import TaskGroup
 
+from podferry.controller.patience import ControllerSettings
 from podferry.controller.pods import TARGET
 from podferry.controller.program import Controller
-from podferry.controller.reconcile import ControllerSettings
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, NAMESPACES, NODES, PODS, RUNTIME_CLASSES, Api, Json, ResourceKind
 from podferry.kube.errors import ApiFailed, ApiUnreachable, Conflict, ObjectNotFound
@@ -32,8 +32,8 @@ from podferry.kube.migration import (
     Ending,
     EnginePhases,
     Migration,
-    timestamp,
 )
+from podferry.kube.quantities import timestamp
 from podferry.kube.watch import follow
 
 from .fake import FakeApiServer

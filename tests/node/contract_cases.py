@@ -17,7 +17,7 @@ from node_job import Job
 
 from podferry.engine.journal import Journal, Part
 from podferry.errors import PodferryError
-from podferry.node.containerd import ContainerdNotFound
+from podferry.node.containerd_errors import ContainerdNotFound
 from podferry.node.records import Stdio, TaskStatus, upper_dir
 from podferry.workload import frozen
 from podferry.workload.config import Config

@@ -23,7 +23,8 @@ from podferry.criu.incoming import Incoming
 from podferry.errors import Failed
 from podferry.memory.store.page_store import PageStore
 from podferry.node.cgroup import Cgroup
-from podferry.node.containerd import Containerd, ContainerdFailed, ContainerdNotFound
+from podferry.node.containerd import Containerd
+from podferry.node.containerd_errors import ContainerdFailed, ContainerdNotFound
 from podferry.node.process import run, spawn
 from podferry.node.records import Container, Opaque, Stdio, Task
 from podferry.protos.runc_pb2 import Options

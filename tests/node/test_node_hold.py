@@ -15,12 +15,14 @@ import pytest
 from node_job import COUNT, Arrival, Job
 
 from podferry.core.facts import NodeFacts
-from podferry.criu.checkpoint import CheckpointFailed, HeldDump, Process, _children
+from podferry.criu.checkpoint import CheckpointFailed, HeldDump
 from podferry.criu.incoming import Incoming
+from podferry.criu.processes import Process, children_of
 from podferry.errors import Refused, TimedOut
 from podferry.node import terminals
 from podferry.node.cgroup import Cgroup, CgroupFailed, Frozen, cgroup_kind
-from podferry.node.containerd import Containerd, ContainerdFailed
+from podferry.node.containerd import Containerd
+from podferry.node.containerd_errors import ContainerdFailed
 from podferry.node.jobfacts import ContainerFacts, container_facts
 from podferry.node.process import run, spawn
 from podferry.node.records import Container, TaskStatus, upper_dir
@@ -146,7 +148,7 @@ def at_the_gate(held: HeldDump, timeout: float = 20.0) -> int:
     assert held.runc is not None
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        for pid in _children(held.runc.pid):
+        for pid in children_of(held.runc.pid):
             with contextlib.suppress(OSError):
                 if str(held.work / "gate") in {str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()}:
                     return pid

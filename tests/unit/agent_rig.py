@@ -45,8 +45,9 @@ from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, Sourc
 from podferry.core.precopy import PreCopyPolicy
 from podferry.engine import side
 from podferry.engine.journal import JOURNAL, Journal, Part
+from podferry.engine.order import Order
 from podferry.engine.ports import FrozenSource, SourceJob, TargetJob
-from podferry.engine.source import Order, Source
+from podferry.engine.source import Source
 from podferry.engine.target import Target
 from podferry.errors import Failed, PeerLost, PodferryError, Refused
 from podferry.model import Mode

@@ -18,7 +18,7 @@ from podferry.core import limits
 from podferry.core.phases import SourcePhase
 from podferry.criu.images import _MM_MAGIC, COMMON_MAGIC, FILES_MAGIC, write_entries
 from podferry.errors import UsageError
-from podferry.kube.migration import quantity
+from podferry.kube.quantities import quantity
 from podferry.memory.kernel.page import PAGE
 from podferry.model import Mode
 from podferry.protos import pagemap_pb2, rights_pb2

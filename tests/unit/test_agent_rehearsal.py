@@ -11,9 +11,9 @@ import pytest
 from agent_rig import LIFE, NAME, Cut, Fault, Rig, die, end_by_itself, fail, stall, unique
 
 from podferry.core.phases import SOURCE_ENDS, SourcePhase, TargetPhase
+from podferry.engine.order import Order
 from podferry.engine.ports import Images
 from podferry.engine.rehearsal import REHEARSAL, SMALL, Rehearsal, RehearsalAlone, forecast, told, without_memory
-from podferry.engine.source import Order
 from podferry.errors import PodferryError
 from podferry.model import Mode
 from podferry.wire.messages import Go

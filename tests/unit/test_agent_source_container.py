@@ -16,10 +16,11 @@ import pytest
 
 from podferry.core.connections import ConnectionsLost, End, KernelSocket, OpenConnection, judge
 from podferry.core.undo import Ledger
-from podferry.criu.checkpoint import HeldDump, Process
+from podferry.criu.checkpoint import HeldDump
 from podferry.criu.connections import Settled
 from podferry.criu.dump_gate import DumpGate
 from podferry.criu.images import FILES_MAGIC, write_entries
+from podferry.criu.processes import Process
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import OriginalGone
 from podferry.errors import Failed, PodferryError, Refused
@@ -27,7 +28,7 @@ from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.tracking.tracker import AddressSpaceRound, DirtyScan, TrackerKind
 from podferry.model import Connections, Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
-from podferry.node.containerd import ContainerdFailed, ContainerdNotFound
+from podferry.node.containerd_errors import ContainerdFailed, ContainerdNotFound
 from podferry.node.netlock import Namespace
 from podferry.node.process import spawn
 from podferry.node.records import Container, Opaque, Task, TaskStatus

@@ -10,10 +10,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from podferry.criu.checkpoint import Process
+from podferry.criu.processes import Process
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
-from podferry.node.containerd import ContainerdNotFound, ContainerdUnreachable
+from podferry.node.containerd_errors import ContainerdNotFound, ContainerdUnreachable
 from podferry.node.records import Container, Opaque, Task, TaskStatus
 from podferry.workload import helpers
 from podferry.workload.config import Config

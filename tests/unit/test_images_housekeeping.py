@@ -12,10 +12,11 @@ from podferry.snapshotter import initialise, layout, open_share
 from podferry.snapshotter.collect import Collector
 from podferry.snapshotter.guard import Guard
 from podferry.snapshotter.housekeeping import Chore, Housekeeping
-from podferry.snapshotter.metadata import Metadata, SnapshotKind
+from podferry.snapshotter.metadata import Metadata
 from podferry.snapshotter.metrics import Metrics
 from podferry.snapshotter.prefetch import Prefetcher
 from podferry.snapshotter.publisher import Publisher
+from podferry.snapshotter.snapshot_row import SnapshotKind
 
 pytestmark = pytest.mark.unit
 

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 from podferry.errors import PodferryError, UsageError
 from podferry.snapshotter.filters import parse
-from podferry.snapshotter.metadata import (
-    Home,
-    Metadata,
-    MetadataBroken,
-    SnapshotExists,
-    SnapshotInvalid,
-    SnapshotKind,
-    SnapshotMissing,
-    SnapshotRow,
-)
+from podferry.snapshotter.metadata import Metadata, MetadataBroken, SnapshotExists, SnapshotInvalid, SnapshotMissing
+from podferry.snapshotter.snapshot_row import Home, SnapshotKind, SnapshotRow
 
 pytestmark = pytest.mark.unit
 

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from podferry.snapshotter.metadata import Metadata, SnapshotKind
+from podferry.snapshotter.metadata import Metadata
 from podferry.snapshotter.publisher import YIELDS_TO_PULLS, Publisher
+from podferry.snapshotter.snapshot_row import SnapshotKind
 from podferry.snapshotter.store import LayerStore
 
 pytestmark = pytest.mark.unit

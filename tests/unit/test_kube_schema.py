@@ -21,7 +21,8 @@ from podferry.core.migration import (
 )
 from podferry.errors import Bug
 from podferry.kube import migration
-from podferry.kube.migration import Migration, duration, quantity, seconds
+from podferry.kube.migration import Migration
+from podferry.kube.quantities import duration, quantity, seconds
 from podferry.kube.schema import definition, definition_yaml, policies_yaml, reference, structural
 from podferry.kube.writers import MIGRATION_CONDITIONS, MIGRATION_STATUS
 

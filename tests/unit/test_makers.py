@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from podferry.criu.checkpoint import Process
+from podferry.criu.processes import Process
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
 from podferry.node.records import Container, Opaque

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from podferry.criu.causes import CAUSES, Cause
-from podferry.criu.checkpoint import CheckpointFailed, HeldDump, Process
+from podferry.criu.checkpoint import CheckpointFailed, HeldDump
 from podferry.criu.log import error_lines, explained
+from podferry.criu.processes import Process
 from podferry.errors import EVIDENCE_LINES, UNEXPLAINED, PeerMisbehaved, TimedOut
 from podferry.node.cgroup import Cgroup
 from podferry.node.process import spawn

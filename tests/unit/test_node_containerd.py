@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from podferry.errors import PeerMisbehaved, Refused, TimedOut
 from podferry.node import containerd
-from podferry.node.containerd import (
-    Containerd,
+from podferry.node.containerd import Containerd
+from podferry.node.containerd_errors import (
     ContainerdAlreadyExists,
     ContainerdFailed,
     ContainerdNotFound,

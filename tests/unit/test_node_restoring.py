@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from podferry.criu.checkpoint import Process
+from podferry.criu.processes import Process
 from podferry.criu.restoring import LOG, RestoreProcess
 from podferry.node.process import spawn
 

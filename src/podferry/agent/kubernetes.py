@@ -22,22 +22,14 @@ from podferry.agent.status_reporter import Reporter, set_resumed
 from podferry.core.migration import MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.core.precopy import PreCopyPolicy
-from podferry.engine.source import Order
+from podferry.engine.order import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, Api
 from podferry.kube.errors import ApiUnreachable, NotServed, ObjectNotFound, transient
 from podferry.kube.events import Events
-from podferry.kube.migration import (
-    HANDED_OVER,
-    TARGET_CREATED,
-    TARGET_REQUESTED,
-    Ending,
-    EnginePhases,
-    Migration,
-    quantity,
-    seconds,
-)
+from podferry.kube.migration import HANDED_OVER, TARGET_CREATED, TARGET_REQUESTED, Ending, EnginePhases, Migration
+from podferry.kube.quantities import quantity, seconds
 from podferry.kube.watch import Queues, follow
 from podferry.model import Mode, Outcome
 from podferry.workload.pod.ports import PodMigration, PodName, PodOrder, Pods

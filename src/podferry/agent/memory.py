@@ -12,7 +12,7 @@ import resource
 import threading
 
 from podferry.errors import UsageError
-from podferry.kube.migration import quantity
+from podferry.kube.quantities import quantity
 
 VARIABLE = "AGENT_MEMORY"
 STACK = 1 << 20

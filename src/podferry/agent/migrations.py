@@ -19,8 +19,9 @@ from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
 from podferry.core.strict import from_json
 from podferry.engine.journal import Journal, forget_old, journals
 from podferry.engine.migration_record import MigrationRecord
+from podferry.engine.order import Order
 from podferry.engine.rehearsal import Rehearsal
-from podferry.engine.source import Order, Source
+from podferry.engine.source import Source
 from podferry.engine.target import Target
 from podferry.errors import PodferryError, Refused
 from podferry.model import Connections, Mode

@@ -30,9 +30,10 @@ from podferry.core.phases import TARGET_MAY_RUN, SourceEvent
 from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.inbox import Inbox
 from podferry.engine.journal import forget_old, journals
+from podferry.engine.order import Order
 from podferry.engine.rehearsal import REHEARSAL, Rehearsal, told
 from podferry.engine.side import Side
-from podferry.engine.source import Order, Source
+from podferry.engine.source import Source
 from podferry.engine.target import Target
 from podferry.errors import PeerLost, PodferryError, Refused, UsageError, leaves
 from podferry.fs.private import private_directory

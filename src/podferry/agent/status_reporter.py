@@ -25,8 +25,8 @@ from podferry.kube.migration import (
     EnginePhases,
     Migration,
     MigrationProgress,
-    duration,
 )
+from podferry.kube.quantities import duration
 from podferry.model import Outcome
 from podferry.workload.pod.ports import PodMigration
 

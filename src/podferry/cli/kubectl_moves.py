@@ -23,7 +23,8 @@ from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, ResourceKind
 from podferry.kube.errors import ApiFailed, Conflict, NotServed, ObjectNotFound
-from podferry.kube.migration import Migration, seconds
+from podferry.kube.migration import Migration
+from podferry.kube.quantities import seconds
 from podferry.kube.watch import follow
 
 Json = dict[str, Any]

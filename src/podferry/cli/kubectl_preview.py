@@ -18,7 +18,7 @@ from podferry.core.estimate import Estimate, together
 from podferry.errors import UsageError
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
 from podferry.kube.errors import Forbidden
-from podferry.kube.migration import duration
+from podferry.kube.quantities import duration
 
 Json = dict[str, Any]
 

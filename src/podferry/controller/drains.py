@@ -25,8 +25,9 @@ from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fiel
 from podferry.kube.drain import MOST_PODS, PRIORITY_ANNOTATION, NodeDrain, PodDrain
 from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.events import Events
-from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, MigrationSpec, duration, timestamp
+from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, MigrationSpec
 from podferry.kube.policy import PodWish
+from podferry.kube.quantities import duration, timestamp
 
 POLL_AGAIN = 3.0
 SHORTENED = 200

@@ -15,9 +15,10 @@ from podferry.errors import Refused
 from podferry.kube import status as store
 from podferry.kube.client import PODS, Api, Json
 from podferry.kube.errors import Forbidden
-from podferry.kube.migration import ELIGIBLE, QUEUED, Migration, OwnerReference, PodReference, timestamp
+from podferry.kube.migration import ELIGIBLE, QUEUED, Migration, OwnerReference, PodReference
 from podferry.kube.moved import moved_containers
 from podferry.kube.paths import is_subdomain
+from podferry.kube.quantities import timestamp
 from podferry.kube.settings import MoveSettings
 from podferry.model import Outcome
 

@@ -31,9 +31,9 @@ from podferry.kube.migration import (
     Migration,
     MigrationSpec,
     MigrationUnreadable,
-    seconds,
 )
 from podferry.kube.policy import PodWish
+from podferry.kube.quantities import seconds
 
 Json = dict[str, Any]
 

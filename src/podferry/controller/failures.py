@@ -9,7 +9,8 @@ from podferry.core.migration import MIGRATION_ENDS
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import PodferryError
 from podferry.kube.errors import ApiFailed, Forbidden, ObjectNotFound
-from podferry.kube.migration import SCHEDULED, UID_LABEL, Ending, EnginePhases, Migration, seconds
+from podferry.kube.migration import SCHEDULED, UID_LABEL, Ending, EnginePhases, Migration
+from podferry.kube.quantities import seconds
 from podferry.model import Outcome
 
 Json = dict[str, Any]

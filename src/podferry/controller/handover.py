@@ -22,7 +22,8 @@ import datetime
 from podferry.controller import eligibility, failures, pods
 from podferry.kube.client import PODS, Api, Json
 from podferry.kube.errors import Conflict, Forbidden, ObjectNotFound
-from podferry.kube.migration import RESUMED, Ending, Migration, timestamp
+from podferry.kube.migration import RESUMED, Ending, Migration
+from podferry.kube.quantities import timestamp
 from podferry.model import Outcome
 
 SOON = 0.25

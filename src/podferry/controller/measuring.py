@@ -11,8 +11,9 @@ from typing import Any
 from podferry.controller import eligibility, failures
 from podferry.core.estimate import Estimate, MeasuredMove, estimate
 from podferry.core.migration import MigrationPhase
-from podferry.kube.migration import Migration, MigrationUnreadable, quantity, seconds
+from podferry.kube.migration import Migration, MigrationUnreadable
 from podferry.kube.objects import QUANTITY
+from podferry.kube.quantities import quantity, seconds
 
 Json = dict[str, Any]
 

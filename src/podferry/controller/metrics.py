@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from podferry.controller import failures
 from podferry.controller.movability import Movability, OptedIn
 from podferry.controller.turns import Turns
-from podferry.kube.migration import Migration, seconds
+from podferry.kube.migration import Migration
+from podferry.kube.quantities import seconds
 
 DOWNTIMES = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30, 120)
 DURATIONS = (1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)

@@ -21,7 +21,8 @@ from podferry.errors import PodferryError
 from podferry.kube.client import NAMESPACES, PODS, RUNTIME_CLASSES, Api, Json
 from podferry.kube.errors import Conflict, ObjectNotFound
 from podferry.kube.events import Events
-from podferry.kube.migration import GROUP, UID_LABEL, timestamp
+from podferry.kube.migration import GROUP, UID_LABEL
+from podferry.kube.quantities import timestamp
 
 MOVABLE = "PodferryMovable"
 OPT_IN = f"{GROUP}/opt-in"

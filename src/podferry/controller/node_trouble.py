@@ -21,7 +21,7 @@ from podferry.kube.client import NODE_DRAINS, NODES, Json
 from podferry.kube.drain import BY_ANNOTATION, TROUBLE_ANNOTATION, NodeDrain
 from podferry.kube.errors import Conflict, ObjectAlreadyExists, ObjectNotFound
 from podferry.kube.events import Events
-from podferry.kube.migration import seconds
+from podferry.kube.quantities import seconds
 
 AGAIN = 0.5
 

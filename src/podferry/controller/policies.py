@@ -13,8 +13,9 @@ from podferry.controller.surroundings import Readable
 from podferry.core.turns import Group
 from podferry.kube.client import MIGRATION_POLICIES, NAMESPACES
 from podferry.kube.errors import Forbidden, NotServed
-from podferry.kube.migration import MigrationSpec, quantity, seconds
+from podferry.kube.migration import MigrationSpec
 from podferry.kube.policy import MigrationPolicy, MigrationPolicySpec, PodWish, PolicyUnreadable
+from podferry.kube.quantities import quantity, seconds
 from podferry.kube.settings import DEFAULT_TIMEOUT, MoveSettings
 from podferry.model import Connections, Mode
 

@@ -20,7 +20,8 @@ from podferry.controller.evictions import Evictions
 from podferry.controller.metrics import ControllerMetrics
 from podferry.controller.movability import Movability
 from podferry.controller.node_trouble import TRIGGERS, NodeTroubles, Trigger, trigger_of
-from podferry.controller.reconcile import ControllerSettings, Reconciler
+from podferry.controller.patience import ControllerSettings
+from podferry.controller.reconcile import Reconciler
 from podferry.controller.signer import SIGNER, Signer, authority
 from podferry.controller.turns import Turns
 from podferry.controller.webhook import answer_evictions

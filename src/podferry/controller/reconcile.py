@@ -7,20 +7,19 @@ every write is a compare-and-swap or names the uid that it means.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from podferry.controller import failures, pods
 from podferry.controller.connections import with_peers
 from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
-from podferry.controller.node_trouble import TRIGGERS, Trigger
+from podferry.controller.patience import ControllerSettings
 from podferry.controller.status_writer import StatusWriter, clock
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
+from podferry.controller.verdicts import blame, decided_for, decided_once_for
 from podferry.controller.whereabouts import address_of, kept_up
 from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
-from podferry.core.turns import Limits
 from podferry.kube import status as store
 from podferry.kube.client import NODES, PODS, Api, Json
 from podferry.kube.errors import ApiFailed, Conflict, ObjectAlreadyExists, transient
@@ -46,32 +45,9 @@ POLL_AGAIN = 2.0
 REMADE_IN = 0.5
 CONFLICT = 0.1
 """Seconds after which to look again where somebody was faster: the watch has to bring it."""
-DEFAULT_LIMITS = Limits()
 SPENT = frozenset({SourcePhase.COMMIT, SourcePhase.DRAIN, SourcePhase.COMPLETED})
 """The source's phases in which the target has all that it needs of it: before, in post-copy, its memory is still being fetched."""
 DEADLINE_SLACK = 30.0
-
-
-@dataclass(frozen=True)
-class ControllerSettings:
-    """How patient the controller is, in seconds: for the scheduler, for an agent to take an order up, for a target pod
-    whose kubelet has warned, for a resumed pod to be called ready, for an owner to let the source go, for the source's
-    agent after the hand-over, for pods to be gone. `image` is what placeholders run, `limits` how many moves may be under way at
-    once, `workers` how many Migrations are looked at at once, `triggers` what says of a node that it goes away, `movability` how
-    often each pod that opted in is looked at."""
-
-    image: str = "podferry"
-    scheduling: float = 120.0
-    silence: float = 60.0
-    starting: float = 30.0
-    readiness: float = 30.0
-    release: float = 30.0
-    farewell: float = 60.0
-    removal: float = 30.0
-    limits: Limits = DEFAULT_LIMITS
-    workers: int = 4
-    triggers: tuple[Trigger, ...] = TRIGGERS
-    movability: float = 600.0
 
 
 class Reconciler:
@@ -181,12 +157,12 @@ class Reconciler:
         if status.holds(RESUMED) and status.arbiter != "source":
             lost = status.engine is not None and status.engine.source == SourcePhase.LOST
             await self._writer.fire(
-                migration, E.RESUMED, _arbitrate("target") if lost else None, message="handing over"
+                migration, E.RESUMED, decided_for("target") if lost else None, message="handing over"
             )
             return 0.0
         source, target = await self._writer.source(migration), await self._writer.target(migration)
         if (over := status.engine_ending) is not None:
-            return await self._undo(migration, _blame(over, status.abort))
+            return await self._undo(migration, blame(over, status.abort))
         if (again := await self._arbitrate(migration)) is not None:
             return again
         failure = status.abort or await self._beforehand(migration, source)
@@ -293,7 +269,7 @@ class Reconciler:
         if status.arbiter is not None or engine.source != SourcePhase.LOST:
             return None
         if failures.gone_or_fenced(await self._api.find(NODES, status.target_node or "")):
-            await store.change(self._api, migration, _decide("source"))
+            await store.change(self._api, migration, decided_once_for("source"))
             await self._writer.publish_event(
                 migration, "Arbitrated", f"{status.target_node} is gone: the job runs on", warning=True
             )
@@ -405,25 +381,3 @@ class Reconciler:
             or failures.of_cancel(migration)
             or failures.of_time(migration, clock(), slack=slack)
         )
-
-
-def _blame(over: Ending, abort: Ending | None) -> Ending:
-    """The engine says how it ended; why, whoever asked it to stop knows better."""
-    asked = abort is not None and over.outcome in (Outcome.CANCELLED, Outcome.ROLLED_BACK)
-    return abort if asked and abort is not None else over
-
-
-def _arbitrate(side: str) -> Callable[[Migration], object]:
-    return lambda now: setattr(now.status, "arbiter", now.status.arbiter or side)
-
-
-def _decide(side: str) -> Callable[[Migration], bool]:
-    """Once, and only where the target has not said meanwhile that it runs the job."""
-
-    def decided(now: Migration) -> bool:
-        if now.status.arbiter is not None or now.status.holds(RESUMED):
-            return False
-        now.status.arbiter = side
-        return True
-
-    return decided

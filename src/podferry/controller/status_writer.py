@@ -13,6 +13,7 @@ from podferry.controller import failures, pods
 from podferry.core.migration import MIGRATION_ENDS, MigrationEvent, migration_machine
 from podferry.kube import status as store
 from podferry.kube.client import MIGRATIONS, PODS, Api, Json
+from podferry.kube.conditions import Condition
 from podferry.kube.errors import ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.migration import (
@@ -23,13 +24,12 @@ from podferry.kube.migration import (
     READABLE,
     REHEARSED,
     UID_LABEL,
-    Condition,
     Ending,
     Migration,
     MigrationUnreadable,
     PodReference,
-    timestamp,
 )
+from podferry.kube.quantities import timestamp
 from podferry.model import Outcome
 
 

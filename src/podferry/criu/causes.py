@@ -1,7 +1,8 @@
 """Messages of CRIU's that end a dump or a restore: why, and what a person can do.
 
 A list by hand from CRIU's sources (`READ_FROM`), the messages that public reports name most. What is not on it is told as CRIU says
-it (`errors.UNEXPLAINED`), and counted. `like` is a message of each, as those sources have it; the list is searched from the top.
+it (`errors.UNEXPLAINED`), and counted. `like` is a message of each, as those sources have it. The list is searched from the top, so
+it is one table, however long.
 """
 
 from __future__ import annotations

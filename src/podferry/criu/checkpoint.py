@@ -19,13 +19,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import shutil
-import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from podferry.criu import link_remaps
 from podferry.criu.dump_gate import DumpGate
 from podferry.criu.log import explained
 from podferry.criu.memory_skipping import MemorySkippingDump
+from podferry.criu.processes import Process, children_of, find_process, process_of_pair, readable_among
 from podferry.errors import CommandFailed, Failed, PeerMisbehaved, TimedOut
 from podferry.fs.private import private_directory
 from podferry.node import outside, terminals
@@ -60,58 +58,6 @@ class CheckpointFailed(Failed):
     """CRIU could not dump the container. It goes on running."""
 
     code = "PF241"
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process, named so that another one which got its pid later is not taken for it."""
-
-    pid: int
-    started: int  # clock ticks since boot
-
-    @staticmethod
-    def of(pid: int) -> Process | None:
-        """Process `pid` as it is now; `None` where there is none."""
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return None
-        return Process(pid, int(stat.rpartition(")")[2].split()[19]))
-
-    def alive(self) -> bool:
-        """Whether it is still there, and not a zombie."""
-        with contextlib.suppress(OSError, IndexError):
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            return int(fields[19]) == self.started and fields[0] not in "ZX"
-        return False
-
-    def wait(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for its end; whether it came."""
-        with self._pidfd() as pidfd:
-            return pidfd is None or bool(_poll(pidfd, timeout))
-
-    def kill(self) -> None:
-        """Send SIGKILL, unless it has ended."""
-        self.send(signal.SIGKILL)
-
-    def send(self, what: signal.Signals) -> None:
-        """Send a signal, unless it has ended."""
-        with self._pidfd() as pidfd, contextlib.suppress(ProcessLookupError):
-            if pidfd is not None:
-                signal.pidfd_send_signal(pidfd, what)
-
-    @contextlib.contextmanager
-    def _pidfd(self) -> Iterator[int | None]:
-        """A descriptor of the process; `None` where it has ended."""
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            yield None
-            return
-        try:
-            yield pidfd if self.alive() else None  # asked after the open: from here on the pid is nobody else's
-        finally:
-            os.close(pidfd)
 
 
 class HeldDump:
@@ -246,7 +192,7 @@ class HeldDump:
         if status is None:
             raise CheckpointFailed(f"the dump of {self.id} was waited for already")
         try:
-            ready = status in _poll_all([status] if stop is None else [status, stop], timeout)
+            ready = status in readable_among([status] if stop is None else [status, stop], timeout)
             done = os.read(status, 1) if ready else b""
         finally:
             os.close(status)
@@ -340,7 +286,7 @@ class HeldDump:
                 Path(data["work"]),
                 Path(images) if images else None,
             )
-            held.runc, held.criu = (_process(data.get(who)) for who in ("runc", "criu"))
+            held.runc, held.criu = (process_of_pair(data.get(who)) for who in ("runc", "criu"))
             held.waits = data.get("waits") is True
             held.reusing = tuple(map(int, data.get("reusing", ())))
             noted = data.get("terminals", ())  # agents before this one did not write it down
@@ -377,7 +323,7 @@ class HeldDump:
     def _find_runc(self) -> Process | None:
         """runc's process, which was told of our work directory."""
         told = f"\0--work-path\0{self.work}\0".encode()
-        return _find(lambda proc: told in (proc / "cmdline").read_bytes())
+        return find_process(lambda proc: told in (proc / "cmdline").read_bytes())
 
     def _find_criu(self) -> Process | None:
         """CRIU's process, which works in our work directory: a child of runc, unless runc has died."""
@@ -386,7 +332,7 @@ class HeldDump:
         def matches(proc: Path) -> bool:
             return (proc / "comm").read_text() == "criu\n" and (proc / "cwd").readlink() == work
 
-        return (self.runc and _find(matches, _children(self.runc.pid))) or _find(matches)
+        return (self.runc and find_process(matches, children_of(self.runc.pid))) or find_process(matches)
 
     def _fail_criu(self) -> None:
         """Send CRIU's page server a command that there is none of, from within its network, and wait for CRIU's end."""
@@ -427,44 +373,8 @@ def seize_timeout(cgroup: Cgroup) -> int:
     return 1 + threads // THREADS_A_SECOND
 
 
-def _find(matches: Callable[[Path], bool], among: Iterable[int] | None = None) -> Process | None:
-    """The first process, of those `among` or of all, whose directory in /proc matches."""
-    for proc in Path("/proc").glob("[0-9]*") if among is None else (Path(f"/proc/{pid}") for pid in among):
-        with contextlib.suppress(OSError):
-            if matches(proc):
-                return Process.of(int(proc.name))
-    return None
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
-
-
 def _listens(criu: Process) -> bool:
     """Whether the page server listens in CRIU's network."""
     with contextlib.suppress(OSError):
         return f":{PORT:04X} 00000000:0000 0A " in Path(f"/proc/{criu.pid}/net/tcp").read_text()
     return False
-
-
-def _process(data: Any) -> Process | None:
-    if data is None:
-        return None
-    pid, started = data
-    return Process(int(pid), int(started))
-
-
-def _poll(fd: int, timeout: float) -> bool:
-    return bool(_poll_all([fd], timeout))
-
-
-def _poll_all(fds: Iterable[int], timeout: float) -> list[int]:
-    """Which of them can be read, within `timeout` seconds."""
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return [fd for fd, _ in poll.poll(timeout * 1000)]

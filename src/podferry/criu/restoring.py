@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from podferry.criu.checkpoint import Process
+from podferry.criu.processes import Process
 
 LOG = "restore.log"
 END_TIMEOUT = 10.0  # seconds

@@ -13,9 +13,10 @@ from typing import Any
 
 from podferry.core.limits import STREAMED_IMAGES, of_image
 from podferry.engine.inbox import Inbox
+from podferry.engine.order import Order
 from podferry.engine.ports import Images
 from podferry.engine.sending import size_of
-from podferry.engine.source import Order, Source
+from podferry.engine.source import Source
 from podferry.errors import Failed, PodferryError
 from podferry.model import Mode, Outcome
 from podferry.wire.messages import Ready

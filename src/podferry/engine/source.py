@@ -2,6 +2,9 @@
 
 Until `_pass_the_right_to_run` every failure ends in `_undo`, and the job goes on here as if nothing had happened. From that line
 on only the target's own word, or a person's, can bring it back.
+
+The file is long for its kind, and stays whole: each step is called once, by the one above it, and whoever asks what a failure at
+some step leads to reads one procedure.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -17,19 +20,19 @@ from anyio.abc import TaskGroup
 
 from podferry.core.invariants import Sight
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, SourceEvent, SourcePhase, source_machine
-from podferry.core.precopy import PreCopyPolicy
 from podferry.core.undo import Handler, Leftover
 from podferry.engine.after_switchover import AfterSwitchover
 from podferry.engine.inbox import Inbox
 from podferry.engine.journal import Journal
 from podferry.engine.migration_record import MigrationRecord
+from podferry.engine.order import Order
 from podferry.engine.ports import FrozenSource, SourceJob
 from podferry.engine.rounds import Rounds
 from podferry.engine.sending import Sender
 from podferry.engine.side import Side
 from podferry.engine.standstill import Standstill
 from podferry.errors import Bug, Cancelled, Failed, PodferryError, Refused, TimedOut
-from podferry.model import Connections, Mode, Outcome
+from podferry.model import Mode, Outcome
 from podferry.wire.channel import Channel
 from podferry.wire.messages import (
     Abort,
@@ -51,21 +54,6 @@ CALL_BACK = 0.05
 DRAIN_PATIENCE = 120.0
 COMMIT_TRIES = 30
 BEFORE_GO = frozenset({SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.PREPARE_TARGET, SourcePhase.CUTOVER})
-
-
-@dataclass(frozen=True)
-class Order:
-    """What was asked for. `timeout` is in seconds and covers everything up to the point of no return; `bandwidth` caps
-    what the data may use of the link, in bytes a second; `max_freeze` says for how many seconds the job may stand still before the
-    point of no return, where it is not what `podferry.engine.standstill` makes of mode and policy. `connections` says what becomes
-    of those whose other end stays: who proposes the job holds it to that."""
-
-    mode: Mode = Mode.STOP
-    timeout: float = 3600.0
-    bandwidth: float | None = None
-    max_freeze: float | None = None
-    policy: PreCopyPolicy = field(default_factory=PreCopyPolicy)
-    connections: Connections = Connections.CLOSE
 
 
 Propose = Callable[[], Awaitable[tuple[Offer, SourceJob]]]

@@ -2,6 +2,8 @@
 
 Until GO it may give up at any moment, and does so when the source falls silent: nothing runs here, so nothing is lost. With GO the
 right to run has come; from then on it makes the job run whether or not the source still listens, or says that it never will.
+
+Like the source's half it is one procedure in one file, whatever its length.
 """
 
 from __future__ import annotations

@@ -11,13 +11,8 @@ from pydantic import Field, ValidationError
 
 from podferry.core.drain import DRAIN_ENDS, DrainPhase, PodState
 from podferry.errors import Failed
-from podferry.kube.migration import (
-    API_VERSION,
-    GROUP,
-    REQUESTED_BY,
-    Condition,
-    Conditioned,
-)
+from podferry.kube.conditions import Condition, Conditioned
+from podferry.kube.migration import API_VERSION, GROUP, REQUESTED_BY
 from podferry.kube.objects import DURATION, ObjectPart, fixed
 from podferry.model import Mode
 

@@ -6,14 +6,13 @@ KEP-5823 (`podName`) where they have them.
 
 from __future__ import annotations
 
-import datetime
-import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
 from podferry.errors import Failed
+from podferry.kube.conditions import Condition, Conditioned
 from podferry.kube.connections import MOST_CONNECTIONS, ConnectionPeer, ListedConnection
 from podferry.kube.objects import DURATION, FIXED, NAME, QUANTITY, ObjectPart, fixed, named, rule
 from podferry.kube.settings import MoveSettings
@@ -189,40 +188,6 @@ class OwnerReference(ObjectPart):
 
     kind: Annotated[str, Field(description="Job, ReplicaSet, ... ; empty for a pod of its own.")] = ""
     name: Annotated[str, Field(description="Its name.")] = ""
-
-
-class Condition(ObjectPart):
-    """One thing that holds or does not, and why (as metav1.Condition)."""
-
-    type: Annotated[str, Field(description="What is said to hold.", max_length=316)]
-    status: Annotated[str, Field(description="True, False or Unknown.", pattern="^(True|False|Unknown)$")]
-    reason: Annotated[str, Field(description="Why, in one word for programs.", max_length=1024)]
-    message: Annotated[str, Field(description="Why, in words for people.", max_length=32768)] = ""
-    last_transition_time: Annotated[
-        str, Field(description="Since when it has this status.", json_schema_extra={"format": "date-time"})
-    ]
-
-
-class Conditioned(ObjectPart):
-    """A status that says in conditions what holds."""
-
-    if TYPE_CHECKING:
-        conditions: list[Condition]
-
-    def condition(self, type: str) -> Condition | None:
-        """The condition of this type, if it was ever set."""
-        return next((one for one in self.conditions if one.type == type), None)
-
-    def holds(self, type: str) -> bool:
-        """Whether the condition of this type is True."""
-        return (found := self.condition(type)) is not None and found.status == "True"
-
-    def set_condition(self, type: str, holds: bool, reason: str, message: str = "") -> None:
-        """Set a condition. Its time changes only with its status."""
-        status, before = str(holds), self.condition(type)
-        since = before.last_transition_time if before is not None and before.status == status else timestamp()
-        new = Condition(type=type, status=status, reason=reason, message=message, last_transition_time=since)
-        self.conditions = [one for one in self.conditions if one.type != type] + [new]
 
 
 class EnginePhases(ObjectPart):
@@ -431,46 +396,3 @@ class Migration(ObjectPart):
     def cancel_wanted(self) -> bool:
         """Whether somebody asked for it to be taken back, by the field or by deleting it."""
         return self.spec.cancel or "deletionTimestamp" in self.metadata
-
-
-def timestamp() -> str:
-    """Now, as metav1.Time."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def seconds(duration: str) -> float:
-    """A duration such as 1h30m or 250ms, in seconds. What does not fit the schema's pattern is a ValueError."""
-    if not re.fullmatch(DURATION, duration):
-        raise ValueError(f"{duration!r} is not a duration such as 1h30m or 250ms")
-    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([0-9.]+)(ms|s|m|h)", duration))
-
-
-_SIZES = {
-    "": 1,
-    "k": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "Ki": 1 << 10,
-    "Mi": 1 << 20,
-    "Gi": 1 << 30,
-    "Ti": 1 << 40,
-}
-
-
-def quantity(text: str) -> float:
-    """A quantity such as 50Mi, as a number."""
-    number = text.rstrip("kMGTi")
-    return float(number) * _SIZES[text[len(number) :]]
-
-
-def duration(seconds: float) -> str:
-    """A duration as people read it and `seconds` takes it: 412ms, 1.5s, 3m."""
-    if seconds < 1:
-        return f"{seconds * 1e3:.0f}ms"
-    if seconds < 120:
-        return f"{seconds:.3g}s"
-    return f"{seconds / 60:.0f}m"

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,17 @@ from podferry.lab import (
     site,
     state,
 )
-from podferry.lab.debian import OF_NODES, SUITES, require
+from podferry.lab.debian import SUITES, require
 from podferry.lab.kubernetes import crio, daemons, deploy, image, pki
 from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.kubernetes.network import connect
+from podferry.lab.lab_settings import LabSettings, archives_of, runtime_on, services_of
+from podferry.lab.lab_status import LabStatus, Node
 from podferry.lab.progress import Progress, quiet
-from podferry.lab.state import CONTAINERD, CONTROL, CRIO, STORAGE, SWITCH, runtime_of
+from podferry.lab.state import CONTROL, CRIO, STORAGE, SWITCH, runtime_of
 from podferry.node.process import Arg, Completed, last_lines, raise_for, run
 from podferry.wire.pki import Authority
 
-DEFAULT_NODES = 2
-DEFAULT_LINK = "1gbit"
 AGENT_SOCKET = "run/podferry/agent.sock"
 CONTAINERD_SOCKET = "run/containerd/containerd.sock"
 SNAPSHOTTER_SOCKET = "run/podferry/snapshotter.sock"
@@ -49,54 +49,6 @@ _IMAGES_READY = f"until ctr snapshots --snapshotter {config.SNAPSHOTTER} list >/
 _SHARE_READY = "until mountpoint -q /share; do findmnt --poll=mount --first-only --timeout 500 >/dev/null || :; done"
 _IMAGES = "/opt/podferry/images"
 _KUBERNETES = "/opt/podferry/kube"
-
-
-@dataclass(frozen=True)
-class LabSettings:
-    """What a lab was last brought up with; kept on its disk for `start_node`, never needed by `down`.
-
-    `runtime` is what makes the nodes' containers (`state.runtime_of`); `binds` maps paths inside the nodes to directories shown
-    there read-only.
-    """
-
-    nodes: int = DEFAULT_NODES
-    link: str = DEFAULT_LINK
-    cgroups: str = "auto"
-    agent: bool = True
-    kubernetes: bool = False
-    debian: str = OF_NODES
-    runtime: str = CONTAINERD
-    binds: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine of a lab. `pid` is its first process as this machine counts, None where it is not `alive`."""
-
-    name: str
-    address: str
-    pid: int | None
-    cut: bool = False
-
-    @property
-    def alive(self) -> bool:
-        """Whether the machine runs."""
-        return self.pid is not None
-
-
-@dataclass(frozen=True)
-class LabStatus:
-    """A lab as it is now. `link` is the rate of every node's link; `nodes` leaves out the storage node and `control`,
-
-    which is there where the lab has Kubernetes.
-    """
-
-    name: str
-    subnet: str
-    link: str
-    storage: Node
-    nodes: tuple[Node, ...]
-    control: Node | None = None
 
 
 class Lab:
@@ -326,20 +278,22 @@ class Lab:
             # What is installed in a cluster adds to containerd's configuration; it is the node's own from then on.
             kept = {"containerd.toml"} if settings.kubernetes else set()
             changed = config.write(
-                config.for_machine(self.name, name, addresses, major, _runtime(name, settings)), home / "etc", keep=kept
+                config.for_machine(self.name, name, addresses, major, runtime_on(name, settings)),
+                home / "etc",
+                keep=kept,
             )
             pid = machine.first_process(self.name, name)
             if pid is None:
                 progress(f"{name}: starting")
-                services, kind = _services(name, settings), settings.cgroups
+                services, kind = services_of(name, settings), settings.cgroups
                 pid = machine.start(machine.Machine(self.name, name, home, image, services, kind, binds))
-            elif changed and "agent" in _services(name, settings):
+            elif changed and "agent" in services_of(name, settings):
                 self.exec(name, ["sv", "restart", "/run/service/agent"])
             network.connect(switch, network.Port(name, addresses[name], pid), settings.link)
             if settings.kubernetes:
                 connect(name, pid, addresses)
             if name == STORAGE:
-                for reference, archive in _archives(settings).items():
+                for reference, archive in archives_of(settings).items():
                     self.exec(
                         name, registry.ensure(f"{_IMAGES}/{archive}.tar", reference), timeout=registry.PUSH_SECONDS
                     )
@@ -358,7 +312,7 @@ class Lab:
     def _wait_until_ready(self, name: str, settings: LabSettings, progress: Progress) -> None:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
         logs = self.home / "machines" / name / "log" / "podferry"
-        if _runtime(name, settings) == CRIO:
+        if runtime_on(name, settings) == CRIO:
             _wait_for_socket(self.root(name) / crio.SOCKET, f"{name}'s CRI-O", logs / "crio.log")
             progress(f"{name}: ready")
             return
@@ -366,7 +320,7 @@ class Lab:
         _wait_for_socket(self.root(name) / CONTAINERD_SOCKET, f"{name}'s containerd", logs / "containerd.log")
         self.exec(name, ["ctr", "--connect-timeout", f"{READY_SECONDS:.0f}s", "version"], timeout=READY_SECONDS)
         self.exec(name, ["sh", "-ec", _IMAGES_READY], timeout=READY_SECONDS)
-        if "agent" in _services(name, settings):
+        if "agent" in services_of(name, settings):
             _wait_for_socket(self.agent_socket(name), f"{name}'s agent", logs / "agent.log")
         progress(f"{name}: ready")
 
@@ -413,28 +367,6 @@ def list_labs() -> list[str]:
     """The names of all labs on this machine: on its disk, or among its processes."""
     on_disk = {path.name for path in state.LABS.iterdir() if path.is_dir()} if state.LABS.is_dir() else set()
     return sorted(on_disk | cgroups.labs())
-
-
-def _services(machine: str, settings: LabSettings) -> list[str]:
-    """What runs on a machine. Kubernetes brings the agents itself."""
-    if machine == STORAGE:
-        return ["brick", "registry"]
-    if machine == CONTROL:
-        return ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"]
-    if _runtime(machine, settings) == CRIO:
-        return ["share", "crio", "kubelet"]
-    own = ["kubelet"] if settings.kubernetes else ["agent"] if settings.agent else []
-    return ["share", "snapshotter", "containerd", *own]
-
-
-def _runtime(machine: str, settings: LabSettings) -> str:
-    return runtime_of(machine, settings.runtime) if machine not in (STORAGE, CONTROL) else ""
-
-
-def _archives(settings: LabSettings) -> dict[str, str]:
-    """The images that the registry has from the start, and the archives that they come from."""
-    pause = {images.PAUSE_IMAGE: "pause"} if settings.kubernetes else {}
-    return {**pause, images.JOB_IMAGE: "job"}
 
 
 def _wait_for_socket(path: Path, whose: str, log: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -19,7 +19,8 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from podferry.core.facts import RuntimeKind
-from podferry.errors import Failed, PodferryError, Refused, TimedOut
+from podferry.errors import Refused
+from podferry.node.containerd_errors import ContainerdAlreadyExists, ContainerdNotFound, errors_of
 from podferry.node.pod_records import filter_of, filter_of_containers, latest, log_of, of_containerd
 from podferry.node.records import (
     Container,
@@ -32,7 +33,6 @@ from podferry.node.records import (
     Task,
     upper_dir,
 )
-from podferry.node.runtime import ContainerNotFound
 from podferry.protos import (
     containers_pb2,
     images_pb2,
@@ -62,30 +62,6 @@ LAYER_MAKER = "podferry.dev/layer-maker"
 """The label by which podferry-snapshotter says of a layer that it is not shared, and why."""
 
 Answer = TypeVar("Answer", bound=Message)
-
-
-class ContainerdFailed(Failed):
-    """containerd answered with an error."""
-
-    code = "PF230"
-
-
-class ContainerdNotFound(ContainerdFailed, ContainerNotFound):
-    """containerd knows no such container, task, snapshot or image."""
-
-    code = "PF231"
-
-
-class ContainerdAlreadyExists(ContainerdFailed):
-    """containerd has a container, task or snapshot of that name already."""
-
-    code = "PF232"
-
-
-class ContainerdUnreachable(ContainerdFailed):
-    """Nothing answers on containerd's socket."""
-
-    code = "PF233"
 
 
 class Containerd:
@@ -402,28 +378,6 @@ class Containerd:
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
         )
-        with _errors(self, doing):
+        with errors_of(doing, self.socket):
             result: Answer = call(request, timeout=timeout, metadata=(("containerd-namespace", self.namespace),))
             return result
-
-
-@contextlib.contextmanager
-def _errors(client: Containerd, doing: str) -> Iterator[None]:
-    """gRPC's errors as ours."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise _translate(client, doing, error.code(), error.details() or "") from error
-
-
-def _translate(client: Containerd, doing: str, code: grpc.StatusCode, details: str) -> PodferryError:
-    what = f"containerd cannot {doing}"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return TimedOut(f"containerd was too slow to {doing}", remedy="see containerd's log on this node")
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return ContainerdUnreachable(
-            what, why=f"{client.socket}: {details}", remedy="start containerd, or name its socket"
-        )
-    kinds = {grpc.StatusCode.NOT_FOUND: ContainerdNotFound, grpc.StatusCode.ALREADY_EXISTS: ContainerdAlreadyExists}
-    kind = kinds.get(code, ContainerdFailed)
-    return kind(what, why=details or code.name, evidence=details.splitlines()[1:])

@@ -10,11 +10,11 @@ import structlog
 
 from podferry.errors import Failed, PodferryError
 from podferry.snapshotter.collect import Collector
-from podferry.snapshotter.metadata import Home
 from podferry.snapshotter.metrics import Metrics
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.prefetch import Prefetcher
 from podferry.snapshotter.publisher import Publisher
+from podferry.snapshotter.snapshot_row import Home
 
 log = structlog.get_logger()
 

@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, Refused
 from podferry.snapshotter.filters import parse
+from podferry.snapshotter.snapshot_row import Home, SnapshotKind, SnapshotRow
 
 LABELS_LIMIT = 4096  # bytes of a label's key and value, containerd's pkg/labels
 
@@ -53,47 +52,6 @@ class MetadataBroken(Failed):
     """The node's own snapshot database cannot be read."""
 
     code = "PF260"
-
-
-class SnapshotKind(IntEnum):
-    """The numbers are containerd's."""
-
-    VIEW = 1
-    ACTIVE = 2
-    COMMITTED = 3
-
-
-class Home(StrEnum):
-    """Where a snapshot's files are: on the node's own disk, or on the share."""
-
-    DISK = "disk"
-    SHARE = "share"
-
-
-@dataclass(frozen=True)
-class SnapshotRow:
-    """One row. `chain` is the layer it is, if it is one; `bytes` and `inodes` are what it takes on the node's disk.
-
-    `moved_at` is the newest snapshot's id when the files moved to the share: mounts of younger ones use the share.
-    `note` says why a layer is not on the share; `boot` is the boot of the machine in which it was committed.
-    `device` is that of the share from which its image was mounted.
-    """
-
-    id: int
-    name: str
-    kind: SnapshotKind
-    parent: str
-    created: int  # nanoseconds since the epoch
-    updated: int
-    labels: dict[str, str] = field(default_factory=dict)
-    chain: str | None = None
-    home: Home = Home.DISK
-    bytes: int = 0
-    inodes: int = 0
-    moved_at: int | None = None
-    note: str = ""
-    boot: str = ""
-    device: int | None = None
 
 
 _SCHEMA = """

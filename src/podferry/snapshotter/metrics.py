@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from podferry.errors import PodferryError
-from podferry.snapshotter.metadata import SnapshotRow
+from podferry.snapshotter.snapshot_row import SnapshotRow
 
 
 class Metrics:

@@ -30,7 +30,7 @@ from podferry.snapshotter.housekeeping import Housekeeping
 from podferry.snapshotter.kept import LayerWatch
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.leases import Leases
-from podferry.snapshotter.metadata import Home, Metadata
+from podferry.snapshotter.metadata import Metadata
 from podferry.snapshotter.metrics import Metrics
 from podferry.snapshotter.mounts import mounted_read_only
 from podferry.snapshotter.opening import open_share
@@ -40,6 +40,7 @@ from podferry.snapshotter.prefetch import Prefetcher
 from podferry.snapshotter.publisher import Publisher
 from podferry.snapshotter.references import References
 from podferry.snapshotter.service import Service
+from podferry.snapshotter.snapshot_row import Home
 from podferry.snapshotter.snapshotter import Snapshotter
 from podferry.snapshotter.store import LayerStore
 from podferry.snapshotter.tree import TreeForm

@@ -18,7 +18,8 @@ import structlog
 from podferry.errors import Failed, PodferryError
 from podferry.snapshotter.faults import LayerExchanged, LayerUnfit
 from podferry.snapshotter.leases import Lease
-from podferry.snapshotter.metadata import Home, Metadata, SnapshotRow, this_boot
+from podferry.snapshotter.metadata import Metadata, this_boot
+from podferry.snapshotter.snapshot_row import Home, SnapshotRow
 from podferry.snapshotter.store import LayerStore
 
 RETRY = (5.0, 60.0)  # seconds after a failure: the first, and the longest

@@ -25,14 +25,9 @@ from podferry.snapshotter.faults import (
     ShareReadOnly,
     ShareUnavailable,
 )
-from podferry.snapshotter.metadata import (
-    SnapshotExists,
-    SnapshotInUse,
-    SnapshotInvalid,
-    SnapshotMissing,
-    SnapshotRow,
-)
+from podferry.snapshotter.metadata import SnapshotExists, SnapshotInUse, SnapshotInvalid, SnapshotMissing
 from podferry.snapshotter.publisher import STAYS
+from podferry.snapshotter.snapshot_row import SnapshotRow
 from podferry.snapshotter.snapshotter import PreparedMount, Snapshotter
 
 T = TypeVar("T")

@@ -35,10 +35,11 @@ from podferry.snapshotter.faults import LayerMissing
 from podferry.snapshotter.kept import NodeDigests
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.leases import Lease
-from podferry.snapshotter.metadata import Home, Metadata, SnapshotExists, SnapshotInUse, SnapshotKind, SnapshotRow
+from podferry.snapshotter.metadata import Metadata, SnapshotExists, SnapshotInUse
 from podferry.snapshotter.mounts import mount_directory, mount_image, mount_points
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.publisher import Publisher
+from podferry.snapshotter.snapshot_row import Home, SnapshotKind, SnapshotRow
 from podferry.snapshotter.store import Layer, LayerStore
 from podferry.snapshotter.tree import FILES, walk
 

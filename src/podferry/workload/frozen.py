@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from podferry.core.undo import Handler
-from podferry.criu.checkpoint import HeldDump, Process
+from podferry.criu.checkpoint import HeldDump
+from podferry.criu.processes import Process
 from podferry.criu.waiting import wake
 from podferry.engine.journal import Part
 from podferry.engine.ports import OriginalGone

@@ -13,10 +13,11 @@ from typing import Any, TypeVar, cast
 import anyio
 import structlog
 
-from podferry.criu.checkpoint import Process
+from podferry.criu.processes import Process
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Failed
-from podferry.node.containerd import Containerd, ContainerdFailed, ContainerdNotFound
+from podferry.node.containerd import Containerd
+from podferry.node.containerd_errors import ContainerdFailed, ContainerdNotFound
 from podferry.node.outside import IN_POD, surviving
 from podferry.node.process import last_lines, spawn
 from podferry.node.records import TaskStatus

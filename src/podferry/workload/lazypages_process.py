@@ -9,8 +9,8 @@ from pathlib import Path
 
 import anyio
 
-from podferry.criu.checkpoint import Process
 from podferry.criu.incoming import Incoming
+from podferry.criu.processes import Process
 from podferry.engine.journal import Part
 from podferry.engine.ports import Json
 from podferry.errors import Failed, PodferryError

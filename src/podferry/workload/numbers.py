@@ -12,7 +12,8 @@ target changes them.
 
 from __future__ import annotations
 
-from podferry.errors import PeerMisbehaved
+from podferry.errors import Failed, PeerMisbehaved
+from podferry.node.upper import Receiver
 from podferry.wire.messages import AddressSpaceSum, FileSum, StateEnd, TreeSum
 
 PID_BITS = 22
@@ -51,3 +52,11 @@ def demand_known(end: StateEnd, containers: int, trees: int) -> None:
         raise PeerMisbehaved(
             "the source names a container or a tree of files that the workload does not have", why=str(strange[0])
         )
+
+
+def demand_whole(receiver: Receiver | None, number: int, end: StateEnd, what: str) -> None:
+    """Raise `Failed` unless the tree `number` came as the source sent it."""
+    sent = next((one for one in end.trees if one.tree == number), None)
+    came = receiver.finish() if receiver is not None else None
+    if came is None or sent != TreeSum(number, came.entries, came.bytes, came.digest):
+        raise Failed(f"{what} did not arrive whole", why=f"{came} is not {sent}")

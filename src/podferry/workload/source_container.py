@@ -21,8 +21,9 @@ from podferry.core.connections import OpenConnection, judge
 from podferry.core.inventory import encode
 from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import GUARDING_CRIU, numbers
-from podferry.criu.checkpoint import CRIU_CONF, HeldDump, Process
+from podferry.criu.checkpoint import CRIU_CONF, HeldDump
 from podferry.criu.dump_gate import DumpGate
+from podferry.criu.processes import Process
 from podferry.criu.skipped_pages import Population, complete, population, possible
 from podferry.criu.timers import put_right, put_threads_right
 from podferry.criu.vfork import freeze_apart_from_vfork

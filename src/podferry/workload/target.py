@@ -23,13 +23,13 @@ from podferry.node.staging import Staged, discard_all
 from podferry.node.upper import Receiver
 from podferry.wire.frames import File
 from podferry.wire.messages import StateEnd
-from podferry.workload import target_container
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.helpers import answered, gathered
-from podferry.workload.numbers import container_of_address_space, container_of_directory, demand_known
+from podferry.workload.numbers import container_of_address_space, container_of_directory, demand_known, demand_whole
 from podferry.workload.page_channel import DaemonPageChannel
-from podferry.workload.target_container import TargetContainer, demand_whole
+from podferry.workload.target_container import TargetContainer
+from podferry.workload.target_undo import handlers as handlers_of_containers
 from podferry.workload.threads import at_once, run
 
 MADE_TIMEOUT = 100.0
@@ -278,4 +278,4 @@ def handlers(config: Config) -> dict[str, Handler]:
         for directory in facts["directories"]:
             await run(discard_all, Path(directory))
 
-    return {**target_container.handlers(config), "staged-volumes": unstage}
+    return {**handlers_of_containers(config), "staged-volumes": unstage}

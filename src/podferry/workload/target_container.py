@@ -7,20 +7,15 @@ one that a killed agent left.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 
 from podferry.core.allowed_rights import rights_of
-from podferry.core.undo import Handler
-from podferry.criu.checkpoint import Process
 from podferry.criu.images import missing
 from podferry.criu.incoming import Incoming
-from podferry.criu.incoming import remove as remove_incoming
+from podferry.criu.processes import Process
 from podferry.criu.restored_group import group_to_restore
 from podferry.criu.restoring import RestoreProcess
 from podferry.criu.rights import demand_no_more
@@ -34,16 +29,16 @@ from podferry.node.records import Container
 from podferry.node.runtime import ContainerRuntime
 from podferry.node.upper import Receiver, refresh_root
 from podferry.wire.frames import HELD_PAGES, File
-from podferry.wire.messages import StateEnd, TreeSum
+from podferry.wire.messages import StateEnd
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
-from podferry.workload.helpers import answered, kill_helper
+from podferry.workload.helpers import answered
 from podferry.workload.keeping import INVENTORY, Kept, keeping, let_run_late
 from podferry.workload.lazypages_process import LazyPagesProcess
 from podferry.workload.nodefacts import version
-from podferry.workload.numbers import address_space_of, container_of_address_space, directory_of
+from podferry.workload.numbers import address_space_of, container_of_address_space, demand_whole, directory_of
 from podferry.workload.received_images import ReceivedImages
-from podferry.workload.threads import at_once, run, threaded
+from podferry.workload.threads import at_once, run
 
 PREPARE_TIMEOUT = 60.0
 RESTORE_TIMEOUT = 60.0
@@ -408,26 +403,3 @@ class TargetContainer:
         if self._store is None:
             raise Bug("pages came before the container was prepared")
         return self._store
-
-
-def demand_whole(receiver: Receiver | None, number: int, end: StateEnd, what: str) -> None:
-    """Raise `Failed` unless the tree `number` came as the source sent it."""
-    sent = next((one for one in end.trees if one.tree == number), None)
-    came = receiver.finish() if receiver is not None else None
-    if came is None or sent != TreeSum(number, came.entries, came.bytes, came.digest):
-        raise Failed(f"{what} did not arrive whole", why=f"{came} is not {sent}")
-
-
-def handlers(config: Config) -> dict[str, Handler]:
-    """How each thing that the ledger of a container on the target may hold, whoever makes it, is taken back."""
-
-    def remove_mark(facts: Mapping[str, Any]) -> None:
-        with suppress(FileNotFoundError):
-            (config.run / "restored" / facts["key"]).unlink()
-
-    return {
-        "scratch": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
-        "incoming": threaded(lambda facts: remove_incoming(config.incoming, facts["key"])),
-        "restored": threaded(remove_mark),
-        "lazy-pages-daemon": threaded(kill_helper),
-    }

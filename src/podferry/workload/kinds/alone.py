@@ -11,7 +11,8 @@ from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
 from podferry.node import apparmor
 from podferry.node.cgroup import Cgroup
-from podferry.node.containerd import Containerd, ContainerdNotFound
+from podferry.node.containerd import Containerd
+from podferry.node.containerd_errors import ContainerdNotFound
 from podferry.node.jobfacts import resident
 from podferry.node.newfile import check_new
 from podferry.node.open_connections import open_connections

@@ -14,10 +14,12 @@ import anyio
 import anyio.lowlevel
 
 from podferry.core.undo import Handler
-from podferry.criu.checkpoint import CRIU_CONF, Process
+from podferry.criu.checkpoint import CRIU_CONF
 from podferry.criu.incoming import Incoming
+from podferry.criu.processes import Process
 from podferry.errors import Bug, Failed, PodferryError, Refused
-from podferry.node.containerd import Containerd, ContainerdAlreadyExists, ContainerdNotFound
+from podferry.node.containerd import Containerd
+from podferry.node.containerd_errors import ContainerdAlreadyExists, ContainerdNotFound
 from podferry.node.netns import is_own
 from podferry.node.newfile import check_new, create_new
 from podferry.node.records import Container, upper_dir

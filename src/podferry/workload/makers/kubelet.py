@@ -20,11 +20,12 @@ import structlog
 
 from podferry.core.limits import PARSED_IMAGE, TERMINATION_MESSAGE
 from podferry.core.undo import Handler
-from podferry.criu.checkpoint import CRIU_CONF, Process
+from podferry.criu.checkpoint import CRIU_CONF
 from podferry.criu.connections import content
 from podferry.criu.images import without_deleted_sources
 from podferry.criu.incoming import pod_key
 from podferry.criu.network_setup import has_streams
+from podferry.criu.processes import Process
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import IMAGES, Images
 from podferry.errors import Bug, Failed

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from podferry.engine.source import Order
+from podferry.engine.order import Order
 from podferry.model import Mode
 from podferry.workload.pod.probes import Probe
 
