@@ -20,6 +20,28 @@ def test_the_diagram_in_the_architecture_is_the_tables() -> None:
     assert diagram() in (ROOT / "ARCHITECTURE.md").read_text(), "run scripts/diagram .venv"
 
 
+def test_the_files_that_the_architecture_names_exist() -> None:
+    """Each by its path in the package, or by its name alone where the text before it has named the directory."""
+    text, root = (ROOT / "ARCHITECTURE.md").read_text(), ROOT / "src/podferry"
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py|(?:[a-z_]+/)+[a-z_-]+)`", text))
+    assert len(named) > 60
+    have = {path.name for path in root.rglob("*.py")}
+    directories = {path.parts[len(root.parts)] for path in root.glob("*/")}
+    missing = {one for one in named if one.partition("/")[0] in directories and not (root / one).exists()}
+    missing |= {one for one in named if "/" not in one and one not in have}
+    assert missing == set()
+    assert not {one for one in named if one.endswith(".py") and "/" in one and not (root / one).exists()}
+
+
+def test_the_packages_that_the_architecture_names_are_those_that_there_are() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    table = text[text.index("| package |") : text.index("A package imports only")]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    root = ROOT / "src/podferry"
+    there = {path.parent.name for path in root.glob("*/__init__.py")} | {path.stem for path in root.glob("[a-z]*.py")}
+    assert named == there
+
+
 def test_processes_have_one_door() -> None:
     door = ROOT / "src/podferry/node/process.py"
     users = [path for path in SOURCES if re.search(r"^\s*(import|from) subprocess\b", path.read_text(), re.MULTILINE)]
