@@ -20,7 +20,7 @@ from pathlib import Path
 
 from podferry.lazypages.criu_socket import FINISHED, SOCKET
 from podferry.memory.kernel import uffd
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.page_store import PageStore
 from podferry.protos import pagemap_pb2
 

@@ -10,7 +10,7 @@ import pytest
 from node_job import Arrival, Job
 
 from podferry.lazypages.status import DaemonState, read_status
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.node.containerd import Containerd
 
 pytestmark = pytest.mark.node

@@ -18,7 +18,7 @@ from lazypages_job import MOVED, fill_store, live, live_threaded, write_images
 
 from podferry.lazypages import daemon, task
 from podferry.lazypages.status import DaemonState, read_status
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 
 pytestmark = [
     pytest.mark.node,

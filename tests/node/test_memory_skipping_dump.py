@@ -12,7 +12,7 @@ from podferry.criu.checkpoint import HeldDump
 from podferry.criu.images import PE_LAZY, PE_PRESENT, page_map, tasks
 from podferry.criu.memory_skipping import MemorySkippingDump
 from podferry.criu.skipped_pages import complete, population
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.pagemap import reports_guards
 from podferry.memory.ranges import Runs
 from podferry.node.containerd import Containerd

@@ -18,7 +18,7 @@ from podferry.criu.restored_group import group_to_restore
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import DirtySet
 from podferry.lazypages.status import DaemonState, read_status
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.page_store import PageStore, Totals
 from podferry.memory.tracking.tracker import choose, probe
 from podferry.node.cgroup import Frozen

@@ -13,7 +13,7 @@ import pytest
 from trackers_zoo import Zoo
 
 from podferry.memory.kernel.maps import private_anonymous, read_areas
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.reader import Data, Gone, Reader, Zero
 from podferry.memory.tracking.tracker import DirtyScan, Tracker, TrackerKind, choose, create, probe
 

@@ -15,7 +15,7 @@ from trackers_zoo import Job, Zoo, wait_gone
 
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.maps import locked_bytes, private_anonymous, read_areas
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.pagemap import open_pagemap, read_entries
 from podferry.memory.kernel.reader import Data, Gone, Piece, Reader, Zero
 from podferry.memory.ranges import Runs

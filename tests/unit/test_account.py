@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.core.preflight import NoRoom
 from podferry.errors import Failed
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.page_store import PageStore
 from podferry.model import Mode
 from podferry.node import own_tmpfs

@@ -17,7 +17,7 @@ from podferry.engine.after_switchover import AfterSwitchover
 from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.ports import DirtySet, OriginalGone
 from podferry.errors import Failed, PeerLost
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Mode

@@ -19,7 +19,7 @@ from podferry.core.phases import SourcePhase
 from podferry.criu.images import _MM_MAGIC, COMMON_MAGIC, FILES_MAGIC, write_entries
 from podferry.errors import UsageError
 from podferry.kube.quantities import quantity
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.model import Mode
 from podferry.protos import pagemap_pb2, rights_pb2
 

@@ -18,7 +18,7 @@ from podferry.criu.images import (
     tasks,
 )
 from podferry.errors import PeerMisbehaved
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import Runs
 from podferry.memory.store.page_store import PageStore
 from podferry.protos.pagemap_pb2 import MmEntry, PagemapEntry, PagemapHead, PstreeEntry, VmaEntry

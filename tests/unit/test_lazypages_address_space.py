@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from podferry.lazypages.address_space import AddressSpace
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.uffd import Remap
 from podferry.memory.ranges import Runs
 from podferry.memory.store.runs import Run, RunMap

@@ -19,7 +19,7 @@ from podferry.lazypages.copying import PageIndex
 from podferry.lazypages.criu_socket import FINISHED, SOCKET, CriuSocket, Restored, RestoreFinished
 from podferry.lazypages.page_source import AgentSource, Frame, NoSource, Word
 from podferry.lazypages.status import DaemonState, DaemonStatus, StatusFile, read_status
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import Runs
 
 pytestmark = pytest.mark.unit

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from podferry.errors import UsageError
 from podferry.memory.kernel import pagemap
 from podferry.memory.kernel.maps import private_anonymous, read_areas
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.pagemap import Category, Entries, Regions, decode_entries, open_pagemap, read_entries
 from podferry.memory.kernel.reader import Data, Gone, Reader, Zero, split_zeroes
 from podferry.memory.kernel.zero_frames import ZeroFrames

@@ -17,7 +17,7 @@ from podferry.criu.images import PE_LAZY, PE_PRESENT, Mapped, anonymous_areas, p
 from podferry.criu.skipped_pages import Population, complete, population, settled, worth_skipping
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.memory.kernel import guards, pagemap
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.protos.pagemap_pb2 import MmEntry, PagemapEntry, PagemapHead, VmaEntry
 

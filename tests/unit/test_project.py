@@ -57,7 +57,7 @@ ONE_PLACE = {
         "node/host.py",
         "snapshotter/mounts.py",
     },
-    r"SC_PAGE_?SIZE|mmap\.PAGESIZE": {"memory/kernel/page.py", "snapshotter/prefetch.py", "bench/machine.py"},
+    r"SC_PAGE_?SIZE|mmap\.PAGESIZE": {"memory/kernel/page_size.py", "snapshotter/prefetch.py", "bench/machine.py"},
     r"pidfd_getfd\(|PIDFD_GETFD": {"fs/libc.py"},
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.page_store import ADDRESS_LIMIT, LONGEST_WRITE, RECENT, RECORD, PageStore, Totals
 
 pytestmark = [

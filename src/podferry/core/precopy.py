@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 PAGE = 4096
-"""Bytes in which memory is counted here and on the wire, whatever a page of a node is (`podferry.memory.kernel.page`)."""
+"""Bytes in which memory is counted here and on the wire, whatever a page of a node is (`podferry.memory.kernel.page_size`)."""
 LAST_PAGES_SHARE = 0.25
 CLEARLY_LESS = 0.9
 PATIENCE = 5

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from podferry.errors import PeerMisbehaved
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import Runs
 from podferry.memory.store.page_store import ADDRESS_LIMIT, PageStore
 from podferry.memory.store.runs import RunMap

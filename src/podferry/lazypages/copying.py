@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from podferry.errors import Bug
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import Runs
 from podferry.memory.store.page_store import PageStore
 

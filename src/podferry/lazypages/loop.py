@@ -23,7 +23,7 @@ from podferry.lazypages.page_source import Frame, PageSource, Word
 from podferry.lazypages.status import DaemonState, StatusFile
 from podferry.lazypages.task import Counts, FaultAnswer, FedTask
 from podferry.memory.kernel import uffd
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.page_store import PageStore
 
 _SPINS = 50

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from podferry.errors import Bug, PeerMisbehaved
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 
 _FRAME = struct.Struct("=B7xQQQ")
 

@@ -14,7 +14,7 @@ from podferry.lazypages.address_space import AddressSpace
 from podferry.lazypages.copying import LARGEST_READ, Copy
 from podferry.lazypages.page_source import Frame, PageSource, Word
 from podferry.memory.kernel import uffd
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.runs import Run
 
 AROUND = 16

@@ -15,7 +15,7 @@ from podferry.criu import skipped_pages
 from podferry.criu.dump_gate import DumpGate
 from podferry.errors import CommandFailed, TimedOut
 from podferry.memory.kernel import uffd
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.tracking import tracker
 from podferry.node import outside
 from podferry.node.cgroup import cgroup_kind

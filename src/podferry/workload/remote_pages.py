@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from podferry.engine.ports import OriginalGone
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.reader import Data, Gone, Reader
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.wire.batch import PageBatch

@@ -10,7 +10,7 @@ from pathlib import Path
 from podferry.criu.skipped_pages import worth_skipping
 from podferry.engine.ports import DirtySet, OriginalGone
 from podferry.errors import Bug
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.reader import Data, Reader
 from podferry.memory.ranges import EMPTY, Growing, Runs
 from podferry.memory.tracking.tracker import DirtyScan, Tracker

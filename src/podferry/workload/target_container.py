@@ -22,7 +22,7 @@ from podferry.criu.rights import demand_no_more
 from podferry.engine.journal import Part
 from podferry.engine.ports import IMAGES, LOG, Json, PageChannel
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, TimedOut
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.page_store import PageStore
 from podferry.memory.store.page_store import Totals as StoreTotals
 from podferry.node.records import Container

@@ -7,7 +7,7 @@ import os
 from functools import cache
 
 from podferry.memory.kernel.maps import read_areas
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.pagemap import Category, Scanner, ScanQuery, open_pagemap, reports_guards
 
 _GUARD_INSTALL = 102  # MADV_GUARD_INSTALL of asm-generic/mman-common.h

@@ -21,7 +21,7 @@ from functools import cache
 from itertools import compress, repeat
 from operator import and_
 
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.zero_frames import ZeroFrames, zero_frames
 from podferry.memory.ranges import Runs
 

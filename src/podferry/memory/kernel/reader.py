@@ -20,7 +20,7 @@ from itertools import islice
 
 from podferry.fs.libc import libc
 from podferry.memory.kernel.maps import covered, read_areas
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import EMPTY, Runs
 
 PIECE = 1 << 20  # bytes; larger buffers fall out of the processor's cache

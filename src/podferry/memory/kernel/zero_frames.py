@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 
 _HUGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _FRAME = (1 << 55) - 1  # of a pagemap entry, see Documentation/admin-guide/mm/pagemap.rst

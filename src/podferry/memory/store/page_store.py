@@ -25,7 +25,7 @@ from podferry.errors import Failed, PeerMisbehaved
 from podferry.fs.libc import libc
 from podferry.fs.private import private_directory
 from podferry.fs.replacing import replace_file
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.memory.store.runs import Run, RunMap
 

@@ -19,7 +19,7 @@ from typing import Protocol
 from podferry.errors import UsageError
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.maps import Area
-from podferry.memory.kernel.page import PAGE
+from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.pagemap import has_scan, open_pagemap, read_entries
 from podferry.memory.kernel.zero_frames import zero_frames
 from podferry.memory.ranges import Runs
