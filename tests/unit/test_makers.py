@@ -21,7 +21,7 @@ from podferry.workload.config import Config
 from podferry.workload.helpers import start_helper
 from podferry.workload.makers import containerd
 from podferry.workload.makers.containerd import ContainerdContainer
-from podferry.workload.makers.kubelet import KubeletContainer, KubeletMaker
+from podferry.workload.makers.kubelet import STAND_IN, KubeletContainer, KubeletMaker, KubeletOwner
 from podferry.workload.offered import OfferedContainer, PodPart
 
 pytestmark = pytest.mark.unit
@@ -169,3 +169,20 @@ async def test_a_container_whose_podferry_runc_ended_with_the_agent_before_is_no
     maker = KubeletContainer(config, None, Part(Journal(tmp_path / "m"), 0), PodPart("main", "c0", ()))  # type: ignore[arg-type]
     with pytest.raises(Failed, match="the agent was restarted"):
         await maker.make(SimpleNamespace(adopted=True), 60.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("stands_in", [False, True])
+async def test_nobody_answers_probes_for_a_pod_that_has_moved(
+    stands_in: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its entry goes, so that a later start of the agent does not kill another process for it."""
+    killed: list[Any] = []
+    monkeypatch.setattr("podferry.workload.makers.kubelet.kill_helper", killed.append)
+    journal = Journal(tmp_path / "m")
+    if stands_in:
+        journal.acquire(STAND_IN, pid=7, started=8)
+    owner: Any = SimpleNamespace(_journal=journal)
+    await KubeletOwner.after_commit(owner, [])
+    assert killed == ([{"pid": 7, "started": 8}] if stands_in else [])
+    assert Journal(tmp_path / "m").held(STAND_IN) is None
