@@ -2,6 +2,7 @@
 
 # ruff: noqa: F821, PTH104, PTH108, PTH123
 import ctypes
+import mmap
 import os
 import pty
 import resource
@@ -141,10 +142,23 @@ def zombies():
 
 @situation
 def stopped_child():
-    child = forked(lambda: None)
+    """It runs no instruction. Whoever lets go of it has it wake up, and stop again."""
+    shared = mmap.mmap(-1, 4096)
+
+    def work():
+        while True:
+            shared[:8] = (int.from_bytes(shared[:8], "big") + 1).to_bytes(8, "big")
+
+    child = forked(work)
     os.kill(child, signal.SIGSTOP)
     os.waitpid(child, os.WUNTRACED)
-    count(lambda number: state_of(child) in "Tt" or bad("it runs"))
+    had = shared[:8]
+
+    def step(number):
+        if soon(True, lambda: state_of(child) in "Tt")() is not True or shared[:8] != had:
+            bad("it runs")
+
+    count(step)
 
 
 @situation
