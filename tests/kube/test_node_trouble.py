@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
+from podferry.agent.notices import Notices
 from podferry.kube.client import EVENTS, MIGRATIONS, NODE_DRAINS, NODES, PODS
-from podferry.kube.drain import BY_ANNOTATION, NodeDrain
-from podferry.kube.errors import ObjectNotFound
+from podferry.kube.drain import BY_ANNOTATION, CLOUD_ANNOTATION, NodeDrain
+from podferry.kube.errors import Forbidden, ObjectNotFound
 from podferry.kube.migration import Migration
 
+from .rights import apply, as_account
 from .test_drain import agents, get, reached, under_way
 from .world import World
 
@@ -113,3 +116,67 @@ async def test_a_persons_drain_is_hurried_and_stays_stopped(going: World) -> Non
     assert drain.spec.stop
     assert not await under_way(world)
     assert await world.api.find(PODS, "train", world.namespace) is not None
+
+
+async def test_the_clouds_word_begins_a_drain_and_a_time_by_hand_that_is_sooner_goes_before(going: World) -> None:
+    world = going
+    await world.pod()
+    world.controller()
+    await world.patch(NODES, world.nodes[0], {"metadata": {"annotations": {CLOUD_ANNOTATION: "2099-01-01T00:00:00Z"}}})
+    drain = await there(world)
+    assert drain.spec.deadline == "2099-01-01T00:00:00Z"
+    assert CLOUD_ANNOTATION in str(drain.spec.cause)
+    await world.patch(NODES, world.nodes[0], {"metadata": {"annotations": {BY_ANNOTATION: "2098-01-01T00:00:00Z"}}})
+    await reached(world, lambda one: one.spec.deadline == "2098-01-01T00:00:00Z")
+
+
+@pytest.mark.cluster
+async def test_an_agent_announces_its_own_nodes_end_and_writes_nothing_else(
+    real_world: World, control_plane: Path
+) -> None:
+    world = real_world
+    mine, other = world.nodes
+    await apply(world.api)
+    async with as_account(world, control_plane, "podferry-agent", mine) as agent:
+
+        async def annotate(node: str, **about: object) -> None:
+            await agent.patch(NODES, node, {"metadata": about}, uid=None)
+
+        notice = {CLOUD_ANNOTATION: "2099-01-01T00:00:00Z"}
+        with pytest.raises(Forbidden):
+            await annotate(mine, annotations=notice)
+        await apply(world.api, ("cloud-notices/cloud-notices.yaml",))
+
+        async def refused() -> bool:  # a policy takes effect a moment after it was made
+            try:
+                await annotate(other, annotations={CLOUD_ANNOTATION: None})
+            except Forbidden as why:
+                return "no node but its own" in why.why
+            return False
+
+        await world.until(refused)
+        await world.patch(NODES, mine, {"metadata": {"annotations": {"kept": "1"}, "labels": {"kept": "1"}}})
+        for about in (
+            {"annotations": {"kept": "2"}},
+            {"annotations": {"kept": None}},
+            {"annotations": {**notice, BY_ANNOTATION: "1m"}},
+            {"labels": {"kept": None}},
+            {"labels": {"new": "1"}},
+        ):
+            with pytest.raises(Forbidden, match="nothing of a node but"):
+                await annotate(mine, **about)
+        with pytest.raises(Forbidden, match="nothing of a node but"):
+            await agent.patch(NODES, mine, {"spec": {"unschedulable": True}}, uid=None)
+
+        async def asked(now: datetime) -> datetime | None:
+            return told
+
+        told: datetime | None = datetime(2099, 1, 1, tzinfo=UTC)
+        notices = Notices(agent, mine, asked)
+        assert await notices._allowed()
+        await notices.step()
+        annotations = (await world.api.get(NODES, mine))["metadata"]["annotations"]
+        assert annotations.items() >= {"kept": "1", **notice}.items()
+        told = None
+        await notices.step()
+        assert CLOUD_ANNOTATION not in (await world.api.get(NODES, mine))["metadata"]["annotations"]

@@ -22,6 +22,7 @@ KEEP = {"helm.sh/resource-policy": "keep"}
 PARTS = {
     "evictions": ["evictions.enabled=true"],
     "opt-in": ["optIn.enabled=true"],
+    "cloud-notices": ["cloudNotices.enabled=true"],
     "requested-by": ["requestedBy.enabled=true"],
     "monitoring": ["monitoring.enabled=true"],
 }

@@ -87,7 +87,7 @@ async def _alone(config: Config) -> None:
 
 
 async def _in_cluster(config: Config) -> None:
-    from podferry.agent import certificate
+    from podferry.agent import certificate, notices
     from podferry.agent.kubernetes import Kubernetes
     from podferry.kube.client import Api
 
@@ -96,6 +96,7 @@ async def _in_cluster(config: Config) -> None:
         tasks.start_soon(_until_signalled, tasks.cancel_scope)
         await certificate.ensure(api, namespace, config.node, config.certificates)
         tasks.start_soon(certificate.keep, api, namespace, config.node, config.certificates)
+        tasks.start_soon(notices.watch, api, config.node)
         cluster = Kubernetes(api, config.node)
         agent = Agent(config, cluster)
 

@@ -18,10 +18,10 @@ from podferry.controller.status_writer import clock
 from podferry.errors import PodferryError, UsageError
 from podferry.kube.cache import Cache
 from podferry.kube.client import NODE_DRAINS, NODES, Json
-from podferry.kube.drain import BY_ANNOTATION, TROUBLE_ANNOTATION, NodeDrain
+from podferry.kube.drain import NODE_ANNOTATIONS, TROUBLE_ANNOTATION, NodeDrain
 from podferry.kube.errors import Conflict, ObjectAlreadyExists, ObjectNotFound
 from podferry.kube.events import Events
-from podferry.kube.quantities import seconds
+from podferry.kube.quantities import seconds, timestamp
 
 AGAIN = 0.5
 
@@ -97,19 +97,20 @@ def _seen(node: Json, trigger: Trigger, now: datetime) -> Iterator[GoingAway]:
 
 
 def _by_hand(node: Json, now: datetime) -> Iterator[GoingAway]:
-    """podferry's own annotation says when: a time, or from now on."""
-    value = (node["metadata"].get("annotations") or {}).get(BY_ANNOTATION)
-    if value is None:
-        return
-    when = _time(value)
-    with contextlib.suppress(ValueError):
-        when = when or now + timedelta(seconds=seconds(value))
-    if when is None:
-        structlog.get_logger().warning(
-            "not a time", node=node["metadata"]["name"], annotation=BY_ANNOTATION, value=value[:200]
-        )
-        return
-    yield GoingAway(f"annotation {BY_ANNOTATION}={value[:200]}", when)
+    """podferry's own annotations, a person's and its agent's, say when: a time, or from now on."""
+    for name in NODE_ANNOTATIONS:
+        value = (node["metadata"].get("annotations") or {}).get(name)
+        if value is None:
+            continue
+        when = _time(value)
+        with contextlib.suppress(ValueError):
+            when = when or now + timedelta(seconds=seconds(value))
+        if when is None:
+            structlog.get_logger().warning(
+                "not a time", node=node["metadata"]["name"], annotation=name, value=value[:200]
+            )
+        else:
+            yield GoingAway(f"annotation {name}={value[:200]}", when)
 
 
 def _time(text: Any) -> datetime | None:
@@ -150,7 +151,7 @@ class NodeTroubles:
 
     async def _begin(self, node: Json, failure: GoingAway) -> None:
         about = node["metadata"]
-        spec = {"deadline": _text(failure.deadline), "cause": failure.identity}
+        spec = {"deadline": timestamp(failure.deadline), "cause": failure.identity}
         annotations = {TROUBLE_ANNOTATION: failure.identity}
         await self._api.create(
             NODE_DRAINS, {"metadata": {"name": about["name"], "annotations": annotations}, "spec": spec}
@@ -167,7 +168,7 @@ class NodeTroubles:
         deadline = min(one for one in sooner if one is not None)
         patch = {
             "metadata": {"annotations": {TROUBLE_ANNOTATION: failure.identity}},
-            "spec": {"deadline": _text(deadline)},
+            "spec": {"deadline": timestamp(deadline)},
         }
         await self._api.patch(NODE_DRAINS, drain.name, patch, uid=drain.uid)
 
@@ -176,7 +177,3 @@ class NodeTroubles:
         if drain is not None and drain.ended and drain.about:
             patch = {"metadata": {"annotations": {TROUBLE_ANNOTATION: None}}}
             await self._api.patch(NODE_DRAINS, drain.name, patch, uid=drain.uid)
-
-
-def _text(when: datetime) -> str:
-    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -42,7 +42,7 @@ from podferry.kube.client import (
     Api,
     Json,
 )
-from podferry.kube.drain import BY_ANNOTATION
+from podferry.kube.drain import NODE_ANNOTATIONS
 from podferry.kube.lease import Leader
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.watch import Queues, follow
@@ -188,7 +188,7 @@ def pruned_node(node: Json, triggers: Sequence[Trigger] = ()) -> Json:
     about, status = node["metadata"], node.get("status") or {}
     kept = ("name", "uid", "resourceVersion", "labels", "deletionTimestamp")
     conditions = {"Ready", *(one.key for one in triggers if one.kind == "condition")}
-    annotations = {BY_ANNOTATION, *(one.key for one in triggers if one.kind == "annotation")}
+    annotations = {*NODE_ANNOTATIONS, *(one.key for one in triggers if one.kind == "annotation")}
     return {
         "metadata": {
             **{name: about[name] for name in kept if name in about},
@@ -243,7 +243,7 @@ def main() -> None:
         action="append",
         metavar="KIND:KEY=TIME",
         help="drain a node that gets this taint, condition or annotation, and expect it to go away TIME later; may be repeated; "
-        f"none: only for the annotation {BY_ANNOTATION}; default: {shown}",
+        f"none: only for the annotations {' and '.join(NODE_ANNOTATIONS)}; default: {shown}",
     )
     parser.add_argument(
         "--movable-every",

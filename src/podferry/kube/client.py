@@ -76,6 +76,9 @@ SIGNING_REQUESTS = ResourceKind(
     "certificates.k8s.io/v1", "CertificateSigningRequest", "certificatesigningrequests", namespaced=False
 )
 SELF_REVIEWS = ResourceKind("authentication.k8s.io/v1", "SelfSubjectReview", "selfsubjectreviews", namespaced=False)
+ACCESS_REVIEWS = ResourceKind(
+    "authorization.k8s.io/v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews", namespaced=False
+)
 MIGRATIONS = ResourceKind("podferry.dev/v1alpha1", "Migration", "migrations")
 MIGRATION_POLICIES = ResourceKind("podferry.dev/v1alpha1", "MigrationPolicy", "migrationpolicies", namespaced=False)
 NODE_DRAINS = ResourceKind("podferry.dev/v1alpha1", "NodeDrain", "nodedrains", namespaced=False)

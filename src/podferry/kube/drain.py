@@ -17,8 +17,8 @@ from podferry.kube.objects import DURATION, ObjectPart, fixed
 from podferry.model import Mode
 
 PRIORITY_ANNOTATION = f"{GROUP}/priority"
-BY_ANNOTATION = f"{GROUP}/drain-by"
-"""On a node: when it goes away. The controller begins to drain it at once."""
+BY_ANNOTATION, CLOUD_ANNOTATION = NODE_ANNOTATIONS = (f"{GROUP}/drain-by", f"{GROUP}/cloud-notice")
+"""On a node: when it goes away, as somebody says, or its agent, whom the cloud told. The controller begins to drain it at once."""
 TROUBLE_ANNOTATION = f"{GROUP}/trouble"
 """On a NodeDrain: for which trouble of its node the controller made it."""
 MOST_PODS = 1000

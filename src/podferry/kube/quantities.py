@@ -8,9 +8,9 @@ import re
 from podferry.kube.objects import DURATION
 
 
-def timestamp() -> str:
-    """Now, as metav1.Time."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def timestamp(when: datetime.datetime | None = None) -> str:
+    """A time, or now, as metav1.Time."""
+    return (when or datetime.datetime.now(datetime.UTC)).astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 _SIZES = {
