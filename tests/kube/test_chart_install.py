@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from . import real
 
 pytestmark = pytest.mark.cluster
 SYSTEM = "podferry-system"
-ALL = ("evictions.enabled=true", "optIn.enabled=true", "requestedBy.enabled=true")
+ALL = ("evictions.enabled=true", "optIn.enabled=true", "cloudNotices.enabled=true", "requestedBy.enabled=true")
 POLICY = "policies.still.movable=false"
 CRDS = {f"{name}.podferry.dev" for name in ("migrations", "nodedrains", "migrationpolicies")}
 MIGRATION = {
@@ -27,6 +28,7 @@ MIGRATION = {
 }
 WEBHOOK = "validatingwebhookconfiguration/podferry-evictions"
 FILLED_IN = {"caBundle": "eA==", "service": {"path": "/evictions/secret"}}
+NEW_KIND = 60.0
 Json = dict[str, Any]
 
 
@@ -54,7 +56,12 @@ class Cluster:
         """Run kubectl as an administrator."""
         argv = [real.BINARIES / "kubectl", f"--kubeconfig={self.kubeconfig}", *arguments]
         stdin = json.dumps(given) if given else None
-        done = subprocess.run(argv, input=stdin, check=False, capture_output=True, text=True)
+        deadline = time.monotonic() + NEW_KIND
+        while True:
+            done = subprocess.run(argv, input=stdin, check=False, capture_output=True, text=True)
+            if "There can be a delay" not in done.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)  # admission policies learn of a kind a moment after its CRD is there
         assert not done.returncode, done.stderr
         return done.stdout
 
