@@ -83,12 +83,19 @@ async def test_a_pod_moves_and_the_migration_tells_how(world: World) -> None:
     world.controller()
     agents = Agents.of(world)
     migration = await world.migrate(
-        mode="live", maxDowntime="250ms", timeout="10m", bandwidth="5Mi", allowPostCopy=True, connections="Require"
+        mode="live",
+        maxDowntime="250ms",
+        timeout="10m",
+        bandwidth="5Mi",
+        allowPostCopy=True,
+        resources=[{"name": "main", "limits": {"memory": "1Gi"}}],
+        connections="Require",
     )
     await agents.begun(migration)
     (order,) = agents.engines[0].orders
     assert (order.containers, order.target) == (("main",), world.nodes[1])
     assert (order.order.timeout, order.order.bandwidth) == (600.0, 5 << 20)
+    assert order.memory_limits == {"main": 1 << 30}
     assert (order.order.policy.max_downtime, order.order.policy.postcopy) == (0.25, True)
     assert order.order.connections is Connections.REQUIRE
     assert agents.clusters[0].address(world.nodes[1]) == f"10.1.0.{ord('b')}:7400"

@@ -633,6 +633,30 @@ async def test_the_placeholder_asks_for_what_the_pod_needs(world: World) -> None
     assert place["spec"]["nodeName"] == world.nodes[1]
 
 
+async def test_the_target_has_the_resources_that_the_migration_asks_for(world: World) -> None:
+    await world.pod()
+    world.controller()
+    wanted = [{"name": "main", "requests": {"cpu": "200m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}}]
+    await world.migrate(resources=wanted)
+    await world.agents_move()
+    assert (await world.ended()).status.phase == "Completed"
+    resources = (await only_pod(world))["spec"]["containers"][0]["resources"]
+    assert resources == {"requests": {"cpu": "200m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "words"), [("other", "1", "no container other"), ("main", "50m", "beyond the limit 50m")]
+)
+async def test_resources_that_cannot_be_are_refused(world: World, name: str, limit: str, words: str) -> None:
+    await world.pod()
+    world.controller()
+    await world.migrate(resources=[{"name": name, "limits": {"cpu": limit}}])
+    migration = await world.ended()
+    assert (migration.status.phase, said(migration, "Eligible")) == ("Refused", ("False", "ResourcesInvalid"))
+    assert migration.status.ending is not None
+    assert words in migration.status.ending.message
+
+
 async def test_events_tell_the_story_on_pod_and_migration(world: World) -> None:
     await world.pod()
     world.controller()

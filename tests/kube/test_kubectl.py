@@ -20,6 +20,7 @@ from anyio import to_thread
 
 from podferry import __version__
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS
+from podferry.kube.errors import ApiFailed
 from podferry.model import Connections
 
 from .real import BINARIES
@@ -121,6 +122,21 @@ async def test_migrate_follows_to_the_end(world: World, run: Run) -> None:
 
 async def there(world: World) -> bool:
     return await world.api.find(MIGRATIONS, "move", world.namespace) is not None
+
+
+async def test_other_resources_are_asked_for_and_stay_as_they_were_asked_for(world: World, run: Run) -> None:
+    await world.pod()
+    words = ("--requests", "cpu=200m,memory=64Mi", "--limits", "main:memory=128Mi", "--name", "move")
+    code, out, err = await run("migrate", "train", "--detach", "--json", *words, "-n", world.namespace)
+    assert code == 0, err
+    wanted = {"name": "main", "requests": {"cpu": "200m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}}
+    assert json.loads(out)["spec"]["resources"] == [wanted]
+    for other in ([], None, [{**wanted, "limits": {"memory": "1Gi"}}]):
+        with pytest.raises(ApiFailed, match="resources cannot be changed"):
+            await world.patch(MIGRATIONS, "move", {"spec": {"resources": other}}, world.namespace)
+    for amount in ("much", "-1", "1" * 40):
+        with pytest.raises(ApiFailed, match=r"spec\.resources"):
+            await world.migrate(name="x", resources=[{"name": "main", "limits": {"cpu": amount}}])
 
 
 async def test_a_refusal_is_exit_code_three_and_json_to_the_end(world: World, run: Run) -> None:

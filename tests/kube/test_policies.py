@@ -382,6 +382,47 @@ async def test_nobody_asks_in_anothers_name_and_the_api_server_says_who_asked(
     assert answer["spec"]["requestedBy"] == "admin"
 
 
+async def test_who_may_not_get_into_a_pod_has_no_kubelet_get_in(
+    world: World, control_plane: Path, accounts: Accounts
+) -> None:
+    """`spec.verify` takes the rights that exec and port-forward take."""
+    moves = {"apiGroups": ["podferry.dev"], "resources": ["migrations"], "verbs": ["create"]}
+    await world.api.create(KINDS["Role"], {"metadata": {"name": "mover"}, "rules": [moves]}, world.namespace)
+    binding = {
+        "metadata": {"name": "mover"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "mover"},
+        "subjects": [{"kind": "ServiceAccount", "name": "default", "namespace": world.namespace}],
+    }
+    await world.api.create(KINDS["RoleBinding"], binding, world.namespace)
+    path = MIGRATIONS.path(world.namespace)
+
+    def asking(**spec: Json) -> Json:
+        about = {"apiVersion": MIGRATIONS.api, "kind": "Migration", "metadata": {"name": "x"}}
+        return {**about, "spec": {"podName": "x", **spec}}
+
+    enters, connects = {"exec": {"command": ["true"]}}, {"tcp": {"port": 1}}
+    async with as_account(world, control_plane, "default", None, world.namespace) as user:
+
+        async def refused() -> bool:
+            mine = await allowed(partial(dry, user, "POST", path, asking()))
+            return mine and not await allowed(partial(dry, user, "POST", path, asking(verify=enters)))
+
+        await world.until(refused)
+        with pytest.raises(Forbidden, match="pods/exec"):
+            await dry(user, "POST", path, asking(verify=enters))
+        for way in (connects, {"http": {"port": 1}}):
+            with pytest.raises(Forbidden, match="pods/portforward"):
+                await dry(user, "POST", path, asking(verify=way))
+        also = {"apiGroups": [""], "resources": ["pods/exec", "pods/portforward"], "verbs": ["create"]}
+        await world.patch(KINDS["Role"], "mover", {"rules": [moves, also]}, world.namespace)
+
+        async def lets_in() -> bool:
+            return await allowed(partial(dry, user, "POST", path, asking(verify=enters)))
+
+        await world.until(lets_in)
+        await dry(user, "POST", path, asking(verify=connects))
+
+
 async def test_the_controller_prefers_the_control_plane(world: World) -> None:
     """By the real scheduler."""
     deployment = next(

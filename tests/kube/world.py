@@ -56,6 +56,8 @@ class World:
     resumed: set[str] = field(default_factory=set)
     also: list[tuple[ResourceKind, str]] = field(default_factory=list)
     """What is of no namespace and goes with it."""
+    answers: bool = True
+    """Whether jobs answer the startup probes of kubelets."""
 
     @classmethod
     @asynccontextmanager
@@ -284,7 +286,8 @@ class World:
         )
         if pod.get("status", {}).get("phase") != "Pending" or (waits and about["uid"] not in self.resumed):
             return
-        await self.report(pod, "Running", {"running": {"startedAt": timestamp()}}, ready=True)
+        ready = self.answers or not any("startupProbe" in one for one in spec["containers"])
+        await self.report(pod, "Running", {"running": {"startedAt": timestamp()}}, ready=ready)
 
     async def report(self, pod: Json, phase: str, state: Json, *, ready: bool) -> None:
         """A pod's status as its kubelet would say it."""
@@ -294,6 +297,7 @@ class World:
                 "image": one["image"],
                 "imageID": "",
                 "ready": ready,
+                "started": ready,
                 "restartCount": 0,
                 "state": state,
             }

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from podferry.core.allowed_rights import CAPABILITIES, Rights, rights_of
 from podferry.criu.images import messages_of
 from podferry.criu.incoming import Incoming
+from podferry.criu.oom_score import raise_to_spec
 from podferry.criu.rights import MAGIC, against, demand_no_more
 from podferry.engine.journal import Journal, Part
 from podferry.errors import PeerMisbehaved
@@ -98,6 +99,33 @@ def test_what_criu_wrote_of_a_real_job_is_no_more_than_its_spec(images: Path) ->
     assert against(images, rights()) == []
     demand_no_more(images, rights())
     assert len(list(images.glob("core-*.img"))) > 5
+
+
+def test_processes_are_raised_to_the_oom_score_that_the_spec_here_says(images: Path) -> None:
+    def scores() -> dict[str, int]:
+        found = {}
+        for path in images.glob("core-*.img"):
+            (core,) = (pb.Core.FromString(data) for data in read(path))
+            if core.HasField("tc"):
+                found[path.name] = core.tc.oom_score_adj
+        return found
+
+    alter(images / FIRST, pb.Core, lambda one: setattr(one.tc, "oom_score_adj", 990))
+    other = next(name for name in scores() if name != FIRST)
+    alter(images / other, pb.Core, lambda one: setattr(one.tc, "oom_score_adj", 1000))
+    before = (images / FIRST).read_bytes()
+    assert raise_to_spec(images, rights(process={"oomScoreAdj": -998})) is None
+    mighty = rights(process={"oomScoreAdj": 997, "capabilities": {"bounding": ["CAP_SYS_RESOURCE"]}})
+    assert mighty.has("CAP_SYS_RESOURCE")
+    assert raise_to_spec(images, mighty) is None
+    assert (images / FIRST).read_bytes() == before
+    assert raise_to_spec(images, rights(process={"oomScoreAdj": 997})) == 997
+    assert set(scores().values()) == {997, 1000}
+    assert scores()[other] == 1000, "who asked for more keeps it"
+    alter(images / FIRST, pb.Core, lambda one: setattr(one.tc, "oom_score_adj", 990))
+    assert (images / FIRST).read_bytes() == before, "nothing else has changed"
+    assert raise_to_spec(images, rights(process={"oomScoreAdj": 997})) == 997
+    demand_no_more(images, rights(process={"oomScoreAdj": 997}))
 
 
 def creds(**fields: Any) -> Change:

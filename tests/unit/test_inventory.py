@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from podferry.core.inventory import EXPECTED, Difference, decode, differences, encode, may_be_given
+from podferry.core.inventory import (
+    EXPECTED,
+    OOM_SCORE,
+    Difference,
+    decode,
+    differences,
+    encode,
+    may_be_given,
+    with_oom_score,
+)
 from podferry.errors import PeerMisbehaved
 from podferry.node import descriptors, inventory
 
@@ -230,3 +239,19 @@ def test_a_process_that_has_ended_is_in_no_inventory() -> None:
     assert inventory.take(me, [child], CPUS) == {}
     assert inventory.take(me, [me], CPUS)
     os.waitpid(child, 0)
+
+
+def test_what_the_targets_spec_raises_is_no_difference() -> None:
+    before = {
+        "1/1": {OOM_SCORE: "990", "cwd": "/"},
+        "1/2": {"comm": "x"},
+        "7/7": {OOM_SCORE: "-5"},
+        "8/8": {OOM_SCORE: "1000"},
+    }
+    expected = with_oom_score(before, 997)
+    assert expected == {
+        "1/1": {OOM_SCORE: "997", "cwd": "/"},
+        "1/2": {"comm": "x"},
+        "7/7": {OOM_SCORE: "997"},
+        "8/8": {OOM_SCORE: "1000"},
+    }

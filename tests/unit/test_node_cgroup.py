@@ -179,3 +179,15 @@ def test_what_does_not_freeze_is_killed_all_the_same(
     (tmp_path / "cgroup.procs").write_text(f"{process}\n")
     cgroup.kill()
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
+
+
+def test_memory_that_the_kernel_cannot_drop(tmp_path: Path) -> None:
+    assert Cgroup(tmp_path).memory_held() is None
+    assert v1(tmp_path).memory_held() is None, "no statistics"
+    stat = tmp_path / "memory.stat"
+    stat.write_text("cache 900\nrss 7\ntotal_cache 1000\ntotal_rss 70\ntotal_shmem 5\ntotal_swap 2\n")
+    assert v1(tmp_path).memory_held() == 77
+    stat.write_text("anon 70\nfile 1000\nshmem 5\n")
+    assert v2(tmp_path).memory_held() == 75
+    (tmp_path / "memory.swap.current").write_text("2\n")
+    assert v2(tmp_path).memory_held() == 77

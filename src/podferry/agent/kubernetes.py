@@ -30,6 +30,7 @@ from podferry.kube.errors import ApiUnreachable, NotServed, ObjectNotFound, tran
 from podferry.kube.events import Events
 from podferry.kube.migration import HANDED_OVER, TARGET_CREATED, TARGET_REQUESTED, Ending, EnginePhases, Migration
 from podferry.kube.quantities import quantity, seconds
+from podferry.kube.resources import memory_limits
 from podferry.kube.watch import Queues, follow
 from podferry.model import Mode, Outcome
 from podferry.workload.pod.ports import PodMigration, PodName, PodOrder, Pods
@@ -139,6 +140,7 @@ class Kubernetes:
                     target=status.target_node,
                     order=order_of(migration),
                     probes=network_probes(status.containers),
+                    memory_limits=memory_limits(migration.spec.resources),
                     rehearse=migration.spec.dry_run,
                 )
             )

@@ -123,7 +123,7 @@ class PodRequests:
             name,
             order.target,
             pods,
-            partial(pods.view, order.pod, order.containers, order.probes),
+            partial(pods.view, order.pod, order.containers, order.probes, order.memory_limits),
             order=replace(REHEARSAL, connections=order.order.connections) if order.rehearse else order.order,
             half=RehearsalAlone if order.rehearse else Source,
             mode=order.order.mode,

@@ -14,7 +14,9 @@ from podferry.cli import kubectl_drain as draining
 from podferry.cli import kubectl_look as looking
 from podferry.cli import kubectl_moves as moves
 from podferry.cli import kubectl_preview as previewing
+from podferry.cli import kubectl_resources as resourcing
 from podferry.cli import kubectl_tables as tables
+from podferry.cli import kubectl_verify as verifying
 from podferry.cli.exits import OF_OUTCOME, Exit
 from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.kubectl_options import (
@@ -117,6 +119,34 @@ def migrate(
         ),
     ] = False,
     connections: MayClose = None,
+    requests: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--requests",
+            metavar=resourcing.FORM,
+            help="Have a container ask for this on the target instead, e.g. main:cpu=2,memory=4Gi.",
+        ),
+    ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limits", metavar=resourcing.FORM, help="Limit a container to this on the target instead, as --requests."
+        ),
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            "--verify",
+            metavar=verifying.FORM,
+            help="What must hold of the job on the target; where it does not, the move fails (it cannot be taken back by then).",
+        ),
+    ] = None,
+    verify_container: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The container that --verify asks. Default: the pod's first.")
+    ] = None,
+    verify_timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long after the resume that may take. Default: 30s.")
+    ] = None,
     ttl: Annotated[
         str | None,
         typer.Option(
@@ -145,6 +175,7 @@ def migrate(
 
     [bold]kubectl podferry migrate train-x7k2p --json | tail -n 1 | jq -r .status.downtime[/]
     """
+    where = ClusterOptions(namespace, context, kubeconfig)
     spec: dict[str, Any] = {
         "podName": pod,
         "targetNode": to,
@@ -159,8 +190,11 @@ def migrate(
         "connections": connections and connections.value,
         "ttlSecondsAfterFinished": None if ttl is None else moves.whole_seconds(ttl),
     }
+    if requests or limits:
+        spec["resources"] = do(partial(resourcing.resources, where, pod, requests or [], limits or []))
+    if verify is not None:
+        spec["verify"] = verifying.parse(verify, verify_container, verify_timeout)
     body = moves.body(pod, name, {key: value for key, value in spec.items() if value is not None})
-    where = ClusterOptions(namespace, context, kubeconfig)
     if detach:
         made = do(partial(moves.create, where, body))
         print_json(made.to_json()) if json else stdout().print(f"migration/{made.name} created", markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from podferry.controller import eligibility, failures, pods
+from podferry.controller import eligibility, failures, pods, resizing, verifying
 from podferry.controller.eligibility import PodUnfit
 from podferry.controller.policies import Policies, group, known, settle
 from podferry.controller.status_writer import StatusWriter
@@ -60,6 +60,9 @@ class Entrance:
             return found
         if isinstance(settings, PodUnfit):
             return [settings]
+        wish = migration.spec
+        if unlike := [*resizing.misfits(source, wish.resources), *verifying.misfits(source, wish.verify)]:
+            return unlike
         impatient = eligibility.impatient_probe(source, settings)
         wrong = impatient or await self._survey.target_node(source, migration)
         return [wrong] if wrong else []

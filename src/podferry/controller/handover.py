@@ -22,7 +22,7 @@ import datetime
 from podferry.controller import eligibility, failures, pods
 from podferry.kube.client import PODS, Api, Json
 from podferry.kube.errors import Conflict, Forbidden, ObjectNotFound
-from podferry.kube.migration import RESUMED, Ending, Migration
+from podferry.kube.migration import RESUMED, VERIFIED, Ending, Migration
 from podferry.kube.quantities import timestamp
 from podferry.model import Outcome
 
@@ -100,7 +100,7 @@ class HandOver:
         """An owner ranks a pod that is not ready behind one that is; so the target may take a while to be called ready."""
         if failures.pod_ready(target):
             return False
-        since = migration.status.condition(RESUMED)
+        since = migration.status.condition(VERIFIED) or migration.status.condition(RESUMED)
         now = datetime.datetime.now(datetime.UTC)
         return since is not None and failures.age(since.last_transition_time, now) < self._readiness
 

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 from typing import Any
 
+from podferry.controller import verifying
 from podferry.kube.client import MIGRATIONS, PODS
 from podferry.kube.migration import (
     API_VERSION,
@@ -25,6 +26,7 @@ from podferry.kube.migration import (
     Migration,
 )
 from podferry.kube.paths import is_subdomain
+from podferry.kube.resources import resized
 from podferry.model import Mode
 
 Json = dict[str, Any]
@@ -57,14 +59,17 @@ def target_pod(source: Json, migration: Migration, node: str, now: datetime.date
     if "." not in source["metadata"]["name"]:  # a hostname with dots is refused; CRIU restores the old one anyway
         spec.setdefault("hostname", source["metadata"]["name"][:LONGEST_HOSTNAME].rstrip("-"))
     # Init containers have finished, startup probes have passed and postStart hooks have run: none of it a second time.
-    sidecars = [one for one in spec.pop("initContainers", None) or [] if one.get("restartPolicy") == "Always"]
+    wanted, residents = migration.spec.resources, spec.pop("initContainers", None) or []
+    sidecars = [resized(one, wanted) for one in residents if one.get("restartPolicy") == "Always"]
     if sidecars:
         spec["initContainers"] = sidecars
+    spec["containers"] = [resized(one, wanted) for one in spec["containers"]]
     fetches = migration.settings.mode is Mode.POSTCOPY or migration.settings.allow_post_copy
     for one in [*sidecars, *spec["containers"]]:
         one.pop("startupProbe", None)
         if fetches and "livenessProbe" in one:
             one["startupProbe"] = _until_it_answers(one["livenessProbe"])
+        verifying.probed(one, source, migration.spec.verify)
         (one.get("lifecycle") or {}).pop("postStart", None)
     if limit := spec.get("activeDeadlineSeconds"):
         begun = datetime.datetime.fromisoformat(source["status"]["startTime"])
@@ -125,7 +130,7 @@ def placeholder_pod(source: Json, migration: Migration, image: str) -> Json:
                 "image": image,
                 "imagePullPolicy": "IfNotPresent",
                 "command": ["sleep", "infinity"],
-                "resources": copy.deepcopy(one.get("resources") or {}),
+                "resources": resized(one, migration.spec.resources).get("resources") or {},
                 "securityContext": UNOWNED_SECURITY,
             }
             for one in [*resident, *wanted["containers"]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from podferry.controller import failures, pods
+from podferry.controller import failures, pods, verifying
 from podferry.controller.connections import with_peers
 from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
@@ -31,6 +31,7 @@ from podferry.kube.migration import (
     TARGET_CREATED,
     TARGET_REQUESTED,
     UID_LABEL,
+    VERIFIED,
     Ending,
     EnginePhases,
     Migration,
@@ -42,7 +43,7 @@ from podferry.model import Outcome
 E, P = MigrationEvent, MigrationPhase
 
 POLL_AGAIN = 2.0
-REMADE_IN = 0.5
+REMADE_IN = VERIFY_AGAIN = 0.5
 CONFLICT = 0.1
 """Seconds after which to look again where somebody was faster: the watch has to bring it."""
 SPENT = frozenset({SourcePhase.COMMIT, SourcePhase.DRAIN, SourcePhase.COMPLETED})
@@ -283,12 +284,26 @@ class Reconciler:
             if failure := self._hand_over.failure(migration, source, target):
                 await self._writer.set_condition(migration, HANDED_OVER, False, failure.reason, failure.message)
                 return await self._undo(migration, failure)
+            if (again := await self._verify(migration, target)) is not None:
+                return again
             again = await self._hand_over.step(migration, source, target)
             if again is not None:
                 return again
             await self._writer.set_condition(migration, HANDED_OVER, True, "OwnerHasTarget")
             return 0.0
         return await self._handed_over(migration, source, target)
+
+    async def _verify(self, migration: Migration, target: Json | None) -> float | None:
+        """While the source's pod is still there: does the job do what it must? None once that is known."""
+        if migration.spec.verify is None or target is None or migration.status.condition(VERIFIED) is not None:
+            return None
+        found = verifying.verdict(migration, target, await self._survey.warnings(target), clock())
+        if found is None:
+            return VERIFY_AGAIN
+        await self._writer.set_condition(migration, VERIFIED, found.holds, found.reason, found.words)
+        if not found.holds:
+            await self._writer.publish_pod_event(target, "MigrationNotVerified", found.words, warning=True)
+        return 0.0
 
     async def _handed_over(self, migration: Migration, source: Json | None, target: Json | None) -> float:
         """What is left is the source's end, and the truth about the job's."""
@@ -308,6 +323,9 @@ class Reconciler:
             return await self._undo(migration, failed)
         if over is None and not silent:
             return POLL_AGAIN
+        verified = migration.status.condition(VERIFIED)
+        if verified is not None and verified.status == "False":
+            return await self._undo(migration, verifying.ending(migration, verified.message))
         await self._writer.release(target)
         how = f", stopped for {migration.status.downtime}" if migration.status.downtime else ""
         if over is None:

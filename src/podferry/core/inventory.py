@@ -22,6 +22,7 @@ EXPECTED = {
 }
 """Attributes that may differ, and why."""
 
+OOM_SCORE = "oom_score_adj"
 _RAISES = 1 << 21 | 1 << 23
 """CAP_SYS_ADMIN and CAP_SYS_NICE, without which a process cannot give itself more of the processor or of the disk."""
 _REAL_TIME_IO = 1
@@ -57,6 +58,18 @@ def decode(data: bytes) -> Inventory:
     if not whole:
         raise PeerMisbehaved("the peer's inventory is invalid", why="it has a value that is no text")
     return dict(found)
+
+
+def with_oom_score(inventory: Inventory, least: int) -> Inventory:
+    """The inventory of a job whose processes with a lower oom_score_adj than `least` were raised to that."""
+
+    def low(value: str) -> bool:
+        return value.removeprefix("-").isdecimal() and int(value) < least
+
+    return {
+        thread: {**had, OOM_SCORE: str(least)} if low(had.get(OOM_SCORE, "")) else had
+        for thread, had in inventory.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from podferry.errors import Failed
 from podferry.kube.conditions import Condition, Conditioned
 from podferry.kube.connections import MOST_CONNECTIONS, ConnectionPeer, ListedConnection
 from podferry.kube.objects import DURATION, FIXED, NAME, QUANTITY, ObjectPart, fixed, named, rule
+from podferry.kube.resources import MOST_CONTAINERS, ContainerResources
 from podferry.kube.settings import MoveSettings
+from podferry.kube.verify import ONE_WAY, Verify
 from podferry.model import Connections, Mode
 
 GROUP, VERSION = "podferry.dev", "v1alpha1"
@@ -38,7 +40,7 @@ TARGET_READY, RESUMED, HANDED_OVER = "TargetReady", "Resumed", "HandedOver"
 TARGET_READY_BEFORE = "Poised"
 """What agents of 0.1 call `TargetReady`: while a cluster is updated, both may be there."""
 COMPLETED, FAILED, CANCELLED, REHEARSED = "Completed", "Failed", "Cancelled", "Rehearsed"
-READABLE, INTACT = "Readable", "Intact"
+READABLE, INTACT, VERIFIED = "Readable", "Intact", "Verified"
 IP_ADDRESS = r"^[0-9a-fA-F.:]+$"
 MOST_LINES, LONGEST_LINE = 64, 1000
 """Of the lists of text in a status."""
@@ -61,7 +63,7 @@ REQUESTED_BY = Field(
 class MigrationSpec(ObjectPart):
     """What is asked for."""
 
-    model_config = fixed("targetNode", "requestedBy", "mode")
+    model_config = fixed("targetNode", "requestedBy", "mode", lists=("resources",), objects=("verify",))
 
     pod_name: Annotated[
         str,
@@ -135,6 +137,23 @@ class MigrationSpec(ObjectPart):
     bandwidth: Annotated[
         str | None,
         Field(description="Bytes a second that the migration may use of the link, e.g. 50Mi.", pattern=QUANTITY),
+    ] = None
+    resources: Annotated[
+        list[ContainerResources],
+        Field(
+            description="Other requests and limits for containers of the target pod. What is not said stays as it is.",
+            max_length=MOST_CONTAINERS,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        ),
+    ] = Field(default_factory=list)
+    verify: Annotated[
+        Verify | None,
+        Field(
+            description="What must hold of the job on the target before the source's pod is given up. The job has run there by "
+            "then and cannot go back: where it does not hold, the move goes on to its end, and ends as Failed with the reason "
+            "NotVerified.",
+            json_schema_extra=ONE_WAY,
+        ),
     ] = None
     dry_run: Annotated[
         bool,
@@ -307,7 +326,8 @@ class MigrationStatus(Conditioned):
         list[Condition],
         Field(
             description="Queued (while others have their turn), "
-            "Eligible, Scheduled, TargetRequested, TargetCreated, TargetReady, Resumed, HandedOver; at the end "
+            "Eligible, Scheduled, TargetRequested, TargetCreated, TargetReady, Resumed, Verified (where the spec asks for it), "
+            "HandedOver; at the end "
             "Completed, Failed and Cancelled (of a rehearsal Rehearsed, too), and Intact, which is False where the job has not all "
             "that it had. Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},

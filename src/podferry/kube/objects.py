@@ -39,13 +39,19 @@ def named(description: str) -> Any:
     return Field(description=description, json_schema_extra=NAME)
 
 
-def fixed(*fields: str) -> ConfigDict:
-    """Fields of a spec that can neither be changed nor added or removed later: rules of a field do not see the last two."""
+def fixed(*fields: str, lists: tuple[str, ...] = (), objects: tuple[str, ...] = ()) -> ConfigDict:
+    """Fields of a spec that can neither be changed nor added or removed later: rules of a field do not see the last two.
+    `objects` have rules of their own against a change.
+    """
     rules: list[Any] = [
         {
-            "rule": f"(has(self.{one}) ? self.{one} : '') == (has(oldSelf.{one}) ? oldSelf.{one} : '')",
+            "rule": f"(has(self.{one}) ? self.{one} : {empty}) == (has(oldSelf.{one}) ? oldSelf.{one} : {empty})",
             "message": f"{one} cannot be changed",
         }
-        for one in fields
+        for one, empty in [*((one, "''") for one in fields), *((one, "[]") for one in lists)]
+    ]
+    rules += [
+        {"rule": f"has(self.{one}) == has(oldSelf.{one})", "message": f"{one} cannot be added or removed"}
+        for one in objects
     ]
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": rules})

@@ -331,6 +331,23 @@ class Cgroup:
                     return int(_read(self.memory / name))
         return None
 
+    def memory_held(self) -> int | None:
+        """Bytes that the group holds and the kernel cannot drop: private and shared memory, swapped out or not. What is read from
+        files is left out. `None` where the memory controller is missing.
+        """
+        if self.memory is None:
+            return None
+        try:
+            stat = dict(line.split() for line in _read(self.memory / "memory.stat").splitlines())
+        except CgroupFailed:
+            return None
+        if "total_rss" in stat:
+            return sum(int(stat.get(one, 0)) for one in ("total_rss", "total_shmem", "total_swap"))
+        swapped = self.memory / "memory.swap.current"
+        return sum(int(stat.get(one, 0)) for one in ("anon", "shmem")) + (
+            int(_read(swapped)) if swapped.exists() else 0
+        )
+
     def _controller(self, path: Path | None, name: str) -> Path:
         if path is None or not ((path / "cpu.cfs_quota_us").exists() or (path / "cpu.max").exists()):
             raise Refused(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from podferry.core import mempolicy
-from podferry.core.inventory import Attributes, Inventory, may_be_given
+from podferry.core.inventory import OOM_SCORE, Attributes, Inventory, may_be_given
 from podferry.fs.libc import system_call
 from podferry.node import descriptors
 
@@ -156,7 +156,7 @@ def _thread(pid: int, tid: int, depth: int, cpuset: frozenset[int]) -> tuple[str
 
 def _process(pid: int) -> dict[str, str]:
     found = {}
-    for name in ("oom_score_adj", "coredump_filter"):
+    for name in (OOM_SCORE, "coredump_filter"):
         with suppress(OSError):
             found[name] = Path(f"/proc/{pid}/{name}").read_text().strip()
     with suppress(OSError):

@@ -29,12 +29,14 @@ RUNTIME = "podferry-runc"
 
 @dataclass(frozen=True)
 class Member:
-    """A running container of the workload; `name` is its own in a pod, its id where it is alone."""
+    """A running container of the workload; `name` is its own in a pod, its id where it is alone. `held` are the bytes of memory
+    that it holds, what it has of files left out."""
 
     name: str
     running: RunningContainer
     facts: ContainerFacts
     why_unthrottled: str = ""
+    held: int = 0
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -114,7 +116,9 @@ def inspect(runtime: ContainerRuntime, name: str, running: RunningContainer) -> 
     record = running.record
     cgroup = Cgroup.of_container(runtime.runc_root(record), record.id)
     facts = container_facts(record, running.task, cgroup, running.upper)
-    return Member(name, running, with_unsaved(facts), cgroup.why_no_quota())
+    if (held := cgroup.memory_held()) is None:
+        held = facts.anonymous + max(facts.shared, facts.tmpfs)
+    return Member(name, running, with_unsaved(facts), cgroup.why_no_quota(), held)
 
 
 def with_unsaved(facts: ContainerFacts) -> ContainerFacts:

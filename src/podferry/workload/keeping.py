@@ -7,11 +7,12 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 import structlog
 
-from podferry.core.inventory import Difference, decode, differences
+from podferry.core.inventory import Difference, decode, differences, encode, with_oom_score
 from podferry.core.mempolicy import arguments
 from podferry.criu.incoming import Incoming
 from podferry.errors import PodferryError
@@ -39,6 +40,13 @@ class Kept:
     def told(self) -> tuple[str, ...]:
         """What is said of the job. That nothing is known of it is not that nothing differs."""
         return (f"nothing was compared: {self.unknown}",) if self.unknown else tuple(map(str, self.differences))
+
+
+def expect_oom_score(images: Path, least: int) -> None:
+    """Processes with a lower oom_score_adj were raised to `least` in the images: no difference, since the target's spec says so."""
+    path = images / INVENTORY
+    if path.exists():
+        path.write_bytes(encode(with_oom_score(decode(path.read_bytes()), least)))
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ import anyio
 from podferry.core.allowed_rights import rights_of
 from podferry.criu.images import missing
 from podferry.criu.incoming import Incoming
+from podferry.criu.oom_score import raise_to_spec
 from podferry.criu.processes import Process
 from podferry.criu.restored_group import group_to_restore
 from podferry.criu.restoring import RestoreProcess
@@ -33,7 +34,7 @@ from podferry.wire.messages import StateEnd
 from podferry.workload.account import Promise
 from podferry.workload.config import Config
 from podferry.workload.helpers import answered
-from podferry.workload.keeping import INVENTORY, Kept, keeping, let_run_late
+from podferry.workload.keeping import INVENTORY, Kept, expect_oom_score, keeping, let_run_late
 from podferry.workload.lazypages_process import LazyPagesProcess
 from podferry.workload.nodefacts import version
 from podferry.workload.numbers import address_space_of, container_of_address_space, demand_whole, directory_of
@@ -275,6 +276,8 @@ class TargetContainer:
         if record is None:
             raise Bug("the container is not made yet")
         rights = rights_of(record.spec_json(), os.path.exists, os.uname().machine)
+        if (least := raise_to_spec(self.incoming.images, rights)) is not None:
+            expect_oom_score(self.incoming.images, least)
         demand_no_more(self.incoming.images, rights, also=(INVENTORY, *self.maker.not_images))
         self._judged = True
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from podferry.core.limits import TERMINATION_MESSAGE
-from podferry.core.preflight import ContainerBound
+from podferry.core.preflight import ContainerBound, NoRoom
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal, Part
 from podferry.errors import Refused, UsageError
@@ -62,8 +63,15 @@ class KubeletPods(WorkloadKind[OfferedPod]):
 
     # What is here.
 
-    def view(self, pod: PodName, names: Sequence[str], probes: Sequence[Probe] = ()) -> View:
-        """Inspect the containers `names` of a pod. Raises `UsageError` where it is not here, `Refused` where one does not run."""
+    def view(
+        self,
+        pod: PodName,
+        names: Sequence[str],
+        probes: Sequence[Probe] = (),
+        memory_limits: Mapping[str, int] = MappingProxyType({}),
+    ) -> View:
+        """Inspect the containers `names` of a pod, of which some are to have other `memory_limits` (bytes) on the target. Raises
+        `UsageError` where it is not here, `Refused` where one does not run."""
         there = self._runtime.pod(pod.uid)
         if not there:
             raise UsageError(f"there is no pod {pod} on {self._config.node}", why=f"no container has its uid {pod.uid}")
@@ -81,7 +89,7 @@ class KubeletPods(WorkloadKind[OfferedPod]):
             self._choice,
             volumes,
             tuple(probes),
-            tuple(self._refused(pod, members)),
+            (*self._refused(pod, members), *without_room(members, memory_limits)),
             open_connections(first, pids),
         )
 
@@ -174,6 +182,18 @@ class KubeletPods(WorkloadKind[OfferedPod]):
     def target_handlers(self) -> dict[str, Handler]:
         """The undo steps for resources that the target holds."""
         return made_by_kubelet.target_handlers(self._config, self._runtime, self.cluster)
+
+
+def without_room(members: Iterable[Member], limits: Mapping[str, int]) -> Iterator[Refused]:
+    """Containers that hold more memory by now than `limits` (bytes, by their names) give them on the target."""
+    for one in members:
+        most = limits.get(one.name)
+        if most is not None and one.held >= most:
+            yield NoRoom(
+                f"the container {one.name} has more memory than it may have on the target",
+                why=f"it has {one.held >> 20} MiB, and spec.resources limits it to {most >> 20} MiB",
+                remedy=f"a memory limit of more than {(one.held >> 20) + 1} MiB, with room to grow",
+            )
 
 
 def fifos(task: Task) -> tuple[Path, ...]:

@@ -38,7 +38,8 @@ class PodOrder:
 
     `containers` are the names of those that must run on the target, in the order in which the kubelet starts them: restartable
     init containers (sidecars) first, then the containers of the spec. `probes` are its liveness probes that come by the network.
-    With `rehearse` the pod stays: its move is rehearsed.
+    `memory_limits` are bytes that containers may have on the target, where that is another limit than here. With `rehearse` the pod
+    stays: its move is rehearsed.
     """
 
     id: str
@@ -47,6 +48,7 @@ class PodOrder:
     target: str
     order: Order = field(default_factory=Order)
     probes: tuple[Probe, ...] = ()
+    memory_limits: Mapping[str, int] = field(default_factory=dict)
     rehearse: bool = False
 
 
