@@ -8,8 +8,10 @@ from functools import partial
 
 import anyio
 import pytest
+import structlog
 
 from podferry.controller import failures
+from podferry.controller.metrics import ControllerMetrics
 from podferry.controller.pods import PLACEHOLDER
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
 from podferry.kube.errors import Conflict
@@ -67,6 +69,21 @@ async def test_a_pod_moves(world: World) -> None:
     assert "ownerReferences" not in left["metadata"]
     assert (left["spec"]["nodeName"], left["spec"]["hostname"]) == (world.nodes[1], "train")
     await world.reached(lambda one: not one.metadata.get("finalizers"))
+
+
+async def test_each_line_of_the_log_names_the_migration(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the uid, too, by which the agents know it."""
+    seen: list[Json] = []
+    monkeypatch.setattr(
+        ControllerMetrics, "ended", lambda self, _: seen.append(structlog.contextvars.get_contextvars())
+    )
+    await world.pod()
+    world.controller()
+    await world.migrate()
+    await world.agents_move()
+    migration = await world.ended()
+    named = {"migration": migration.name, "namespace": world.namespace, "uid": migration.uid}
+    assert [{name: one.get(name) for name in named} for one in seen] == [named]
 
 
 async def test_a_wait_that_runs_out_of_time_shows_how_everything_looks(world: World) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import agent_rig
 import anyio
 import pytest
+import structlog
 from agent_rig import NAME, Cut, Fault, Rig, cancel, end_by_itself, fail, order, oserror, refuse
 
 from podferry.core.phases import SourceEvent, SourcePhase, TargetPhase
 from podferry.core.precopy import Decision, Step
-from podferry.engine import sending, target
+from podferry.engine import sending, side, target
 from podferry.engine.journal import JOURNAL
 from podferry.errors import Refused
 from podferry.model import Mode
@@ -24,6 +25,22 @@ from podferry.node.records import Container, Opaque
 from podferry.workload.offered import OfferedContainer
 
 pytestmark = pytest.mark.unit
+
+
+def test_each_line_of_the_log_names_the_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of helpers, too: what is bound where a half works is bound in all that it calls."""
+    seen: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(
+        side.metrics, "ended", lambda role, _: seen.update({role: structlog.contextvars.get_contextvars()})
+    )
+    rig = Rig(tmp_path).move(Mode.LIVE, monkeypatch)
+    assert rig.phases("a")[-1] == "completed"
+    (id,) = {one["migration"] for one in seen.values()}
+    assert {role: (one["role"], one["job"]) for role, one in seen.items()} == {
+        "source": ("source", NAME),
+        "target": ("target", NAME),
+    }
+    assert id == rig.id
 
 
 @pytest.mark.parametrize("mode", Mode)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import structlog
+
 from podferry.controller import failures, pods, verifying
 from podferry.controller.connections import with_peers
 from podferry.controller.entrance import Entrance
@@ -81,6 +83,8 @@ class Reconciler:
             migration = await self._writer.read(namespace, name)
             if migration is None:
                 return None
+            # Each Migration has a task of its own. Agents know it by its uid, people by its name.
+            structlog.contextvars.bind_contextvars(migration=name, namespace=namespace, uid=migration.uid)
             if migration.status.phase in MIGRATION_ENDS:
                 return await self._writer.close(migration)
             try:

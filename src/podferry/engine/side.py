@@ -156,8 +156,15 @@ class Side(Generic[Phase, Event]):
                     self.journal.release(kind)
         return leftovers
 
+    def name_in_logs(self) -> None:
+        """Have each line that this task logs, whoever writes it, name the migration; so do the tasks that it starts."""
+        structlog.contextvars.bind_contextvars(
+            migration=self.record.id, job=self.record.name, role=self.role, mode=str(self.record.mode)
+        )
+
     async def sweep(self) -> None:
         """Take back what a migration that has ended could not."""
+        self.name_in_logs()
         leftovers = await self.take_back()
         self.record.extra["leftovers"] = [f"{one.kind}: {one.why}" for one in leftovers]
         self._keep_record()

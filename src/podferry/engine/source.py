@@ -128,6 +128,7 @@ class Source(Side[SourcePhase, SourceEvent]):
 
     async def run(self, propose: Propose) -> None:
         """Move the job. Returns when the migration has ended; how, the record says."""
+        self.name_in_logs()
         async with anyio.create_task_group() as helpers:
             inbox: Inbox | None = None
             try:
@@ -162,6 +163,7 @@ class Source(Side[SourcePhase, SourceEvent]):
 
     async def go_on(self) -> None:
         """Finish a migration that an earlier agent left after the point of no return."""
+        self.name_in_logs()
         async with anyio.create_task_group() as helpers:
             match self.phase:
                 case SourcePhase.RESUME | SourcePhase.SERVE:

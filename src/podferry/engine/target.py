@@ -104,6 +104,7 @@ class Target(Side[TargetPhase, TargetEvent]):
     ) -> None:
         """Take in what the source sends, `first` and all after it up to GO, which the source says within `patience` seconds or
         never. What follows is given to `after_go`, since it outlives the connection."""
+        self.name_in_logs()
         self.record.enter(self.phase)
         self.journal.enter(self.phase)
         try:
@@ -127,6 +128,7 @@ class Target(Side[TargetPhase, TargetEvent]):
 
     async def go_on(self) -> None:
         """After GO: the job must run here, or never will. Also the way on for an agent that was restarted."""
+        self.name_in_logs()
         try:
             if self.phase is TargetPhase.RESUME:
                 await self._resume()
