@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from emulated import Lacking
 from stock import MEMORY, USER, Stock, booted, built, caches
+from warm_podferry import SOCKET
 
 from podferry.lab.debian import OF_NODES
 from podferry.lab.images import JOB_IMAGE
@@ -27,6 +28,8 @@ CHECKOUT = Path(__file__).parents[2]
 AT = f"/home/{USER}/podferry"
 STATE = "/var/lib/podferry"
 LAYERS = f"{STATE}/labs/default/machines/storage/brick/images/layers"
+SERVER = f"{AT}/tests/machine/warm_podferry.py"
+SETTINGS = "/root/podferry.environment"
 PATIENCE = 900.0
 """Seconds for whatever a busy machine does in some, emulated. No test measures time."""
 
@@ -83,11 +86,12 @@ class StockLab:
     """A lab with two nodes on a stock machine, and what its jobs have said so far."""
 
     machine: Stock
+    program: str = "podferry"
     nodes: dict[str, int] = field(default_factory=dict)
 
     def podferry(self, *argv: str) -> str:
         """What a command prints."""
-        return self.machine.run(f"podferry {shlex.join(argv)}", timeout=PATIENCE).stdout
+        return self.machine.run(f"{self.program} {shlex.join(argv)}", timeout=PATIENCE).stdout
 
     def up(self) -> None:
         """By a service of systemd's: what comes up outlives it."""
@@ -111,6 +115,13 @@ class StockLab:
             ctr += ["--cpu-shares=0", f"--log-uri=file:///var/log/podferry/containers/{name}.log", *options]
             self.in_node("node-a", shlex.join([*ctr, image, name, *argv]))
         self.wait_for_layers(1)
+
+    def fetch(self, image: str, layers: int = 1) -> None:
+        """Have node-a pull an image, which `ctr run` does not, and put so many layers on the share."""
+        name = re.sub(r"\W+", "-", Path(image).name)
+        self.podferry("lab", "run", "--node=node-a", f"--name={name}", f"--image={image}", "--", "true")
+        self.podferry("lab", "stop", name)
+        self.wait_for_layers(layers)
 
     def wait_for_layers(self, count: int) -> None:
         """Until so many layers of images are on the share."""
@@ -142,12 +153,14 @@ class StockLab:
         found = {key: value.strip() for key, _, value in (line.partition(":") for line in said.splitlines())}
         return {key: found[key] for key in RIGHTS}
 
-    def goes_there_and_back(self, name: str, expected: Callable[[int], list[str]] = sums) -> None:
+    def goes_there_and_back(self, name: str, expected: Callable[[int], list[str]] = sums, *, times: int = 1) -> None:
         """The job on node-a moves to node-b and back; nothing of it is lost, and it has the rights that it had."""
         had = self.rights("node-a", name)
-        for node in ("node-b", "node-a"):
-            self.move(name, node)
-            assert self.rights(node, name) == had
+        for _ in range(times):
+            self.move(name, "node-b")
+            there = self.rights("node-b", name)
+            self.move(name, "node-a")
+            assert there == self.rights("node-a", name) == had
         self.wait_for_more(name, expected)
 
 
@@ -167,11 +180,21 @@ def provide(machine: Stock) -> None:
     machine.check_out(CHECKOUT, AT)
     [site] = machine.run(f"ls -d {STATE}/cache/site*").stdout.split()
     assert caches().exists()
+    settings = f"export PYTHONPATH={AT}/src:{site} PODFERRY_DEBIAN={OF_NODES}"
     program = f"""#!/bin/sh
-export PYTHONPATH={AT}/src:{site} PODFERRY_DEBIAN={OF_NODES}
+. {SETTINGS}
 exec python3 -c 'import sys; from podferry.cli import main; sys.exit(main())' "$@"
 """
+    machine.run(f"echo {shlex.quote(settings)} > {SETTINGS}")
     machine.run(f"echo {shlex.quote(program)} > /usr/local/bin/podferry; chmod 755 /usr/local/bin/podferry")
+
+
+def warm(machine: Stock) -> str:
+    """Have a `podferry` on a machine that was provided with it that is imported already; returns what it is called by."""
+    begin = f". {SETTINGS}; exec python3 {SERVER} serve"
+    machine.run(f"systemd-run --quiet --unit=warm-podferry sh -c {shlex.quote(begin)}")
+    wait_until("podferry is imported", lambda: not machine.run(f"[ -S {SOCKET} ]", check=False).returncode)
+    return f"python3 -SI {SERVER}"
 
 
 def load_profile(machine: Stock) -> None:
