@@ -129,7 +129,9 @@ def reference_in(archive: Path) -> str:
 
 def _copy(archive: str, reference: str, *, compress: bool) -> Sequence[str]:
     kept = [] if compress else ["--preserve-digests"]
-    return ["skopeo", "--insecure-policy", "copy", "--quiet", *kept, f"oci-archive:{archive}", _url(reference)]
+    # It gives the registry ten seconds for a handshake, which a busy machine may not have time for.
+    options = ["--quiet", "--retry-times", "3", *kept]
+    return ["skopeo", "--insecure-policy", "copy", *options, f"oci-archive:{archive}", _url(reference)]
 
 
 def _url(reference: str) -> str:
