@@ -25,7 +25,7 @@ import grpc
 
 from podferry.fs.mounts import unmount
 from podferry.node.process import Completed, run, spawn
-from podferry.snapshotter.mounts import mount_points
+from podferry.snapshotter.layer_mounts import mount_points
 
 NAMESPACE = "k8s.io"
 READY = 30.0

@@ -22,10 +22,10 @@ from podferry.protos.types_pb2 import Mount
 from podferry.snapshotter import layout
 from podferry.snapshotter.erofs import ErofsForm
 from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.layer_mounts import mount_points
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.leases import Leases
 from podferry.snapshotter.metadata import Metadata
-from podferry.snapshotter.mounts import mount_points
 from podferry.snapshotter.opening import initialise, open_share
 from podferry.snapshotter.ports import SystemClock
 from podferry.snapshotter.posix import PosixShare

@@ -21,8 +21,8 @@ from images_rig import GC, LOCAL, Rig, scratch, some_chain
 from podferry.protos import snapshots_pb2 as pb
 from podferry.protos import snapshots_pb2_grpc
 from podferry.snapshotter import layout
+from podferry.snapshotter.layer_mounts import mount_points
 from podferry.snapshotter.layout import FormName
-from podferry.snapshotter.mounts import mount_points
 from podferry.snapshotter.snapshotter import REF
 
 pytestmark = pytest.mark.node

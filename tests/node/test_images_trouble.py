@@ -18,8 +18,8 @@ from podferry.fs.mounts import unmount
 from podferry.node.process import run, spawn
 from podferry.protos import snapshots_pb2 as pb
 from podferry.snapshotter import check_layers, images_report, layout
+from podferry.snapshotter.layer_mounts import mount_points
 from podferry.snapshotter.layout import FormName
-from podferry.snapshotter.mounts import mount_points
 from podferry.snapshotter.snapshot_row import Home
 from podferry.snapshotter.snapshotter import REF
 

@@ -37,7 +37,7 @@ from podferry.errors import Failed, PeerMisbehaved, PodferryError, Refused, Usag
 from podferry.kube.migration import Migration, MigrationUnreadable
 from podferry.model import Mode
 from podferry.node.records import Container, Opaque
-from podferry.node.upper import records
+from podferry.node.upper import tree_records as records
 from podferry.snapshotter import filters, layout
 from podferry.snapshotter.faults import LayerDamaged, ShareRefused
 from podferry.wire import compression, frames, messages

@@ -9,8 +9,8 @@ import pytest
 
 from podferry.errors import Failed
 from podferry.fs.mounts import unmount
+from podferry.snapshotter.layer_mounts import mount_directory, mount_points, mounted_read_only
 from podferry.snapshotter.loops import loop_device
-from podferry.snapshotter.mounts import mount_directory, mount_points, mounted_read_only
 
 pytestmark = pytest.mark.unit
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts")

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.unit
 
 SLOW_HOLDER = """
 import sys, time
-from podferry.lazypages import daemon, descriptors
+from podferry.lazypages import daemon
+from podferry.lazypages import descriptor_holder as descriptors
 keep = descriptors._keep
 
 def slowly(*given):

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from podferry.lazypages.criu_socket import CriuSocket
-from podferry.lazypages.descriptors import DescriptorHolder
+from podferry.lazypages.descriptor_holder import DescriptorHolder
 from podferry.lazypages.loop import Loop
 from podferry.lazypages.page_source import NoSource
 from podferry.lazypages.status import StatusFile

@@ -55,7 +55,7 @@ ONE_PLACE = {
         "criu/gatekeeper.py",
         "node/cgroup.py",
         "node/host.py",
-        "snapshotter/mounts.py",
+        "snapshotter/layer_mounts.py",
     },
     r"SC_PAGE_?SIZE|mmap\.PAGESIZE": {"memory/kernel/page_size.py", "snapshotter/prefetch.py", "bench/machine.py"},
     r"pidfd_getfd\(|PIDFD_GETFD": {"fs/libc.py"},

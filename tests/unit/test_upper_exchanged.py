@@ -16,9 +16,10 @@ from upper_tree import picture
 
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.fs import beneath
-from podferry.node.upper import Entry, Receiver, records
+from podferry.node.upper import Entry, Receiver
 from podferry.node.upper import receive as receiving
-from podferry.node.upper.records import How, Record
+from podferry.node.upper import tree_records as records
+from podferry.node.upper.tree_records import How, Record
 
 pytestmark = pytest.mark.unit
 

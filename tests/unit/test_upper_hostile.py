@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from upper_tree import Gardener, picture
 
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.node.upper import MAX_CHUNK, Entry, Receiver, Summary, TreePolicy, TreeSource, records
-from podferry.node.upper.records import How, Record
+from podferry.node.upper import MAX_CHUNK, Entry, Receiver, Summary, TreePolicy, TreeSource
+from podferry.node.upper import tree_records as records
+from podferry.node.upper.tree_records import How, Record
 
 pytestmark = pytest.mark.unit
 

@@ -25,7 +25,7 @@ from types import FrameType
 
 from podferry.errors import Bug, PodferryError
 from podferry.lazypages.criu_socket import CriuSocket
-from podferry.lazypages.descriptors import TO_END, fork_holder
+from podferry.lazypages.descriptor_holder import TO_END, fork_holder
 from podferry.lazypages.loop import Loop
 from podferry.lazypages.page_source import AgentSource, NoSource
 from podferry.lazypages.status import DaemonState, DaemonStatus, StatusFile

@@ -18,7 +18,7 @@ from podferry.errors import Failed
 from podferry.lazypages.address_space import AddressSpace
 from podferry.lazypages.copying import Copy
 from podferry.lazypages.criu_socket import CriuSocket, Restored
-from podferry.lazypages.descriptors import DescriptorHolder
+from podferry.lazypages.descriptor_holder import DescriptorHolder
 from podferry.lazypages.page_source import Frame, PageSource, Word
 from podferry.lazypages.status import DaemonState, StatusFile
 from podferry.lazypages.task import Counts, FaultAnswer, FedTask

@@ -28,11 +28,11 @@ from podferry.snapshotter.faults import ShareRefused
 from podferry.snapshotter.guard import Guard
 from podferry.snapshotter.housekeeping import Housekeeping
 from podferry.snapshotter.kept import LayerWatch
+from podferry.snapshotter.layer_mounts import mounted_read_only
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.leases import Leases
 from podferry.snapshotter.metadata import Metadata
 from podferry.snapshotter.metrics import Metrics
-from podferry.snapshotter.mounts import mounted_read_only
 from podferry.snapshotter.opening import open_share
 from podferry.snapshotter.ports import SystemClock
 from podferry.snapshotter.posix import PosixShare

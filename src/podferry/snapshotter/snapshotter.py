@@ -33,10 +33,10 @@ from podferry.snapshotter import layout
 from podferry.snapshotter.erofs import IMAGE
 from podferry.snapshotter.faults import LayerMissing
 from podferry.snapshotter.kept import NodeDigests
+from podferry.snapshotter.layer_mounts import mount_directory, mount_image, mount_points
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.leases import Lease
 from podferry.snapshotter.metadata import Metadata, SnapshotExists, SnapshotInUse
-from podferry.snapshotter.mounts import mount_directory, mount_image, mount_points
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.publisher import Publisher
 from podferry.snapshotter.snapshot_row import Home, SnapshotKind, SnapshotRow

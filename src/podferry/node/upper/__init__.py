@@ -12,9 +12,9 @@ from podferry.node.upper.mappings import shared_files
 from podferry.node.upper.overlay import refresh_root
 from podferry.node.upper.plan import TreePlan, diff
 from podferry.node.upper.receive import Receiver
-from podferry.node.upper.records import MAX_CHUNK, Summary
 from podferry.node.upper.scan import scan
 from podferry.node.upper.send import TreePolicy, TreeSource
+from podferry.node.upper.tree_records import MAX_CHUNK, Summary
 
 __all__ = [
     "MAX_CHUNK",

@@ -30,8 +30,8 @@ from podferry.errors import Failed, PeerMisbehaved, PodferryError
 from podferry.fs.beneath import empty, open_beneath, reached, remove
 from podferry.node.upper.entries import carried
 from podferry.node.upper.linux import punch_hole, write_all
-from podferry.node.upper.records import Attributes, Body, How, Summary, Verb, misbehaved, parse
 from podferry.node.upper.send import TreePolicy
+from podferry.node.upper.tree_records import Attributes, Body, How, Summary, Verb, misbehaved, parse
 
 _CONTRADICTS_THE_TREE = (
     errno.ENOENT,

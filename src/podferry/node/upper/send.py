@@ -29,12 +29,12 @@ from podferry.core.limits import FILES
 from podferry.errors import Failed, Refused
 from podferry.fs.beneath import open_beneath
 from podferry.node.upper import plan as plans
-from podferry.node.upper import records
+from podferry.node.upper import tree_records
 from podferry.node.upper.blocks import BLOCK, HOLE, Blocks, Shrunk, read_blocks
 from podferry.node.upper.entries import Entry, Manifest
 from podferry.node.upper.plan import TreePlan, TreeStep, diff
-from podferry.node.upper.records import How, Record, Summary
 from podferry.node.upper.scan import VANISHED, scan
+from podferry.node.upper.tree_records import How, Record, Summary
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TreeSource:
         return plan
 
     def send(self, plan: TreePlan) -> Iterator[bytes]:
-        """Carry out `plan`: chunks of at most `records.MAX_CHUNK` bytes for `Receiver.feed`, in order.
+        """Carry out `plan`: chunks of at most `tree_records.MAX_CHUNK` bytes for `Receiver.feed`, in order.
 
         A pass that is not taken to its end leaves the target in a state nobody knows; the plan after it starts afresh.
         """
@@ -111,42 +111,42 @@ class TreeSource:
         if plan.fresh:
             self._blocks.clear()
         digest = xxhash.xxh3_128()
-        for chunk in records.chunks(self._records(plan)):
+        for chunk in tree_records.chunks(self._records(plan)):
             digest.update(chunk)
             yield chunk
         summary = Summary(self._entries, self._sent, digest.hexdigest())
-        yield b"".join(records.end(summary))
+        yield b"".join(tree_records.end(summary))
         self._manifest = self._settle(plan.manifest)
         self.summary = summary
 
     def _records(self, plan: TreePlan) -> Iterator[Record]:
         entries = plan.manifest.entries
-        yield records.begin(fresh=plan.fresh)
+        yield tree_records.begin(fresh=plan.fresh)
         for path, slot in plan.parks:
-            yield records.park(path, slot)
+            yield tree_records.park(path, slot)
         for path in plan.removes:
-            yield records.remove(path)
+            yield tree_records.remove(path)
         for step in plan.steps:
             yield from self._step(step, frozen=plan.frozen)
         for path in plan.seals:
             self._entries += 1
-            yield records.attributes(path, entries[path])
+            yield tree_records.attributes(path, entries[path])
 
     def _step(self, step: TreeStep, *, frozen: bool) -> Iterator[Record]:
         verb, path, entry = step.verb, step.path, step.entry
         if verb is plans.LinkVerb.LINK:
             self._entries += 1
-            yield records.link(path, step.leader)
+            yield tree_records.link(path, step.leader)
             return
         if verb is plans.LinkVerb.UNPARK:
-            yield records.unpark(step.slot, path)
+            yield tree_records.unpark(step.slot, path)
         if entry.is_regular:
             yield from self._content(step, frozen=frozen)
         elif verb is plans.LinkVerb.MAKE:
-            yield records.make(path, entry)
+            yield tree_records.make(path, entry)
         if not entry.is_directory:
             self._entries += 1
-            yield records.attributes(path, entry)
+            yield tree_records.attributes(path, entry)
 
     def _content(self, step: TreeStep, *, frozen: bool) -> Iterator[Record]:
         create = step.verb is plans.LinkVerb.MAKE
@@ -158,7 +158,7 @@ class TreeSource:
             self._stale.add(step.entry.ino)
             if create:
                 self._blocks.pop((step.entry.dev, step.entry.ino), None)
-                yield records.file(step.path, How.CREATE, 0)
+                yield tree_records.file(step.path, How.CREATE, 0)
             return
         try:
             yield from self._blocks_of(fd, step, create=create)
@@ -191,7 +191,7 @@ class TreeSource:
         found = os.fstat(fd)
         size, sparse = found.st_size, found.st_blocks * 512 < found.st_size
         before = None if create else self._blocks.get(key)
-        yield records.file(step.path, How.CREATE if create else How.PATCH if before else How.DISCARD, size)
+        yield tree_records.file(step.path, How.CREATE if create else How.PATCH if before else How.DISCARD, size)
         now = Blocks()
         for block in read_blocks(fd, size, sparse=sparse):
             now.put(block.index, block.digest)
@@ -202,7 +202,7 @@ class TreeSource:
                 yield _hole(block.index, size)
             for piece in block.pieces:
                 self._sent += len(piece.data)
-                yield records.data(piece.offset, piece.data)
+                yield tree_records.data(piece.offset, piece.data)
         for index in before.with_data() if before else ():
             if index * BLOCK < size and now.get(index) == HOLE:
                 yield _hole(index, size)
@@ -227,7 +227,7 @@ class TreeSource:
 
 
 def _hole(index: int, size: int) -> Record:
-    return records.hole(index * BLOCK, min(BLOCK, size - index * BLOCK))
+    return tree_records.hole(index * BLOCK, min(BLOCK, size - index * BLOCK))
 
 
 def _unchanged(fd: int, entry: Entry) -> bool:
