@@ -112,8 +112,7 @@ def test_what_must_hold_on_the_target_is_asked_of_the_job_there(installed: Lab) 
         until(lambda: len(counted(kubectl, name)) > len(lines), "it counts on")
         lines = counted(kubectl, name)
         assert lines == [str(n) for n in range(len(lines))]
-        names = kubectl.run("get", "pods", "-o", "name").stdout.split()
-        assert names == [f"pod/{name}"], "the source has gone"
+        until(lambda: kubectl.run("get", "pods", "-o", "name").stdout.split() == [f"pod/{name}"], "the source has gone")
     finally:
         kubectl.run("delete", "pod", "verified", name, "--ignore-not-found", "--wait", "--grace-period=0", "--force")
         kubectl.run("delete", "migrations", "--all", "--wait")
