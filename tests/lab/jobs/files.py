@@ -560,4 +560,56 @@ def output_of_a_program():
     count(step)
 
 
+@situation
+def pipe_filled_by_splice():
+    """It holds pages of a file, which is another one by now."""
+    near, far = os.pipe()
+    with open("/tmp/spliced", "wb+") as file:
+        file.write(bytes(range(256)) * 64)
+        file.flush()
+        libc.splice(file.fileno(), ctypes.byref(ctypes.c_longlong(0)), far, None, ctypes.c_size_t(16384), 0)
+    os.unlink("/tmp/spliced")
+
+    def step(number):
+        if number == 1500:
+            got = b""
+            while len(got) < 16384:
+                got += os.read(near, 16384)
+            if got != bytes(range(256)) * 64:
+                bad("other data")
+
+    count(step, gap=0.01)
+
+
+@situation
+def epoll_that_wakes_one_alone():
+    """EPOLLEXCLUSIVE: it cannot be modified, which tells that it is still there."""
+    event = os.eventfd(0)
+    epoll = select.epoll()
+    epoll.register(event, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+
+    def step(number):
+        try:
+            epoll.modify(event, select.EPOLLIN)
+        except OSError:
+            return
+        bad("it wakes all")
+
+    count(step)
+
+
+@situation
+def signals_by_descriptor_unread():
+    """Pending for a signalfd, with their values."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    one = call("signalfd", -1, ctypes.byref(ctypes.c_ulong(1 << signal.SIGUSR1 - 1)), 0)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+    def step(number):
+        if number == 1500 and int.from_bytes(os.read(one, 128)[:4], "little") != signal.SIGUSR1:
+            bad("another signal")
+
+    count(step, gap=0.01)
+
+
 SITUATIONS[sys.argv[1]]()

@@ -334,6 +334,45 @@ def tcp_closed_by_both_and_never_read():
 
 
 @situation
+def unix_packets_unread():
+    """Of a SOCK_SEQPACKET, whose borders are to be kept, as is the end after them."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for size in (1, 100, 3000):
+        one.send(bytes(size))
+    one.close()
+
+    def step(number):
+        if number == 1500 and [len(other.recv(9000)) for _ in range(4)] != [1, 100, 3000, 0]:
+            bad("other packets")
+
+    count(step, gap=0.01)
+
+
+@situation
+def unix_stream_half_closed():
+    one, other = socket.socketpair()
+    one.sendall(b"question")
+    one.shutdown(socket.SHUT_WR)
+
+    def step(number):
+        if number == 1500:
+            if whole(other, 8) != b"question" or other.recv(1) != b"":
+                bad("another question")
+            other.sendall(b"answer")
+            if whole(one, 6) != b"answer":
+                bad("another answer")
+
+    count(step, gap=0.01)
+
+
+@situation
+def listener_with_fast_open():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.IPPROTO_TCP, 23, 16)
+        keeps("TCP_FASTOPEN", 16, lambda: server.getsockopt(socket.IPPROTO_TCP, 23))
+
+
+@situation
 def tcp_many_pairs():
     with socket.create_server(("127.0.0.1", 7038), backlog=200) as server:
         pairs = []
