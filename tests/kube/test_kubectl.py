@@ -62,6 +62,14 @@ async def test_check_says_what_stands_in_the_way_and_touches_nothing(world: Worl
     )
     code, out, _ = await run("check", "good", "-n", world.namespace)
     assert (code, out.strip()) == (0, "good can move.")
+    good, warning = await world.api.get(PODS, "good", world.namespace), "CRIU hands 300 MiB of memory to pipes"
+    await world.migrate("good", "rehearsed", dryRun=True)
+    done = {"phase": "Rehearsed", "sourcePod": {"name": "good", "uid": good["metadata"]["uid"]}, "warnings": [warning]}
+    await world.patch(MIGRATIONS, "rehearsed", {"status": done}, world.namespace, part="status")
+    code, out, _ = await run("check", "good", "-n", world.namespace)
+    assert (code, out.splitlines()) == (0, ["good can move.", f"  mind: {warning}"])
+    code, out, _ = await run("check", "good", "-n", world.namespace, "--json")
+    assert json.loads(out)["warnings"] == [warning]
     await world.pod("tied", nodeSelector={"kubernetes.io/hostname": world.nodes[0]})
     code, out, err = await run("check", "tied", "-n", world.namespace)
     assert (code, "preferredDuringScheduling" in err) == (3, True)

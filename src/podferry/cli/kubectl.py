@@ -228,7 +228,8 @@ def check(
     """List the reasons why a pod cannot move. Changes nothing without --rehearse.
 
     The agents check the node's side (kernel, CRIU, open files of the processes) at the start of a migration, also before
-    they change anything. A rehearsal shows it, and what a move makes of each connection of the pod. Exit code 0 means that
+    they change anything. Their warnings from the pod's last move or rehearsal are shown. A rehearsal shows all of it, and what
+    a move makes of each connection of the pod. Exit code 0 means that
     there is no reason, 3 that there is one. A rehearsal is a Migration with spec.dryRun, and has the exit code of one.
 
     Examples:
@@ -240,7 +241,7 @@ def check(
     if connections is not None and not rehearse:
         raise UsageError("--connections needs --rehearse", why="which connections a pod has only its node knows")
     where = ClusterOptions(namespace, context, kubeconfig)
-    found, policy = do(partial(moves.obstacles, where, pod))
+    found, policy, warnings = do(partial(moves.obstacles, where, pod))
     if rehearse and not found:
         spec: dict[str, Any] = {"podName": pod, "dryRun": True, "ttlSecondsAfterFinished": REHEARSED_TTL}
         body = moves.body(pod, None, spec | ({"connections": connections.value} if connections else {}))
@@ -249,13 +250,16 @@ def check(
         raise typer.Exit(OF_OUTCOME[OUTCOME_OF_END[end.status.phase]])
     refusals = [{**one.to_dict(), "reason": one.reason} for one in found]
     if json:
-        print_json({"pod": pod, "movable": not found, "policy": policy.name, "refusals": refusals})
+        said = {"policy": policy.name, "refusals": refusals, "warnings": warnings}
+        print_json({"pod": pod, "movable": not found, **said})
     elif not found:
         stdout().print(f"{pod} can move.", style="bold green", markup=False)
     else:
         stdout().print(f"{pod} cannot move.", style="bold yellow", markup=False)
         for one in found:
             print_error(one)
+    for warning in [] if json else warnings:
+        stdout().print(f"  mind: {warning}", style="yellow", markup=False)
     if not json and policy.name:
         stdout().print(f"MigrationPolicy {policy.name} applies to it.", markup=False)
     elif not json and policy.hidden:

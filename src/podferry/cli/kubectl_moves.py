@@ -22,7 +22,7 @@ from podferry.controller.policies import AppliedPolicy, Policies, forbids
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, ResourceKind
-from podferry.kube.errors import ApiFailed, Conflict, NotServed, ObjectNotFound
+from podferry.kube.errors import ApiFailed, Conflict, Forbidden, NotServed, ObjectNotFound
 from podferry.kube.migration import Migration
 from podferry.kube.quantities import seconds
 from podferry.kube.watch import follow
@@ -125,8 +125,9 @@ async def migrations(where: ClusterOptions, *, everywhere: bool) -> list[Migrati
     return sorted(map(Migration.from_json, found), key=lambda one: str(one.metadata.get("creationTimestamp")))
 
 
-async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], AppliedPolicy]:
-    """The reasons why the pod cannot move, and the policy that applies to it."""
+async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], AppliedPolicy, list[str]]:
+    """The reasons why the pod cannot move, the policy that applies to it, and the warnings of its node's agent from the pod's last
+    move or rehearsal, since nobody else has them."""
     async with where.open() as (api, namespace):
         pod = await api.find(PODS, name, namespace)
         if pod is None:
@@ -135,7 +136,21 @@ async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], A
             )
         policy = await Policies(api).of(pod)
         no = forbids(policy)
-        return find_obstacles(pod, await Surveyor(api).around(pod)) + ([no] if no is not None else []), policy
+        found = find_obstacles(pod, await Surveyor(api).around(pod)) + ([no] if no is not None else [])
+        return found, policy, await _warnings(api, pod)
+
+
+async def _warnings(api: Api, pod: Json) -> list[str]:
+    try:
+        listed, _ = await api.list(MIGRATIONS, pod["metadata"]["namespace"])
+    except Forbidden:
+        return []
+    for body in sorted(listed, key=lambda one: str(one["metadata"].get("creationTimestamp")), reverse=True):
+        status = body.get("status") or {}
+        of = [(status.get(part) or {}).get("uid") for part in ("sourcePod", "targetPod")]
+        if pod["metadata"]["uid"] in of and (found := status.get("warnings")):
+            return [str(one) for one in found]
+    return []
 
 
 async def explanation(where: ClusterOptions, name: str) -> tuple[Migration, list[Json]]:
