@@ -13,6 +13,7 @@ from contracts.journal import JournalCase, JournalContract
 from podferry.engine import journal as module
 from podferry.engine.journal import JOURNAL, Journal, forget_old
 from podferry.errors import Failed
+from podferry.fs.replacing import replacement
 
 pytestmark = pytest.mark.unit
 
@@ -26,15 +27,15 @@ class FullDisk:
         def fitting(file: int, data: bytes) -> int:
             return write(file, data[:9] if self._full and len(data) > 4096 else data)
 
-        def no_room(path: Path, text: str) -> int:
-            with path.open("w") as file:
-                file.write(text[:9] if self._full and len(text) > 4096 else text)
-            if self._full and len(text) > 4096:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            return len(text)
+        def no_room(path: Path, content: bytes) -> None:
+            with replacement(path) as file:
+                full = self._full and len(content) > 4096
+                file.write(content[:9] if full else content)
+                if full:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
         monkeypatch.setattr(module.os, "write", fitting)
-        monkeypatch.setattr(Path, "write_text", no_room)
+        monkeypatch.setattr(module, "replace_file", no_room)
 
     def fill(self) -> None:
         self._full = True
