@@ -10,6 +10,7 @@ import anyio
 import pytest
 
 from podferry.agent import certificate
+from podferry.controller import pods
 from podferry.errors import Failed
 from podferry.kube.client import (
     CONFIGMAPS,
@@ -24,6 +25,8 @@ from podferry.kube.client import (
 )
 from podferry.kube.drain import BY_ANNOTATION, NodeDrain
 from podferry.kube.errors import Forbidden
+from podferry.kube.migration import UID_LABEL
+from podferry.kube.quantities import timestamp
 from podferry.wire.pki import AGENT_LIFE
 from podferry.wire.tls import Credentials
 
@@ -306,6 +309,32 @@ async def test_nobody_but_the_controller_writes_podferrys_words_on_pods(world: W
             body = {"metadata": {"name": "made", **about}, "spec": {"containers": [{"name": "x", "image": "x"}]}}
             with pytest.raises(Forbidden, match="podferry's controller's to write"):
                 await tenant.create(PODS, body, world.namespace)
+
+
+async def test_no_kubelet_calls_a_pod_ready_again_whose_job_has_moved(world: World) -> None:
+    """A Job would remove the pod that the job runs in, which has been ready for less time."""
+    made = await world.pod("train", labels={UID_LABEL: "of-a-migration"})
+
+    async def status(pod: Json, ready: str, reason: str = "") -> Json:
+        condition = {"type": "Ready", "status": ready, "reason": reason, "lastTransitionTime": timestamp()}
+        change = {"status": {"conditions": [condition]}}
+        about = pod["metadata"]
+        return await world.api.patch(PODS, about["name"], change, about["namespace"], uid=about["uid"], part="status")
+
+    async def refused() -> bool:
+        marked = pods.not_ready(await status(made, "True"), timestamp())
+        await world.api.patch(PODS, "train", marked, world.namespace, uid=made["metadata"]["uid"], part="status")
+        try:
+            await status(made, "True")
+        except Forbidden as error:
+            return "has moved to another node" in str(error)
+        return False
+
+    await world.until(refused)  # a policy takes effect a moment after it was made
+    await status(made, "False", "Migrated")
+    released = pods.unclaim(await world.api.get(PODS, "train", world.namespace))
+    await world.api.patch(PODS, "train", released, world.namespace, uid=made["metadata"]["uid"])
+    await status(made, "True")
 
 
 async def test_an_agent_reads_neither_nodes_nor_pods(world: World, control_plane: Path) -> None:

@@ -8,6 +8,9 @@ no replacement; and should it act just then, it removes the pod that is not read
 `controller.ActivePods`), which is the source, and a Job takes its tracking finalizer off before it deletes
 (`deleteJobPods`), so that nothing is counted as failed.
 
+Its kubelet would call the source ready again within ten seconds (`syncPeriod` of pkg/kubelet/status), and of two ready pods a Job
+removes the target, which has been so for less time. The admission policy `podferry-moved-pods` (deploy/policies.yaml) refuses it.
+
 That the owner lets the source go, and nobody takes it away from it, is for that case: it waits to see the deletion that
 it has asked for, and sees it only of a pod that it owns (`DeletionObserved`). Were the source nobody's when the request
 arrives, the owner would neither make nor remove a pod until it lost patience, after five minutes
