@@ -186,12 +186,18 @@ def test_locks_of_files_are_told_by_kind_mode_and_range(tmp_path: Path) -> None:
         child.kill()
 
 
-def test_of_tcp_sockets_those_that_listen_are_compared() -> None:
+def test_of_a_tcp_connection_is_compared_what_criu_leaves_out() -> None:
     """On the target a connection to the outside is closed, and its socket is no connection's any more."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         assert descriptors._chosen(one.fileno()) == {}
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12345)
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 4096)
+        assert descriptors._chosen(one.fileno()) == {(6, 18): 12345, (6, 25): 4096}
+        with socket.create_connection(server.getsockname()) as other:
+            assert descriptors._give_options(other.fileno(), descriptors._chosen(one.fileno()), {})
+            assert descriptors._chosen(other.fileno()) == descriptors._chosen(one.fileno())
         assert descriptors._chosen(server.fileno()) == {(1, 2): 1, (6, 1): 1}
 
 

@@ -38,6 +38,9 @@ OPTIONS: Mapping[int, tuple[int, ...]] = {
     _IP: (1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 20, 21, 24, 25, 33, 34, 49),
     _IPV6: (16, 18, 19, 23, 25, 29, 33, 49, 51, 53, 56, 58, 60, 62, 66, 67, 70, 72, 73, 74, 77, 78),
 }
+OF_CONNECTIONS = ((_TCP, 18), (_TCP, 25))
+"""TCP_USER_TIMEOUT and TCP_NOTSENT_LOWAT: what CRIU leaves out of a connection (criu/sk-inet.c and sk-tcp.c, 4.1.1 and 4.2). The
+rest is CRIU's, or says how the connection fares."""
 _LEVELS = {socket.AF_INET: (_SOCKET, _IP), socket.AF_INET6: (_SOCKET, _IPV6, _IP), socket.AF_UNIX: (_SOCKET,)}
 _PROTOCOLS = {socket.IPPROTO_TCP: (_TCP,), socket.IPPROTO_UDP: (_UDP,)}
 Options = dict[tuple[int, int], int]
@@ -124,13 +127,13 @@ def _lock(line: str) -> list[str]:
 
 
 def _chosen(fd: int) -> Options:
-    """The options of a socket that are not as a new one has them. Of TCP sockets those that listen: a connection may be another
-    one by now, or closed, and CRIU saves what matters of it."""
+    """The options of a socket that are not as a new one has them; of a TCP socket that does not listen those `OF_CONNECTIONS`."""
     with socket.socket(fileno=os.dup(fd)) as one:
-        if one.proto == socket.IPPROTO_TCP and not one.getsockopt(_SOCKET, _ACCEPTS_CONNECTIONS):
-            return {}
         plain = _defaults(one.family, one.type, one.proto)
-        return {option: value for option, value in _options(one).items() if value != plain.get(option, value)}
+        chosen = {option: value for option, value in _options(one).items() if value != plain.get(option, value)}
+        if one.proto == socket.IPPROTO_TCP and not one.getsockopt(_SOCKET, _ACCEPTS_CONNECTIONS):
+            return {option: value for option, value in chosen.items() if option in OF_CONNECTIONS}
+        return chosen
 
 
 @cache

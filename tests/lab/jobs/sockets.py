@@ -373,6 +373,27 @@ def listener_with_fast_open():
 
 
 @situation
+def tcp_options_of_a_pair():
+    """What was chosen for a connection, at either end."""
+    options = {
+        "user timeout": (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12345),
+        "not sent": (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 4096),
+        "type of service": (socket.IPPROTO_IP, socket.IP_TOS, 16),
+        "no delay": (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        "idle": (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77),
+    }
+    ends = tcp_over()
+    for one in ends:
+        for level, name, value in options.values():
+            one.setsockopt(level, name, value)
+
+    def read():
+        return [[one.getsockopt(level, name) for level, name, _ in options.values()] for one in ends]
+
+    keeps("options", read(), read)
+
+
+@situation
 def tcp_many_pairs():
     with socket.create_server(("127.0.0.1", 7038), backlog=200) as server:
         pairs = []
