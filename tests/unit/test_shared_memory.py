@@ -194,6 +194,15 @@ def test_shared_memory_is_found_once_whoever_has_it_mapped(anonymous: mmap.mmap)
     os.close(descriptor)
 
 
+def test_a_file_that_is_mapped_is_not_opened_whatever_its_name(tmp_path: Path) -> None:
+    """In another mount namespace the kernel tells of a path what is below the mount, so a job can make it look like anything."""
+    path = tmp_path / "memfd:heap"
+    path.write_bytes(bytes(PAGE))
+    before = shared_objects([os.getpid()])
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), PAGE):
+        assert shared_objects([os.getpid()]) == before
+
+
 @pytest.mark.usefixtures("readable")
 def test_passes_over_shared_memory_of_a_process(anonymous: mmap.mmap, tmp_path: Path) -> None:
     shared, target = SharedMemory(3, lambda: [os.getpid()]), Target(tmp_path / "target")

@@ -16,7 +16,8 @@ from podferry.memory.ranges import Runs
 KERNEL_AREAS = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]", "[vectors]", "[sigpage]"})
 
 _LINE = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) ([-r])([-w])([-x])([ps]) [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)(?: +(.*))?$", re.MULTILINE
+    rb"^([0-9a-f]+)-([0-9a-f]+) ([-r])([-w])([-x])([ps]) [0-9a-f]+ ([0-9a-f]+:[0-9a-f]+) (\d+)(?: +(.*))?$",
+    re.MULTILINE,
 )
 _FLAGS = re.compile(rb"^VmFlags:(.*)$", re.MULTILINE)
 _LOCKED = re.compile(rb"^VmLck:\s+(\d+) kB$", re.MULTILINE)
@@ -24,7 +25,8 @@ _LOCKED = re.compile(rb"^VmLck:\s+(\d+) kB$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """One mapping: [start, end) in bytes. `inode` is 0 without a file; `flags` are VmFlags, empty unless asked for."""
+    """One mapping: [start, end) in bytes. `inode` is 0 without a file; `flags` are VmFlags, empty unless asked for.
+    `device` is where the file is, MAJOR:MINOR in hexadecimal digits."""
 
     start: int
     end: int
@@ -35,6 +37,7 @@ class Area:
     inode: int
     name: str
     flags: frozenset[str] = frozenset()
+    device: str = ""
 
     @property
     def size(self) -> int:
@@ -144,7 +147,7 @@ def _spans(areas: Iterable[Area]) -> Iterator[tuple[int, int]]:
 
 
 def _area(match: re.Match[bytes], flags: frozenset[str] = frozenset()) -> Area:
-    start, end, read, write, execute, sharing, inode, name = match.groups()
+    start, end, read, write, execute, sharing, device, inode, name = match.groups()
     return Area(
         start=int(start, 16),
         end=int(end, 16),
@@ -155,6 +158,7 @@ def _area(match: re.Match[bytes], flags: frozenset[str] = frozenset()) -> Area:
         inode=int(inode),
         name=(name or b"").decode(errors="surrogateescape"),
         flags=flags,
+        device=device.decode(),
     )
 
 

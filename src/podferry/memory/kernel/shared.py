@@ -2,6 +2,10 @@
 
 `/proc/PID/map_files` (proc_pid_map_files(5), needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN) opens what is mapped, whatever has
 become of its name; where it has data, lseek(2) tells with SEEK_DATA. Reading a hole would not fill it, but costs as much as data.
+
+What MAP_SHARED | MAP_ANONYMOUS, shmget(2) and memfd_create(2) make is on one file system of the kernel's own (`shm_mnt` in
+mm/shmem.c), which nobody can mount. Nothing else is opened: a file that a job has put on a network file system may block whoever
+opens it.
 """
 
 from __future__ import annotations
@@ -10,12 +14,9 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 from podferry.memory.kernel.maps import Area, read_areas
-
-ANONYMOUS = ("/dev/zero (deleted)", "/SYSV", "/memfd:")
-"""How the kernel names, in /proc/PID/maps, what CRIU saves page by page: MAP_SHARED | MAP_ANONYMOUS, shmget(2), memfd_create(2).
-Files of memory file systems have paths, and move as files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,17 @@ class SharedObject:
         return os.open(f"/proc/{self.pid}/map_files/{self.start:x}-{self.end:x}", os.O_RDONLY | os.O_CLOEXEC)
 
 
+@cache
+def _kernels_own() -> str:
+    """The device of that file system, as /proc/PID/maps writes it."""
+    descriptor = os.memfd_create("podferry", os.MFD_CLOEXEC)
+    try:
+        device = os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
+    return f"{os.major(device):02x}:{os.minor(device):02x}"
+
+
 def shared_objects(pids: Iterable[int]) -> list[SharedObject]:
     """Every object of shared memory that these processes have mapped, once."""
     found: dict[tuple[str, int], SharedObject] = {}
@@ -49,7 +61,7 @@ def shared_objects(pids: Iterable[int]) -> list[SharedObject]:
 
 
 def _is_shared(area: Area) -> bool:
-    return not area.private and area.inode != 0 and area.name.startswith(ANONYMOUS)
+    return not area.private and area.device == _kernels_own()
 
 
 def chunks(descriptor: int, into: memoryview) -> Iterator[tuple[int, int]]:
