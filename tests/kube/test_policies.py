@@ -42,6 +42,17 @@ BEFORE: Json = {
     "downtime": "1ms",
     "forecast": "1ms",
     "warnings": ["mind"],
+    "connections": [
+        {
+            "protocol": "tcp",
+            "local": "10.0.0.1:1",
+            "remote": "10.0.0.2:2",
+            "peer": "another",
+            "fate": "closed",
+            "why": "so",
+        }
+    ],
+    "peers": [{"address": "10.0.0.2", "kind": "Node"}],
     "closedConnections": ["a -> b"],
     "abort": {"outcome": "failed", "reason": "Asked"},
     "engineEnding": {"outcome": "failed", "reason": "Broken"},
@@ -69,6 +80,17 @@ FORGED: Json = {
     "downtime": "2ms",
     "forecast": "2ms",
     "warnings": ["all is well"],
+    "connections": [
+        {
+            "protocol": "tcp",
+            "local": "10.0.0.1:1",
+            "remote": "10.0.0.2:2",
+            "peer": "another",
+            "fate": "lives",
+            "why": "it does",
+        }
+    ],
+    "peers": [{"address": "10.0.0.2", "kind": "Outside"}],
     "closedConnections": [],
     "abort": END,
     "engineEnding": END,
