@@ -214,7 +214,7 @@ def wait_until(what: str, true: Callable[[], object]) -> None:
 def traces(machine: Stock) -> dict[str, set[str]]:
     """What a lab could leave behind on a machine."""
     asked = {
-        "mounts": "findmnt -rno TARGET",
+        "mounts": "findmnt -rno TARGET | grep -v ^/run/user/",  # systemd's, for as long as a user has a session
         "interfaces": "ls /sys/class/net",
         "cgroups": "cd /sys/fs/cgroup; ls -d podferry* 2> /dev/null || :",
         "passed on": "cat /sys/fs/cgroup/cgroup.subtree_control",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ def start(machine: Machine) -> int:
         "HOME_DIR": str(machine.home),
         "PACKAGE": str(PACKAGE),
         "SERVICES": " ".join(machine.services),
+        "PYTHON": sys.executable,
         "CGROUPS": cgroup_mounts(machine.cgroups, mounted),
         "BINDS": " ".join(f"{source}:{inside}" for inside, source in machine.binds.items()),
     }

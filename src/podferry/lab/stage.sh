@@ -1,7 +1,7 @@
 #!/bin/sh
 # The first process of a machine, in namespaces just made by unshare: builds the root, turns it over to the supervisor.
 # In the environment: NAME, IMAGE (read-only root), HOME_DIR (the machine's own disk), PACKAGE (podferry's modules),
-# SERVICES (what to supervise), CGROUPS (v2, or NAME:OPTION of every v1 hierarchy), BINDS (FROM:TO, read-only).
+# SERVICES (what to supervise), CGROUPS (v2, or NAME:OPTION of every v1 hierarchy), BINDS (FROM:TO, read-only), PYTHON (an interpreter).
 set -eu
 R=$HOME_DIR/root
 
@@ -76,7 +76,11 @@ for service in $SERVICES; do
 done
 
 cd "$R"
-pivot_root . old
+# pivot_root(2) by the C library: not every distribution installs pivot_root(8) (Debian testing does not).
+"$PYTHON" -ISc '
+import ctypes, os
+if ctypes.CDLL(None, use_errno=True).pivot_root(b".", b"old"):
+    raise SystemExit("pivot_root: " + os.strerror(ctypes.get_errno()))'
 umount -l /old
 rmdir /old
 mount --make-rshared /
