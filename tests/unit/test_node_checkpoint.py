@@ -148,6 +148,20 @@ def test_a_criu_that_died_left_no_error_but_its_last_lines(tmp_path: Path) -> No
     assert any("Dumping path" in line for line in error.evidence)
 
 
+@pytest.mark.parametrize("more", ["", "(00.039) Error (criu/new.c:1): something new\n"])
+def test_a_kernel_without_udp_lite_is_the_reason_where_criu_tells_no_other(tmp_path: Path, more: str) -> None:
+    """The end of a log of CRIU 4.1.1 on Linux 7.1."""
+    log = tmp_path / "dump.log"
+    log.write_text(
+        "(00.035655) sockets: Sockects collect procedure family AF_INET proto IPPROTO_UDPLITE: -2\n"
+        f"(00.037576) netlink: Collect netlink sock 0x3549\n(00.038016) net: Unlock network\n{more}"
+        "(00.040840) Error (criu/cr-dump.c:2111): Dumping FAILED.\n"
+    )
+    error = explained(CheckpointFailed, "cannot dump", log, said=["criu failed: type NOTIFY errno 0"])
+    assert ("UDP-Lite" in error.why) is (not more)
+    assert ("3003" in error.remedy) is (not more)
+
+
 def test_no_log_at_all(tmp_path: Path) -> None:
     error = explained(CheckpointFailed, "cannot dump", tmp_path / "none", said=["runc: exit status 1"])
     assert error.why == "runc: exit status 1"

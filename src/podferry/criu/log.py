@@ -13,6 +13,10 @@ from podferry.node.process import last_lines
 E = TypeVar("E", bound=PodferryError)
 
 _HARMLESS = re.compile(r"RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|No parent image found, though")
+_NO_UDP_LITE = "IPPROTO_UDPLITE: -2"
+"""What CRIU says, as no error, where the kernel lists no sockets of that protocol (criu/sockets.c, `collect_err`)."""
+NO_UDP_LITE = "this node's CRIU takes it for a failure that the kernel has no UDP-Lite, as since Linux 7.1"
+NEWER_CRIU = "install a CRIU that has the change of its pull request 3003 (4.2.1 has not), or boot Linux 7.0 or earlier"
 _ERROR_LINE = re.compile(r"\b(Error|Warn) +\(")
 _LOG_TAIL = 1 << 20  # bytes; at the log level of criu.conf a log is far smaller
 
@@ -37,4 +41,6 @@ def explained(kind: type[E], what: str, log: Path, *, said: list[str] | None = N
     why = (said or evidence or ["it left no log"])[0]
     if errors:
         why = UNEXPLAINED + errors[0].strip()
+    elif any(_NO_UDP_LITE in line for line in evidence):
+        return kind(what, why=NO_UDP_LITE, remedy=NEWER_CRIU, evidence=evidence)
     return kind(what, why=why, evidence=evidence)  # the log itself goes with what was tried
