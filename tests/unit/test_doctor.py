@@ -172,11 +172,17 @@ LAB: list[tuple[str, Callable[[LabHost], LabHost], dict[str, Verdict]]] = [
     ),
     ("CRIU 4.1 on a late kernel", kernel(release="6.16.3"), {"nodes' CRIU": LIMITED}),
     ("CRIU 4.2 on a late kernel", lambda one: kernel(release="7.0-rc1")(replace(one, criu=(4, 2))), {}),
+    (
+        "Linux without UDP-Lite",
+        lambda one: kernel(release="7.2.12+deb14")(replace(one, criu=(4, 2))),
+        {"UDP-Lite": LIMITED},
+    ),
     ("Docker, k3s, /tmp noexec, no IPv6", having(daemons=("Docker",), tmp_noexec=True, ipv6=False, clashes=("x",)), {}),
 ]
 NODE: list[tuple[str, Callable[[NodeHost], NodeHost], dict[str, Verdict]]] = [
     ("an old Python", having(python=(3, 9)), {"Python": BLOCKED}),
     ("SELinux", kernel(selinux=True), {"SELinux": BLOCKED}),
+    ("Linux without UDP-Lite", kernel(release="7.1.0"), {"UDP-Lite": LIMITED}),
     ("no CRIU", facts(criu=""), {"CRIU": BLOCKED}),
     ("Debian 12's CRIU", facts(criu="3.17.1"), {"CRIU": BLOCKED}),
     (

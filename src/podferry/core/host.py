@@ -50,6 +50,15 @@ class Kernel:
     userns_restricted: bool = False
     selinux: bool = False
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Major and minor number of the release."""
+        return tuple(int(part) for part in self.release.partition("-")[0].split(".")[:2] if part.isdecimal())
+
+
+NO_UDP_LITE = (7, 1)
+"""The first Linux without that protocol."""
+
 
 def of_privileges(found: Privileges) -> Iterator[Finding]:
     """May the caller do what it must?"""
@@ -120,6 +129,13 @@ def of_kernel(found: Kernel, *, lab: bool = False) -> Iterator[Finding]:
         )
     else:
         yield fine("kernel", name)
+    if found.version >= NO_UDP_LITE:
+        yield limited(
+            "UDP-Lite",
+            f"Linux {found.release} has none",
+            "CRIU up to 4.2.1 ends every dump of a network namespace for that",
+            "use a CRIU that has the change of its pull request 3003, or boot Linux 7.0 or earlier",
+        )
     yield from _of_userfaultfd(found)
     yield from _of_tracking(found)
     if found.userns_restricted:

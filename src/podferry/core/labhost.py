@@ -109,8 +109,7 @@ def _privileges(host: LabHost) -> Iterator[Finding]:
 
 def _kernel(host: LabHost) -> Iterator[Finding]:
     yield from of_kernel(host.kernel, lab=True)
-    numbers = tuple(int(part) for part in host.kernel.release.partition("-")[0].split(".")[:2] if part.isdecimal())
-    if numbers >= SOCKETS_NEED_CRIU_42 and host.criu < (4, 2):
+    if host.kernel.version >= SOCKETS_NEED_CRIU_42 and host.criu < (4, 2):
         yield limited(
             "nodes' CRIU",
             f"{'.'.join(map(str, host.criu))}, below Linux {host.kernel.release}",
