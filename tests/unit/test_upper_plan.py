@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from podferry.node.upper import Entry, Manifest, TreePlan, diff
 from podferry.node.upper.entries import parent_of
 from podferry.node.upper.plan import LinkVerb
+from podferry.node.upper.scan import scan
 
 pytestmark = pytest.mark.unit
 
@@ -142,3 +145,16 @@ def test_a_swap_parks_both_files() -> None:
     assert len(plan.parks) == 2
     assert [step.verb for step in plan.steps] == [LinkVerb.UNPARK, LinkVerb.UNPARK]
     assert plan.removes == ()
+
+
+def test_what_criu_makes_and_removes_beside_the_last_pass_is_not_the_jobs(tmp_path: Path) -> None:
+    for name in ("tmp/cr-tmpfs.oj6lB0", "cr-tmpfs.FMRjF8", "tmp/cr-tmpfs.of-a-job", "var/cr-tmpfs.oj6lB0"):
+        (tmp_path / name).mkdir(parents=True)
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        running = scan(root)
+        theirs = {b"tmp/cr-tmpfs.oj6lB0", b"cr-tmpfs.FMRjF8"}
+        assert running.entries.keys() - scan(root, frozen=True).entries.keys() == theirs
+        assert scan(root, running, frozen=True).entries.keys() >= theirs, "what was there before the dump stays"
+    finally:
+        os.close(root)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import sys
 import time
@@ -48,6 +49,11 @@ def scan(
         return _Scan(root, previous, suspects, frozen).run()
     except OSError as broken:
         raise Failed.because("the upper layer cannot be read", broken) from broken
+
+
+OF_CRIU = re.compile(rb"(tmp/)?cr-tmpfs\.[A-Za-z0-9]{6}")
+"""The directory on which CRIU mounts a clean view of each file system while it dumps (`get_clean_mnt` in criu/mount.c): it comes
+and goes beside the last pass, and is not the job's."""
 
 
 class _Scan:
@@ -88,6 +94,8 @@ class _Scan:
                 for item in listing:
                     name = item.name
                     path = prefix + name.encode(ENCODING, "surrogateescape")  # os.fsencode in half the time
+                    if self.frozen and path not in known and OF_CRIU.fullmatch(path):
+                        continue
                     try:
                         found = item.stat(follow_symlinks=False)
                         old = known.get(path)
