@@ -149,18 +149,8 @@ def unsent(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
 
     Nobody has such an end open, so CRIU does not save it, and the rest of what it has to send is nowhere else.
     """
-    there = list(connections(pid))
-    closed = {
-        (_plain(one.remote), _plain(one.local)) for one in there if not one.inode and one.state in _CLOSED_TOO_EARLY
-    }
-    if not closed:
-        return ()
-    inodes = {inode for owner in pids for inode in _open_in(owner)}
-    return tuple(
-        f"{one}, whose other end is closed and has data left"
-        for one in there
-        if one.inode in inodes and (_plain(one.local), _plain(one.remote)) in closed
-    )
+    facing = _facing(pid, pids, _CLOSED_TOO_EARLY)
+    return tuple(f"{one}, whose other end is closed and has data left" for one in facing)
 
 
 Look = Callable[[int, Collection[int]], tuple[str, ...]]
@@ -199,16 +189,18 @@ def _unaccepted_unix(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
 
 
 def _unaccepted_tcp(pid: int, pids: Iterable[int]) -> tuple[str, ...]:
+    return tuple(map(str, _facing(pid, pids, _WAITS_TO_BE_ACCEPTED)))
+
+
+def _facing(pid: int, pids: Iterable[int], states: Collection[str]) -> list[Connection]:
+    """Connections of the processes `pids`, in the network namespace of `pid`, whose other end is there as well, in one of these
+    states, and nobody has it open."""
     there = list(connections(pid))
-    waiting = {
-        (_plain(one.local), _plain(one.remote)) for one in there if not one.inode and one.state in _WAITS_TO_BE_ACCEPTED
-    }
-    if not waiting:
-        return ()
+    nobodys = {(_plain(one.remote), _plain(one.local)) for one in there if not one.inode and one.state in states}
+    if not nobodys:
+        return []
     inodes = {inode for owner in pids for inode in _open_in(owner)}
-    return tuple(
-        str(one) for one in there if one.inode in inodes and (_plain(one.remote), _plain(one.local)) in waiting
-    )
+    return [one for one in there if one.inode in inodes and (_plain(one.local), _plain(one.remote)) in nobodys]
 
 
 class Peers:
