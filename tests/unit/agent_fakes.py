@@ -19,11 +19,11 @@ import xxhash
 from podferry.engine.ports import IMAGES, LOG, UPPER, DirtySet, OriginalGone
 from podferry.errors import Bug, Failed, PeerMisbehaved, PodferryError, Refused
 from podferry.lazypages.page_source import Frame, Word
-from podferry.memory.held_pages import HeldPages
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import HELD_PAGES, INLINE, PAGE, Drop, File, Pages
+from podferry.wire.held_pages import HeldPages
 from podferry.wire.messages import AddressSpaceSum, StateEnd, TreeSum
 from podferry.workload.numbers import address_space_of, container_of_address_space, directory_of
 from podferry.workload.source_memory import Left

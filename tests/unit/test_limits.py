@@ -25,12 +25,12 @@ from podferry.core.limits import (
 from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.sending import Sender
 from podferry.errors import Failed, PeerMisbehaved
-from podferry.memory.held_pages import HeldPages
 from podferry.model import Mode
 from podferry.node import jobfacts, payloads
 from podferry.node.newfile import small_file
 from podferry.node.upper import scan
 from podferry.wire.frames import MAX_PAYLOAD, File
+from podferry.wire.held_pages import HeldPages
 from podferry.workload import received_image
 from podferry.workload.received_image import ReceivedImage
 

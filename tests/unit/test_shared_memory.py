@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from podferry.engine.sending import _piece
 from podferry.errors import PeerMisbehaved
-from podferry.memory.held_pages import CHUNK, LACKING, PAGE, ZEROS, HeldPages
 from podferry.memory.kernel.shared import shared_objects
-from podferry.wire.frames import HELD_PAGES, Drop, File, Pages
+from podferry.wire.frames import HELD_PAGES, INLINE, PAGE, ZEROS, Drop, File, Pages
+from podferry.wire.held_pages import CHUNK, HeldPages
 from podferry.wire.messages import FileSum
 from podferry.workload.numbers import address_space_of
 from podferry.workload.received_images import ReceivedImages
@@ -95,7 +95,7 @@ def test_only_what_changed_is_sent_again() -> None:
     assert held.changed(AT, memory(1, 5, 0, 0, 4)) == [(PAGE, 2 * PAGE)]
     assert held.take(memory(1, 2, 3, 4, 5, 0, 0)) == [
         (AT, 1),
-        (LACKING, 2),
+        (INLINE, 2),
         (AT + 4 * PAGE, 1),
         (AT + PAGE, 1),
         (ZEROS, 2),
@@ -107,14 +107,14 @@ def test_what_was_longer_once_is_remembered_until_it_is_written_again() -> None:
     held.changed(AT, memory(1, 2))
     assert held.changed(AT, memory(1)) == []
     assert held.changed(AT, memory(1, 3)) == [(PAGE, 2 * PAGE)]
-    assert held.take(memory(2, 3)) == [(LACKING, 1), (AT + PAGE, 1)]
+    assert held.take(memory(2, 3)) == [(INLINE, 1), (AT + PAGE, 1)]
 
 
 def test_a_page_is_taken_once() -> None:
     """The target frees it as soon as it is in an image."""
     held = HeldPages()
     held.changed(AT, memory(1, 1))
-    assert held.take(memory(1, 1)) == [(AT + PAGE, 1), (LACKING, 1)]
+    assert held.take(memory(1, 1)) == [(AT + PAGE, 1), (INLINE, 1)]
 
 
 def test_no_more_is_remembered_than_may_be() -> None:
@@ -129,7 +129,7 @@ def test_what_is_dropped_is_sent_again() -> None:
     held.changed(AT, memory(1))
     assert not held.drop(AT + CHUNK, AT + 2 * CHUNK)
     assert held.drop(AT, AT + CHUNK)
-    assert held.take(memory(1)) == [(LACKING, 1)]
+    assert held.take(memory(1)) == [(INLINE, 1)]
 
 
 def test_other_images_go_as_they_are() -> None:
@@ -236,4 +236,4 @@ def test_what_is_unmapped_is_dropped(anonymous: mmap.mmap) -> None:
     ((start, end),) = drop.runs
     assert start % SPACING == 0
     assert end == start + SPACING
-    assert shared.held.take(memory(1)) == [(LACKING, 1)]
+    assert shared.held.take(memory(1)) == [(INLINE, 1)]

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from podferry.errors import Failed, PodferryError
 from podferry.lazypages.page_source import Frame
-from podferry.memory.held_pages import HeldPages
 from podferry.memory.ranges import EMPTY, Runs
 from podferry.model import Dump
 from podferry.wire.frames import Drop, File, Pages
+from podferry.wire.held_pages import HeldPages
 from podferry.wire.messages import AddressSpaceSum, StateEnd, TreeSum
 
 Json = dict[str, Any]

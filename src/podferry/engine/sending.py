@@ -15,9 +15,9 @@ from podferry.engine.migration_record import MigrationRecord
 from podferry.engine.pages import PageSender
 from podferry.engine.ports import LOG, DirtySet, Images, SourceJob
 from podferry.errors import Failed
-from podferry.memory.held_pages import HeldPages
 from podferry.wire.channel import Channel
 from podferry.wire.frames import INLINE, MAX_PAYLOAD, PAGE, Drop, File, Pages, Tree
+from podferry.wire.held_pages import HeldPages
 from podferry.wire.messages import MOST_SUMS, AddressSpaceSum, FileSum, StateEnd, StatePart
 
 OF_PAGES = "pages-"

@@ -1,7 +1,7 @@
 """Copies the shared memory of a container on the source to the target while the job runs.
 
 No tracker sees who writes to it, and the pages of an object may be mapped anywhere, so every pass reads all of it and sends what
-has other contents than before (`podferry.memory.held_pages`). CRIU saves it as ever while the job stands still; of its image, the
+has other contents than before (`podferry.wire.held_pages`). CRIU saves it as ever while the job stands still; of its image, the
 target has then most pages.
 """
 
@@ -11,10 +11,10 @@ import os
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import suppress
 
-from podferry.memory.held_pages import CHUNK, HeldPages, Run
 from podferry.memory.kernel.shared import SharedObject, chunks, shared_objects
 from podferry.wire.batch import PageBatch
-from podferry.wire.frames import HELD_PAGES, Drop, Pages
+from podferry.wire.frames import HELD_PAGES, Drop, Pages, Run
+from podferry.wire.held_pages import CHUNK, HeldPages
 from podferry.workload.numbers import address_space_of
 from podferry.workload.threads import run
 
@@ -42,6 +42,8 @@ class SharedMemory:
             base = self._bases.pop(key)
             if self.held.drop(base, base + SPACING):
                 yield Drop(self._space, ((base, base + SPACING),))
+        if not objects:
+            return
         batch, buffer = PageBatch(self._space, round), memoryview(bytearray(CHUNK))
         for one in objects.values():
             if not (base := self._base(one)):

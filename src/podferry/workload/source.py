@@ -17,11 +17,11 @@ from podferry.core.connections import BRIEF, ConnectionsLost, refusal, refused
 from podferry.criu.connections import settle
 from podferry.engine.ports import DirtySet, Images, RemotePages
 from podferry.errors import Failed
-from podferry.memory.held_pages import HeldPages
 from podferry.memory.ranges import Runs
 from podferry.model import Connections, Dump
 from podferry.node.cgroup import Cgroup
 from podferry.wire.frames import Drop, Pages
+from podferry.wire.held_pages import HeldPages
 from podferry.wire.messages import AddressSpaceSum, TreeSum
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import gathered

@@ -12,22 +12,19 @@ from collections.abc import Iterator
 
 import xxhash
 
-PAGE = 4096  # as on the wire, whatever the page size of the node
+from podferry.wire.frames import INLINE, PAGE, ZEROS, Run
+
 CHUNK = 1 << 20
 """Bytes that are compared at once. Chunks lie at multiples of it."""
 MOST_PAGES = 1 << 20
 """4 GiB. A page costs some 130 bytes of the agent's memory; what is beyond them moves while the job stands still."""
-ZEROS, LACKING = 0, 1 << 55
-"""Where no page is held: pages of zeros, which are never sent, and pages that the target lacks (`podferry.wire.frames`)."""
 
 _digest = xxhash.xxh3_64_intdigest
 _ZERO_DIGEST = _digest(bytes(PAGE))
 
-Run = tuple[int, int]
-
 
 class HeldPages:
-    """The pages that the target holds, each at an address of the caller's choice between `ZEROS` and `LACKING`."""
+    """The pages that the target holds, each at an address of the caller's choice between `ZEROS` and `INLINE`."""
 
     def __init__(self, most: int = MOST_PAGES) -> None:
         """`most` is how many pages may be remembered."""
@@ -77,13 +74,13 @@ class HeldPages:
 
     def take(self, piece: memoryview) -> list[Run]:
         """What the whole pages of a piece of an image are to the target, in order: runs (address, pages) of what it holds, of zeros
-        at `ZEROS`, and at `LACKING` of what it does not hold.
+        at `ZEROS`, and at `INLINE` of what it does not hold.
 
         Each page is given once: the target need not keep what it has put into an image.
         """
         runs: list[Run] = []
         for digest in map(_digest, pages(piece)):
-            address = ZEROS if digest == _ZERO_DIGEST else self._addresses.pop(digest, LACKING)
+            address = ZEROS if digest == _ZERO_DIGEST else self._addresses.pop(digest, INLINE)
             if runs and address == _after(*runs[-1]):
                 runs[-1] = runs[-1][0], runs[-1][1] + 1
             else:
@@ -97,7 +94,7 @@ class HeldPages:
 
 def _after(address: int, pages: int) -> int:
     """The address that continues a run."""
-    return address if address in (ZEROS, LACKING) else address + pages * PAGE
+    return address if address in (ZEROS, INLINE) else address + pages * PAGE
 
 
 def pages(memory: memoryview) -> Iterator[memoryview]:
