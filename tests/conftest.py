@@ -24,7 +24,7 @@ from chance import SEED
 from hypothesis import HealthCheck, settings
 
 from podferry.errors import PodferryError
-from podferry.lab import Lab, cgroups, containers, images, inside, list_labs, site
+from podferry.lab import Lab, cgroups, containers, inside, list_labs, root_images, site
 from podferry.lab.progress import phases
 from podferry.lab.state import CACHE, INSIDE
 
@@ -68,10 +68,10 @@ class SessionLab:
         if self._lab is None:
             lab = Lab(f"test-{os.getpid()}")
             tell = phases(print)
-            packages = site.development(images.node_root(tell), tell)
+            packages = site.development(root_images.node_root(tell), tell)
             self._lab = lab
             lab.up(2, "1gbit", binds={IN_NODE: CHECKOUT, DEVELOPMENT: packages}, progress=tell)
-            containers.pull(lab, TESTS_NODE, images.JOB_IMAGE)
+            containers.pull(lab, TESTS_NODE, root_images.JOB_IMAGE)
         return self._lab
 
     def down(self) -> None:

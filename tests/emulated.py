@@ -21,8 +21,8 @@ from functools import cache
 from pathlib import Path
 
 from podferry.errors import PodferryError
-from podferry.lab import images, site
-from podferry.lab.cache import cached, remove
+from podferry.lab import root_images, site
+from podferry.lab.build_cache import cached, remove
 from podferry.lab.debian import APT, SUITE, architecture, mirror, require
 from podferry.lab.downloads import downloads
 from podferry.lab.progress import Progress
@@ -139,7 +139,7 @@ def machine(suite: str, processor: str) -> Path:
     try:
         board, name = BOARDS[processor], f"{suite}.{processor}"
         require({board.qemu: board.package, "mkfs.ext4": "e2fsprogs"}, print)
-        tools = root = images.node_root(print)
+        tools = root = root_images.node_root(print)
         if processor != "amd64":
             recipe = {"packages": FOREIGN_ROOT, "suite": SUITE}
             root = cached(f"node.{processor}", recipe, lambda into: _root(SUITE, processor, into))
@@ -149,7 +149,7 @@ def machine(suite: str, processor: str) -> Path:
         }
         recipe = {"package": KERNEL_PACKAGE, "suite": suite}
         package = cached(f"kernel.{name}", recipe, lambda into: _kernel(suite, processor, into))
-        files = {JOB_ARCHIVE: images.job_archive(print)} if root is tools else {}
+        files = {JOB_ARCHIVE: root_images.job_archive(print)} if root is tools else {}
         parts = [package, root, *packages.values(), *files.values()]
         return cached(
             f"machine.{name}",

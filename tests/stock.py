@@ -24,8 +24,8 @@ from pathlib import Path
 from emulated import Lacking
 
 from podferry.errors import PodferryError
-from podferry.lab import images, site
-from podferry.lab.cache import cached, remove
+from podferry.lab import root_images, site
+from podferry.lab.build_cache import cached, remove
 from podferry.lab.debian import APT, SUITE, architecture, bootstrap, downloads, mirror, require
 from podferry.lab.state import CACHE
 from podferry.node.process import Completed, last_lines, raise_for, run, spawn
@@ -149,8 +149,8 @@ def _build(suite: str, into: Path) -> None:
 @cache
 def caches() -> Path:
     """A disk with what labs need built: the nodes' image, Python packages for them and for tests in them, the image of jobs."""
-    root = images.node_root(print)
-    made = (root, site.site(root, print), site.development(root, print), images.job_archive(print))
+    root = root_images.node_root(print)
+    made = (root, site.site(root, print), site.development(root, print), root_images.job_archive(print))
     names = sorted(path.name for path in made)
     recipe = {"names": names, "edition": EDITION, "size": CACHE_SIZE}
 

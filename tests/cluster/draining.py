@@ -13,9 +13,9 @@ from typing import Any
 from podferry.kube.migration import CAUSE_LABEL, Migration
 from podferry.kube.quantities import seconds
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
 from podferry.lab.kubernetes.cluster import Kubectl
+from podferry.lab.root_images import JOB_IMAGE
 
 from .installing import A, B
 

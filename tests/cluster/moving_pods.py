@@ -16,9 +16,9 @@ from typing import Any
 
 from podferry.errors import CommandFailed, PodferryError
 from podferry.lab import Lab
-from podferry.lab.config import AGENT_PORT
-from podferry.lab.images import JOB_IMAGE
-from podferry.lab.kubernetes.criu import bundle
+from podferry.lab.kubernetes.portable_criu import bundle
+from podferry.lab.machine_config import AGENT_PORT
+from podferry.lab.root_images import JOB_IMAGE
 
 A, B = NODES = ("node-a", "node-b")
 PATIENCE = 120.0

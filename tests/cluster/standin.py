@@ -21,13 +21,13 @@ from podferry.engine.order import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.model import Connections, Mode
 from podferry.workload.config import load
-from podferry.workload.pod.ports import PodName, PodOrder
+from podferry.workload.pod.cluster_port import PodName, PodOrder
 
 POLL_INTERVAL = 0.01
 
 
 class Directory:
-    """`podferry.workload.pod.ports.Cluster`."""
+    """`podferry.workload.pod.cluster_port.Cluster`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -13,7 +13,7 @@ import pytest
 
 from podferry.errors import UsageError
 from podferry.lab import Lab, cgroups
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.root_images import JOB_IMAGE
 
 pytestmark = pytest.mark.cluster
 PATIENCE = 60.0

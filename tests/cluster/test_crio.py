@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from podferry.install.crio import DROP_INS, NAME
+from podferry.install.crio_service import DROP_INS, NAME
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
-from podferry.lab.kubernetes import crio
+from podferry.lab.kubernetes import crio_package
 from podferry.lab.progress import phases
+from podferry.lab.root_images import JOB_IMAGE
 
 from .installing import A, B, uninstall
 from .moving_pods import until
@@ -22,8 +22,8 @@ C = "node-c"
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(
-        bool(crio.missing()),
-        reason=f"no CRI-O here: {crio.DIRECTORY} (PODFERRY_CRIO_BIN) lacks {', '.join(crio.missing())}",
+        bool(crio_package.missing()),
+        reason=f"no CRI-O here: {crio_package.DIRECTORY} (PODFERRY_CRIO_BIN) lacks {', '.join(crio_package.missing())}",
     ),
 ]
 COUNTS = """
@@ -135,7 +135,7 @@ def test_to_a_node_with_containerd_the_move_is_refused_in_words(lab: Lab) -> Non
 
 
 def test_uninstalling_takes_the_runtime_away(lab: Lab) -> None:
-    asks = ["sh", "-c", f"ls {DROP_INS}; {crio.IN_NODES}/crio --config /etc/podferry/crio.conf config"]
+    asks = ["sh", "-c", f"ls {DROP_INS}; {crio_package.IN_NODES}/crio --config /etc/podferry/crio.conf config"]
     for node in (A, B):
         assert NAME in lab.exec(node, asks).stdout
         assert ".runtimes.podferry]" in lab.exec(node, asks).stdout

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from podferry.install import criu
+from podferry.install import criu_bundle
 from podferry.install.node import WRAPPER
 from podferry.lab import Lab
-from podferry.lab.images import PAUSE_IMAGE
 from podferry.lab.kubernetes import deploy
+from podferry.lab.root_images import PAUSE_IMAGE
 
 from .installing import CONFIG, NODES, agent_on
 
@@ -34,9 +34,11 @@ def test_nodes_know_the_runtime_and_have_a_criu_that_will_do(installed: Lab) -> 
         assert f'BinaryName = "{WRAPPER}"' in quoted
         assert 'snapshotter = "podferry"' in quoted, "the rest of the section is as it was"
         assert f'"{PAUSE_IMAGE}"' in quoted, "and so is the image of sandboxes"
-        where = installed.exec(node, ["sh", "-c", f"ls {criu.DIRECTORY}/bin/criu 2>/dev/null || command -v criu"])
+        where = installed.exec(
+            node, ["sh", "-c", f"ls {criu_bundle.DIRECTORY}/bin/criu 2>/dev/null || command -v criu"]
+        )
         version = installed.exec(node, [where.stdout.strip(), "--version"]).stdout
-        assert tuple(map(int, version.split()[1].split(".")))[:2] >= criu.OLDEST
+        assert tuple(map(int, version.split()[1].split(".")))[:2] >= criu_bundle.OLDEST
 
 
 def test_a_new_agent_leaves_containerd_alone(installed: Lab) -> None:
@@ -76,7 +78,7 @@ def test_what_an_agent_starts_on_its_node_outlives_it(installed: Lab) -> None:
     kubectl, agent = installed.kubectl(), agent_on(installed, "node-a")
     said = kubectl.run("-n", SYSTEM, "exec", agent, "-c", "agent", "--", "python3", "-c", HELPER).stdout.split()
     pid, version, hostname = said
-    assert tuple(map(int, version.split(".")))[:2] >= criu.OLDEST
+    assert tuple(map(int, version.split(".")))[:2] >= criu_bundle.OLDEST
     assert hostname == "node-a"
     try:
         kubectl.run("-n", SYSTEM, "delete", agent, "--wait", "--grace-period=1")

@@ -13,7 +13,7 @@ import pytest
 from podferry.core.migration import MIGRATION, MigrationPhase
 from podferry.core.phases import SOURCE, SourcePhase
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.root_images import JOB_IMAGE
 
 from .installing import A, B
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from podferry.cli import job
+from podferry.cli import demo_job
 from podferry.criu.dump_gate import ON_NODE
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
 from podferry.lab.kubernetes.cluster import Kubectl
+from podferry.lab.root_images import JOB_IMAGE
 
 from .installing import A, B
 
@@ -29,7 +29,7 @@ INDEXES = 4
 FINISH = "/var/tmp/finish"
 # It computes; then it waits until it may end, so that moves take as long as they take; what it wrote must come along.
 COMMAND = (
-    f'python3 -c "$0" "$@" && until [ -e {FINISH} ]; do sleep 0.1; done && echo ledger $(sha256sum < {job.LEDGER})'
+    f'python3 -c "$0" "$@" && until [ -e {FINISH} ]; do sleep 0.1; done && echo ledger $(sha256sum < {demo_job.LEDGER})'
 )
 # But for the marks of pods that have come or gone: they go with the agent's next look.
 LEFT = """
@@ -51,7 +51,7 @@ def until(holds: Callable[[], Any], what: str) -> Any:
 
 def manifest(name: str, node: str, mebibytes: int = SMALL, **spec: Any) -> Json:
     """A Job that would rather begin on `node`. `spec` goes into the Job's own."""
-    source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
+    source = files("podferry.cli").joinpath("demo_job.py").read_text(encoding="utf-8")
     wish = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]}
     return {
         "apiVersion": "batch/v1",
@@ -152,7 +152,7 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
             assert dump_of(installed, here) == "memory-skipping"
             begun, here = pod["metadata"]["name"], there
             if number == 0:
-                assert not lines(kubectl, "moved")[-1].startswith(job.FINAL), "it was to compute while it moves"
+                assert not lines(kubectl, "moved")[-1].startswith(demo_job.FINAL), "it was to compute while it moves"
         asked = ("get", "migrations", "-o", "jsonpath={.items[*].spec.ttlSecondsAfterFinished}")
         until(lambda: not kubectl.run(*asked).stdout, "the Migration with a time of its own has gone")
         assert len(kubectl.run("get", "migrations", "-o", "name").stdout.split()) == 3, "the others stay"

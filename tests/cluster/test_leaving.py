@@ -7,8 +7,8 @@ import json
 import pytest
 
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes import deploy
+from podferry.lab.root_images import JOB_IMAGE
 
 from .installing import NODES, A, agent_on, footprint, uninstall
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.root_images import JOB_IMAGE
 
 from .installing import A, B
 

@@ -11,7 +11,7 @@ import pytest
 
 from podferry.kube.quantities import seconds
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.root_images import JOB_IMAGE
 
 from .installing import A, B
 

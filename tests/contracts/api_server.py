@@ -10,8 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
+from podferry.kube.api_errors import ApiUnreachable, Conflict, Expired, NotServed, ObjectAlreadyExists, ObjectNotFound
 from podferry.kube.client import CONFIGMAPS, LEASES, MIGRATIONS, PODS, Api, Json, ResourceKind
-from podferry.kube.errors import ApiUnreachable, Conflict, Expired, NotServed, ObjectAlreadyExists, ObjectNotFound
 
 from . import Contract
 

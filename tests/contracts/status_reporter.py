@@ -27,7 +27,7 @@ NAME = "move"
 
 
 class PlayedHalf(Protocol):
-    """The source's half of a migration, as `podferry.workload.pod.ports.PodMigration` with what a test has it do."""
+    """The source's half of a migration, as `podferry.workload.pod.cluster_port.PodMigration` with what a test has it do."""
 
     role: str
 

@@ -1,4 +1,4 @@
-"""An engine of a few lines, in place of the real one: `podferry.workload.pod.ports.Pods`, whose halves do what the test says."""
+"""An engine of a few lines in place of the real one: `Pods` of `workload.pod.cluster_port`, whose halves do what the test says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import anyio
 from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Cancelled, PodferryError, Refused
-from podferry.workload.pod.ports import PodMigration, PodName, PodOrder
+from podferry.workload.pod.cluster_port import PodMigration, PodName, PodOrder
 
 Json = dict[str, Any]
 

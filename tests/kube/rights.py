@@ -13,8 +13,8 @@ import yaml
 
 import podferry
 from podferry.controller.program import Controller
+from podferry.kube.api_errors import ObjectAlreadyExists
 from podferry.kube.client import NAMESPACES, NODES, Api, Json, ResourceKind, configuration
-from podferry.kube.errors import ObjectAlreadyExists
 
 from .world import QUICK, World
 

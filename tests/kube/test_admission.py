@@ -15,7 +15,7 @@ from podferry.errors import Refused
 from podferry.kube.client import MIGRATIONS, NODES
 from podferry.kube.migration import Migration
 from podferry.model import Mode
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 
 from .test_agents import Agents
 from .world import World

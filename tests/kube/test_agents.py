@@ -15,8 +15,8 @@ from podferry.agent import known
 from podferry.agent.kubernetes import Kubernetes
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import Failed, PeerLost, Refused
+from podferry.kube.api_errors import NotServed
 from podferry.kube.client import EVENTS, MIGRATIONS, NODES, PODS, Api
-from podferry.kube.errors import NotServed
 from podferry.kube.migration import HANDED_OVER, TARGET_REQUESTED, Migration
 from podferry.model import Connections
 

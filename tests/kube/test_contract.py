@@ -11,7 +11,7 @@ from contracts.api_server import ApiServerCase, ApiServerContract
 from contracts.status_reporter import ReporterCase, StatusReporterContract
 
 from podferry.kube.client import Api
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 
 from .conftest import fake_line, real_line
 from .engine import Half

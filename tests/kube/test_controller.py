@@ -13,8 +13,8 @@ import structlog
 from podferry.controller import failures
 from podferry.controller.metrics import ControllerMetrics
 from podferry.controller.pods import PLACEHOLDER
+from podferry.kube.api_errors import Conflict
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NODES, PODS, Json
-from podferry.kube.errors import Conflict
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     HANDED_OVER,

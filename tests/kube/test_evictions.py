@@ -22,8 +22,8 @@ import yaml
 from podferry.controller import evictions, webhook
 from podferry.controller.evictions import Evictions
 from podferry.controller.webhook import CONFIGURATIONS, certify, path_of, publish, serve
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Json
-from podferry.kube.errors import ApiFailed
 from podferry.kube.migration import CAUSE_LABEL, DEADLINE_ANNOTATION, Migration
 from podferry.wire.pki import Authority
 

@@ -19,8 +19,8 @@ import yaml
 from anyio import to_thread
 
 from podferry import __version__
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS
-from podferry.kube.errors import ApiFailed
 from podferry.model import Connections
 
 from .real import BINARIES

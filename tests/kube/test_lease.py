@@ -10,8 +10,8 @@ import anyio
 import pytest
 
 from podferry.kube import lease
+from podferry.kube.api_errors import ApiUnreachable
 from podferry.kube.client import LEASES, Api, Json, ResourceKind
-from podferry.kube.errors import ApiUnreachable
 from podferry.kube.lease import Leader
 
 from .world import World

@@ -8,9 +8,9 @@ import pytest
 from podferry.cli.kubectl_preview import look
 from podferry.controller.evictions import Evictions
 from podferry.controller.policies import Policies
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import MIGRATION_POLICIES, MIGRATIONS, NAMESPACES, NODE_DRAINS, Json
 from podferry.kube.drain import NodeDrain
-from podferry.kube.errors import ApiFailed
 from podferry.kube.migration import ELIGIBLE, QUEUED, Migration
 
 from .world import World

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from podferry.agent.notices import Notices
+from podferry.kube.api_errors import Forbidden, ObjectNotFound
 from podferry.kube.client import EVENTS, MIGRATIONS, NODE_DRAINS, NODES, PODS
 from podferry.kube.drain import BY_ANNOTATION, CLOUD_ANNOTATION, NodeDrain
-from podferry.kube.errors import Forbidden, ObjectNotFound
 from podferry.kube.migration import Migration
 
 from .rights import apply, as_account

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from podferry.controller.movability import MOVABLE, OPT_IN, Movability, OptedIn
+from podferry.kube.api_errors import Forbidden
 from podferry.kube.client import EVENTS, MERGE, MIGRATION_POLICIES, NAMESPACES, PODS, Api, Json
-from podferry.kube.errors import Forbidden
 
 from .rights import DEPLOY, KINDS, apply, as_account
 from .world import World

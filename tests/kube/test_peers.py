@@ -7,7 +7,7 @@ import pytest
 from podferry.core.connections import Fate, PeerKind
 from podferry.core.phases import SourcePhase
 from podferry.kube.client import NODES, PODS
-from podferry.kube.connections import ListedConnection
+from podferry.kube.connection_status import ListedConnection
 from podferry.kube.migration import Ending, EnginePhases, Migration
 
 from .test_agents import Agents

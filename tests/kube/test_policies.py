@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from podferry.kube.api_errors import ApiFailed, Forbidden
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Json
-from podferry.kube.errors import ApiFailed, Forbidden
 from podferry.kube.migration import ROLE_LABEL, UID_LABEL
 from podferry.kube.writers import BY_CONTROLLER, MIGRATION_CONDITIONS, MIGRATION_STATUS, Writer
 

@@ -12,6 +12,7 @@ import pytest
 from podferry.agent import certificate
 from podferry.controller import pods
 from podferry.errors import Failed
+from podferry.kube.api_errors import Forbidden
 from podferry.kube.client import (
     CONFIGMAPS,
     JOBS,
@@ -24,7 +25,6 @@ from podferry.kube.client import (
     ResourceKind,
 )
 from podferry.kube.drain import BY_ANNOTATION, NodeDrain
-from podferry.kube.errors import Forbidden
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.quantities import timestamp
 from podferry.wire.pki import AGENT_LIFE

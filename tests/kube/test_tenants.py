@@ -18,9 +18,9 @@ from podferry.controller import pods
 from podferry.controller.program import Controller
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import UsageError
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import EVENTS, JOBS, MIGRATIONS, NAMESPACES, NODE_DRAINS, PODS, Json, ResourceKind
-from podferry.kube.connections import ListedConnection
-from podferry.kube.errors import ApiFailed
+from podferry.kube.connection_status import ListedConnection
 from podferry.kube.migration import (
     HANDED_OVER_ANNOTATION,
     ORIGIN_ANNOTATION,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Json
-from podferry.kube.errors import ApiFailed
 from podferry.kube.migration import HANDED_OVER, VERIFIED, Migration
 
 from .world import World

@@ -19,8 +19,8 @@ from podferry.controller.patience import ControllerSettings
 from podferry.controller.pods import TARGET
 from podferry.controller.program import Controller
 from podferry.kube import status as store
+from podferry.kube.api_errors import ApiFailed, ApiUnreachable, Conflict, ObjectNotFound
 from podferry.kube.client import MIGRATIONS, NAMESPACES, NODES, PODS, RUNTIME_CLASSES, Api, Json, ResourceKind
-from podferry.kube.errors import ApiFailed, ApiUnreachable, Conflict, ObjectNotFound
 from podferry.kube.migration import (
     HANDED_OVER,
     HANDED_OVER_ANNOTATION,

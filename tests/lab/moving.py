@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from podferry.cli.client import AgentClient, AgentUnreachable
+from podferry.cli.agent_client import AgentClient, AgentUnreachable
 from podferry.errors import PodferryError
 from podferry.lab import Lab, cgroups, containers
 from podferry.node.containerd import Containerd

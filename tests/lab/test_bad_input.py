@@ -16,8 +16,8 @@ from moving import A, B, Cluster, until
 
 from podferry.errors import PodferryError, Refused, UsageError
 from podferry.lab import Lab, containers
-from podferry.lab.config import SNAPSHOTTER
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.machine_config import SNAPSHOTTER
+from podferry.lab.root_images import JOB_IMAGE
 from podferry.wire.pki import Authority
 
 pytestmark = pytest.mark.lab

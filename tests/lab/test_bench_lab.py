@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from podferry.bench import job, runner
-from podferry.bench.evaluation import loop, pages
+from podferry.bench.evaluation import html_report, plan_runner
 from podferry.bench.goals import verdicts
 from podferry.bench.load import PAGE
 from podferry.bench.moves import SOURCE, TARGET
@@ -79,12 +79,12 @@ def test_an_evaluation_of_little_runs_once_and_writes_its_report(lab: Lab, tmp_p
     results = tmp_path / "results.jsonl"
 
     def carried_out() -> list[dict[str, Any]]:
-        measure, budget = loop.measuring(lab, lambda step: None), loop.TimeBudget(3600)
-        return list(loop.evaluate(measure, scenarios, results, budget, lambda step: None))
+        measure, budget = plan_runner.measuring(lab, lambda step: None), plan_runner.TimeBudget(3600)
+        return list(plan_runner.evaluate(measure, scenarios, results, budget, lambda step: None))
 
     assert [one["outcome"] for one in carried_out()] == ["completed"] * len(methods)
     assert carried_out() == []
-    page = pages.write(runner.read([results]), tmp_path, "podferry bench evaluate").read_text()
+    page = html_report.write(runner.read([results]), tmp_path, "podferry bench evaluate").read_text()
     for figure in ("downtime-quick", "lost-quick", "waterfall-quick", "waterfall-stop-quick"):
         assert f'<figure id="{figure}">' in page
 

@@ -21,7 +21,7 @@ import pytest
 from chance import SEED
 from moving import A, B, Cluster, Record, Witness, other, until
 
-from podferry.cli.client import AgentUnreachable
+from podferry.cli.agent_client import AgentUnreachable
 from podferry.core.phases import SOURCE_ENDS, SOURCE_MAY_RUN, TARGET_ENDS, SourcePhase, TargetPhase
 from podferry.lab import Lab
 from podferry.model import Mode

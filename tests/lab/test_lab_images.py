@@ -13,10 +13,10 @@ from moving import A, B, Cluster, until
 
 from podferry.cli.images import show
 from podferry.errors import UsageError
-from podferry.lab import Lab, containers, images, oci, registry
+from podferry.lab import Lab, containers, oci, registry, root_images
 from podferry.lab.builder import Recipe, build
-from podferry.lab.config import METRICS_PORT, REGISTRY, SNAPSHOTTER
 from podferry.lab.debian import architecture
+from podferry.lab.machine_config import METRICS_PORT, REGISTRY, SNAPSHOTTER
 from podferry.lab.progress import quiet
 from podferry.node.process import run
 from podferry.snapshotter import open_share
@@ -30,7 +30,7 @@ def archive(into: Path, text: str, reference: str = TINY) -> Path:
     """An image of two layers: a static shell below, and a file that says `text`."""
     root = into / f"root-{text}"
     (root / "bin").mkdir(parents=True)
-    shell = images.node_root(quiet) / "usr/bin/busybox"
+    shell = root_images.node_root(quiet) / "usr/bin/busybox"
     (root / "bin/busybox").write_bytes(shell.read_bytes())
     (root / "bin/busybox").chmod(0o755)
     (root / "bin/sh").symlink_to("busybox")
@@ -125,7 +125,7 @@ def test_a_target_that_never_saw_the_image(lab: Lab) -> None:
     """It needs neither registry nor manifest; the layers come from the share."""
     cluster = Cluster(lab)
     for node in (A, B):
-        lab.exec(node, [*CTR, "images", "remove", "--sync", images.JOB_IMAGE], check=False)
+        lab.exec(node, [*CTR, "images", "remove", "--sync", root_images.JOB_IMAGE], check=False)
     asked = [one for one in registry.downloads(lab) if one.machine == B]
     content = lab.exec(B, [*CTR, "content", "list", "-q"]).stdout
     cluster.start("newcomer", "simple", "16")
@@ -135,10 +135,10 @@ def test_a_target_that_never_saw_the_image(lab: Lab) -> None:
         cluster.goes_on(B, "newcomer")
         assert [one for one in registry.downloads(lab) if one.machine == B] == asked
         assert set(lab.exec(B, [*CTR, "content", "list", "-q"]).stdout.split()) <= set(content.split())
-        assert images.JOB_IMAGE not in lab.exec(B, [*CTR, "images", "list", "-q"]).stdout.split()
+        assert root_images.JOB_IMAGE not in lab.exec(B, [*CTR, "images", "list", "-q"]).stdout.split()
     finally:
         cluster.stop("newcomer")
-        containers.pull(lab, A, images.JOB_IMAGE)
+        containers.pull(lab, A, root_images.JOB_IMAGE)
 
 
 def test_podferry_images_shows_the_labs_share(lab: Lab, pushed: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from podferry.lab import inside
-from podferry.lab.images import python_of
+from podferry.lab.root_images import python_of
 from podferry.node.process import run
 
 pytestmark = pytest.mark.node

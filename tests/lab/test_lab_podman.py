@@ -10,7 +10,7 @@ from moving import A, B
 from test_lab_images import TINY, archive, layer_bytes, layers_of
 
 from podferry.lab import Lab, containers
-from podferry.lab.cache import cached
+from podferry.lab.build_cache import cached
 from podferry.lab.debian import SUITE, architecture, bootstrap
 from podferry.lab.state import CACHE
 

@@ -13,7 +13,7 @@ from test_lab_images import CTR, TINY, archive
 
 from podferry.errors import PodferryError
 from podferry.lab import Lab, containers
-from podferry.lab.config import SNAPSHOTTER
+from podferry.lab.machine_config import SNAPSHOTTER
 from podferry.lab.state import STORAGE
 from podferry.snapshotter import FormName
 

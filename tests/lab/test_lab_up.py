@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from podferry.errors import CommandFailed, PodferryError, Refused, UsageError
-from podferry.lab import Lab, cgroups, containers, images, network
+from podferry.lab import Lab, cgroups, containers, network, root_images
 from podferry.lab.progress import quiet
 from podferry.lab.state import SWITCH
 from podferry.node.process import run
@@ -281,7 +281,7 @@ def test_the_kernels_settings_are_not_a_nodes_to_change(lab: Lab) -> None:
 
 def test_a_containers_output_is_there_from_its_first_line(lab: Lab) -> None:
     text = "import os\nprint('first', os.environ['K'])\nfor i in range(5): print(i)"
-    image = str(images.job_archive(quiet))
+    image = str(root_images.job_archive(quiet))
     containers.start(lab, "node-b", "talker", ["python3", "-c", text], image=image, env={"K": "v"})
     try:
         with pytest.raises(UsageError, match="there is a container talker on node-b"):

@@ -12,7 +12,7 @@ from moving import A, B, Cluster, Witness, until
 
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import PodferryError
-from podferry.lab import Lab, containers, images
+from podferry.lab import Lab, containers, root_images
 from podferry.model import Mode
 from podferry.node.process import Completed, run
 
@@ -110,7 +110,7 @@ def test_no_verdict_kills_an_original_whose_memory_the_target_still_needs(cluste
 def test_the_source_node_dies_while_it_still_has_the_jobs_memory(own_lab: Lab) -> None:
     """A job that waits for its pages dies with them: when its source is back without them, or when a person ends it."""
     own_lab.up(2, "1gbit")
-    containers.pull(own_lab, A, images.JOB_IMAGE)
+    containers.pull(own_lab, A, root_images.JOB_IMAGE)
     cluster = Cluster(own_lab)
     cluster.install_gates()
     waits, ended = "waits-for-its-source", "is-ended-by-a-person"

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 from moving import PATIENCE, A, B, Cluster, Witness, until
 
-from podferry.cli.client import AgentUnreachable
+from podferry.cli.agent_client import AgentUnreachable
 from podferry.core.phases import SourcePhase
 from podferry.criu.checkpoint import CheckpointFailed
 from podferry.lab import Lab

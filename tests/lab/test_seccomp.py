@@ -9,7 +9,7 @@ import pytest
 from moving import A, B, Cluster, until
 
 from podferry.lab import Lab, containers
-from podferry.lab.config import SNAPSHOTTER
+from podferry.lab.machine_config import SNAPSHOTTER
 
 pytestmark = pytest.mark.lab
 
@@ -50,7 +50,7 @@ def test_a_filtered_job_moves_with_its_filter(cluster: Cluster, name: str) -> No
 LIES = """
 import struct
 from podferry.criu import timers
-from podferry.criu.images import messages_of
+from podferry.criu.dump_images import messages_of
 from podferry.criu.rights import MAGIC
 from podferry.protos import rights_pb2
 

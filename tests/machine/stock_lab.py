@@ -22,7 +22,7 @@ from stock import MEMORY, USER, Stock, booted, built, caches
 from warm_podferry import SOCKET
 
 from podferry.lab.debian import OF_NODES
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.root_images import JOB_IMAGE
 
 CHECKOUT = Path(__file__).parents[2]
 AT = f"/home/{USER}/podferry"

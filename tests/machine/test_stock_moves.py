@@ -8,7 +8,7 @@ import pytest
 from stock_lab import CONFINED, RESTRICTED, StockLab, load_profile, provide, stock_machine, warm
 
 from podferry.lab.debian import SUITE
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.root_images import JOB_IMAGE
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 

@@ -20,18 +20,18 @@ from podferry.protos import snapshots_pb2 as pb
 from podferry.protos import snapshots_pb2_grpc
 from podferry.protos.types_pb2 import Mount
 from podferry.snapshotter import layout
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.erofs import ErofsForm
-from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.grpc_service import Service
 from podferry.snapshotter.layer_mounts import mount_points
+from podferry.snapshotter.layer_ports import SystemClock
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.leases import Leases
 from podferry.snapshotter.metadata import Metadata
 from podferry.snapshotter.opening import initialise, open_share
-from podferry.snapshotter.ports import SystemClock
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.publisher import Publisher
 from podferry.snapshotter.references import References
-from podferry.snapshotter.service import Service
 from podferry.snapshotter.snapshotter import REF, Snapshotter
 from podferry.snapshotter.store import LayerStore
 from podferry.snapshotter.tree import TreeForm

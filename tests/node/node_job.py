@@ -18,7 +18,7 @@ from pathlib import Path
 from node_facts_of import ended, family, inside, portrait, said
 
 from podferry.criu.checkpoint import HeldDump
-from podferry.criu.images import lazy_runs
+from podferry.criu.dump_images import lazy_runs
 from podferry.criu.incoming import Incoming
 from podferry.errors import Failed
 from podferry.memory.store.page_store import PageStore

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from node_job import Arrival, Job
 
-from podferry.lazypages.status import DaemonState, read_status
+from podferry.lazypages.daemon_status import DaemonState, read_status
 from podferry.memory.kernel.page_size import PAGE
 from podferry.node.containerd import Containerd
 

@@ -34,8 +34,8 @@ from lazypages_job import (
     write_images,
 )
 
+from podferry.lazypages.daemon_status import DaemonState, DaemonStatus, read_status
 from podferry.lazypages.page_source import Frame, Word
-from podferry.lazypages.status import DaemonState, DaemonStatus, read_status
 from podferry.memory.kernel import uffd
 from podferry.memory.store.page_store import PageStore
 from podferry.node.process import spawn

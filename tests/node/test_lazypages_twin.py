@@ -17,7 +17,7 @@ import pytest
 from lazypages_job import MOVED, fill_store, live, live_threaded, write_images
 
 from podferry.lazypages import daemon, task
-from podferry.lazypages.status import DaemonState, read_status
+from podferry.lazypages.daemon_status import DaemonState, read_status
 from podferry.memory.kernel.page_size import PAGE
 
 pytestmark = [

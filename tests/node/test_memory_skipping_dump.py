@@ -9,7 +9,7 @@ from node_job import Arrival, Job
 
 from podferry.core.preflight import GUARDING_CRIU, numbers
 from podferry.criu.checkpoint import HeldDump
-from podferry.criu.images import PE_LAZY, PE_PRESENT, page_map, tasks
+from podferry.criu.dump_images import PE_LAZY, PE_PRESENT, page_map, tasks
 from podferry.criu.memory_skipping import MemorySkippingDump
 from podferry.criu.skipped_pages import complete, population
 from podferry.memory.kernel.page_size import PAGE

@@ -13,11 +13,11 @@ import pytest
 from node_job import Arrival, Job
 from test_lazypages_criu import PROCESSES, WILD
 
-from podferry.criu.images import missing
+from podferry.criu.dump_images import missing
 from podferry.criu.restored_group import group_to_restore
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import DirtySet
-from podferry.lazypages.status import DaemonState, read_status
+from podferry.lazypages.daemon_status import DaemonState, read_status
 from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.store.page_store import PageStore, Totals
 from podferry.memory.tracking.tracker import choose, probe

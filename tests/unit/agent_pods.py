@@ -17,7 +17,7 @@ from podferry.workload.makers import kubelet
 from podferry.workload.makers.kubelet import KubeletMaker, KubeletOwner
 from podferry.workload.numbers import address_space_of
 from podferry.workload.offered import OfferedPod, PodPart
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 
 POD = PodName("ns", "job", "uid-source")
 OFFERED = OfferedPod(POD, (PodPart("main", "c0", ()), PodPart("side", "c1", ())), ())
@@ -116,7 +116,7 @@ class PodRig(Rig):
         self.source = SourcePod([SourceNode(number) for number in range(SIZE)])  # type: ignore[assignment]
         self.target = Several([TargetNode(number) for number in range(SIZE)])  # type: ignore[assignment]
 
-    # `podferry.workload.pod.ports.Cluster`.
+    # `podferry.workload.pod.cluster_port.Cluster`.
 
     async def target_pod(self, id: str) -> PodName:
         await self.apoint("target", "target_pod", "before")

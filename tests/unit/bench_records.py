@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from podferry.bench.evaluation import plan
-from podferry.bench.evaluation.plan import PlannedRun
+from podferry.bench.evaluation import run_plan
+from podferry.bench.evaluation.run_plan import PlannedRun
 
 Record = dict[str, Any]
 MACHINE = {
@@ -94,9 +94,9 @@ SPEED = {window: {"wall": 1000.0, "cpu": 1000.0} for window in ("before", "durin
 
 def whole(rounds: int = 2) -> list[Record]:
     """An evaluation of so many rounds of the full plan."""
-    return [record_of(step) for step in plan.steps(plan.full(), rounds)]
+    return [record_of(step) for step in run_plan.steps(run_plan.full(), rounds)]
 
 
 def quick(rounds: int = 2) -> Iterator[Record]:
     """The same of the two-minute subset."""
-    return (record_of(step) for step in plan.steps(plan.quick(), rounds))
+    return (record_of(step) for step in run_plan.steps(run_plan.quick(), rounds))

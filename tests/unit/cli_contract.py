@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from podferry.cli.client import AgentClient
+from podferry.cli.agent_client import AgentClient
 from podferry.cli.record import ProgressRecord, Record
 from podferry.errors import PodferryError, UsageError
 from podferry.model import Outcome

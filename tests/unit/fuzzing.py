@@ -28,7 +28,7 @@ from podferry.core import allowed_spec
 from podferry.core.allowed_rights import rights_of
 from podferry.core.facts import CgroupKind, ContainerFacts, NodeFacts, RuntimeKind
 from podferry.core.strict import NotStrict, parse
-from podferry.criu import images as criu_images
+from podferry.criu import dump_images as criu_images
 from podferry.criu import seccomp_programs, timers
 from podferry.criu.rights import MAGIC, against
 from podferry.criu.seccomp import reason_against

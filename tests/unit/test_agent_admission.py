@@ -22,7 +22,7 @@ from podferry.model import Mode
 from podferry.wire.messages import Offer
 from podferry.workload.config import Config
 from podferry.workload.offered import OfferedContainer, OfferedPod, PodPart
-from podferry.workload.pod.ports import Cluster, PodName
+from podferry.workload.pod.cluster_port import Cluster, PodName
 
 pytestmark = pytest.mark.unit
 

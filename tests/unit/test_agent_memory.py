@@ -16,7 +16,7 @@ from agent_rig import Fault, Rig
 from podferry.agent import memory
 from podferry.core import limits
 from podferry.core.phases import SourcePhase
-from podferry.criu.images import _MM_MAGIC, COMMON_MAGIC, FILES_MAGIC, write_entries
+from podferry.criu.dump_images import _MM_MAGIC, COMMON_MAGIC, FILES_MAGIC, write_entries
 from podferry.errors import UsageError
 from podferry.kube.quantities import quantity
 from podferry.memory.kernel.page_size import PAGE

@@ -19,7 +19,7 @@ from podferry.core.undo import Ledger
 from podferry.criu.checkpoint import HeldDump
 from podferry.criu.connections import Settled
 from podferry.criu.dump_gate import DumpGate
-from podferry.criu.images import FILES_MAGIC, write_entries
+from podferry.criu.dump_images import FILES_MAGIC, write_entries
 from podferry.criu.processes import Process
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import OriginalGone

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from podferry.bench import machine, runner
-from podferry.bench.evaluation import guard, loop, pages, plan
+from podferry.bench import machine_facts, runner
+from podferry.bench.evaluation import html_report, plan_runner, regression_guard, run_plan
 from podferry.bench.evaluation.charts import Bars, Chart, Scale, Series, Waterfall, ticks
-from podferry.bench.evaluation.limits import fill_rate, link_share
-from podferry.bench.evaluation.loop import TimeBudget
-from podferry.bench.evaluation.plan import PlannedRun
+from podferry.bench.evaluation.plan_runner import TimeBudget
+from podferry.bench.evaluation.run_plan import PlannedRun
 from podferry.bench.evaluation.sections import sections
+from podferry.bench.evaluation.utilization import fill_rate, link_share
 from podferry.cli.app import app
 from podferry.errors import Failed, PodferryError, UsageError
 from podferry.node.process import run
@@ -69,38 +69,38 @@ class Clock:
 
 
 def test_the_plan_has_every_axis() -> None:
-    jobs = [one.workload for one in plan.full() if one.workload]
+    jobs = [one.workload for one in run_plan.full() if one.workload]
     assert {64, 256, 1024, 4096, 8192} <= {job.memory for job in jobs}
     assert {0, 50, 100, 200, 400} <= {job.dirty for job in jobs}
     assert {job.processes for job in jobs} == {1, 8, 64}
     assert {job.shared for job in jobs} == {False, True}
-    assert {"100mbit", "1gbit", "10gbit", "none"} <= {one.link for one in plan.full()}
+    assert {"100mbit", "1gbit", "10gbit", "none"} <= {one.link for one in run_plan.full()}
     assert {0, 128, 1024} <= {job.upper for job in jobs}
     assert max(job.small_files for job in jobs) == 100_000
     assert {str(job.work) for job in jobs} == {"tick", "cpu", "random", "stream"}
-    methods = {name for one in plan.full() for name in one.methods}
+    methods = {name for one in run_plan.full() for name in one.methods}
     assert {"floor", "live", "stop", "postcopy", "criu", "criu-lazy", "unmoved", "restart", "overlayfs"} <= methods
 
 
 def test_names_are_unique() -> None:
-    for scenarios in (plan.full(), plan.quick()):
+    for scenarios in (run_plan.full(), run_plan.quick()):
         assert len({one.name for one in scenarios}) == len(scenarios)
 
 
 def test_several_rounds_fit_into_90_minutes_and_two_minutes() -> None:
-    assert sum(step.estimate() for step in plan.steps(plan.full(), 4)) < 90 * 60
-    assert sum(step.estimate() for step in plan.steps(plan.quick(), 1)) < 110
+    assert sum(step.estimate() for step in run_plan.steps(run_plan.full(), 4)) < 90 * 60
+    assert sum(step.estimate() for step in run_plan.steps(run_plan.quick(), 1)) < 110
 
 
 def test_what_the_memory_does_not_carry_is_left_out_and_said() -> None:
-    fits, left = plan.carried(plan.full(), 12 * GIB)
+    fits, left = run_plan.carried(run_plan.full(), 12 * GIB)
     assert [one.name for one in left] == ["memory-8192"]
     assert "large" in {one.name for one in fits}
-    assert plan.carried(plan.full(), 1 << 50)[1] == []
+    assert run_plan.carried(run_plan.full(), 1 << 50)[1] == []
 
 
 def test_a_round_has_every_run_once_and_begins_with_another_method() -> None:
-    every = list(plan.steps(plan.full(), 2))
+    every = list(run_plan.steps(run_plan.full(), 2))
     assert len({step.key for step in every}) == len(every)
     first = [
         [step.method for step in every if step.scenario.name == "downtime" and step.number == number]
@@ -111,7 +111,7 @@ def test_a_round_has_every_run_once_and_begins_with_another_method() -> None:
 
 
 def test_estimates_learn_from_what_was_run() -> None:
-    step = next(plan.steps(plan.quick()))
+    step = next(run_plan.steps(run_plan.quick()))
     assert step.estimate([record_of(step) | {"seconds": seconds} for seconds in (7.0, 9.0, 400.0)]) == 9.0
 
 
@@ -129,7 +129,7 @@ def carry_out(results: Path, seconds: float, *, each: float = 10.0, stop_at: int
         clock.now += each
         return {key: value for key, value in record_of(step).items() if key != "seconds"}
 
-    list(loop.evaluate(measure, plan.quick(), results, TimeBudget(seconds, clock), lambda step: None))
+    list(plan_runner.evaluate(measure, run_plan.quick(), results, TimeBudget(seconds, clock), lambda step: None))
     return ran
 
 
@@ -169,7 +169,7 @@ def test_what_the_benchmark_could_not_do_is_tried_again_and_counted_once(tmp_pat
     results.write_text("".join(json.dumps(one) + "\n" for one in ({**first, "outcome": runner.ERROR}, *others)))
     again = carry_out(results, 90)
     assert again[0].key == (first["scenario"], first["method"], first["run"])
-    latest = plan.latest(runner.read([results]))
+    latest = run_plan.latest(runner.read([results]))
     assert len(latest) == len({(one["scenario"], one["method"], one["run"]) for one in latest})
     assert all(one["outcome"] == "completed" for one in latest)
 
@@ -179,16 +179,20 @@ def test_errors_in_a_row_end_it(tmp_path: Path) -> None:
         return record_of(step) | {"outcome": runner.ERROR, "error": Failed("no lab").to_dict()}
 
     with pytest.raises(PodferryError, match="no lab"):
-        list(loop.evaluate(measure, plan.quick(), tmp_path / "results", TimeBudget(1e6, Clock()), lambda step: None))
+        list(
+            plan_runner.evaluate(
+                measure, run_plan.quick(), tmp_path / "results", TimeBudget(1e6, Clock()), lambda step: None
+            )
+        )
     assert len(runner.read([tmp_path / "results"])) == runner.ENOUGH_ERRORS
 
 
 def test_results_of_another_commit_are_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "commit", lambda: "def")
+    monkeypatch.setattr(machine_facts, "commit", lambda: "def")
     with pytest.raises(UsageError, match="commit abc"):
-        loop.require_same_commit(list(quick()), Path("results"))
-    monkeypatch.setattr(machine, "commit", lambda: "abc")
-    loop.require_same_commit(list(quick()), Path("results"))
+        plan_runner.require_same_commit(list(quick()), Path("results"))
+    monkeypatch.setattr(machine_facts, "commit", lambda: "abc")
+    plan_runner.require_same_commit(list(quick()), Path("results"))
 
 
 # -- the report ---------------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ def test_the_report_has_all_its_figures_and_every_one_is_xml() -> None:
     for figure in made:
         assert "nan" not in figure.svg
         ElementTree.fromstring(figure.svg)
-        ElementTree.fromstring(pages.alone(figure))
+        ElementTree.fromstring(html_report.alone(figure))
 
 
 @pytest.mark.parametrize("keep", ["none", "quick", "failed", "one"])
@@ -212,7 +216,7 @@ def test_whatever_there_is_makes_a_report(keep: str, tmp_path: Path) -> None:
         "failed": [{**one, "outcome": "failed", "facts": {}} for one in whole(1)],
         "one": whole(1)[:1],
     }
-    page = pages.write(records[keep], tmp_path, "podferry bench evaluate", ["memory-8192, which needs more"])
+    page = html_report.write(records[keep], tmp_path, "podferry bench evaluate", ["memory-8192, which needs more"])
     assert "memory-8192" in page.read_text()
     assert (tmp_path / "README.md").exists()
 
@@ -220,7 +224,7 @@ def test_whatever_there_is_makes_a_report(keep: str, tmp_path: Path) -> None:
 def test_the_markdown_shows_every_figure_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "of-an-earlier-report.svg").write_text("")
-    page = pages.write(whole(1), tmp_path, "podferry bench evaluate")
+    page = html_report.write(whole(1), tmp_path, "podferry bench evaluate")
     shown = (tmp_path / "README.md").read_text()
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {line.split("figures/")[1][:-1] for line in shown.splitlines() if line.startswith("![")}
@@ -294,7 +298,7 @@ def slower(records: list[dict[str, Any]], factor: float, *, floor: float = 1.0) 
 
 def test_the_guard_says_what_looks_worse() -> None:
     reference = list(quick(6))
-    said = guard.said(reference, slower(list(quick(2)), 2.0))
+    said = regression_guard.said(reference, slower(list(quick(2)), 2.0))
     assert any(line.startswith("WORSE? quick, live: downtime_ms") for line in said)
     assert not any("unmoved" in line for line in said)
 
@@ -302,15 +306,17 @@ def test_the_guard_says_what_looks_worse() -> None:
 def test_the_guard_does_not_mind_a_slow_machine_or_a_little_noise() -> None:
     reference = list(quick(6))
     for records in (slower(list(quick(2)), 3.0, floor=3.0), slower(list(quick(2)), 1.1)):
-        assert not [line for line in guard.said(reference, records) if "downtime_ms" in line and "WORSE" in line]
+        assert not [
+            line for line in regression_guard.said(reference, records) if "downtime_ms" in line and "WORSE" in line
+        ]
 
 
 def test_the_guard_says_what_did_not_complete_and_what_it_cannot_compare() -> None:
     broken = [{**one, "outcome": "failed"} for one in quick(1)]
-    said = guard.said(list(quick(2)), broken)
+    said = regression_guard.said(list(quick(2)), broken)
     assert sum(line.startswith("did not complete") for line in said) == len(broken)
     assert "no figure" in said[-1]
-    assert guard.said([], list(quick(1))) == []
+    assert regression_guard.said([], list(quick(1))) == []
 
 
 REGRESSIONS = Path(__file__).parents[2] / "scripts/regressions"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from bench_records import whole
 
-from podferry.bench.evaluation import pages
+from podferry.bench.evaluation import html_report
 from podferry.bench.evaluation.sections import sections
 from podferry.node.process import run
 
@@ -97,7 +97,7 @@ def brightness(colour: str) -> float:
 @pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
 def test_the_page_in_a_browser(tmp_path: Path, scheme: int) -> None:
     records = whole(2)
-    page = pages.write(records, tmp_path, "podferry bench evaluate").read_text()
+    page = html_report.write(records, tmp_path, "podferry bench evaluate").read_text()
     seen = looked_at(page, tmp_path, scheme)
     expected = [figure.name for section in sections(records) for figure in section.figures]
     for width in (PHONE, DESK):
@@ -115,7 +115,11 @@ def test_the_page_in_a_browser(tmp_path: Path, scheme: int) -> None:
     ['<script>console.error("no")</script>', "<script>missing()</script>", '<div style="width:900px">wide</div>'],
 )
 def test_the_look_finds_what_is_wrong(tmp_path: Path, flaw: str) -> None:
-    page = pages.write(whole(1), tmp_path, "podferry bench evaluate").read_text().replace("</body>", f"{flaw}</body>")
+    page = (
+        html_report.write(whole(1), tmp_path, "podferry bench evaluate")
+        .read_text()
+        .replace("</body>", f"{flaw}</body>")
+    )
     with pytest.raises(AssertionError):
         seen = looked_at(page, tmp_path, LIGHT)
         assert seen[str(PHONE)]["scroll"] <= PHONE

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from cli_fake_agent import FakeAgent, serving
 
+from podferry.cli.agent_client import AgentClient, AgentUnreachable
 from podferry.cli.agents import AgentOptions, Endpoint, Fleet
-from podferry.cli.client import AgentClient, AgentUnreachable
 from podferry.engine.migration_record import MigrationRecord
 from podferry.errors import Refused, UsageError
 from podferry.model import Mode, Outcome

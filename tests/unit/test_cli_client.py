@@ -12,7 +12,7 @@ import pytest
 from cli_contract import agent_keeps_the_contract
 from cli_fake_agent import FakeAgent, serving
 
-from podferry.cli.client import AgentClient, AgentUnreachable
+from podferry.cli.agent_client import AgentClient, AgentUnreachable
 from podferry.errors import PeerMisbehaved, UsageError
 
 pytestmark = pytest.mark.unit

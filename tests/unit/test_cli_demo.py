@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from podferry.cli import demo, job, main
+from podferry.cli import demo, demo_job, main
 from podferry.cli.app import run
 from podferry.errors import Failed
-from podferry.lab import Lab, containers, images
+from podferry.lab import Lab, containers, root_images
 from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
@@ -23,8 +23,8 @@ def test_the_job_repeats_itself_exactly(
 ) -> None:
     results, ledgers, lines = set(), set(), set()
     for number in range(2):
-        monkeypatch.setattr(job, "LEDGER", tmp_path / str(number))
-        results.add(job.compute(2, 6, 10, 3))
+        monkeypatch.setattr(demo_job, "LEDGER", tmp_path / str(number))
+        results.add(demo_job.compute(2, 6, 10, 3))
         ledgers.add((tmp_path / str(number)).read_text())
         lines.add(capsys.readouterr().out)
     assert len(results) == len(ledgers) == len(lines) == 1
@@ -33,14 +33,14 @@ def test_the_job_repeats_itself_exactly(
 
 
 def test_every_byte_of_its_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "LEDGER", tmp_path / "ledger")
-    monkeypatch.setattr(job, "BLOCK", 64)
-    result = job.compute(4, 5, 1, 10)
-    real = job.hashlib.shake_128
+    monkeypatch.setattr(demo_job, "LEDGER", tmp_path / "ledger")
+    monkeypatch.setattr(demo_job, "BLOCK", 64)
+    result = demo_job.compute(4, 5, 1, 10)
+    real = demo_job.hashlib.shake_128
     monkeypatch.setattr(
-        job.hashlib, "shake_128", lambda seed: Torn(real(seed)) if seed == bytes([0, 0, 0, 3]) else real(seed)
+        demo_job.hashlib, "shake_128", lambda seed: Torn(real(seed)) if seed == bytes([0, 0, 0, 3]) else real(seed)
     )
-    assert job.compute(4, 5, 1, 10) != result
+    assert demo_job.compute(4, 5, 1, 10) != result
 
 
 class Torn:
@@ -56,7 +56,7 @@ class Torn:
 
 
 def test_primes() -> None:
-    assert job.primes(10**12, 100) == sum(
+    assert demo_job.primes(10**12, 100) == sum(
         all(number % divisor for divisor in range(3, 10**6 + 1, 2)) for number in range(10**12 + 1, 10**12 + 201, 2)
     )
 
@@ -109,9 +109,9 @@ def test_a_terminal_that_lacks_characters_gets_others(monkeypatch: pytest.Monkey
 
 
 def test_the_demo_says_what_is_built_and_how_long_that_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "place", lambda kind, recipe, suffix="": Path("/nowhere"))
-    monkeypatch.setattr(images, "architecture", lambda: "amd64")
-    both = sum(one.seconds for one in images.ALL)
+    monkeypatch.setattr(root_images, "place", lambda kind, recipe, suffix="": Path("/nowhere"))
+    monkeypatch.setattr(root_images, "architecture", lambda: "amd64")
+    both = sum(one.seconds for one in root_images.ALL)
     assert f"node image and job image, usually in {both} s" in demo._first()
-    monkeypatch.setattr(images, "place", lambda kind, recipe, suffix="": Path("/"))
+    monkeypatch.setattr(root_images, "place", lambda kind, recipe, suffix="": Path("/"))
     assert demo._first() == "Its images are there already."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import podferry
-from podferry.cli.client import AgentUnreachable
+from podferry.cli.agent_client import AgentUnreachable
 from podferry.cli.exits import OF_OUTCOME, Exit, of_error
 from podferry.errors import (
     Bug,

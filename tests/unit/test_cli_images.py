@@ -9,7 +9,7 @@ import pytest
 
 from podferry.cli.app import run
 from podferry.snapshotter import layout, open_share
-from podferry.snapshotter.ports import SystemClock
+from podferry.snapshotter.layer_ports import SystemClock
 from podferry.snapshotter.references import References
 
 pytestmark = pytest.mark.unit

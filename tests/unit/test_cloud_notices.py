@@ -16,9 +16,9 @@ import pytest
 
 from podferry.agent import notices
 from podferry.kube import clouds
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import NODES
 from podferry.kube.drain import CLOUD_ANNOTATION
-from podferry.kube.errors import ApiFailed
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 

@@ -10,7 +10,7 @@ import pytest
 
 from podferry.controller import failures, pods
 from podferry.errors import Failed
-from podferry.kube.errors import of_status
+from podferry.kube.api_errors import of_status
 from podferry.kube.migration import (
     HANDED_OVER_ANNOTATION,
     NAME_ANNOTATION,

@@ -11,9 +11,9 @@ import pytest
 
 from podferry.core.connections import CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYN_SENT
 from podferry.criu.connections import settle
-from podferry.criu.images import FILES_MAGIC, encode_entries, entries_of
+from podferry.criu.dump_images import FILES_MAGIC, encode_entries, entries_of
 from podferry.errors import PeerMisbehaved
-from podferry.node.network import DEFAULT, Network
+from podferry.node.network_namespace import DEFAULT, Network
 from podferry.protos.pagemap_pb2 import FileEntry, InetSkEntry, TimerfdEntry
 
 pytestmark = pytest.mark.unit

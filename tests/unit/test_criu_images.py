@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import Message
 
-from podferry.criu.images import (
+from podferry.criu.dump_images import (
     PE_LAZY,
     PE_PRESENT,
     anonymous_areas,

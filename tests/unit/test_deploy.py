@@ -16,9 +16,9 @@ import yaml
 
 from podferry import __version__
 from podferry.controller import webhook
-from podferry.install import criu
+from podferry.install import criu_bundle
+from podferry.install.containerd_config import RUNTIME
 from podferry.install.node import WRAPPER
-from podferry.install.settings import RUNTIME
 from podferry.lab import oci, spdx
 from podferry.lab.kubernetes import image
 
@@ -183,7 +183,7 @@ def test_an_image_lists_what_it_is_made_of(tmp_path: Path) -> None:
 
 
 def test_our_criu_lies_apart_from_everything_of_the_nodes() -> None:
-    assert criu.DIRECTORY.startswith("/opt/podferry/")
+    assert criu_bundle.DIRECTORY.startswith("/opt/podferry/")
 
 
 def test_a_drain_of_nodes_leaves_a_controller_that_answers_evictions() -> None:

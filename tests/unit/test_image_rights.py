@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from podferry.core.allowed_rights import CAPABILITIES, Rights, rights_of
-from podferry.criu.images import messages_of
+from podferry.criu.dump_images import messages_of
 from podferry.criu.incoming import Incoming
 from podferry.criu.oom_score import raise_to_spec
 from podferry.criu.rights import MAGIC, against, demand_no_more

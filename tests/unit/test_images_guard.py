@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.faults import (
     ShareFull,
     ShareHung,
@@ -14,7 +15,6 @@ from podferry.snapshotter.faults import (
     ShareUnavailable,
     faults,
 )
-from podferry.snapshotter.guard import Guard
 
 pytestmark = pytest.mark.unit
 

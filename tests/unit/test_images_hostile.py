@@ -19,15 +19,15 @@ from podferry.errors import PodferryError
 from podferry.snapshotter import initialise, layout, open_share
 from podferry.snapshotter.checking import check_layers
 from podferry.snapshotter.collect import DAY, Collector
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.erofs import ErofsForm
 from podferry.snapshotter.faults import LayerDamaged, ShareTampered
-from podferry.snapshotter.guard import Guard
 from podferry.snapshotter.layout import FormName, LayerRecord
 from podferry.snapshotter.leases import Leases
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.prefetch import Prefetcher
 from podferry.snapshotter.references import References
-from podferry.snapshotter.report import images_report
+from podferry.snapshotter.share_report import images_report
 
 pytestmark = pytest.mark.unit
 

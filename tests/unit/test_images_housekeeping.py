@@ -10,7 +10,7 @@ from test_images_share import CHAIN, OTHER, Clock, needs_root, store
 
 from podferry.snapshotter import initialise, layout, open_share
 from podferry.snapshotter.collect import Collector
-from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.housekeeping import Chore, Housekeeping
 from podferry.snapshotter.metadata import Metadata
 from podferry.snapshotter.metrics import Metrics

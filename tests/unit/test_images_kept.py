@@ -16,14 +16,14 @@ from test_images_share import CHAIN, Clock
 from podferry.errors import PodferryError
 from podferry.node.containerd import LAYER_MAKER
 from podferry.snapshotter import initialise, layout, open_share
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.erofs import MAGIC, MAGIC_AT, ErofsForm
 from podferry.snapshotter.faults import LayerDamaged, LayerExchanged
-from podferry.snapshotter.guard import Guard
 from podferry.snapshotter.kept import LayerWatch, NodeDigests
+from podferry.snapshotter.layer_ports import Payload
 from podferry.snapshotter.layout import FormName, LayerRecord
 from podferry.snapshotter.leases import Lease, Leases
 from podferry.snapshotter.metadata import Metadata
-from podferry.snapshotter.ports import Payload
 from podferry.snapshotter.publisher import Publisher
 from podferry.snapshotter.references import References
 from podferry.snapshotter.snapshotter import REF, Snapshotter

@@ -11,10 +11,10 @@ import pytest
 from podferry.memory.ranges import Runs
 from podferry.snapshotter import layout, prefetch
 from podferry.snapshotter.collect import Collector
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.erofs import IMAGE
-from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.layer_ports import SystemClock
 from podferry.snapshotter.opening import initialise, open_share
-from podferry.snapshotter.ports import SystemClock
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.prefetch import Prefetcher, cached
 

@@ -19,9 +19,9 @@ from podferry.errors import PodferryError
 from podferry.snapshotter import layout
 from podferry.snapshotter.collect import Collector
 from podferry.snapshotter.faults import LayerDamaged, ShareHung
+from podferry.snapshotter.layer_ports import Payload
 from podferry.snapshotter.layout import FormName, LayerRecord
 from podferry.snapshotter.leases import Lease, Leases
-from podferry.snapshotter.ports import Payload
 from podferry.snapshotter.references import References
 from podferry.snapshotter.store import Layer, LayerStore
 

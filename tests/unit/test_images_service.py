@@ -6,7 +6,7 @@ import pytest
 
 from podferry.errors import CommandFailed
 from podferry.snapshotter.faults import LayerMissing
-from podferry.snapshotter.service import _sentence
+from podferry.snapshotter.grpc_service import _sentence
 
 pytestmark = pytest.mark.unit
 

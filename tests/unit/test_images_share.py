@@ -17,6 +17,7 @@ from podferry.errors import PodferryError, UsageError
 from podferry.snapshotter import forget, images_report, initialise, layout, open_share
 from podferry.snapshotter.checking import check_layers
 from podferry.snapshotter.collect import DAY, Collector
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.faults import (
     LayerDamaged,
     LayerMissing,
@@ -25,10 +26,9 @@ from podferry.snapshotter.faults import (
     ShareRefused,
     ShareUnavailable,
 )
-from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.layer_ports import Payload
 from podferry.snapshotter.layout import FormName, LayerRecord
 from podferry.snapshotter.leases import Lease, Leases, Taken
-from podferry.snapshotter.ports import Payload
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.references import References, all_nodes
 from podferry.snapshotter.store import Layer, LayerStore

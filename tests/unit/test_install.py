@@ -18,8 +18,8 @@ import tomli_w
 
 from podferry.criu import dump_gate, incoming
 from podferry.errors import Refused
-from podferry.install import criu, daemon, files, node, remains, settings
-from podferry.install.settings import CRI, ContainerdSettings
+from podferry.install import containerd_config, containerd_service, criu_bundle, files, node, remains
+from podferry.install.containerd_config import CRI, ContainerdSettings
 from podferry.node import outside
 from podferry.node.process import spawn
 
@@ -62,7 +62,7 @@ class Containerd:
                 mine = table.setdefault("plugins", {})
                 for name, section in plugins.items():
                     merge = self.major >= 2 and name in mine
-                    mine[name] = settings._merged(mine[name], section) if merge else section
+                    mine[name] = containerd_config._merged(mine[name], section) if merge else section
         return table
 
     def dump(self) -> str:
@@ -193,8 +193,8 @@ def test_a_node_whose_criu_is_missing_or_too_old_gets_ours(on: Node, installed: 
     (on.root / "usr/sbin/criu").unlink()
     if installed:
         on.put("/usr/sbin/criu", installed, 0o755)
-    assert f"{criu.DIRECTORY}/bin/criu" in on.install().changed
-    ours = on.root / criu.DIRECTORY[1:] / "bin" / "criu"
+    assert f"{criu_bundle.DIRECTORY}/bin/criu" in on.install().changed
+    ours = on.root / criu_bundle.DIRECTORY[1:] / "bin" / "criu"
     assert ours.stat().st_mode & 0o777 == 0o755
 
 
@@ -348,7 +348,7 @@ def test_a_loop_of_links_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_the_configuration_is_the_one_containerd_was_started_with(words: list[str], config: str) -> None:
-    assert daemon._config(words) == config
+    assert containerd_service._config(words) == config
 
 
 @pytest.fixture
@@ -362,13 +362,13 @@ def test_who_listens_is_what_the_kernel_says_of_the_nodes_own_socket(short: Path
     ours, stale = short / "containerd.sock", short / "stale.sock"
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as other:
         listening.bind(str(ours))
-        assert daemon.listener(ours) is None, "nobody listens yet"
+        assert containerd_service.listener(ours) is None, "nobody listens yet"
         listening.listen()
         other.bind(str(stale))
-        assert daemon.listener(ours) == os.getpid()
-        assert daemon.listener(stale) is None
-    assert daemon.listener(ours) is None
-    assert daemon.listener(short / "nobody.sock") is None
+        assert containerd_service.listener(ours) == os.getpid()
+        assert containerd_service.listener(stale) is None
+    assert containerd_service.listener(ours) is None
+    assert containerd_service.listener(short / "nobody.sock") is None
 
 
 IMPOSTOR = """
@@ -394,7 +394,7 @@ def test_a_socket_of_that_name_in_another_root_is_not_the_nodes(short: Path, mon
         assert impostor.stdout and impostor.stdout.readline() == b"listens\n"
         assert "/run/containerd/containerd.sock" in Path("/proc/net/unix").read_text()
         with pytest.raises(Refused, match="containerd does not run"):
-            daemon.find()
+            containerd_service.find()
     finally:
         impostor.kill()
         impostor.communicate()
@@ -476,7 +476,7 @@ def test_where_selinux_enforces_nothing_is_installed(on: Node) -> None:
 def test_imports_written_in_a_way_that_is_not_understood() -> None:
     main = ContainerdSettings(CONFIG, 'version = 2\n"imports" = ["/x.toml"]\n')
     with pytest.raises(Refused, match="cannot add an import"):
-        settings.with_import(main, 1, DROP_IN)
+        containerd_config.with_import(main, 1, DROP_IN)
 
 
 MOUNTED = """

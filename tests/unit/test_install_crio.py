@@ -11,14 +11,14 @@ import pytest
 import tomli_w
 
 from podferry.errors import Refused
-from podferry.install import crio, daemon, node
-from podferry.install.crio import CrioDaemon
+from podferry.install import containerd_service, crio_service, node
+from podferry.install.crio_service import CrioDaemon
 from podferry.node import kubelet, outside
 from podferry.node.kubelet import Kubelet
 
 pytestmark = pytest.mark.unit
 
-DROP_IN = f"{crio.DROP_INS}/{crio.NAME}"
+DROP_IN = f"{crio_service.DROP_INS}/{crio_service.NAME}"
 MAIN = {
     "crio": {
         "runtime": {
@@ -87,7 +87,7 @@ class Node:
 def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     monkeypatch.setattr(outside, "root", lambda: tmp_path)
     monkeypatch.setattr(outside, "on_node", lambda argv: [f"{tmp_path}{argv[0]}", *argv[1:]])
-    one = Node(tmp_path, Crio(1, "/usr/bin/crio", (), crio.DROP_INS, root=tmp_path))
+    one = Node(tmp_path, Crio(1, "/usr/bin/crio", (), crio_service.DROP_INS, root=tmp_path))
     one.put("/usr/sbin/criu", "#!/bin/sh\necho Version: 4.2.1\n", 0o755)
     one.put("/usr/libexec/crio/runc", "#!/bin/sh\n", 0o755)
     one.put("/etc/crio/crio.conf", "# the node's own\n")
@@ -122,7 +122,7 @@ def test_uninstalling_restores_the_node(on: Node) -> None:
 
 
 def test_drop_ins_of_others_stay(on: Node) -> None:
-    on.put(f"{crio.DROP_INS}/10-kata.conf", tomli_w.dumps({"crio": {"runtime": {"runtimes": {"kata": {}}}}}))
+    on.put(f"{crio_service.DROP_INS}/10-kata.conf", tomli_w.dumps({"crio": {"runtime": {"runtimes": {"kata": {}}}}}))
     before = on.tree()
     on.install()
     on.uninstall()
@@ -143,7 +143,7 @@ def test_a_node_with_crun_alone_is_refused_before_anything_of_crio_is_touched(on
         on.install()
     assert "install runc" in refused.value.remedy
     assert on.crio.restarts == []
-    assert not (on.root / crio.DROP_INS[1:]).exists()
+    assert not (on.root / crio_service.DROP_INS[1:]).exists()
 
 
 def test_what_runc_does_not_say_is_as_with_the_usual_runtime() -> None:
@@ -152,7 +152,7 @@ def test_what_runc_does_not_say_is_as_with_the_usual_runtime() -> None:
             "runtime": {**MAIN["crio"]["runtime"], "runtimes": {"crun": MAIN["crio"]["runtime"]["runtimes"]["crun"]}}
         }
     }  # type: ignore[index]
-    ours = tomllib.loads(crio.drop_in(tomli_w.dumps(only_crun), node.WRAPPER))["crio"]["runtime"]["runtimes"]
+    ours = tomllib.loads(crio_service.drop_in(tomli_w.dumps(only_crun), node.WRAPPER))["crio"]["runtime"]["runtimes"]
     assert ours == {
         "podferry": {
             "monitor_path": "/usr/libexec/crio/conmon",
@@ -161,14 +161,14 @@ def test_what_runc_does_not_say_is_as_with_the_usual_runtime() -> None:
             "runtime_root": "/run/runc",
         }
     }
-    assert "podferry" in crio.drop_in("", node.WRAPPER)
+    assert "podferry" in crio_service.drop_in("", node.WRAPPER)
     with pytest.raises(Refused, match="not TOML"):
-        crio.drop_in("[", node.WRAPPER)
+        crio_service.drop_in("[", node.WRAPPER)
 
 
 def test_a_node_whose_containers_need_the_runtime_keeps_it(on: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     on.install()
-    monkeypatch.setattr(crio, "users", lambda root, wrapper: ["c0ffee"])
+    monkeypatch.setattr(crio_service, "users", lambda root, wrapper: ["c0ffee"])
     before = on.tree()
     with pytest.raises(Refused, match="in use") as refused:
         on.uninstall()
@@ -180,8 +180,8 @@ def test_a_node_whose_containers_need_the_runtime_keeps_it(on: Node, monkeypatch
 @pytest.mark.parametrize(
     ("words", "flags", "drop_ins"),
     [
-        (["crio"], (), crio.DROP_INS),
-        (["crio", "--log-level=info"], (), crio.DROP_INS),
+        (["crio"], (), crio_service.DROP_INS),
+        (["crio", "--log-level=info"], (), crio_service.DROP_INS),
         (["crio", "--config", "/c", "--config-dir=/d/"], ("--config", "/c", "--config-dir", "/d/"), "/d"),
         (["crio", "-c", "/c", "-d", "/d"], ("-c", "/c", "-d", "/d"), "/d"),
     ],
@@ -189,7 +189,7 @@ def test_a_node_whose_containers_need_the_runtime_keeps_it(on: Node, monkeypatch
 def test_the_configuration_is_the_one_crio_was_started_with(
     words: list[str], flags: tuple[str, ...], drop_ins: str
 ) -> None:
-    assert crio.flags_of(words) == (flags, drop_ins)
+    assert crio_service.flags_of(words) == (flags, drop_ins)
 
 
 @pytest.mark.parametrize(
@@ -206,5 +206,7 @@ def test_whose_the_pods_are(
     monkeypatch: pytest.MonkeyPatch, said: Kubelet | None, containerd_runs: bool, crios: bool
 ) -> None:
     monkeypatch.setattr(kubelet, "find", lambda: said)
-    monkeypatch.setattr(daemon, "listener", lambda path: 7 if containerd_runs and "containerd" in str(path) else None)
-    assert crio.makes_the_pods() is crios
+    monkeypatch.setattr(
+        containerd_service, "listener", lambda path: 7 if containerd_runs and "containerd" in str(path) else None
+    )
+    assert crio_service.makes_the_pods() is crios

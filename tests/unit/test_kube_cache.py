@@ -9,9 +9,9 @@ from typing import Any
 import anyio
 import pytest
 
+from podferry.kube.api_errors import Expired
 from podferry.kube.cache import Cache, Store
 from podferry.kube.client import PODS
-from podferry.kube.errors import Expired
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Failed, UsageError
-from podferry.lab import builder, config, oci, registry
+from podferry.lab import builder, machine_config, oci, registry
 from podferry.lab.builder import Recipe, build
 from podferry.lab.debian import essential_files
 from podferry.lab.progress import quiet
@@ -100,7 +100,7 @@ def test_the_registry_stands_in_for_every_other(reference: str, path: str) -> No
 
 
 def test_the_storage_nodes_certificate_is_for_the_name_of_the_registry() -> None:
-    files = config.for_machine("default", "node-a", {"storage": "10.0.0.2", "node-a": "10.0.0.11"})
+    files = machine_config.for_machine("default", "node-a", {"storage": "10.0.0.2", "node-a": "10.0.0.11"})
     assert "10.0.0.2 podferry.local\n" in files["hosts"]
     assert "https://podferry.local" in files["registry-hosts.toml"]
 

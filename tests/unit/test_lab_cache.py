@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from podferry.lab import cache, oci
+from podferry.lab import build_cache, oci
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cache, "CACHE", tmp_path)
+    monkeypatch.setattr(build_cache, "CACHE", tmp_path)
     return tmp_path
 
 
@@ -28,10 +28,10 @@ def test_a_thing_is_built_once_for_each_recipe() -> None:
         built.append(into.name)
         into.mkdir()
 
-    first = cache.cached("node", {"packages": ["a"]}, build)
+    first = build_cache.cached("node", {"packages": ["a"]}, build)
     assert first.is_dir()
-    assert cache.cached("node", {"packages": ["a"]}, build) == first
-    assert cache.cached("node", {"packages": ["a", "b"]}, build) != first
+    assert build_cache.cached("node", {"packages": ["a"]}, build) == first
+    assert build_cache.cached("node", {"packages": ["a", "b"]}, build) != first
     assert len(built) == 2
 
 
@@ -42,24 +42,24 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(own_cache: Path) 
         raise RuntimeError("the mirror is gone")
 
     with pytest.raises(RuntimeError):
-        cache.cached("node", 1, fail)
+        build_cache.cached("node", 1, fail)
     assert not list(own_cache.iterdir())
-    assert cache.cached("node", 1, lambda into: into.mkdir()).is_dir()
+    assert build_cache.cached("node", 1, lambda into: into.mkdir()).is_dir()
 
 
 @pytest.mark.parametrize("labs", [set[str](), {"default"}])
 def test_older_recipes_go_unless_a_lab_may_stand_on_them(
     own_cache: Path, monkeypatch: pytest.MonkeyPatch, labs: set[str]
 ) -> None:
-    monkeypatch.setattr(cache.cgroups, "labs", lambda: labs)
+    monkeypatch.setattr(build_cache.cgroups, "labs", lambda: labs)
 
     def build(into: Path) -> None:
         into.write_text("x")
 
-    older = cache.cached("job", 1, build, suffix=".tar")
-    other = cache.cached("node", 2, build)
+    older = build_cache.cached("job", 1, build, suffix=".tar")
+    other = build_cache.cached("node", 2, build)
     (own_cache / "job.root").mkdir()
-    newer = cache.cached("job", 3, build, suffix=".tar")
+    newer = build_cache.cached("job", 3, build, suffix=".tar")
     assert older.exists() == bool(labs)
     assert all(path.exists() for path in (newer, other, own_cache / "job.root"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import CommandFailed, Refused
-from podferry.lab import debian, images
+from podferry.lab import debian, root_images
 from podferry.lab.apt import KEYRING
 from podferry.lab.debian import mirror
 from podferry.node.process import Completed
@@ -50,8 +50,8 @@ def test_a_root_tells_its_programs_versions(tmp_path: Path, version: str, major:
     (tmp_path / "usr/bin/python3").symlink_to("python3.14")
     (tmp_path / "var/lib/dpkg").mkdir(parents=True)
     (tmp_path / "var/lib/dpkg/status").write_text(STATUS.format(containerd=version))
-    assert images.containerd_of(tmp_path) == major
-    assert images.python_of(tmp_path) == "3.14"
+    assert root_images.containerd_of(tmp_path) == major
+    assert root_images.python_of(tmp_path) == "3.14"
 
 
 @pytest.fixture(autouse=True)

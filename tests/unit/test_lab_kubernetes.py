@@ -12,8 +12,8 @@ from cryptography import x509
 from cryptography.x509.oid import ExtensionOID, NameOID
 
 from podferry.errors import Refused, UsageError
-from podferry.lab import config, state
-from podferry.lab.kubernetes import crio, daemons, network, pki
+from podferry.lab import machine_config, state
+from podferry.lab.kubernetes import certificates, crio_package, daemons, pod_network
 
 pytestmark = pytest.mark.unit
 ADDRESSES = state.addresses("default", ["node-a", "node-b"], control=True)
@@ -34,7 +34,7 @@ def test_without_the_programs_it_says_what_to_put_where(tmp_path: Path, monkeypa
 
 
 def test_certificates_name_those_whom_kubernetes_expects(tmp_path: Path) -> None:
-    pki.issue(tmp_path, ADDRESSES)
+    certificates.issue(tmp_path, ADDRESSES)
     admin = certificate(tmp_path / "kubeconfig")
     assert subject(admin) == ("system:masters", "kubernetes-admin")
     control = tmp_path / "machines" / "control" / "etc" / "kubernetes"
@@ -45,7 +45,7 @@ def test_certificates_name_those_whom_kubernetes_expects(tmp_path: Path) -> None
     names = server.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).value
     assert isinstance(names, x509.SubjectAlternativeName)
     known = {str(one) for one in names.get_values_for_type(x509.IPAddress)}
-    assert known == {ADDRESSES["control"], network.API_SERVICE, "127.0.0.1"}
+    assert known == {ADDRESSES["control"], pod_network.API_SERVICE, "127.0.0.1"}
     authority = x509.load_pem_x509_certificate((node / "ca.crt").read_bytes())
     for one in (admin, server):
         one.verify_directly_issued_by(authority)
@@ -54,9 +54,9 @@ def test_certificates_name_those_whom_kubernetes_expects(tmp_path: Path) -> None
 
 
 def test_a_lab_that_grows_keeps_its_certificates(tmp_path: Path) -> None:
-    pki.issue(tmp_path, ADDRESSES)
+    certificates.issue(tmp_path, ADDRESSES)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    pki.issue(tmp_path, state.addresses("default", ["node-a", "node-b", "node-c"], control=True))
+    certificates.issue(tmp_path, state.addresses("default", ["node-a", "node-b", "node-c"], control=True))
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert {path.parents[2].name for path in after.keys() - before.keys()} == {"node-c"}
@@ -64,7 +64,7 @@ def test_a_lab_that_grows_keeps_its_certificates(tmp_path: Path) -> None:
 
 def test_every_node_has_pods_of_its_own() -> None:
     subnets = {
-        json.loads(config.for_machine("default", name, ADDRESSES)["cni/10-lab.conflist"])["plugins"][0]["ipam"][
+        json.loads(machine_config.for_machine("default", name, ADDRESSES)["cni/10-lab.conflist"])["plugins"][0]["ipam"][
             "ranges"
         ][0][0]["subnet"]
         for name in ("node-a", "node-b")
@@ -74,19 +74,21 @@ def test_every_node_has_pods_of_its_own() -> None:
 
 @pytest.mark.parametrize(("major", "table"), [(1, "io.containerd.grpc.v1.cri"), (2, "io.containerd.cri.v1.runtime")])
 def test_in_a_cluster_podferrys_runtime_is_the_installers_to_add(major: int, table: str) -> None:
-    alone = tomllib.loads(config.containerd(major))["plugins"][table]["containerd"]["runtimes"]
-    inside = tomllib.loads(config.containerd(major, kubernetes=True))["plugins"][table]["containerd"]["runtimes"]
+    alone = tomllib.loads(machine_config.containerd(major))["plugins"][table]["containerd"]["runtimes"]
+    inside = tomllib.loads(machine_config.containerd(major, kubernetes=True))["plugins"][table]["containerd"][
+        "runtimes"
+    ]
     assert set(alone) == {"runc", "podferry"}
     assert set(inside) == {"runc"}
 
 
 def test_a_nodes_containerd_keeps_what_was_installed(tmp_path: Path) -> None:
-    files = config.for_machine("default", "node-a", ADDRESSES)
-    assert config.write(files, tmp_path, keep={"containerd.toml"})
+    files = machine_config.for_machine("default", "node-a", ADDRESSES)
+    assert machine_config.write(files, tmp_path, keep={"containerd.toml"})
     (tmp_path / "containerd.toml").write_text("imports = []\n")
-    assert not config.write(files, tmp_path, keep={"containerd.toml"})
+    assert not machine_config.write(files, tmp_path, keep={"containerd.toml"})
     assert (tmp_path / "containerd.toml").read_text() == "imports = []\n"
-    assert config.write(files, tmp_path)
+    assert machine_config.write(files, tmp_path)
 
 
 def certificate(kubeconfig: Path) -> x509.Certificate:
@@ -103,7 +105,7 @@ def subject(one: x509.Certificate) -> tuple[object, object]:
 
 
 def test_nodes_with_crio_have_its_configuration_and_their_kubelets_its_socket() -> None:
-    files = config.for_machine("x", "node-a", ADDRESSES, runtime=state.CRIO)
+    files = machine_config.for_machine("x", "node-a", ADDRESSES, runtime=state.CRIO)
     told = tomllib.loads(files["crio.conf"])["crio"]
     assert "containerd.toml" not in files
     assert json.loads(files["kubernetes/kubelet.json"])["containerRuntimeEndpoint"] == f"unix://{told['api']['listen']}"
@@ -126,10 +128,10 @@ def test_which_node_has_which_runtime(named: str, found: list[str]) -> None:
 
 
 def test_without_crios_programs_a_lab_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crio, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(crio_package, "DIRECTORY", tmp_path)
     (tmp_path / "conmon").write_text("")
     (tmp_path / "conmon").chmod(0o755)
     with pytest.raises(Refused, match="no CRI-O") as refused:
-        crio.directory()
+        crio_package.directory()
     assert "crio, pinns" in refused.value.why
     assert "PODFERRY_CRIO_BIN" in refused.value.remedy

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import UsageError
-from podferry.lab import config, network, progress, state
+from podferry.lab import machine_config, network, progress, state
 from podferry.workload.config import load
 
 pytestmark = pytest.mark.unit
@@ -63,30 +63,32 @@ def test_a_burst_lets_the_largest_packet_pass_at_any_rate() -> None:
 
 def test_the_agent_can_read_the_configuration_that_it_is_given(tmp_path: Path) -> None:
     addresses = state.addresses("default", ["node-a", "node-b", "node-c"])
-    files = config.for_machine("default", "node-b", addresses)
-    assert config.write(files, tmp_path)
+    files = machine_config.for_machine("default", "node-b", addresses)
+    assert machine_config.write(files, tmp_path)
     read = load(tmp_path / "agent.json")
     assert read.node == "node-b"
     assert read.listen == f"{addresses['node-b']}:7460"
     assert set(read.peers) == {"node-a", "node-c"}
-    assert not config.write(files, tmp_path), "written again though nothing changed"
-    assert config.write({"agent.json": json.dumps({})}, tmp_path)
+    assert not machine_config.write(files, tmp_path), "written again though nothing changed"
+    assert machine_config.write({"agent.json": json.dumps({})}, tmp_path)
 
 
 def test_containerd_2_is_configured_in_its_own_format() -> None:
     addresses = state.addresses("default", ["node-a"])
-    one, two = (config.for_machine("default", "node-a", addresses, major)["containerd.toml"] for major in (1, 2))
+    one, two = (
+        machine_config.for_machine("default", "node-a", addresses, major)["containerd.toml"] for major in (1, 2)
+    )
     assert (tomllib.loads(one)["version"], tomllib.loads(two)["version"]) == (2, 3)
 
 
 def test_the_storage_node_gets_no_agent() -> None:
-    files = config.for_machine("default", "storage", state.addresses("default", ["node-a"]))
+    files = machine_config.for_machine("default", "storage", state.addresses("default", ["node-a"]))
     assert "brick.vol" in files
     assert "agent.json" not in files
 
 
 def test_containerd_2_has_other_names_for_the_same() -> None:
-    one, two = config.containerd(1), config.containerd(2)
+    one, two = machine_config.containerd(1), machine_config.containerd(2)
     assert "version = 2\n" in one
     assert "io.containerd.grpc.v1.cri" in one
     assert "version = 3\n" in two

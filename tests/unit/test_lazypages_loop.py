@@ -13,10 +13,10 @@ from typing import Any, cast
 import pytest
 
 from podferry.lazypages.criu_socket import CriuSocket
+from podferry.lazypages.daemon_status import StatusFile
 from podferry.lazypages.descriptor_holder import DescriptorHolder
 from podferry.lazypages.loop import Loop
 from podferry.lazypages.page_source import NoSource
-from podferry.lazypages.status import StatusFile
 from podferry.lazypages.task import FaultAnswer, FedTask
 
 pytestmark = pytest.mark.unit

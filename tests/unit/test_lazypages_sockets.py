@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from podferry.errors import Bug, Failed, PeerMisbehaved
-from podferry.lazypages import status
+from podferry.lazypages import daemon_status
 from podferry.lazypages.copying import PageIndex
 from podferry.lazypages.criu_socket import FINISHED, SOCKET, CriuSocket, Restored, RestoreFinished
+from podferry.lazypages.daemon_status import DaemonState, DaemonStatus, StatusFile, read_status
 from podferry.lazypages.page_source import AgentSource, Frame, NoSource, Word
-from podferry.lazypages.status import DaemonState, DaemonStatus, StatusFile, read_status
 from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import Runs
 
@@ -177,7 +177,7 @@ def test_a_status_without_room_ends_nobody_and_is_written_when_there_is_some(
 ) -> None:
     """The job's memory depends on the daemon, which would end with the error."""
     report, full, slept = StatusFile(tmp_path / "status"), [True], []
-    replace_file = status.replace_file
+    replace_file = daemon_status.replace_file
 
     def no_room(path: Path, content: bytes) -> None:
         if full:
@@ -188,7 +188,7 @@ def test_a_status_without_room_ends_nobody_and_is_written_when_there_is_some(
         slept.append(seconds)
         full.clear()
 
-    monkeypatch.setattr(status, "replace_file", no_room)
+    monkeypatch.setattr(daemon_status, "replace_file", no_room)
     monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(OSError, match="No space"):
         report.enter(DaemonState.LISTENING)  # nothing depends on it yet

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from podferry.criu import link_remaps
-from podferry.criu.images import FILES_MAGIC, write_entries
+from podferry.criu.dump_images import FILES_MAGIC, write_entries
 from podferry.protos.rights_pb2 import FileEntry
 
 pytestmark = pytest.mark.unit

@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.message import Message
 
 from podferry.criu import skipped_pages
-from podferry.criu.images import PE_LAZY, PE_PRESENT, Mapped, anonymous_areas, page_map
+from podferry.criu.dump_images import PE_LAZY, PE_PRESENT, Mapped, anonymous_areas, page_map
 from podferry.criu.skipped_pages import Population, complete, population, settled, worth_skipping
 from podferry.errors import Failed, PeerMisbehaved
 from podferry.memory.kernel import guards, pagemap

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from podferry.criu.images import without_deleted_sources
+from podferry.criu.dump_images import without_deleted_sources
 from podferry.errors import PeerMisbehaved
 
 pytestmark = pytest.mark.unit

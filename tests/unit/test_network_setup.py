@@ -14,9 +14,9 @@ from podferry.criu import network_setup
 from podferry.criu.incoming import Incoming
 from podferry.errors import Failed, PeerMisbehaved, Refused
 from podferry.lab.state import CACHE
-from podferry.node import netns, network
+from podferry.node import netns, network_namespace
 from podferry.node.netlock import Namespace
-from podferry.node.network import DEFAULT, Network
+from podferry.node.network_namespace import DEFAULT, Network
 from podferry.node.process import spawn
 
 pytestmark = pytest.mark.unit
@@ -47,7 +47,7 @@ def script(
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Network, int]]:
     """What the agent would have made, in place of namespaces."""
     calls: list[tuple[Network, int]] = []
-    monkeypatch.setattr(network, "make", lambda what, pid: calls.append((what, pid)))
+    monkeypatch.setattr(network_namespace, "make", lambda what, pid: calls.append((what, pid)))
     return calls
 
 
@@ -57,7 +57,7 @@ def test_criu_goes_on_when_the_agent_has_arranged_the_namespace(
     with Incoming.prepare("job", network=True, run=tmp_path) as incoming:
         assert f"action-script {network_setup.SCRIPT}" in (incoming.path / "criu.conf").read_text()
         wanted = Network(settings={"ipv4/ip_forward": "1"})
-        (incoming.images / network.IMAGE).write_bytes(wanted.encode())
+        (incoming.images / network_namespace.IMAGE).write_bytes(wanted.encode())
         assert incoming._network is not None
         incoming._network.serve(incoming.images)
         assert script(shell, incoming.images).wait(10) == 0
@@ -110,7 +110,7 @@ def test_the_restore_fails_with_the_agents_reason(
     def fail(what: Network, pid: int) -> None:
         raise PermissionError("no")
 
-    monkeypatch.setattr(network, "make", fail)
+    monkeypatch.setattr(network_namespace, "make", fail)
     with Incoming.prepare("job", network=True, run=tmp_path) as incoming:
         assert incoming._network is not None
         incoming._network.serve(incoming.images)

@@ -26,7 +26,7 @@ from podferry.workload.config import Config
 from podferry.workload.kinds.alone import ContainersAlone
 from podferry.workload.kinds.kubelet_pods import KubeletPods
 from podferry.workload.offered import OfferedContainer, OfferedPod, PodPart
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 from podferry.workload.target import TargetWorkload
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]

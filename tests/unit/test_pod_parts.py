@@ -37,7 +37,7 @@ from podferry.workload.numbers import (
 )
 from podferry.workload.offered import OfferedPod, PodPart
 from podferry.workload.page_channel import DaemonPageChannel
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 from podferry.workload.source import union
 from podferry.workload.target import TargetWorkload
 from podferry.workload.target_container import demand_whole

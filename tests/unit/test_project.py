@@ -57,7 +57,11 @@ ONE_PLACE = {
         "node/host.py",
         "snapshotter/layer_mounts.py",
     },
-    r"SC_PAGE_?SIZE|mmap\.PAGESIZE": {"memory/kernel/page_size.py", "snapshotter/prefetch.py", "bench/machine.py"},
+    r"SC_PAGE_?SIZE|mmap\.PAGESIZE": {
+        "memory/kernel/page_size.py",
+        "snapshotter/prefetch.py",
+        "bench/machine_facts.py",
+    },
     r"pidfd_getfd\(|PIDFD_GETFD": {"fs/libc.py"},
 }
 
@@ -112,3 +116,41 @@ def test_no_two_public_classes_have_one_name() -> None:
         for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(), re.MULTILINE):
             places.setdefault(name, []).append(path)
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+OF_EACH_PROGRAM = {"__main__", "metrics", "program"}
+"""What each of the programs has, under the same name in its package."""
+PARALLEL = {
+    # `core` decides about what another package reads, keeps or carries out.
+    "connections": {"core", "criu"},
+    "drain": {"core", "kube"},
+    "host": {"core", "node"},
+    "inventory": {"core", "node"},
+    "migration": {"core", "kube"},
+    "turns": {"core", "controller"},
+    # `workload` has the ports' one implementation for the two halves of `engine`, and its makers are what `node` speaks with.
+    "source": {"engine", "workload"},
+    "target": {"engine", "workload"},
+    "containerd": {"node", "workload/makers"},
+    "kubelet": {"node", "workload/makers"},
+    # `cli` names a module after the command in it.
+    "lab": {"cli", "lab"},
+    "pki": {"cli", "wire"},
+}
+"""The modules that share a name with one of another package on purpose: what the one is for, the other is too."""
+
+
+def test_no_two_modules_have_one_name_unless_they_are_parallel() -> None:
+    root, places = ROOT / "src/podferry", dict[str, set[str]]()
+    for path in SOURCES:
+        places.setdefault(path.stem, set()).add(path.parent.relative_to(root).as_posix())
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert {name: where for name, where in twice.items() if name not in OF_EACH_PROGRAM | {"__init__"}} == PARALLEL
+
+
+def test_no_two_modules_of_tests_have_one_name() -> None:
+    places: dict[str, list[Path]] = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.stem not in {"__init__", "conftest"}:
+            places.setdefault(path.stem, []).append(path)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

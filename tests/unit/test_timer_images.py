@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from podferry.criu.images import FILES_MAGIC, parse_entries, write_entries
+from podferry.criu.dump_images import FILES_MAGIC, parse_entries, write_entries
 from podferry.criu.rights import MAGIC
 from podferry.criu.timers import ABSOLUTE, SECOND, put_right, put_threads_right
 from podferry.errors import PeerMisbehaved

@@ -17,7 +17,7 @@ from podferry.wire.messages import Offer
 from podferry.wire.transport import parse_address
 from podferry.workload.config import Config
 from podferry.workload.offered import Offered, OfferedContainer, OfferedPod
-from podferry.workload.pod.ports import Cluster
+from podferry.workload.pod.cluster_port import Cluster
 
 
 def demand_peer(config: Config, cluster: Cluster | None, peer: str) -> None:

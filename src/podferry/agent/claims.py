@@ -10,7 +10,7 @@ from podferry.errors import Refused
 from podferry.kube import status as store
 from podferry.kube.migration import EnginePhases, Migration
 from podferry.model import Mode
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 
 
 def is_decided(migration: Migration) -> bool:

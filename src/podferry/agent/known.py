@@ -13,8 +13,8 @@ import structlog
 
 from podferry.errors import PodferryError
 from podferry.kube import status as store
+from podferry.kube.api_errors import ObjectNotFound
 from podferry.kube.client import MIGRATIONS, Api, Json
-from podferry.kube.errors import ObjectNotFound
 from podferry.kube.migration import Migration, MigrationUnreadable
 
 Key = tuple[str, str]

@@ -25,15 +25,15 @@ from podferry.core.precopy import PreCopyPolicy
 from podferry.engine.order import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
+from podferry.kube.api_errors import ApiUnreachable, NotServed, ObjectNotFound, transient
 from podferry.kube.client import MIGRATIONS, Api
-from podferry.kube.errors import ApiUnreachable, NotServed, ObjectNotFound, transient
 from podferry.kube.events import Events
 from podferry.kube.migration import HANDED_OVER, TARGET_CREATED, TARGET_REQUESTED, Ending, EnginePhases, Migration
 from podferry.kube.quantities import quantity, seconds
 from podferry.kube.resources import memory_limits
 from podferry.kube.watch import Queues, follow
 from podferry.model import Mode, Outcome
-from podferry.workload.pod.ports import PodMigration, PodName, PodOrder, Pods
+from podferry.workload.pod.cluster_port import PodMigration, PodName, PodOrder, Pods
 from podferry.workload.pod.probes import network_probes
 
 Json = dict[str, Any]
@@ -45,7 +45,7 @@ ADMIT_WITHIN = 10.0
 
 
 class Kubernetes:
-    """`podferry.workload.pod.ports.Cluster`, and what gives the engine its orders."""
+    """`podferry.workload.pod.cluster_port.Cluster`, and what gives the engine its orders."""
 
     def __init__(self, api: Api, node: str) -> None:
         self._api, self._node = api, node
@@ -161,7 +161,7 @@ class Kubernetes:
             )
             self._tasks.start_soon(reporter.run, lambda: self._reporters.pop(key, None))
 
-    # What the engine asks (`podferry.workload.pod.ports.Cluster`).
+    # What the engine asks (`podferry.workload.pod.cluster_port.Cluster`).
 
     def address(self, node: str) -> str | None:
         """HOST:PORT of the agent of `node`."""

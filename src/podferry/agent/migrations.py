@@ -38,7 +38,7 @@ from podferry.workload.kinds.alone import ContainersAlone
 from podferry.workload.kinds.kind import WorkloadKind
 from podferry.workload.kinds.kubelet_pods import KubeletPods
 from podferry.workload.offered import Offered, OfferedPod
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 from podferry.workload.source import SourceWorkload
 from podferry.workload.threads import run
 

@@ -15,10 +15,10 @@ import anyio
 import structlog
 
 from podferry.errors import Failed
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import ACCESS_REVIEWS, NODES, Api
 from podferry.kube.clouds import cloud, metadata, time_of
 from podferry.kube.drain import CLOUD_ANNOTATION
-from podferry.kube.errors import ApiFailed
 from podferry.kube.quantities import timestamp
 
 EVERY, ALLOWED_EVERY = 2.0, 300.0

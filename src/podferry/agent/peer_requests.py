@@ -14,7 +14,7 @@ from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, 
 from podferry.workload.account import needed
 from podferry.workload.config import Config
 from podferry.workload.offered import decode
-from podferry.workload.pod.ports import Cluster
+from podferry.workload.pod.cluster_port import Cluster
 from podferry.workload.threads import run
 
 

@@ -1,4 +1,4 @@
-"""Migrations of pods, as the agent's Kubernetes side begins and follows them: `podferry.workload.pod.ports.Pods`, fulfilled."""
+"""Migrations of pods, begun and followed for the agent's Kubernetes side: `Pods` of `podferry.workload.pod.cluster_port`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from podferry.engine.rehearsal import REHEARSAL, RehearsalAlone
 from podferry.engine.source import Source
 from podferry.engine.target import Target
 from podferry.errors import Refused, UsageError
-from podferry.workload.pod.ports import PodMigration, PodName, PodOrder
+from podferry.workload.pod.cluster_port import PodMigration, PodName, PodOrder
 
 Json = dict[str, Any]
 

@@ -47,7 +47,7 @@ from podferry.workload.account import Account, free_here
 from podferry.workload.config import Config
 from podferry.workload.kinds.alone import ContainersAlone
 from podferry.workload.kinds.kubelet_pods import KubeletPods
-from podferry.workload.pod.ports import Cluster
+from podferry.workload.pod.cluster_port import Cluster
 from podferry.workload.threads import run
 
 FORGET_EVERY = 3600.0  # seconds

@@ -11,9 +11,9 @@ import structlog
 from podferry.core.phases import SOURCE_ENDS, SourcePhase, TargetPhase
 from podferry.errors import PodferryError
 from podferry.kube import status as store
+from podferry.kube.api_errors import ObjectNotFound
 from podferry.kube.client import Api
-from podferry.kube.connections import MOST_CONNECTIONS, ListedConnection
-from podferry.kube.errors import ObjectNotFound
+from podferry.kube.connection_status import MOST_CONNECTIONS, ListedConnection
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     INTACT,
@@ -28,7 +28,7 @@ from podferry.kube.migration import (
 )
 from podferry.kube.quantities import duration
 from podferry.model import Outcome
-from podferry.workload.pod.ports import PodMigration
+from podferry.workload.pod.cluster_port import PodMigration
 
 Json = dict[str, Any]
 

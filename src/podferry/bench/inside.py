@@ -20,7 +20,7 @@ from typing import Any
 from podferry.bench.workload import DIRECTORY
 from podferry.criu.checkpoint import CRIU_CONF
 from podferry.errors import Failed
-from podferry.lab.config import SNAPSHOTTER
+from podferry.lab.machine_config import SNAPSHOTTER
 from podferry.node.process import Arg, ending, last_lines, pasteable, run, spawn
 
 HOME = Path("/run/bench")

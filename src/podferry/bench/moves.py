@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from podferry.bench import agents, job
+from podferry.bench import agent_usage, job
 from podferry.bench.job import BUNDLES, Job
 from podferry.bench.workload import Workload
 from podferry.errors import PodferryError
@@ -63,19 +63,19 @@ class Podferry:
         """Ask the source's agent, as `podferry migrate` does."""
         lab = job.lab
         pid = int((lab.root(SOURCE) / BUNDLES / NAME / "init.pid").read_text())
-        memory = agents.anonymous_bytes(lab, SOURCE, pid)
+        memory = agent_usage.anonymous_bytes(lab, SOURCE, pid)
         for node in (SOURCE, TARGET):
-            agents.forget_peak(lab, node)
+            agent_usage.forget_peak(lab, node)
         began = time.time_ns()
-        samples: list[agents.Sample] = []
+        samples: list[agent_usage.Sample] = []
         order = {"name": NAME, "to": TARGET, "mode": self.mode, **self.options}
         try:
             if self.watch:
-                with agents.TargetSampler(lab, TARGET, BUNDLES / NAME) as watch:
-                    record = agents.ask(lab, SOURCE, "migrate", **order)
+                with agent_usage.TargetSampler(lab, TARGET, BUNDLES / NAME) as watch:
+                    record = agent_usage.ask(lab, SOURCE, "migrate", **order)
                 samples = watch.samples
             else:
-                record = agents.ask(lab, SOURCE, "migrate", **order)
+                record = agent_usage.ask(lab, SOURCE, "migrate", **order)
         except PodferryError as error:
             return Moved("refused", began, time.time_ns(), None, None, {"error": error.to_dict()})
         ended = time.time_ns()
@@ -83,7 +83,7 @@ class Podferry:
             job.node = TARGET
         at, spans = _timeline(record)
         frozen, home = spans.get("freeze") if "downtime" in spans else None, None
-        for arrival in agents.ask(lab, TARGET, "status", id=record["id"]):
+        for arrival in agent_usage.ask(lab, TARGET, "status", id=record["id"]):
             there, on_target = _timeline(arrival)
             home = there(on_target["fill"]["end_ms"]) if "fill" in on_target else None
         facts = {
@@ -101,7 +101,7 @@ class Podferry:
             "tracker": record.get("tracker"),
             "dump": record.get("dump"),
             "postcopy": record.get("postcopy_dependency", False),
-            "agent_bytes": {node: agents.peak_bytes(lab, node) for node in (SOURCE, TARGET)},
+            "agent_bytes": {node: agent_usage.peak_bytes(lab, node) for node in (SOURCE, TARGET)},
             "samples": [[one.at, one.store, one.daemon, one.job] for one in samples],
         }
         return Moved(

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from podferry.bench.moves import SOURCE, TARGET
 from podferry.errors import TimedOut
 from podferry.lab import Lab, builder, containers, registry
-from podferry.lab.config import REGISTRY, SNAPSHOTTER
+from podferry.lab.machine_config import REGISTRY, SNAPSHOTTER
 from podferry.lab.progress import Progress
 from podferry.lab.state import STORAGE
 from podferry.node.process import run

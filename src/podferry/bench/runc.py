@@ -15,7 +15,7 @@ from podferry.bench.moves import SOURCE, TARGET, Moved
 from podferry.bench.workload import Workload
 from podferry.errors import Failed, PodferryError
 from podferry.lab import Lab, containers
-from podferry.lab.images import JOB_IMAGE
+from podferry.lab.root_images import JOB_IMAGE
 from podferry.node.process import spawn
 
 ENVIRONMENT = {"PYTHONPATH": "/opt/podferry/src:/opt/podferry/site", "PYTHONDONTWRITEBYTECODE": "1"}

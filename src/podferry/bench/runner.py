@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from podferry.bench import agents, machine
+from podferry.bench import agent_usage, machine_facts
 from podferry.bench.lost import lost_work, series
 from podferry.bench.moves import SOURCE, Method, Moved
 from podferry.bench.pulls import Measurement
@@ -88,7 +88,7 @@ def measure(
     }
     try:
         lab.up(nodes, scenario.link, progress=progress)
-        record["machine"] = machine.describe(lab)
+        record["machine"] = machine_facts.describe(lab)
         if method is None:
             return record | _floor(lab)
         if isinstance(method, Measurement):
@@ -125,9 +125,9 @@ def _move(lab: Lab, method: Method, workload: Workload) -> Record:
     job = method.start(lab, workload)
     ready = time.time_ns()
     time.sleep(BEFORE)
-    sent = agents.sent_bytes(lab, SOURCE)
+    sent = agent_usage.sent_bytes(lab, SOURCE)
     moved = method.move(job)
-    sent = agents.sent_bytes(lab, SOURCE) - sent
+    sent = agent_usage.sent_bytes(lab, SOURCE) - sent
     time.sleep(AFTER)
     record = observed(moved, job.report(), ready) | {"link_bytes": sent, "where": job.node}
     method.stop(lab)

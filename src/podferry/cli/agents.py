@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from podferry.cli.client import QUICK, AgentClient, AgentUnreachable
+from podferry.cli.agent_client import QUICK, AgentClient, AgentUnreachable
 from podferry.cli.record import Record
 from podferry.errors import PeerMisbehaved, PodferryError, Refused, UsageError
 from podferry.model import Outcome

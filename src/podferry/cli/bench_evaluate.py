@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from podferry.bench import runner
-from podferry.bench.evaluation import loop, pages, plan
-from podferry.bench.evaluation.loop import TimeBudget
+from podferry.bench.evaluation import html_report, plan_runner, run_plan
+from podferry.bench.evaluation.plan_runner import TimeBudget
 from podferry.bench.scenarios import Scenario
 from podferry.cli.terminal import stderr, stdout, steps, words
 from podferry.errors import UsageError
@@ -67,26 +67,24 @@ def evaluate(
     Example: [bold]podferry bench evaluate --budget 90 --out evaluation[/]
     """
     results = out / RESULTS
-    scenarios, left_out = plan.carried(plan.quick() if quick else plan.full(), loop.free_bytes())
+    scenarios, left_out = run_plan.carried(run_plan.quick() if quick else run_plan.full(), plan_runner.free_bytes())
     if show_plan:
         stdout().print(as_table(scenarios))
         return
     minutes = budget or (QUICK_MINUTES if quick else MINUTES)
     if not report:
         _run(Lab(lab), scenarios, results, minutes * 60)
-    records = plan.latest(runner.read([results])) if results.exists() else []
+    records = run_plan.latest(runner.read([results])) if results.exists() else []
     if not records:
         raise UsageError(f"there are no runs in {results}", remedy="run podferry bench evaluate without --report")
     command = shlex.join(["podferry", "bench", "evaluate", f"--budget={minutes:g}", *["--quick"] * quick])
-    page = pages.write(records, out, command, [why(one) for one in left_out])
+    page = html_report.write(records, out, command, [why(one) for one in left_out])
     stderr().print(words(f"written: {page}"))
 
 
 def why(scenario: Scenario) -> str:
     """Why a scenario was left out."""
-    return (
-        f"{scenario.name} ({scenario.about}), which needs {plan.needed_bytes(scenario) / 2**30:.0f} GiB of free memory"
-    )
+    return f"{scenario.name} ({scenario.about}), which needs {run_plan.needed_bytes(scenario) / 2**30:.0f} GiB of free memory"
 
 
 def as_table(scenarios: Sequence[Scenario]) -> Table:
@@ -95,7 +93,7 @@ def as_table(scenarios: Sequence[Scenario]) -> Table:
     for title in ("SCENARIO", "METHOD", "SECONDS", ""):
         table.add_column(title, overflow="fold")
     total = 0.0
-    for step in plan.steps(scenarios, 1):
+    for step in run_plan.steps(scenarios, 1):
         total += step.estimate()
         table.add_row(step.scenario.name, step.method, f"{step.estimate():.0f}", words(step.scenario.about, "dim"))
     table.add_row("", "a round", f"{total:.0f}", "")
@@ -106,13 +104,13 @@ def _run(place: Lab, scenarios: Sequence[Scenario], results: Path, seconds: floa
     """The runs that are still to be made, in a lab that is taken down again where it was not there before."""
     require_root()
     if results.exists():
-        loop.repair(results)
-        loop.require_same_commit(runner.read([results]), results)
+        plan_runner.repair(results)
+        plan_runner.require_same_commit(runner.read([results]), results)
     found = place.exists()
     try:
         with steps() as progress:
-            measure = loop.measuring(place, progress)
-            for record in loop.evaluate(measure, scenarios, results, TimeBudget(seconds), progress):
+            measure = plan_runner.measuring(place, progress)
+            for record in plan_runner.evaluate(measure, scenarios, results, TimeBudget(seconds), progress):
                 stdout().print(words(line(record)))
     finally:
         if not found:

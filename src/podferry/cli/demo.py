@@ -14,14 +14,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from podferry.cli import chart, job, units
-from podferry.cli.client import AgentClient
+from podferry.cli import chart, demo_job, units
+from podferry.cli.agent_client import AgentClient
 from podferry.cli.migrate import Follower
 from podferry.cli.record import Record
 from podferry.cli.terminal import stderr, stdout, steps, words
 from podferry.cli.views import EventView, choose
 from podferry.errors import Failed, PodferryError, UsageError
-from podferry.lab import Lab, containers, images
+from podferry.lab import Lab, containers, root_images
 from podferry.lab.kubernetes import daemons
 from podferry.lab.state import CACHE, require_root
 from podferry.model import Mode, Outcome
@@ -101,7 +101,7 @@ def demo(
 
 def _first() -> str:
     """What is built before the lab starts, and how long that usually takes in all."""
-    if not (missing := images.unbuilt()):
+    if not (missing := root_images.unbuilt()):
         return "Its images are there already."
     names, seconds = " and ".join(one.name for one in missing), sum(one.seconds for one in missing)
     return f"Built first, and kept in {CACHE} for the next time: {names}, usually in {seconds} s."
@@ -112,7 +112,7 @@ def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> No
         f"2. A job on {SOURCE} that rewrites {memory} MiB of memory all the time; each value depends on the ones before. "
         f"The same job on {TARGET}, to compare with: it stays where it is."
     )
-    source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
+    source = files("podferry.cli").joinpath("demo_job.py").read_text(encoding="utf-8")
     argv = ["python3", "-c", source, *map(str, (memory, count, CANDIDATES, EVERY))]
     for name, node in ((MOVED, SOURCE), (TWIN, TARGET)):
         containers.start(lab, node, name, argv)
@@ -132,10 +132,10 @@ def _act(lab: Lab, mode: Mode, count: int, memory: int, html: Path | None) -> No
         )
     announce(f"4. {TARGET} takes up the job where {SOURCE} left it.")
     with output.shown(_print_line):
-        output.wait_for(job.FINAL)
+        output.wait_for(demo_job.FINAL)
     announce("5. Both jobs are done. Is the result the same?")
     twin = ContainerOutput(lab, TWIN)
-    twin.wait_for(job.FINAL)
+    twin.wait_for(demo_job.FINAL)
     compare(_facts(lab, TARGET, MOVED, output), _facts(lab, TARGET, TWIN, twin))
 
 
@@ -209,11 +209,11 @@ def _facts(lab: Lab, node: str, name: str, output: ContainerOutput) -> dict[str,
     """What the job left: its last line, all its lines, and the file that it appended to."""
     if (there := containers.find(lab, name)) != node:
         raise Failed(f"the container {name} is on {there or 'no node'}", why=f"it should be on {node}")
-    path = lab.root(node) / BUNDLES / name / "rootfs" / str(job.LEDGER).lstrip("/")
+    path = lab.root(node) / BUNDLES / name / "rootfs" / str(demo_job.LEDGER).lstrip("/")
     try:
         ledger = path.read_bytes()
     except OSError as gone:
-        raise Failed.because(f"cannot read what the container {name} wrote to {job.LEDGER}", gone) from gone
+        raise Failed.because(f"cannot read what the container {name} wrote to {demo_job.LEDGER}", gone) from gone
     text = "\n".join(output.lines).encode()
     return {
         "final checksum": output.lines[-1].split()[-1],

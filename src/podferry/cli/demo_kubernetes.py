@@ -9,13 +9,13 @@ import time
 from importlib.resources import files
 from typing import Any
 
-from podferry.cli import job
+from podferry.cli import demo_job
 from podferry.cli.demo import CANDIDATES, EVERY, MEBIBYTES, MOVE_AT, SOURCE, TARGET, announce, compare
 from podferry.cli.terminal import stderr, stdout, words
 from podferry.errors import Failed, TimedOut
 from podferry.lab import Lab
-from podferry.lab.images import JOB_IMAGE
 from podferry.lab.kubernetes.cluster import Kubectl
+from podferry.lab.root_images import JOB_IMAGE
 from podferry.node.process import CLEAN_ENVIRONMENT, Child, spawn
 
 MOVED, TWIN = "job", "twin"
@@ -23,7 +23,7 @@ POLL_INTERVAL = 0.5  # seconds
 PATIENCE = 600.0  # seconds
 LEDGER = "ledger"
 # What it wrote to its file must have come along too.
-_COMMAND = f'python3 -c "$0" "$@" && echo {LEDGER} $(sha256sum < {job.LEDGER})'
+_COMMAND = f'python3 -c "$0" "$@" && echo {LEDGER} $(sha256sum < {demo_job.LEDGER})'
 
 Json = dict[str, Any]
 
@@ -56,7 +56,7 @@ def act(lab: Lab, count: int) -> None:
 
 def manifest(name: str, node: str, count: int) -> Json:
     """The Job. It would rather be on `node` but need not: a pod that is bound to a node cannot move."""
-    source = files("podferry.cli").joinpath("job.py").read_text(encoding="utf-8")
+    source = files("podferry.cli").joinpath("demo_job.py").read_text(encoding="utf-8")
     numbers = [str(number) for number in (MEBIBYTES, count, CANDIDATES, EVERY)]
     wish = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]}
     return {
@@ -148,7 +148,7 @@ def _check(kubectl: Kubectl, first: str) -> None:
 
 def _facts(kubectl: Kubectl, name: str) -> dict[str, str]:
     lines = _lines(kubectl, name)
-    (result,) = [line.split()[1] for line in lines if line.startswith(job.FINAL)]
+    (result,) = [line.split()[1] for line in lines if line.startswith(demo_job.FINAL)]
     (ledger,) = [line.split()[1] for line in lines if line.startswith(LEDGER)]
     text = "\n".join(lines).encode()
     return {

@@ -96,7 +96,7 @@ def _of_lab(lab: str, debian: str, kubernetes: bool) -> list[Finding]:
 
 
 def _of_node(path: Path | None) -> list[Finding]:
-    from podferry.agent.doctor import node_host
+    from podferry.agent.doctor_facts import node_host
     from podferry.core.nodehost import findings
     from podferry.workload.config import Config, load
 

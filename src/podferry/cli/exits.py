@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from podferry.cli.client import AgentUnreachable
+from podferry.cli.agent_client import AgentUnreachable
 from podferry.errors import Cancelled, Failed, PodferryError, Refused, UsageError
-from podferry.kube.errors import ApiUnreachable
+from podferry.kube.api_errors import ApiUnreachable
 from podferry.model import Outcome
 
 

@@ -108,7 +108,7 @@ def _where(share: Path | None, lab: str | None) -> Path:
     if lab is None or share is not None:
         raise UsageError("no share is named", remedy="give either --share DIR or --lab NAME")
     from podferry.lab import Lab
-    from podferry.lab.config import IMAGES_SHARE
+    from podferry.lab.machine_config import IMAGES_SHARE
 
     there = Lab(lab)
     alive = [node.name for node in there.status().nodes if node.alive]

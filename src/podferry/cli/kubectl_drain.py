@@ -17,9 +17,9 @@ from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.cli.terminal import print_json, stderr, stdout, words
 from podferry.core.drain import DrainPhase, PodState
 from podferry.errors import Refused, UsageError
+from podferry.kube.api_errors import Conflict, ObjectNotFound
 from podferry.kube.client import NODE_DRAINS, NODES, Api
 from podferry.kube.drain import NodeDrain, PodDrain
-from podferry.kube.errors import Conflict, ObjectNotFound
 from podferry.kube.watch import follow
 
 Json = dict[str, Any]

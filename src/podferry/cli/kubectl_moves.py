@@ -21,8 +21,8 @@ from podferry.controller.eligibility import obstacles as find_obstacles
 from podferry.controller.policies import AppliedPolicy, Policies, forbids
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError, Refused, UsageError
+from podferry.kube.api_errors import ApiFailed, Conflict, Forbidden, NotServed, ObjectNotFound
 from podferry.kube.client import EVENTS, MIGRATIONS, PODS, Api, ResourceKind
-from podferry.kube.errors import ApiFailed, Conflict, Forbidden, NotServed, ObjectNotFound
 from podferry.kube.migration import Migration
 from podferry.kube.quantities import seconds
 from podferry.kube.watch import follow

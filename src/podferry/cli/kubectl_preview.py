@@ -16,8 +16,8 @@ from podferry.controller.surroundings import Surveyor
 from podferry.core.drain import DrainedPod, plan
 from podferry.core.estimate import Estimate, together
 from podferry.errors import UsageError
+from podferry.kube.api_errors import Forbidden
 from podferry.kube.client import MIGRATIONS, NODES, PODS, Api
-from podferry.kube.errors import Forbidden
 from podferry.kube.quantities import duration
 
 Json = dict[str, Any]

@@ -17,8 +17,8 @@ from podferry import __version__
 from podferry.cli import kubectl_moves as moves
 from podferry.cli.kubectl_moves import ClusterOptions
 from podferry.errors import Refused
+from podferry.kube.api_errors import ApiFailed
 from podferry.kube.client import NODES, PODS, Api
-from podferry.kube.errors import ApiFailed
 from podferry.kube.migration import GROUP, Migration, PodReference
 
 Json = dict[str, Any]

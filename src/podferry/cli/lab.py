@@ -18,9 +18,9 @@ from podferry.cli.terminal import print_json, stderr, stdout, words
 from podferry.errors import UsageError
 from podferry.lab import Lab, LabStatus, Node, containers, list_labs
 from podferry.lab.debian import OF_NODES, SUITES
-from podferry.lab.images import JOB_IMAGE
 from podferry.lab.lab_settings import DEFAULT_LINK, DEFAULT_NODES
 from podferry.lab.progress import Progress, phases
+from podferry.lab.root_images import JOB_IMAGE
 from podferry.lab.state import CONTROL, STORAGE, require_root
 from podferry.node.process import CLEAN_ENVIRONMENT
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from podferry.cli.client import AgentClient
+from podferry.cli.agent_client import AgentClient
 from podferry.cli.record import ProgressRecord, Record
 from podferry.cli.views import EventView
 from podferry.errors import PodferryError, Refused, UsageError

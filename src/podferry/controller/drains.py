@@ -21,9 +21,9 @@ from podferry.core.drain import DrainedPod, DrainPhase, DrainPlan, PodState, pla
 from podferry.core.estimate import together
 from podferry.core.migration import MigrationPhase
 from podferry.errors import PodferryError
+from podferry.kube.api_errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.client import MIGRATIONS, NODE_DRAINS, NODES, PODS, Api, Fields, Json, Labels, ResourceKind
 from podferry.kube.drain import MOST_PODS, PRIORITY_ANNOTATION, NodeDrain, PodDrain
-from podferry.kube.errors import ApiFailed, Conflict, ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.migration import API_VERSION, ROLE_LABEL, Migration, MigrationSpec
 from podferry.kube.policy import PodWish

@@ -13,8 +13,8 @@ from podferry.core.migration import MigrationEvent, MigrationPhase
 from podferry.core.turns import Wait
 from podferry.errors import Refused
 from podferry.kube import status as store
+from podferry.kube.api_errors import Forbidden
 from podferry.kube.client import PODS, Api, Json
-from podferry.kube.errors import Forbidden
 from podferry.kube.migration import ELIGIBLE, QUEUED, Migration, OwnerReference, PodReference
 from podferry.kube.moved import moved_containers
 from podferry.kube.paths import is_subdomain

@@ -20,8 +20,8 @@ from podferry.controller.metrics import ControllerMetrics
 from podferry.controller.policies import AppliedPolicy, Policies, settle
 from podferry.controller.surroundings import Surveyor
 from podferry.core.migration import MigrationPhase
+from podferry.kube.api_errors import ApiFailed, ObjectAlreadyExists
 from podferry.kube.client import MIGRATIONS, PODS, Api
-from podferry.kube.errors import ApiFailed, ObjectAlreadyExists
 from podferry.kube.migration import (
     CAUSE_LABEL,
     DEADLINE_ANNOTATION,

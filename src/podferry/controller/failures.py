@@ -8,7 +8,7 @@ from typing import Any
 from podferry.core.migration import MIGRATION_ENDS
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.errors import PodferryError
-from podferry.kube.errors import ApiFailed, Forbidden, ObjectNotFound
+from podferry.kube.api_errors import ApiFailed, Forbidden, ObjectNotFound
 from podferry.kube.migration import SCHEDULED, UID_LABEL, Ending, EnginePhases, Migration
 from podferry.kube.quantities import seconds
 from podferry.model import Outcome

@@ -23,8 +23,8 @@ import contextlib
 import datetime
 
 from podferry.controller import eligibility, failures, pods
+from podferry.kube.api_errors import Conflict, Forbidden, ObjectNotFound
 from podferry.kube.client import PODS, Api, Json
-from podferry.kube.errors import Conflict, Forbidden, ObjectNotFound
 from podferry.kube.migration import RESUMED, VERIFIED, Ending, Migration
 from podferry.kube.quantities import timestamp
 from podferry.model import Outcome

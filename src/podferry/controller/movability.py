@@ -18,8 +18,8 @@ from podferry.controller.drains import DrainView, has_to_leave
 from podferry.controller.policies import Policies, forbids
 from podferry.controller.surroundings import Surveyor
 from podferry.errors import PodferryError
+from podferry.kube.api_errors import Conflict, ObjectNotFound
 from podferry.kube.client import NAMESPACES, PODS, RUNTIME_CLASSES, Api, Json
-from podferry.kube.errors import Conflict, ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.migration import GROUP, UID_LABEL
 from podferry.kube.quantities import timestamp

@@ -16,10 +16,10 @@ import structlog
 
 from podferry.controller.status_writer import clock
 from podferry.errors import PodferryError, UsageError
+from podferry.kube.api_errors import Conflict, ObjectAlreadyExists, ObjectNotFound
 from podferry.kube.cache import Cache
 from podferry.kube.client import NODE_DRAINS, NODES, Json
 from podferry.kube.drain import NODE_ANNOTATIONS, TROUBLE_ANNOTATION, NodeDrain
-from podferry.kube.errors import Conflict, ObjectAlreadyExists, ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.quantities import seconds, timestamp
 

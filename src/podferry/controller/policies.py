@@ -11,8 +11,8 @@ import structlog
 from podferry.controller.eligibility import PodUnfit, unfit
 from podferry.controller.surroundings import Readable
 from podferry.core.turns import Group
+from podferry.kube.api_errors import Forbidden, NotServed
 from podferry.kube.client import MIGRATION_POLICIES, NAMESPACES
-from podferry.kube.errors import Forbidden, NotServed
 from podferry.kube.migration import MigrationSpec
 from podferry.kube.policy import MigrationPolicy, MigrationPolicySpec, PodWish, PolicyUnreadable
 from podferry.kube.quantities import quantity, seconds

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from podferry.controller import failures, pods, verifying
-from podferry.controller.connections import with_peers
 from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
 from podferry.controller.patience import ControllerSettings
+from podferry.controller.peer_addresses import with_peers
 from podferry.controller.status_writer import StatusWriter, clock
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
@@ -23,8 +23,8 @@ from podferry.controller.whereabouts import address_of, kept_up
 from podferry.core.migration import MIGRATION_ENDS, UNDONE, MigrationEvent, MigrationPhase
 from podferry.core.phases import SourcePhase, TargetPhase
 from podferry.kube import status as store
+from podferry.kube.api_errors import ApiFailed, Conflict, ObjectAlreadyExists, transient
 from podferry.kube.client import NODES, PODS, Api, Json
-from podferry.kube.errors import ApiFailed, Conflict, ObjectAlreadyExists, transient
 from podferry.kube.migration import (
     HANDED_OVER,
     RESUMED,

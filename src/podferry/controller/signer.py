@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from podferry.errors import Refused
+from podferry.kube.api_errors import ObjectAlreadyExists
 from podferry.kube.client import CONFIGMAPS, NODES, SECRETS, SIGNING_REQUESTS, Api
-from podferry.kube.errors import ObjectAlreadyExists
 from podferry.kube.quantities import timestamp
 from podferry.wire.pki import AGENT_LIFE, Authority, with_former
 

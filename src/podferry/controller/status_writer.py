@@ -12,9 +12,9 @@ from podferry import __version__
 from podferry.controller import failures, pods
 from podferry.core.migration import MIGRATION_ENDS, MigrationEvent, migration_machine
 from podferry.kube import status as store
+from podferry.kube.api_errors import ObjectNotFound
 from podferry.kube.client import MIGRATIONS, PODS, Api, Json
 from podferry.kube.conditions import Condition
-from podferry.kube.errors import ObjectNotFound
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     CANCELLED,

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from podferry.controller import failures, placement
 from podferry.controller.eligibility import PodUnfit, Surroundings, controller_of, kind_of_owner
+from podferry.kube.api_errors import Forbidden
 from podferry.kube.client import (
     CLAIMS,
     EVENTS,
@@ -19,7 +20,6 @@ from podferry.kube.client import (
     Labels,
     ResourceKind,
 )
-from podferry.kube.errors import Forbidden
 from podferry.kube.migration import Ending, Migration
 from podferry.kube.paths import NameRefused
 from podferry.model import Outcome

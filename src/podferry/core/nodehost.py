@@ -1,4 +1,4 @@
-"""Does this machine have what a node's agent needs? Facts in, findings out; `podferry.agent.doctor` gathers the facts."""
+"""Does this machine have what a node's agent needs? Facts in, findings out; `podferry.agent.doctor_facts` gathers the facts."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from podferry.core.connections import CLOSE, LISTEN, SYN_SENT, Address, End, OwnEnds
 from podferry.core.limits import PARSED_IMAGE
-from podferry.criu.images import FILES_MAGIC, encode_entries, entries_of
-from podferry.node.network import DEFAULT, IMAGE, Network
+from podferry.criu.dump_images import FILES_MAGIC, encode_entries, entries_of
+from podferry.node.network_namespace import DEFAULT, IMAGE, Network
 from podferry.node.newfile import small_file
 from podferry.protos.pagemap_pb2 import FileEntry, InetSkEntry
 

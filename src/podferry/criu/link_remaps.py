@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from podferry.criu.images import FILES_MAGIC, parse_entries
+from podferry.criu.dump_images import FILES_MAGIC, parse_entries
 from podferry.errors import PeerMisbehaved
 from podferry.protos.rights_pb2 import FileEntry
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from podferry.errors import Failed, PodferryError, Refused
-from podferry.node import network, outside
+from podferry.node import network_namespace, outside
 from podferry.node.netlock import Namespace
 
 SCRIPT = Path(__file__).with_name("gated") / "network"
@@ -102,9 +102,9 @@ def _arrange(pid: str, images: Path) -> Namespace | None:
     """Arrange the namespace of a process; where connections come with the images, it is locked then."""
     if not pid.isdecimal():
         raise Failed("CRIU did not name the process that it has created", why=f"it says {pid!r}"[:80])
-    described = images / network.IMAGE
+    described = images / network_namespace.IMAGE
     told = described.read_bytes() if described.exists() else b""
-    network.make(network.Network.decode(told) if told else network.DEFAULT, int(pid))
+    network_namespace.make(network_namespace.Network.decode(told) if told else network_namespace.DEFAULT, int(pid))
     if not has_streams(images):
         return None
     namespace = Namespace.of({}, int(pid))

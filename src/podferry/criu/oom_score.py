@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from podferry.core.allowed_rights import Rights
-from podferry.criu.images import parse_entries, write_entries
+from podferry.criu.dump_images import parse_entries, write_entries
 from podferry.criu.rights import MAGIC
 from podferry.protos import rights_pb2 as pb
 

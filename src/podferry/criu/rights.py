@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from podferry.core.allowed_rights import NAMESPACES, Rights, bit
 from podferry.core.allowed_spec import is_plain_device
-from podferry.criu.images import COMMON_MAGIC, messages_of, read_image
+from podferry.criu.dump_images import COMMON_MAGIC, messages_of, read_image
 from podferry.criu.mount_images import mounts_against, text
 from podferry.criu.seccomp import Filters
 from podferry.errors import PeerMisbehaved

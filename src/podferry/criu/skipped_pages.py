@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from podferry.criu.images import (
+from podferry.criu.dump_images import (
     PE_LAZY,
     PE_PRESENT,
     Mapped,

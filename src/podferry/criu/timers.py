@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from podferry.criu.images import FILES_MAGIC, parse_entries, write_entries
+from podferry.criu.dump_images import FILES_MAGIC, parse_entries, write_entries
 from podferry.criu.rights import MAGIC
 from podferry.node.timer_threads import TimerThreads
 from podferry.protos.pagemap_pb2 import FileEntry, TaskTimers, TimerfdEntry

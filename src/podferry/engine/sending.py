@@ -12,7 +12,7 @@ import xxhash
 
 from podferry.core.limits import of_image
 from podferry.engine.migration_record import MigrationRecord
-from podferry.engine.pages import PageSender
+from podferry.engine.page_sender import PageSender
 from podferry.engine.ports import LOG, DirtySet, Images, SourceJob
 from podferry.errors import Failed
 from podferry.wire.channel import Channel

@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from podferry.core.host import SELINUX_REMEDY, SELINUX_WHY
 from podferry.criu import dump_gate, incoming, network_setup
 from podferry.errors import PodferryError, Refused
-from podferry.install import crio, criu, daemon, remains, settings
-from podferry.install.crio import CrioDaemon
-from podferry.install.daemon import Daemon
+from podferry.install import containerd_config, containerd_service, crio_service, criu_bundle, remains
+from podferry.install.containerd_config import ContainerdSettings
+from podferry.install.containerd_service import Daemon
+from podferry.install.crio_service import CrioDaemon
 from podferry.install.files import InstalledFiles, Root
-from podferry.install.settings import ContainerdSettings
 from podferry.node import host, outside, own_tmpfs
 
 WRAPPER = "/opt/podferry/bin/podferry-runc"
@@ -30,9 +30,9 @@ Runtime = Daemon | CrioDaemon
 
 def find_runtime() -> Runtime:
     """What makes the pods on this node. Raises `Refused` where neither containerd nor CRI-O runs."""
-    if crio.makes_the_pods() and (found := crio.find()) is not None:
+    if crio_service.makes_the_pods() and (found := crio_service.find()) is not None:
         return found
-    return daemon.find()
+    return containerd_service.find()
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Installed:
 def install(
     report: Tell,
     *,
-    bundle: Path = Path(criu.DIRECTORY),
+    bundle: Path = Path(criu_bundle.DIRECTORY),
     find: Callable[[], Runtime] = find_runtime,
     memory: Callable[[Tell], object] = own_tmpfs.ensure_on_node,
 ) -> Installed:
@@ -71,14 +71,14 @@ def install(
     write(str(dump_gate.ON_NODE), dump_gate.SHIM.read_bytes(), 0o755)
     write(str(network_setup.ON_NODE), network_setup.SCRIPT.read_bytes(), 0o755)
     write(str(incoming.ON_NODE), incoming.STOPPED.read_bytes(), 0o755)
-    if criu.wanted(root.top):
+    if criu_bundle.wanted(root.top):
         if not bundle.is_dir():
             raise Refused(
                 "podferry needs another CRIU on this node, and this installation brings none",
-                why=f"its own is missing or older than {'.'.join(map(str, criu.OLDEST))}, and {bundle} is not there",
+                why=f"its own is missing or older than {'.'.join(map(str, criu_bundle.OLDEST))}, and {bundle} is not there",
                 remedy="install CRIU on the node, or use podferry's container image",
             )
-        for path, content, mode in criu.files(bundle):
+        for path, content, mode in criu_bundle.files(bundle):
             write(path, content, mode)
     restarted = _configure(root, runtime, ledger, write, report)
     memory(report)
@@ -123,13 +123,13 @@ def uninstall(
     runtime = find()
     before = runtime.dump()
     # Settings first: they must not name a program that is gone.
-    order = sorted(ledger.entries, key=lambda path: not path.endswith((".toml", crio.NAME)))
+    order = sorted(ledger.entries, key=lambda path: not path.endswith((".toml", crio_service.NAME)))
     changed = []
     for path in order:
         if ledger.is_ours(path) or root.read(path) is None:
             ledger.put_back(path)
             report(f"restored {path}")
-        elif path.endswith((f"/{settings.NAME}", f"/{crio.NAME}")):
+        elif path.endswith((f"/{containerd_config.NAME}", f"/{crio_service.NAME}")):
             ledger.put_back(path)
             report(f"removed {path}")
         else:
@@ -155,12 +155,12 @@ def _wanted(root: Root, runtime: Runtime) -> dict[str, str]:
 
 def _wanted_of_containerd(root: Root, containerd: Daemon) -> dict[str, str]:
     text = (root.read(containerd.config) or b"").decode()
-    at = settings.drop_in_path(ContainerdSettings(containerd.config, text))
+    at = containerd_config.drop_in_path(ContainerdSettings(containerd.config, text))
     known = ContainerdSettings(
         containerd.config, text, _imported(root, ContainerdSettings(containerd.config, text), at)
     )
-    main = settings.with_import(known, containerd.major, at)
-    new = {at: settings.drop_in(known, containerd.major, WRAPPER)}
+    main = containerd_config.with_import(known, containerd.major, at)
+    new = {at: containerd_config.drop_in(known, containerd.major, WRAPPER)}
     if main != text:
         new[containerd.config] = main
     return new
@@ -199,12 +199,12 @@ def _configure(
 
 def _check(runtime: Runtime) -> None:
     """What was written must be understood before anything depends on it."""
-    if f".runtimes.{settings.RUNTIME}" in runtime.dump():
+    if f".runtimes.{containerd_config.RUNTIME}" in runtime.dump():
         return
     if isinstance(runtime, CrioDaemon):
         raise Refused(
             "CRI-O would not load podferry's runtime",
-            why=f"it does not read {runtime.drop_ins}/{crio.NAME}, or a later file replaces what that says",
+            why=f"it does not read {runtime.drop_ins}/{crio_service.NAME}, or a later file replaces what that says",
             remedy=f"see `{' '.join(('crio', *runtime.flags))} config`",
         )
     raise Refused(
@@ -232,7 +232,7 @@ def _users(root: Root) -> str:
     for options in sorted(root.path(TASKS).glob("*/*/options.json")):
         if WRAPPER in options.read_text(errors="replace"):
             found.append(f"{options.parents[1].name}/{options.parent.name}")
-    found += [f"CRI-O's {id}" for id in crio.users(root, WRAPPER)]
+    found += [f"CRI-O's {id}" for id in crio_service.users(root, WRAPPER)]
     if not found:
         return ""
     return f"{len(found)} containers were started by its runtime, among them {found[0]}: they could not be stopped"

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 
 from podferry.engine.journal import unfinished
-from podferry.install.daemon import listener
+from podferry.install.containerd_service import listener
 from podferry.install.files import Root
 
 STATE, RUN = "/var/lib/podferry", "/run/podferry"

@@ -22,7 +22,7 @@ from lightkube.config.kubeconfig import KubeConfig, SingleConfig
 from lightkube.core.exceptions import ConfigError
 
 from podferry import __version__
-from podferry.kube.errors import ApiUnreachable, Forbidden, NoCluster, NotServed, ObjectNotFound, of_status
+from podferry.kube.api_errors import ApiUnreachable, Forbidden, NoCluster, NotServed, ObjectNotFound, of_status
 from podferry.kube.paths import of_fields, of_labels, segment
 
 Json = dict[str, Any]

@@ -15,8 +15,8 @@ import anyio
 import structlog
 
 from podferry.errors import PodferryError
+from podferry.kube.api_errors import Conflict, ObjectAlreadyExists
 from podferry.kube.client import LEASES, Api, Json
-from podferry.kube.errors import Conflict, ObjectAlreadyExists
 
 DURATION, RENEW_WITHIN, RETRY = 15.0, 10.0, 2.0
 """Seconds: how long a lease holds unrenewed, when its holder gives up, how often it is tried. client-go's defaults."""

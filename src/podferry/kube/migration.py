@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
 from podferry.errors import Failed
 from podferry.kube.conditions import Condition, Conditioned
-from podferry.kube.connections import MOST_CONNECTIONS, ConnectionPeer, ListedConnection
+from podferry.kube.connection_status import MOST_CONNECTIONS, ConnectionPeer, ListedConnection
 from podferry.kube.objects import DURATION, FIXED, NAME, QUANTITY, ObjectPart, fixed, named, rule
 from podferry.kube.resources import MOST_CONTAINERS, ContainerResources
 from podferry.kube.settings import MoveSettings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from podferry.errors import Bug
+from podferry.kube.api_errors import Conflict
 from podferry.kube.client import MIGRATIONS, Api
-from podferry.kube.errors import Conflict
 from podferry.kube.migration import Migration
 
 TRIES = 20

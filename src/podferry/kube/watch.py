@@ -16,8 +16,8 @@ import structlog
 from anyio.abc import TaskGroup
 
 from podferry.errors import PodferryError
+from podferry.kube.api_errors import Expired
 from podferry.kube.client import Api, Fields, Json, Labels, ResourceKind
-from podferry.kube.errors import Expired
 
 RETRY_FIRST, RETRY_LAST = 0.5, 30.0
 

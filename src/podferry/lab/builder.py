@@ -9,9 +9,9 @@ from pathlib import Path
 
 from podferry.errors import UsageError
 from podferry.lab import oci, registry
-from podferry.lab.cache import remove
-from podferry.lab.config import REGISTRY
+from podferry.lab.build_cache import remove
 from podferry.lab.debian import SUITE, architecture, bootstrap, essential_files
+from podferry.lab.machine_config import REGISTRY
 from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE, STATE, locked
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from podferry.errors import CommandFailed, UsageError
 from podferry.lab import registry
-from podferry.lab.config import SNAPSHOTTER
 from podferry.lab.debian import architecture
-from podferry.lab.images import JOB_IMAGE
 from podferry.lab.lab import Lab
+from podferry.lab.machine_config import SNAPSHOTTER
+from podferry.lab.root_images import JOB_IMAGE
 
 RUNTIME = "/usr/local/sbin/podferry-runc"
 LOGS = Path("/var/log/podferry/containers")

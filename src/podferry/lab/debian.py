@@ -10,7 +10,7 @@ from pathlib import Path
 
 from podferry.errors import Refused
 from podferry.lab import apt
-from podferry.lab.cache import cached
+from podferry.lab.build_cache import cached
 from podferry.lab.downloads import downloads, for_debian, remedy
 from podferry.lab.progress import Progress
 from podferry.lab.state import locked

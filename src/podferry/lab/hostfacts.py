@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from podferry.agent.doctor import OTHER_RUNTIMES, kernel
+from podferry.agent.doctor_facts import OTHER_RUNTIMES, kernel
 from podferry.core.findings import Finding, Verdict
 from podferry.core.findings import require as require_none_against
 from podferry.core.labhost import TRIALS, Cgroups, Disk, LabHost, findings
 from podferry.errors import PodferryError
-from podferry.lab import cgroups, images, network, state
+from podferry.lab import cgroups, network, root_images, state
 from podferry.lab.debian import CRIU, OF_NODES, mirror
 from podferry.lab.kernel import PIPE_MAX_SIZE
 from podferry.lab.machine import NAMESPACES
@@ -49,7 +49,7 @@ def lab_host(lab: str, *, debian: str = OF_NODES, kubernetes: bool = False) -> L
     missing = tuple(
         sorted({package for program, package in _programs().items() if not shutil.which(program, path=_PATH)})
     )
-    to_build = images.unbuilt(debian)
+    to_build = root_images.unbuilt(debian)
     if to_build and not shutil.which("debootstrap", path=_PATH):
         missing = (*missing, "debootstrap")
     disk = host.mount_of(state.STATE)

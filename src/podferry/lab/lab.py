@@ -13,23 +13,23 @@ from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
 from podferry.lab import (
-    cache,
+    build_cache,
     cgroups,
-    config,
     delegation,
     hostfacts,
-    images,
     kernel,
     machine,
+    machine_config,
     network,
     registry,
+    root_images,
     site,
     state,
 )
 from podferry.lab.debian import SUITES, require
-from podferry.lab.kubernetes import crio, daemons, deploy, image, pki
+from podferry.lab.kubernetes import certificates, crio_package, daemons, deploy, image
 from podferry.lab.kubernetes.cluster import Kubectl
-from podferry.lab.kubernetes.network import connect
+from podferry.lab.kubernetes.pod_network import connect
 from podferry.lab.lab_settings import LabSettings, archives_of, runtime_on, services_of
 from podferry.lab.lab_status import LabStatus, Node
 from podferry.lab.progress import Progress, quiet
@@ -45,7 +45,9 @@ READY_SECONDS = 600.0
 
 # A mount is an event (poll on /proc/self/mountinfo); ctr itself waits for containerd's socket.
 # containerd that once found no snapshotter comes back to it only after a while, and pulls fail until then.
-_IMAGES_READY = f"until ctr snapshots --snapshotter {config.SNAPSHOTTER} list >/dev/null 2>&1; do sleep 0.1; done"
+_IMAGES_READY = (
+    f"until ctr snapshots --snapshotter {machine_config.SNAPSHOTTER} list >/dev/null 2>&1; do sleep 0.1; done"
+)
 _SHARE_READY = "until mountpoint -q /share; do findmnt --poll=mount --first-only --timeout 500 >/dev/null || :; done"
 _IMAGES = "/opt/podferry/images"
 _KUBERNETES = "/opt/podferry/kube"
@@ -100,7 +102,7 @@ class Lab:
             if not cgroups.processes(self.name):
                 hostfacts.require(self.name, progress, debian=settings.debian, kubernetes=settings.kubernetes)
             require(network.PROGRAMS, progress)
-            image = images.node_root(progress, settings.debian)
+            image = root_images.node_root(progress, settings.debian)
             binds_of_nodes = self._binds(settings, image, progress)
             kernel.raise_pipe_size(progress)
             cgroups.prepare(progress)
@@ -117,7 +119,7 @@ class Lab:
             cgroups.kill(self.name)
             progress(f"lab {self.name}: removing its cgroups and files")
             cgroups.remove(self.name)
-            cache.remove(self.home)
+            build_cache.remove(self.home)
             if not list_labs():
                 kernel.restore_pipe_size()
                 delegation.give_back()
@@ -269,16 +271,16 @@ class Lab:
         network.make_bridge(switch)
         self._issue_certificates(addresses)
         if settings.kubernetes:
-            pki.issue(self.home, addresses)
+            certificates.issue(self.home, addresses)
 
-        major = images.containerd_of(image)
+        major = root_images.containerd_of(image)
 
         def bring(name: str) -> None:
             home = self.home / "machines" / name
             # What is installed in a cluster adds to containerd's configuration; it is the node's own from then on.
             kept = {"containerd.toml"} if settings.kubernetes else set()
-            changed = config.write(
-                config.for_machine(self.name, name, addresses, major, runtime_on(name, settings)),
+            changed = machine_config.write(
+                machine_config.for_machine(self.name, name, addresses, major, runtime_on(name, settings)),
                 home / "etc",
                 keep=kept,
             )
@@ -313,7 +315,7 @@ class Lab:
         self.exec(name, ["sh", "-ec", _SHARE_READY], timeout=READY_SECONDS)
         logs = self.home / "machines" / name / "log" / "podferry"
         if runtime_on(name, settings) == CRIO:
-            _wait_for_socket(self.root(name) / crio.SOCKET, f"{name}'s CRI-O", logs / "crio.log")
+            _wait_for_socket(self.root(name) / crio_package.SOCKET, f"{name}'s CRI-O", logs / "crio.log")
             progress(f"{name}: ready")
             return
         _wait_for_socket(self.root(name) / SNAPSHOTTER_SOCKET, f"{name}'s snapshotter", logs / "snapshotter.log")
@@ -327,12 +329,12 @@ class Lab:
     def _binds(self, settings: LabSettings, image: Path, progress: Progress) -> dict[str, Path]:
         """What every machine is shown read-only, by the path it sees."""
         packages = site.site(image, progress)
-        shown = {"/opt/podferry/site": packages, f"{_IMAGES}/job.tar": images.job_archive(progress)}
+        shown = {"/opt/podferry/site": packages, f"{_IMAGES}/job.tar": root_images.job_archive(progress)}
         if settings.kubernetes:
             shown[_KUBERNETES] = daemons.directory()
-            shown[f"{_IMAGES}/pause.tar"] = images.pause_archive(progress)
+            shown[f"{_IMAGES}/pause.tar"] = root_images.pause_archive(progress)
         if CRIO in settings.runtime.split(","):
-            shown[crio.IN_NODES] = crio.directory()
+            shown[crio_package.IN_NODES] = crio_package.directory()
         return {**shown, **{inside: Path(source) for inside, source in settings.binds.items()}}
 
     def _issue_certificates(self, addresses: Mapping[str, str]) -> None:
@@ -341,7 +343,7 @@ class Lab:
         for name, address in addresses.items():
             into = self.home / "machines" / name / "etc" / "pki"
             if name != CONTROL and not (into / "node.crt").exists():
-                authority.issue(config.REGISTRY if name == STORAGE else name, [address], into)
+                authority.issue(machine_config.REGISTRY if name == STORAGE else name, [address], into)
 
     def _addresses(self, settings: LabSettings) -> dict[str, str]:
         return state.addresses(self.name, state.node_names(settings.nodes), control=settings.kubernetes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from podferry.lab import (
-    images,
+    root_images,
 )
 from podferry.lab.debian import OF_NODES
 from podferry.lab.state import CONTAINERD, CONTROL, CRIO, STORAGE, runtime_of
@@ -50,5 +50,5 @@ def runtime_on(machine: str, settings: LabSettings) -> str:
 
 def archives_of(settings: LabSettings) -> dict[str, str]:
     """The images that the registry has from the start, and the archives that they come from."""
-    pause = {images.PAUSE_IMAGE: "pause"} if settings.kubernetes else {}
-    return {**pause, images.JOB_IMAGE: "job"}
+    pause = {root_images.PAUSE_IMAGE: "pause"} if settings.kubernetes else {}
+    return {**pause, root_images.JOB_IMAGE: "job"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from podferry.errors import UsageError
-from podferry.lab.config import REGISTRY
+from podferry.lab.machine_config import REGISTRY
 from podferry.lab.state import STORAGE
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import podferry
 from podferry.errors import UsageError
-from podferry.lab.cache import cached
+from podferry.lab.build_cache import cached
 from podferry.lab.downloads import downloads
-from podferry.lab.images import python_of
 from podferry.lab.progress import Progress
+from podferry.lab.root_images import python_of
 from podferry.lab.state import CACHE
 from podferry.node.process import CLEAN_ENVIRONMENT, run
 

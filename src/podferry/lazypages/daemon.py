@@ -25,10 +25,10 @@ from types import FrameType
 
 from podferry.errors import Bug, PodferryError
 from podferry.lazypages.criu_socket import CriuSocket
+from podferry.lazypages.daemon_status import DaemonState, DaemonStatus, StatusFile
 from podferry.lazypages.descriptor_holder import TO_END, fork_holder
 from podferry.lazypages.loop import Loop
 from podferry.lazypages.page_source import AgentSource, NoSource
-from podferry.lazypages.status import DaemonState, DaemonStatus, StatusFile
 from podferry.memory.store.page_store import PageStore
 from podferry.node.secrecy import no_core_dumps
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from podferry.errors import Failed
 from podferry.fs.libc import libc
-from podferry.lazypages.status import DaemonState, StatusFile
+from podferry.lazypages.daemon_status import DaemonState, StatusFile
 from podferry.node.process import ending
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from podferry.criu.images import anonymous_areas, lazy_pages
+from podferry.criu.dump_images import anonymous_areas, lazy_pages
 from podferry.errors import Failed
 from podferry.lazypages.address_space import AddressSpace
 from podferry.lazypages.copying import Copy
 from podferry.lazypages.criu_socket import CriuSocket, Restored
+from podferry.lazypages.daemon_status import DaemonState, StatusFile
 from podferry.lazypages.descriptor_holder import DescriptorHolder
 from podferry.lazypages.page_source import Frame, PageSource, Word
-from podferry.lazypages.status import DaemonState, StatusFile
 from podferry.lazypages.task import Counts, FaultAnswer, FedTask
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.page_size import PAGE

@@ -27,7 +27,7 @@ from podferry.core.preflight import (
 )
 from podferry.errors import Failed
 from podferry.fs.mountinfo import mounts
-from podferry.node import netns, network
+from podferry.node import netns, network_namespace
 from podferry.node.cgroup import Cgroup
 from podferry.node.records import Container, Task
 from podferry.node.sockets import to_others, unaccepted, unsaved_sockets, unsent, waits_for
@@ -169,7 +169,7 @@ def _interfaces(pid: int, spec: dict[str, Any]) -> Iterator[str]:
     """Interfaces beside loopback that are up in a network namespace that runc has made, and that nobody makes on the target."""
     if netns.is_own(spec):
         with contextlib.suppress(OSError, Failed):
-            for name in network.interfaces(pid):
+            for name in network_namespace.interfaces(pid):
                 yield f"{INTERFACE} {name}"
 
 

@@ -6,7 +6,7 @@ from podferry.snapshotter.checking import CheckedLayer, check_layers
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.opening import initialise, open_share
 from podferry.snapshotter.references import forget
-from podferry.snapshotter.report import ImagesReport, images_report
+from podferry.snapshotter.share_report import ImagesReport, images_report
 
 __all__ = [
     "CheckedLayer",

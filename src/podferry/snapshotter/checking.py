@@ -13,8 +13,8 @@ from pathlib import Path
 from podferry.snapshotter import layout
 from podferry.snapshotter.erofs import ErofsForm
 from podferry.snapshotter.faults import LayerDamaged
+from podferry.snapshotter.layer_ports import Form, Share
 from podferry.snapshotter.layout import FormName, LayerRecord
-from podferry.snapshotter.ports import Form, Share
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.store import set_aside
 from podferry.snapshotter.tree import TreeForm

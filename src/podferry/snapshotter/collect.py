@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from podferry.errors import PodferryError
 from podferry.snapshotter import layout
 from podferry.snapshotter.faults import ShareTampered
-from podferry.snapshotter.ports import Clock, Share
+from podferry.snapshotter.layer_ports import Clock, Share
 from podferry.snapshotter.references import all_nodes
 
 DAY = 86_400.0  # seconds

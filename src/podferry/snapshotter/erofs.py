@@ -16,8 +16,8 @@ from podferry.fs.private import private_directory
 from podferry.node.process import run
 from podferry.snapshotter import layout
 from podferry.snapshotter.faults import LayerDamaged
+from podferry.snapshotter.layer_ports import Payload
 from podferry.snapshotter.layout import FormName, LayerRecord
-from podferry.snapshotter.ports import Payload
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.tree import survey
 

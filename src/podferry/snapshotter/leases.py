@@ -14,8 +14,8 @@ import threading
 from dataclasses import dataclass, field
 
 from podferry.snapshotter import layout
+from podferry.snapshotter.layer_ports import Clock, Share
 from podferry.snapshotter.layout import LeaseRecord
-from podferry.snapshotter.ports import Clock, Share
 
 
 @dataclass

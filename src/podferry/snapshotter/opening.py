@@ -15,8 +15,8 @@ from pathlib import Path
 from podferry.fs.beneath import DIRECTORY, Beneath
 from podferry.fs.mountinfo import holding, mounts
 from podferry.snapshotter import layout
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.faults import ShareRefused, ShareUnavailable, faults
-from podferry.snapshotter.guard import Guard
 from podferry.snapshotter.posix import PosixShare, read_small, write_new
 
 RENAMES_BY_COPYING = ("fuse.s3fs", "fuse.gcsfuse", "fuse.goofys", "fuse.rclone", "fuse.mount-s3", "fuse.blobfuse2")

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from podferry.fs.beneath import DIRECTORY, Beneath, NotRegular
 from podferry.snapshotter import layout
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.faults import ShareRefused, ShareTampered, ShareUnavailable, faults
-from podferry.snapshotter.guard import Guard
 
 T = TypeVar("T")
 

@@ -23,23 +23,23 @@ from podferry.node import own_tmpfs
 from podferry.protos import snapshots_pb2_grpc
 from podferry.snapshotter import layout
 from podferry.snapshotter.collect import DAY, Collector
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.erofs import ErofsForm
 from podferry.snapshotter.faults import ShareRefused
-from podferry.snapshotter.guard import Guard
+from podferry.snapshotter.grpc_service import Service
 from podferry.snapshotter.housekeeping import Housekeeping
 from podferry.snapshotter.kept import LayerWatch
 from podferry.snapshotter.layer_mounts import mounted_read_only
+from podferry.snapshotter.layer_ports import SystemClock
 from podferry.snapshotter.layout import FormName
 from podferry.snapshotter.leases import Leases
 from podferry.snapshotter.metadata import Metadata
 from podferry.snapshotter.metrics import Metrics
 from podferry.snapshotter.opening import open_share
-from podferry.snapshotter.ports import SystemClock
 from podferry.snapshotter.posix import PosixShare
 from podferry.snapshotter.prefetch import Prefetcher
 from podferry.snapshotter.publisher import Publisher
 from podferry.snapshotter.references import References
-from podferry.snapshotter.service import Service
 from podferry.snapshotter.snapshot_row import Home
 from podferry.snapshotter.snapshotter import Snapshotter
 from podferry.snapshotter.store import LayerStore

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from podferry.errors import PodferryError
 from podferry.snapshotter import layout
 from podferry.snapshotter.faults import ShareUnavailable
+from podferry.snapshotter.layer_ports import Clock, Share
 from podferry.snapshotter.layout import NodeRecord
-from podferry.snapshotter.ports import Clock, Share
 
 
 class References:

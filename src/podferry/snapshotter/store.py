@@ -15,9 +15,9 @@ from pathlib import Path
 from podferry.errors import PodferryError
 from podferry.snapshotter import layout
 from podferry.snapshotter.faults import LayerDamaged, LayerMissing, ShareUnavailable
+from podferry.snapshotter.layer_ports import Clock, Form, KeptDigests, Share
 from podferry.snapshotter.layout import FormName, LayerRecord
 from podferry.snapshotter.leases import Lease, Leases, Taken
-from podferry.snapshotter.ports import Clock, Form, KeptDigests, Share
 from podferry.snapshotter.references import References
 
 

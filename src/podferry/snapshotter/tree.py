@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from podferry.fs.beneath import DIRECTORY, Beneath, reached
 from podferry.snapshotter.faults import LayerDamaged, LayerUnfit, ShareTampered
+from podferry.snapshotter.layer_ports import Payload
 from podferry.snapshotter.layout import FormName, LayerRecord
-from podferry.snapshotter.ports import Payload
 from podferry.snapshotter.posix import PosixShare
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from podferry.node.pod_records import UID
 from podferry.node.records import RUNC_V2, Container, Opaque, Stdio
 from podferry.protos import runc_pb2
 from podferry.workload.numbers import MOST_CONTAINERS
-from podferry.workload.pod.ports import PodName
+from podferry.workload.pod.cluster_port import PodName
 
 MOST_LAYERS, LONGEST = 500, 255
 """overlayfs takes no more layers (OVL_MAX_STACK in fs/overlayfs/ovl_entry.h); characters of a layer's name, and of the

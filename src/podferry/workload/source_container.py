@@ -33,7 +33,7 @@ from podferry.errors import PodferryError
 from podferry.fs.private import private_directory
 from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
-from podferry.node import inventory, netns, network, terminals, watched
+from podferry.node import inventory, netns, network_namespace, terminals, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
 from podferry.node.exec_sessions import exec_sessions, terminate
 from podferry.node.netlock import Namespace
@@ -108,7 +108,7 @@ class SourceContainer(FrozenContainer):
         self._quota: CpuQuota | None = None
         self._cpu_used = deque[tuple[float, float]](maxlen=RECENT_SCANS)
         self._held: HeldDump | None = None
-        self._network = network.DEFAULT
+        self._network = network_namespace.DEFAULT
         self._peers = Peers()
         self._scans = Scans()
         self._told: set[watched.Watched] = set()
@@ -226,7 +226,7 @@ class SourceContainer(FrozenContainer):
 
     def _stand_by(self) -> None:
         if netns.is_own(self.record.spec_json()):
-            self._network = network.read(self._task.pid)
+            self._network = network_namespace.read(self._task.pid)
         if DumpGate.usable():
             self._start_dump(wait=True, skipping=possible())
 
@@ -312,8 +312,8 @@ class SourceContainer(FrozenContainer):
         for name, path in self._running.enclosed.items():
             with suppress(OSError):
                 images[name] = small_file(path, TERMINATION_MESSAGE)
-        if self._network != network.DEFAULT:
-            images[network.IMAGE] = self._network.encode()
+        if self._network != network_namespace.DEFAULT:
+            images[network_namespace.IMAGE] = self._network.encode()
         return {(directory_of(self.journal.number, IMAGES), name): data for name, data in images.items()}
 
     def _hold_loopback(self) -> Namespace | None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import anyio
 
 from podferry.core.allowed_rights import rights_of
-from podferry.criu.images import missing
+from podferry.criu.dump_images import missing
 from podferry.criu.incoming import Incoming
 from podferry.criu.oom_score import raise_to_spec
 from podferry.criu.processes import Process

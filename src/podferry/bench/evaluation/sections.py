@@ -9,7 +9,7 @@ from typing import Any
 
 from podferry.bench import report
 from podferry.bench.evaluation.charts import Bars, Chart, Series, Waterfall
-from podferry.bench.evaluation.limits import LIMITS_TEXT, limit_rows
+from podferry.bench.evaluation.utilization import LIMITS_TEXT, limit_rows
 from podferry.bench.goals import ScenarioRuns, verdicts
 from podferry.bench.lost import lost_ms
 from podferry.bench.report import Table

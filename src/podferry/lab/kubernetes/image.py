@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from podferry import __version__
-from podferry.install.criu import DIRECTORY
-from podferry.lab import images, oci, site, spdx
-from podferry.lab.cache import cached, remove
+from podferry.install.criu_bundle import DIRECTORY
+from podferry.lab import oci, root_images, site, spdx
+from podferry.lab.build_cache import cached, remove
 from podferry.lab.debian import SUITE
-from podferry.lab.kubernetes import criu
+from podferry.lab.kubernetes import portable_criu
 from podferry.lab.progress import Progress
 from podferry.node.process import run
 
@@ -45,8 +45,8 @@ def tag() -> str:
 
 def archive(progress: Progress, tag: str = __version__) -> Path:
     """The image's OCI archive, called `NAME`:`tag`. Only what changed since the last time is made anew."""
-    root, base = images.node_root(progress, SUITE), images.job_archive(progress)
-    packages, own_criu = site.site(root, progress), criu.bundle(progress)
+    root, base = root_images.node_root(progress, SUITE), root_images.job_archive(progress)
+    packages, own_criu = site.site(root, progress), portable_criu.bundle(progress)
     recipe = {
         "base": base.name,
         "site": packages.name,
@@ -85,7 +85,7 @@ def _contents(base: Path, packages: Path, own_criu: Path, tag: str) -> dict[str,
     """What the image is made of. Its time is that of the base, so that what is made again is the same."""
     made_of = [
         *spdx.of_debian(oci.read(base, "var/lib/dpkg/status").decode()),
-        *spdx.of_debian((own_criu / criu.PACKAGE_LIST).read_text()),
+        *spdx.of_debian((own_criu / portable_criu.PACKAGE_LIST).read_text()),
         *spdx.of_python(packages),
         spdx.Package("generic", "podferry", __version__),
     ]

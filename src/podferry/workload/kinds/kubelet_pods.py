@@ -25,7 +25,7 @@ from podferry.workload.kinds.kind import DUMP_FLAGS, WorkloadKind
 from podferry.workload.makers import kubelet as made_by_kubelet
 from podferry.workload.makers.kubelet import KubeletContainer, KubeletMaker, KubeletOwner
 from podferry.workload.offered import LAST_WORDS, OfferedPod, PodPart
-from podferry.workload.pod.ports import Cluster, PodName
+from podferry.workload.pod.cluster_port import Cluster, PodName
 from podferry.workload.pod.probes import Probe
 from podferry.workload.source_container import Output, RunningContainer
 

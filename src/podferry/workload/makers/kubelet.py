@@ -22,7 +22,7 @@ from podferry.core.limits import PARSED_IMAGE, TERMINATION_MESSAGE
 from podferry.core.undo import Handler
 from podferry.criu.checkpoint import CRIU_CONF
 from podferry.criu.connections import content
-from podferry.criu.images import without_deleted_sources
+from podferry.criu.dump_images import without_deleted_sources
 from podferry.criu.incoming import pod_key
 from podferry.criu.network_setup import has_streams
 from podferry.criu.processes import Process
@@ -30,7 +30,7 @@ from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import IMAGES, Images
 from podferry.errors import Bug, Failed
 from podferry.fs.private import private_directory
-from podferry.node import cri, network, outside
+from podferry.node import cri, network_namespace, outside
 from podferry.node import payloads as volume_payloads
 from podferry.node.cgroup import Cgroup, CgroupFailed
 from podferry.node.cri import LOG_ROOT, Volume, termination_message
@@ -50,7 +50,7 @@ from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import ended, helper_environment, kill_helper, python, write_down
 from podferry.workload.numbers import directory_of
 from podferry.workload.offered import LAST_WORDS, PAYLOADS, PodPart
-from podferry.workload.pod.ports import Cluster
+from podferry.workload.pod.cluster_port import Cluster
 from podferry.workload.pod.probes import Probe
 from podferry.workload.source import Owner
 from podferry.workload.target import Maker, handlers
@@ -254,7 +254,7 @@ class KubeletContainer:
         are put in their places."""
         record = await container.make(RESTORE_TIMEOUT)
         await at_once(self._write_files, container, record)
-        await at_once(network.lend, joined(record.spec_json()), container.incoming.images)
+        await at_once(network_namespace.lend, joined(record.spec_json()), container.incoming.images)
         self._journal.acquire("kubelet-task", id=record.id)
 
     def _write_files(self, container: TargetContainer, record: Container) -> None:

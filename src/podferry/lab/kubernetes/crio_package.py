@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from podferry.errors import Refused
-from podferry.lab.images import PAUSE_IMAGE
-from podferry.lab.kubernetes.files import CNI
+from podferry.lab.kubernetes.component_config import CNI
+from podferry.lab.root_images import PAUSE_IMAGE
 
 DIRECTORY = Path(os.environ.get("PODFERRY_CRIO_BIN", "/opt/podferry/crio/bin"))
 IN_NODES = "/opt/podferry/crio"

@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 from podferry.errors import Failed
-from podferry.install.criu import DIRECTORY
+from podferry.install.criu_bundle import DIRECTORY
 from podferry.lab import apt
-from podferry.lab.cache import cached
+from podferry.lab.build_cache import cached
 from podferry.lab.debian import NEXT_SUITE, SUITE, architecture, mirror, require
 from podferry.lab.downloads import for_debian, remedy
-from podferry.lab.images import node_root
 from podferry.lab.progress import Progress
+from podferry.lab.root_images import node_root
 from podferry.node.process import raise_for, run
 
 PACKAGES = ["criu", "libcompel1", "libnet9", "libnl-3-200"]

@@ -10,7 +10,7 @@ import ipaddress
 
 from podferry.kube import status as store
 from podferry.kube.client import NODES, PODS, Api, Json
-from podferry.kube.connections import AddressKind, ConnectionPeer, addresses
+from podferry.kube.connection_status import AddressKind, ConnectionPeer, addresses
 from podferry.kube.migration import Migration
 
 AGENTS = {"app.kubernetes.io/name": "podferry-agent"}

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from podferry.lab.kubernetes.network import API_PORT, API_SERVICE
+from podferry.lab.kubernetes.pod_network import API_PORT, API_SERVICE
 from podferry.lab.state import CONTROL, STORAGE
 from podferry.wire.pki import CA_CERTIFICATE, CA_KEY, Authority
 

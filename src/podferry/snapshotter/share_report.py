@@ -8,8 +8,8 @@ from typing import Any
 
 from podferry.errors import PodferryError
 from podferry.snapshotter import layout
+from podferry.snapshotter.deadlines import Guard
 from podferry.snapshotter.faults import LayerDamaged
-from podferry.snapshotter.guard import Guard
 from podferry.snapshotter.layout import LayerRecord
 from podferry.snapshotter.opening import open_share
 from podferry.snapshotter.posix import PosixShare

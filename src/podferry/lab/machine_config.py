@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from podferry.lab.debian import architecture
-from podferry.lab.images import PAUSE_IMAGE
-from podferry.lab.kubernetes import crio
-from podferry.lab.kubernetes import files as kubernetes_files
+from podferry.lab.kubernetes import component_config as kubernetes_files
+from podferry.lab.kubernetes import crio_package
+from podferry.lab.root_images import PAUSE_IMAGE
 from podferry.lab.state import CONTAINERD, CONTROL, CRIO, STORAGE
 
 AGENT_PORT = 7460
@@ -55,8 +55,8 @@ def for_machine(
     files |= {"share.vol": _client(addresses[STORAGE]), "registry-hosts.toml": _registry_hosts()}
     if CONTROL in addresses:
         if runtime == CRIO:
-            own = kubernetes_files.for_node(name, addresses, f"/{crio.SOCKET}")
-            return {**files, **own, "crio.conf": crio.config()}
+            own = kubernetes_files.for_node(name, addresses, f"/{crio_package.SOCKET}")
+            return {**files, **own, "crio.conf": crio_package.config()}
         own = kubernetes_files.for_node(name, addresses)
         return {**files, **own, "containerd.toml": containerd(major, kubernetes=True)}
     return {**files, "containerd.toml": containerd(major), "agent.json": agent(name, addresses)}

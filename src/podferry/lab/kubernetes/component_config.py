@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from podferry.lab.kubernetes.network import API_PORT, SERVICES, pod_subnet
+from podferry.lab.kubernetes.pod_network import API_PORT, SERVICES, pod_subnet
 from podferry.lab.state import CONTROL
 
 CNI = "/etc/podferry/cni"

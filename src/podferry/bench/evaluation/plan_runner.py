@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from podferry.bench import machine, runner
-from podferry.bench.evaluation import plan
-from podferry.bench.evaluation.plan import PlannedRun
+from podferry.bench import machine_facts, runner
+from podferry.bench.evaluation import run_plan
+from podferry.bench.evaluation.run_plan import PlannedRun
 from podferry.bench.scenarios import Scenario
 from podferry.errors import PodferryError, UsageError
 from podferry.lab import Lab
@@ -41,11 +41,11 @@ def evaluate(
     results.parent.mkdir(parents=True, exist_ok=True)
     repair(results)
     records = runner.read([results]) if results.exists() else []
-    before, began = plan.spent(records), budget.clock()
-    there = plan.done(records)
-    rounds = max((key[2] for key in there), default=0) + plan.ROUNDS
+    before, began = run_plan.spent(records), budget.clock()
+    there = run_plan.done(records)
+    rounds = max((key[2] for key in there), default=0) + run_plan.ROUNDS
     in_a_row, left_out = 0, 0
-    for step in plan.steps(scenarios, rounds):
+    for step in run_plan.steps(scenarios, rounds):
         if step.key in there:
             continue
         used = before + budget.clock() - began
@@ -101,7 +101,7 @@ def repair(results: Path) -> None:
 
 def require_same_commit(records: Sequence[Record], results: Path) -> None:
     """Refuse to go on in results of another commit: medians over both would say nothing of either. Raises `UsageError`."""
-    here = machine.commit()
+    here = machine_facts.commit()
     others = {one["machine"]["commit"] for one in records if "machine" in one} - {here}
     if others:
         raise UsageError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from podferry.lab import oci
-from podferry.lab.cache import cached, place, remove
+from podferry.lab.build_cache import cached, place, remove
 from podferry.lab.debian import OF_NODES, SUITE, architecture, bootstrap
 from podferry.lab.progress import Progress
 from podferry.lab.state import CACHE

@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from podferry.errors import Refused
-from podferry.install import daemon
+from podferry.install import containerd_service
 from podferry.install.files import Root
 from podferry.node import kubelet, outside
 from podferry.node.process import PATH, run
@@ -49,7 +49,7 @@ class CrioDaemon:
 
     def restart(self) -> None:
         """Start it again. Containers run on: conmon keeps them. Raises `TimedOut` if it does not come."""
-        daemon.restart(self.name, self.pid, SOCKET)
+        containerd_service.restart(self.name, self.pid, SOCKET)
 
     def settings(self, wrapper: str) -> dict[str, str]:
         """The files to write. Raises `Refused` where there is no runc to call."""
@@ -64,7 +64,7 @@ class CrioDaemon:
 
 def find() -> CrioDaemon | None:
     """The CRI-O that listens at `SOCKET`; None where none does."""
-    pid = daemon.listener(Root(outside.root()).path(SOCKET))
+    pid = containerd_service.listener(Root(outside.root()).path(SOCKET))
     if pid is None:
         return None
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -88,7 +88,7 @@ def makes_the_pods() -> bool:
     found = kubelet.find()
     if found is not None and found.endpoint:
         return found.has_crio
-    return daemon.listener(Root(outside.root()).path(daemon.SOCKET)) is None
+    return containerd_service.listener(Root(outside.root()).path(containerd_service.SOCKET)) is None
 
 
 def drop_in(dump: str, wrapper: str) -> str:
