@@ -216,6 +216,16 @@ def test_what_each_container_has_chosen_it_keeps(clean: Movers) -> None:
         assert record["differences"] == []
 
 
+def test_a_line_of_which_only_the_beginning_was_printed_is_whole_in_the_log(clean: Movers) -> None:
+    script = "import itertools, time\nfor n in itertools.count(): print(n, end=' ... ', flush=True); time.sleep(0.2); print('done')"
+    here = clean.create(pod("cut", script))
+    counts_on(clean, here)
+    for _ in range(2):
+        here, _ = clean.move(here)
+        lines = counts_on(clean, here)
+        assert lines[:-1] == [f"{n} ... done" for n in range(len(lines) - 1)]
+
+
 def test_a_sidecar_moves_and_what_has_finished_does_not_run_again(clean: Movers) -> None:
     main = pod("sidecar", COUNT, volumes=VOLUMES)
     mark = "import time; open('/data/ran', 'a').write(f'{time.time()}\\n')"

@@ -62,7 +62,11 @@ def move(page, count, to):
 def limit(address):
     # Where its area ends. What was mapped anew is no part of a neighbour that is still being fed, and one mremap of several
     # areas of which any has a userfaultfd fails, having moved those before it (Linux 6.17; none, before).
-    for line in open("/proc/self/maps"):
+    # The kernel makes /proc/self/maps anew as it is read: a move between two reads would give one table's head and another's end.
+    text = None
+    while text != (text := open("/proc/self/maps").read()):
+        pass
+    for line in text.splitlines():
         start, end = (int(part, 16) for part in line.split(None, 1)[0].split("-"))
         if start <= address < end:
             return end

@@ -35,6 +35,7 @@ from podferry.memory.tracking.tracker import TrackerKind, create
 from podferry.model import Dump
 from podferry.node import inventory, netns, network_namespace, terminals, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota
+from podferry.node.cut_lines import end_lines
 from podferry.node.exec_sessions import exec_sessions, terminate
 from podferry.node.netlock import Namespace
 from podferry.node.newfile import small_file
@@ -150,10 +151,16 @@ class SourceContainer(FrozenContainer):
             return
         self._log = self._log or RotatedLog(self._running.output.log)
         if last:
-            await self._scans.at_once(partial(drained, self._task.pid, self._running.output.fifos))
+            await self._scans.at_once(self._output_arrives)
         for data in self._log.new():
             offset, self._log_sent = self._log_sent, self._log_sent + len(data)
             yield directory_of(self.journal.number, LOG), offset, data
+
+    def _output_arrives(self) -> None:
+        output = self._running.output
+        drained(self._task.pid, output.fifos)
+        if output.log is not None:
+            end_lines(output.log, output.fifos)
 
     def mapped_shared(self, mount_point: str = "/") -> set[bytes]:
         """Files below a mount of the container's whose content may change without a trace: a process has them mapped."""
