@@ -6,6 +6,7 @@ import datetime
 import socket
 import ssl
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -391,13 +392,20 @@ async def test_the_target_hears_of_another_protocol_and_so_does_the_source(pki: 
 
 
 @asynccontextmanager
-async def raw_server(pki: Path, act: Callable[[Raw], None], *, tls: bool = True) -> AsyncIterator[str]:
-    """node-b, which does as it likes with the first that connects."""
+async def raw_server(
+    pki: Path, act: Callable[[Raw], None], *, tls: bool = True, closes_first: int = 0
+) -> AsyncIterator[str]:
+    """node-b, which does as it likes with the first that connects, after `closes_first` whose connection it closes at once."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(NOTHING)
 
     def run() -> None:
-        connection, _ = listener.accept()
+        try:
+            for _ in range(closes_first):
+                listener.accept()[0].close()
+            connection, _ = listener.accept()
+        except OSError:  # the test is over
+            return
         connection.settimeout(NOTHING)
         if tls:
             connection = Credentials.load(pki / "b").server().wrap_socket(connection, server_side=True)
@@ -406,8 +414,11 @@ async def raw_server(pki: Path, act: Callable[[Raw], None], *, tls: bool = True)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run_sync, run)
-        with anyio.fail_after(NOTHING):
-            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            with anyio.fail_after(NOTHING):
+                yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
     listener.close()
 
 
@@ -460,6 +471,35 @@ async def test_a_server_that_hangs_up_is_lost(pki: Path) -> None:
                 await channel.receive()
 
 
+async def test_who_only_sends_learns_why_the_peer_hung_up(pki: Path) -> None:
+    said, closed = threading.Event(), threading.Event()
+
+    def act(raw: Raw) -> None:
+        greet(raw)
+        said.wait(NOTHING)  # what comes now stays unread: closing is a reset
+        raw.say(PeerFailure(ErrorReport.of(Refused("the disk is full"))))
+        raw.connection.close()
+        closed.set()
+
+    async def read(channel: Channel) -> None:
+        with suppress(PodferryError):
+            await channel.receive()
+
+    async with (
+        raw_server(pki, act) as address,
+        dial("node-b", address, Credentials.load(pki / "a")) as channel,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(read, channel)
+        await channel.send(OFFER)
+        while not channel._link._reading:
+            await anyio.sleep(0.01)
+        said.set()
+        assert closed.wait(NOTHING)  # the loop stands still: what the peer said waits to be read
+        with pytest.raises(PeerLost, match="the disk is full"):
+            await channel._link.write(bytes(1 << 20))  # as a frame of pages is: no other task runs before it fails
+
+
 async def test_a_server_that_falls_silent_is_lost(pki: Path) -> None:
     async with raw_server(pki, hold) as address:
         with pytest.raises(PeerLost, match="nothing from node-b"):
@@ -507,6 +547,21 @@ async def test_a_living_peer_is_not_lost_while_we_do_not_read(pki: Path) -> None
             await channel.send(OFFER)
             assert isinstance(await channel.receive(), Accept)
         assert isinstance(await target.reported(), PeerLost)
+
+
+async def test_a_server_that_closes_a_connection_before_it_greets_is_dialled_again(pki: Path) -> None:
+    async with (
+        raw_server(pki, hold, closes_first=2) as address,
+        dial("node-b", address, Credentials.load(pki / "a")) as channel,
+    ):
+        assert channel.peer == "node-b"
+
+
+async def test_a_server_that_never_greets_is_lost(pki: Path) -> None:
+    async with raw_server(pki, hold, closes_first=9) as address:
+        with pytest.raises(PeerLost, match="node-b at"):
+            async with dial("node-b", address, Credentials.load(pki / "a")):
+                pytest.fail("was let in")
 
 
 async def test_nobody_there(pki: Path) -> None:

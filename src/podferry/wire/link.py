@@ -59,6 +59,7 @@ class Link:
         self._socket = connection
         self._patience = patience
         self._established = False
+        self._reading = False
         self._error: PodferryError | None = None
 
     @property
@@ -77,7 +78,11 @@ class Link:
 
     async def read(self, buffer: memoryview) -> int:
         """Fill the front of `buffer` with what there is, at least one byte. Raises `PeerLost` at the end of the stream."""
-        count = await self._do(partial(self._socket.recv_into, buffer), self._wait)
+        self._reading = True
+        try:
+            count = await self._do(partial(self._socket.recv_into, buffer), self._wait)
+        finally:
+            self._reading = False
         if count == 0:
             raise self.fail(PeerLost(f"{self.peer} closed the connection"))
         self.received += count
@@ -96,6 +101,12 @@ class Link:
             view = view[count:]
             self.sent += count
         self.last_sent = time.monotonic()
+
+    async def _last_words(self) -> None:
+        """Let whoever reads find out why the peer hung up, which it says before: who only writes sees a broken pipe."""
+        with anyio.move_on_after(PARTING):
+            while self._reading and self._error is None:
+                await anyio.sleep(0.01)
 
     def silence(self) -> float:
         """For how many seconds the peer has sent nothing at all; 0 while so much lies unread that it may not send more.
@@ -152,7 +163,11 @@ class Link:
                 ready = anyio.wait_writable
             except OSError as cause:
                 error = explain(self.peer, cause)
-                raise (self.fail(error) if self._established else error) from cause
+                if not self._established:
+                    raise error from cause
+                if wait == self._wait_shielded:
+                    await self._last_words()
+                raise self.fail(error) from cause
             await wait(ready)
 
     async def _wait(self, ready: Ready) -> None:

@@ -24,6 +24,8 @@ from podferry.wire.session import Role
 from podferry.wire.tls import Credentials, check_name
 
 BACKLOG = 64
+ATTEMPTS, PAUSE = 3, 0.5
+"""How often a node is dialled that closes the connection before it has greeted, and the seconds between two attempts."""
 OF_ONE_PEER = 64
 """Conversations with one node at once; a move needs one, and a few questions while contact is lost."""
 
@@ -61,7 +63,7 @@ async def dial(
     check_node_name(node)
     peer = f"{node} at {address}"
     with _in_time(peer, timing.greeting):
-        channel = await _greet(await _connect(address, peer), peer, credentials, node, timing)
+        channel = await _let_in(node, address, credentials, timing)
     async with _conversing(channel, timing):
         yield channel
 
@@ -128,6 +130,21 @@ async def serve(
             while True:
                 connection, peer, host = await _accept(listener, report)
                 tasks.start_soon(converse, connection, peer, host)
+
+
+async def _let_in(node: str, address: str, credentials: Credentials, timing: Timing) -> Channel:
+    """A conversation that has been greeted. A node that closes the connection before is dialled again: it does so with whoever
+    is slow while others wait, as a node without a free processor is, and nothing was said yet that could be said twice."""
+    peer = f"{node} at {address}"
+    for attempt in range(ATTEMPTS):
+        connection = await _connect(address, peer)
+        try:
+            return await _greet(connection, peer, credentials, node, timing)
+        except PeerLost:
+            if attempt == ATTEMPTS - 1:
+                raise
+        await anyio.sleep(PAUSE)
+    raise AssertionError
 
 
 async def _first_byte(connection: socket.socket, peer: str, patience: float) -> None:
