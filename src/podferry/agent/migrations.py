@@ -137,7 +137,11 @@ class Migrations:
 
         async def propose() -> tuple[Offer, SourceWorkload]:
             view = await inspected(inspect, order.connections)
-            record.extra |= told(view.connections)
+            found = told(view.connections)
+            record.extra["connections"], record.extra["connections_total"] = (
+                found["connections"],
+                found["connections_total"],
+            )
             choice = view.demand_movable(offered_as or mode, order.connections)
             record.extra["tracker"], record.extra["tracker_reason"] = str(choice.kind), choice.reason
             record.extra["warnings"] = view.warnings(mode)

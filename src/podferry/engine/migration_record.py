@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from podferry.core.precopy import Round
 from podferry.errors import PodferryError
@@ -20,6 +20,36 @@ Event = dict[str, Any]
 Listener = Callable[[Event], None]
 EVENT_INTERVAL = 0.1
 RATE_WINDOW = 2.0
+
+
+class RehearsalFigures(TypedDict, total=False):
+    """What a rehearsal has found. docs/cli.md, like that of `RecordDetails`, gives the units."""
+
+    stood_still_ms: float
+    written_bytes: int
+    written_in_ms: float
+    image_bytes: int
+    forecast_ms: float
+
+
+class RecordDetails(TypedDict, total=False):
+    """Fields of a record that a migration may lack, each noted by the step that learns it."""
+
+    tracker: str
+    tracker_reason: str
+    warnings: list[str]
+    connections: list[dict[str, Any]]
+    """`podferry.core.connections.told`, with the next one."""
+    connections_total: dict[str, int]
+    dump: str
+    closed_connections: Sequence[str]
+    postcopy_dependency: bool
+    filled_ms: float
+    fill: dict[str, Any]
+    """On the target: the lazy-pages daemon's figures."""
+    differences: list[str]
+    leftovers: list[str]
+    rehearsal: RehearsalFigures
 
 
 class MigrationRecord:
@@ -43,7 +73,7 @@ class MigrationRecord:
         self._rounds_before: list[dict[str, Any]] = []
         self.spans: list[dict[str, Any]] = []
         self._steps_begun: dict[str, float] = {}
-        self.extra: dict[str, Any] = {}
+        self.extra: RecordDetails = {}
         self._to_send = 0
         self._sent: deque[tuple[float, int]] = deque()
         self._listeners: list[Listener] = []
@@ -61,9 +91,8 @@ class MigrationRecord:
         migration_record._phase_since = migration_record.now()
         migration_record._rounds_before = list(record["rounds_detail"])
         migration_record.error = PodferryError.from_dict(record["error"]) if record["error"] else None
-        migration_record.extra = {
-            name: value for name, value in record.items() if name not in migration_record.to_dict()
-        }
+        known = migration_record.to_dict()
+        migration_record.extra = cast("RecordDetails", {name: record[name] for name in record if name not in known})
         return migration_record
 
     def now(self) -> float:
