@@ -122,6 +122,26 @@ async def test_a_look_at_the_job_does_not_hold_up_its_way_back() -> None:
     assert told.is_set(), "and is waited for before what it reads is closed"
 
 
+async def test_a_look_that_is_cancelled_before_its_thread_takes_it_up_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy machine the cancel comes first: the thread then never calls what it was given."""
+    looks, handed, called = Scans(), list[Any](), list[str]()
+
+    async def never_begun(function: Any, **_: object) -> None:
+        handed.append(function)
+        await anyio.sleep_forever()
+
+    with monkeypatch.context() as patched, anyio.move_on_after(0.01) as scope:
+        patched.setattr(to_thread, "run_sync", never_begun)
+        await looks.at_once(lambda: called.append("it reads what may be closed by now"))
+    assert scope.cancel_called
+    assert looks._running == set()
+    with pytest.raises(InterruptedError):
+        handed[0]()
+    assert called == [], "nor does it read what `ended` lets others close"
+
+
 def test_there_are_three_ways_into_a_thread_and_no_other() -> None:
     """A call that goes straight to anyio's default pool is one that a frozen job may have to wait behind, or be."""
     found = []

@@ -75,10 +75,12 @@ class Scans:
 
     async def at_once(self, function: Callable[[], T]) -> T:
         """Call `function` in a thread, whatever else is going on."""
-        done = threading.Event()
+        done, begun = threading.Event(), threading.Lock()
         self._running.add(done)
 
         def call() -> T:
+            if not begun.acquire(blocking=False):
+                raise InterruptedError("it was cancelled before it began")  # which nobody waits for any more
             try:
                 return function()
             finally:
@@ -87,6 +89,10 @@ class Scans:
         try:
             return await to_thread.run_sync(call, limiter=_limiter(_unlimited, math.inf), abandon_on_cancel=True)
         finally:
+            if begun.acquire(
+                blocking=False
+            ):  # cancelled while no thread had taken it up, and none will: there is nothing to wait for
+                done.set()
             self._running = {one for one in self._running if not one.is_set()}
 
     async def ended(self) -> None:
