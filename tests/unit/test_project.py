@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def test_no_two_public_classes_have_one_name() -> None:
         for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(), re.MULTILINE):
             places.setdefault(name, []).append(path)
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+LONGEST = 400
+"""Lines of a module; a longer one says in its head why it stays whole."""
+
+
+def test_a_long_module_says_in_its_head_why_it_is_long() -> None:
+    for path in SOURCES:
+        text = path.read_text()
+        if len(text.splitlines()) > LONGEST:
+            head = ast.get_docstring(ast.parse(text)) or ""
+            assert re.search(r"\b(long|length)\b", head), f"{path}: more than {LONGEST} lines, and no reason"
 
 
 OF_EACH_PROGRAM = {"__main__", "metrics", "program"}

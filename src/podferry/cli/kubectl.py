@@ -1,4 +1,7 @@
-"""`kubectl podferry`: the commands. kubectl finds the program `kubectl-podferry` on the PATH and hands it what was typed."""
+"""`kubectl podferry`: the commands. kubectl finds the program `kubectl-podferry` on the PATH and hands it what was typed.
+
+The file is long because most of it is the options of each command with their help; what a command does is in `kubectl_*.py`.
+"""
 
 from __future__ import annotations
 

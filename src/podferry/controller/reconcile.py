@@ -2,6 +2,8 @@
 
 Nothing is remembered between steps. A controller that was killed anywhere, or runs twice, finds the same objects and does the same;
 every write is a compare-and-swap or names the uid that it means.
+
+The file is long because the phases of one Migration follow each other in it; what several of them use is in modules of its own.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Names follow KubeVirt's VirtualMachineInstanceMigration (`sourceNode`, `targetNode`, `allowPostCopy`, `bandwidth...`, `phase`) and
 KEP-5823 (`podName`) where they have them.
+
+The file is long because it is the schema of one object, with a description of each field.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ numbers are little-endian. `FrameReader` is given bytes and gives frames back; `
 may not send raises `PeerMisbehaved` before anything is allocated or used; what we may not send raises `Bug`.
 
 Memory is counted in pages of 4096 bytes, whatever the page size of the node.
+
+The file is long because for each kind of frame what may be sent and what may be received stand side by side.
 """
 
 from __future__ import annotations

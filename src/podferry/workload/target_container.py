@@ -2,6 +2,8 @@
 
 Everything it makes is in the ledger before it is made; `handlers` takes the same things back, for a migration that fails and for
 one that a killed agent left.
+
+The file is long because it has every step of one container, from the first page to the restore, in the order in which they come.
 """
 
 from __future__ import annotations
