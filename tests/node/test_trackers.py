@@ -15,7 +15,8 @@ from trackers_zoo import Zoo
 from podferry.memory.kernel.maps import private_anonymous, read_areas
 from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.reader import Data, Gone, Reader, Zero
-from podferry.memory.tracking.tracker import DirtyScan, Tracker, TrackerKind, choose, create, probe
+from podferry.memory.tracking.tracker import DirtyScan, Tracker, TrackerKind, choose, probe
+from podferry.memory.tracking.trackers import create
 
 FACTS = probe()
 SEEDS = 300

@@ -20,7 +20,8 @@ from podferry.memory.kernel.pagemap import open_pagemap, read_entries
 from podferry.memory.kernel.reader import Data, Gone, Piece, Reader, Zero
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking.injector import Injector
-from podferry.memory.tracking.tracker import AddressSpaceRound, Tracker, TrackerKind, choose, create, no_pause, probe
+from podferry.memory.tracking.tracker import AddressSpaceRound, Tracker, TrackerKind, choose, no_pause, probe
+from podferry.memory.tracking.trackers import create
 from podferry.memory.tracking.userfaultfd_owner import share_memory
 
 FACTS = probe()

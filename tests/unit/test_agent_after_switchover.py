@@ -19,7 +19,8 @@ from podferry.engine.ports import DirtySet, OriginalGone
 from podferry.errors import Failed, PeerLost
 from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.ranges import Runs
-from podferry.memory.tracking.tracker import TrackerKind, create
+from podferry.memory.tracking.tracker import TrackerKind
+from podferry.memory.tracking.trackers import create
 from podferry.model import Mode
 from podferry.wire.frames import Drop, Pages
 from podferry.wire.messages import Crashed, ErrorReport, PageRequest, PagesLost

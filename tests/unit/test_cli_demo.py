@@ -11,6 +11,7 @@ import pytest
 
 from podferry.cli import demo, demo_job, main
 from podferry.cli.app import run
+from podferry.cli.demo_verdict import compare
 from podferry.errors import Failed
 from podferry.lab import Lab, containers, root_images
 from podferry.model import Mode
@@ -89,11 +90,11 @@ def test_every_mode_has_its_words() -> None:
 
 
 def test_a_difference_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    demo.compare({"final checksum": "ab"}, {"final checksum": "ab"})
+    compare({"final checksum": "ab"}, {"final checksum": "ab"})
     assert "exactly" in capsys.readouterr().out
     for other in ({"final checksum": "ac"}, {}, {"final checksum": "ab", "more": "x"}):
         with pytest.raises(Failed):
-            demo.compare({"final checksum": "ab"}, other)
+            compare({"final checksum": "ab"}, other)
 
 
 def test_a_terminal_that_lacks_characters_gets_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_a_terminal_that_lacks_characters_gets_others(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["podferry", "version"])
     with pytest.raises(SystemExit):
         main()
-    demo.compare({"final checksum": "5a"}, {"final checksum": "5a"})
+    compare({"final checksum": "5a"}, {"final checksum": "5a"})
     sys.stdout.flush()
     assert b"? equal" in printed.getvalue()
 

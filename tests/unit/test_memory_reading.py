@@ -25,7 +25,8 @@ from podferry.memory.kernel.reader import Data, Gone, Reader, Zero, split_zeroes
 from podferry.memory.kernel.zero_frames import ZeroFrames
 from podferry.memory.ranges import Runs
 from podferry.memory.tracking import none
-from podferry.memory.tracking.tracker import Tracker, TrackerFacts, TrackerKind, choose, create, no_pause
+from podferry.memory.tracking.tracker import Tracker, TrackerFacts, TrackerKind, choose, no_pause
+from podferry.memory.tracking.trackers import create
 
 pytestmark = pytest.mark.unit
 

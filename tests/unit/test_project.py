@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 import podferry
@@ -117,6 +119,13 @@ def test_no_two_public_classes_have_one_name() -> None:
         for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(), re.MULTILINE):
             places.setdefault(name, []).append(path)
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not even within a function, or for their types alone: who reads one would have to read them all."""
+    graph = grimp.build_graph("podferry", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # raises CycleError with the circle
 
 
 LONGEST = 400

@@ -12,10 +12,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from podferry.cli import chart, demo_job, units
+from podferry.cli import chart, demo_job, demo_kubernetes, units
 from podferry.cli.agent_client import AgentClient
+from podferry.cli.demo_verdict import (
+    CANDIDATES,
+    EVERY,
+    MEBIBYTES,
+    MOVE_AT,
+    MOVED,
+    SOURCE,
+    TARGET,
+    TWIN,
+    announce,
+    compare,
+)
 from podferry.cli.migrate import Follower
 from podferry.cli.record import Record
 from podferry.cli.terminal import stderr, stdout, steps, words
@@ -27,10 +38,7 @@ from podferry.lab.state import CACHE, require_root
 from podferry.model import Mode, Outcome
 
 LAB = "demo"
-SOURCE, TARGET = "node-a", "node-b"
-MOVED, TWIN = "job", "twin"
-MEBIBYTES, LEAST_MEBIBYTES, STEPS, CANDIDATES, EVERY = 256, 16, 1800, 3000, 50
-MOVE_AT, LEAST_STEPS = 300, 900
+LEAST_MEBIBYTES, STEPS, LEAST_STEPS = 16, 1800, 900
 WAYS = {
     Mode.LIVE: "It moves to {} while it computes.",
     Mode.POSTCOPY: "It moves to {} at once, and fetches its memory while it computes there.",
@@ -84,9 +92,7 @@ def demo(
         with steps() as progress:
             lab.up(2, kubernetes=kubernetes, progress=progress)
         if kubernetes:
-            from podferry.cli.demo_kubernetes import act
-
-            act(lab, steps_)
+            demo_kubernetes.act(lab, steps_)
         else:
             _act(lab, mode, steps_, memory, html)
     finally:
@@ -222,21 +228,6 @@ def _facts(lab: Lab, node: str, name: str, output: ContainerOutput) -> dict[str,
     }
 
 
-def compare(moved: dict[str, str], unmoved: dict[str, str]) -> None:
-    """Print both jobs' facts side by side. Raises `Failed` where one differs."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("", "the job that moved", "that stayed", ""):
-        table.add_column(title)
-    for fact, value in moved.items():
-        other = unmoved.get(fact, "missing")
-        verdict = words("✓ equal", "green") if value == other else words("✗ different", "bold red")
-        table.add_row(words(fact), words(value[:16]), words(other[:16]), verdict)
-    stdout().print(table)
-    if moved != unmoved:
-        raise Failed("the job that moved computed another result than the job that stayed", why="see the table")
-    stdout().print(words("The job that moved computed exactly what the job that stayed did.", "bold green"))
-
-
 def _write_page(record: Record, path: Path) -> None:
     from podferry.cli.page import page
 
@@ -245,11 +236,6 @@ def _write_page(record: Record, path: Path) -> None:
     except OSError as unwritable:
         raise UsageError(f"cannot write {path}", why=unwritable.strerror or str(unwritable)) from unwritable
     announce(f"The move as a page: {path}")
-
-
-def announce(text: str) -> None:
-    """One step of the demo."""
-    stderr().print(words(text, "bold"))
 
 
 def _print_line(line: str) -> None:

@@ -10,7 +10,18 @@ from importlib.resources import files
 from typing import Any
 
 from podferry.cli import demo_job
-from podferry.cli.demo import CANDIDATES, EVERY, MEBIBYTES, MOVE_AT, SOURCE, TARGET, announce, compare
+from podferry.cli.demo_verdict import (
+    CANDIDATES,
+    EVERY,
+    MEBIBYTES,
+    MOVE_AT,
+    MOVED,
+    SOURCE,
+    TARGET,
+    TWIN,
+    announce,
+    compare,
+)
 from podferry.cli.terminal import stderr, stdout, words
 from podferry.errors import Failed, TimedOut
 from podferry.lab import Lab
@@ -18,7 +29,6 @@ from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.root_images import JOB_IMAGE
 from podferry.node.process import CLEAN_ENVIRONMENT, Child, spawn
 
-MOVED, TWIN = "job", "twin"
 POLL_INTERVAL = 0.5  # seconds
 PATIENCE = 600.0  # seconds
 LEDGER = "ledger"

@@ -12,14 +12,13 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from podferry.errors import UsageError
+from podferry.lab.lab_status import LabStatus
 from podferry.lab.machine_config import REGISTRY
 from podferry.lab.state import STORAGE
-
-if TYPE_CHECKING:
-    from podferry.lab.lab import Lab
+from podferry.node.process import Completed
 
 READY_SECONDS = 60.0
 PUSH_SECONDS = 1800.0
@@ -31,6 +30,22 @@ LOG = "/var/log/podferry/registry.log"
 _BLOB = re.compile(r'"http.request.uri":"[^"]*/blobs/(sha256:[0-9a-f]{64})"')
 _NAME = re.compile(r"[a-z0-9]+([._/-][a-z0-9]+)*(:[\w][\w.-]{0,127})?")
 _HOST = re.compile(r"[a-zA-Z0-9.-]+[.:][a-zA-Z0-9.:-]*|localhost")
+
+
+class RegistryLab(Protocol):
+    """What is asked of the lab whose registry it is: `podferry.lab.Lab`, which is made of modules like this one."""
+
+    def root(self, node: str) -> Path:
+        """See `Lab`."""
+        ...
+
+    def exec(self, node: str, argv: Sequence[str], *, check: bool = ..., timeout: float | None = ...) -> Completed:
+        """See `Lab`."""
+        ...
+
+    def status(self) -> LabStatus:
+        """See `Lab`."""
+        ...
 
 
 def reference_of(name: str) -> str:
@@ -60,7 +75,7 @@ def ensure(archive: str, reference: str) -> list[str]:
     return ["sh", "-ec", f"{ANSWERS}; {there} || exec {copy}"]
 
 
-def push(lab: Lab, archive: Path, *, compress: bool = True) -> str:
+def push(lab: RegistryLab, archive: Path, *, compress: bool = True) -> str:
     """Put an OCI archive of this machine into the lab's registry, over the distribution API; returns its reference.
 
     `compress` packs layers as `docker push` does. Raises `UsageError` for a file that is no archive of a named image.
@@ -86,7 +101,7 @@ class Download:
     bytes: int
 
 
-def downloads(lab: Lab) -> list[Download]:
+def downloads(lab: RegistryLab) -> list[Download]:
     """What was read from the registry since the lab came up, from its own log; manifests are left out."""
     status = lab.status()
     names = {one.address: one.name for one in (status.storage, *status.nodes)}
@@ -101,12 +116,12 @@ def downloads(lab: Lab) -> list[Download]:
     return found
 
 
-def has(lab: Lab, reference: str) -> bool:
+def has(lab: RegistryLab, reference: str) -> bool:
     """Whether the registry has an image."""
     return lab.exec(STORAGE, ["skopeo", "inspect", "--raw", _url(reference)], check=False).returncode == 0
 
 
-def inspect(lab: Lab, reference: str, *options: str) -> dict[str, Any]:
+def inspect(lab: RegistryLab, reference: str, *options: str) -> dict[str, Any]:
     """An image's manifest; with the option `--config` its configuration."""
     found: dict[str, Any] = json.loads(
         lab.exec(STORAGE, ["skopeo", "inspect", "--raw", *options, _url(reference)]).stdout

@@ -19,7 +19,8 @@ from podferry.criu.waiting import wake
 from podferry.engine.journal import Part
 from podferry.engine.ports import OriginalGone
 from podferry.errors import Refused
-from podferry.memory.tracking.tracker import TrackerKind, create
+from podferry.memory.tracking.tracker import TrackerKind
+from podferry.memory.tracking.trackers import create
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.netlock import Namespace
 from podferry.node.records import Container

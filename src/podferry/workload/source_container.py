@@ -31,7 +31,8 @@ from podferry.engine.journal import Part
 from podferry.engine.ports import IMAGES, LOG, DirtySet, Images
 from podferry.errors import PodferryError
 from podferry.fs.private import private_directory
-from podferry.memory.tracking.tracker import TrackerKind, create
+from podferry.memory.tracking.tracker import TrackerKind
+from podferry.memory.tracking.trackers import create
 from podferry.model import Dump
 from podferry.node import inventory, netns, network_namespace, terminals, watched
 from podferry.node.cgroup import FREEZE_TIMEOUT, Cgroup, CpuQuota

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from podferry.errors import UsageError
 from podferry.memory.kernel import uffd
 from podferry.memory.kernel.maps import Area
 from podferry.memory.kernel.page_size import PAGE
@@ -157,23 +156,6 @@ def probe() -> TrackerFacts:
     return TrackerFacts(
         machine=os.uname().machine, pagemap_scan=has_scan(), wp_async=_has_wp_async(), soft_dirty=_has_soft_dirty()
     )
-
-
-def create(kind: TrackerKind, pids: Pids, *, pause: Pause | None = None) -> Tracker:
-    """A tracker for the processes that `pids` lists, each time anew. `pause` is needed for soft-dirty only."""
-    from podferry.memory.tracking.none import NoTracker
-    from podferry.memory.tracking.softdirty import SoftDirtyTracker
-    from podferry.memory.tracking.write_protect import UffdTracker
-
-    match kind:
-        case TrackerKind.UFFD:
-            return UffdTracker(pids)
-        case TrackerKind.SOFT_DIRTY:
-            if pause is None:
-                raise UsageError("soft-dirty tracking needs a way to pause the job", why="writes would be missed")
-            return SoftDirtyTracker(pids, pause)
-        case TrackerKind.NONE:
-            return NoTracker(pids)
 
 
 def no_pause() -> AbstractContextManager[None]:
