@@ -12,8 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from podferry.agent.certificate import request
-from podferry.controller.signer import NODE_EXTRA, NODE_UID_EXTRA, SIGNER, Signer
-from podferry.errors import Refused
+from podferry.controller.signer import BUNDLE, NODE_EXTRA, NODE_UID_EXTRA, SECRET, SIGNER, Signer, authority
+from podferry.errors import PodferryError, Refused
+from podferry.kube.api_errors import ObjectAlreadyExists
 from podferry.kube.client import Api
 from podferry.wire.pki import Authority
 
@@ -162,3 +163,80 @@ async def test_a_request_that_was_approved_and_not_signed_is_signed_and_not_appr
     assert part == "status"
     assert signed["conditions"] == status["conditions"]
     assert signed["certificate"]
+
+
+class ObjectStore:
+    """Secrets and ConfigMaps of one namespace. `faster` is what another controller makes just before `create`."""
+
+    def __init__(self, *, faster: Json | None = None) -> None:
+        self.objects: dict[str, Json] = {}
+        self.written: list[str] = []
+        self._faster = faster
+
+    async def find(self, kind: Any, name: str, namespace: str) -> Json | None:
+        assert namespace == "podferry-system"
+        return self.objects.get(f"{kind.kind}/{name}")
+
+    async def get(self, kind: Any, name: str, namespace: str) -> Json:
+        return self.objects[f"{kind.kind}/{name}"]
+
+    async def create(self, kind: Any, body: Json, namespace: str) -> Json:
+        key = f"{kind.kind}/{body['metadata']['name']}"
+        if self._faster is not None and kind.kind == "Secret":
+            self.objects[key], self._faster = self._faster, None
+        if key in self.objects:
+            raise ObjectAlreadyExists(f"{key} is there already")
+        self.written.append(f"create {key}")
+        self.objects[key] = body
+        return body
+
+    async def replace(self, kind: Any, body: Json) -> Json:
+        key = f"{kind.kind}/{body['metadata']['name']}"
+        self.written.append(f"replace {key}")
+        self.objects[key] = body
+        return body
+
+
+async def kept(store: ObjectStore) -> Authority:
+    return await authority(cast(Api, store), "podferry-system")
+
+
+def published(store: ObjectStore) -> list[x509.Certificate]:
+    text: str = store.objects[f"ConfigMap/{BUNDLE}"]["data"]["ca.crt"]
+    return x509.load_pem_x509_certificates(text.encode())
+
+
+async def test_the_clusters_authority_is_made_once_and_published() -> None:
+    store = ObjectStore()
+    made = await kept(store)
+    assert store.written == [f"create Secret/{SECRET}", f"create ConfigMap/{BUNDLE}"]
+    assert published(store) == [made.certificate]
+    again = await kept(store)
+    assert again.certificate == made.certificate
+    assert len(store.written) == 2, "nothing is written where all is as it should be"
+
+
+async def test_the_authority_of_a_faster_controller_counts() -> None:
+    other = Authority.new()
+    certificate, key = other.to_pem()
+    data = {"tls.crt": encoded(certificate), "tls.key": encoded(key)}
+    store = ObjectStore(faster={"metadata": {"name": SECRET}, "data": data})
+    assert (await kept(store)).certificate == other.certificate
+    assert published(store) == [other.certificate]
+
+
+async def test_a_new_authority_is_published_beside_the_one_whose_certificates_still_live() -> None:
+    store = ObjectStore()
+    former = await kept(store)
+    del store.objects[f"Secret/{SECRET}"]
+    current = await kept(store)
+    assert published(store) == [current.certificate, former.certificate]
+    assert store.written[-1] == f"replace ConfigMap/{BUNDLE}"
+
+
+async def test_a_secret_that_holds_no_authority_is_an_error_and_is_not_overwritten() -> None:
+    store = ObjectStore()
+    store.objects[f"Secret/{SECRET}"] = {"data": {"tls.crt": encoded(b"no"), "tls.key": encoded(b"no")}}
+    with pytest.raises(PodferryError, match=SECRET):
+        await kept(store)
+    assert store.written == []

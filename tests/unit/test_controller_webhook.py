@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import anyio.to_thread
 import pytest
 
 from podferry.controller import webhook
 from podferry.errors import Failed
+from podferry.kube.client import Api
 from podferry.wire.pki import Authority
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
@@ -133,3 +136,94 @@ async def test_a_client_that_does_not_begin_the_handshake_keeps_no_other_out(
 ) -> None:
     with socket.create_connection(("127.0.0.1", server), PATIENCE):
         assert (await ask(server, trusting, webhook.path_of(authority), question("u1")))[0] == 200
+
+
+class ConfigurationApi:
+    """The webhook's configuration, which may be missing."""
+
+    def __init__(self, found: dict[str, Any] | None) -> None:
+        self.found = found
+        self.patched: list[tuple[dict[str, Any], str]] = []
+
+    async def find(self, kind: Any, name: str) -> dict[str, Any] | None:
+        assert (kind, name) == (webhook.CONFIGURATIONS, webhook.NAME)
+        return self.found
+
+    async def patch(self, kind: Any, name: str, patch: dict[str, Any], *, uid: str) -> None:
+        self.patched.append((patch, uid))
+
+
+def configured(**client: Any) -> dict[str, Any]:
+    service = {"name": "podferry-controller", "namespace": "podferry-system", "path": "/nobody-knows", "port": 443}
+    one = {"name": "evictions.podferry.dev", "failurePolicy": "Ignore", "clientConfig": {"service": service, **client}}
+    return {"metadata": {"name": webhook.NAME, "uid": "c1", "resourceVersion": "7"}, "webhooks": [one]}
+
+
+async def test_without_a_configuration_nothing_is_published(authority: Authority) -> None:
+    api = ConfigurationApi(None)
+    assert await webhook.publish(cast(Api, api), authority) is False
+    assert api.patched == []
+
+
+async def test_the_path_and_the_authority_are_written_into_the_configuration_that_was_read(
+    authority: Authority,
+) -> None:
+    api = ConfigurationApi(configured())
+    assert await webhook.publish(cast(Api, api), authority) is True
+    ((patch, uid),) = api.patched
+    assert (uid, patch["metadata"]) == ("c1", {"resourceVersion": "7"})
+    (one,) = patch["webhooks"]
+    assert (one["name"], one["failurePolicy"]) == ("evictions.podferry.dev", "Ignore")
+    assert base64.b64decode(one["clientConfig"]["caBundle"]) == authority.to_pem()[0]
+    service = {"name": "podferry-controller", "namespace": "podferry-system", "port": 443}
+    assert one["clientConfig"]["service"] == {**service, "path": webhook.path_of(authority)}
+    api.found = {**configured(), "webhooks": patch["webhooks"]}
+    api.patched.clear()
+    assert await webhook.publish(cast(Api, api), authority) is True
+    assert api.patched == [], "what stands there already is not written again"
+
+
+async def test_the_server_publishes_again_and_again_and_outlives_an_api_server_that_is_away(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries, published, served = [Failed("the API server is away"), authority], list[Authority](), anyio.Event()
+
+    async def found(api: Api, namespace: str) -> Authority:
+        one = tries.pop(0) if len(tries) > 1 else tries[0]
+        if isinstance(one, Failed):
+            raise one
+        return one
+
+    async def publish(api: Api, by: Authority) -> bool:
+        published.append(by)
+        if len(published) == 1:
+            raise Failed("the configuration cannot be written now")
+        served.set()
+        return True
+
+    async def review(request: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(webhook, "authority", found)
+    monkeypatch.setattr(webhook, "publish", publish)
+    for name in ("RETRY", "PUBLISHED"):
+        monkeypatch.setattr(webhook, name, 0.01)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(partial(webhook.answer_evictions, cast(Api, None), "podferry-system", review, port=0))
+        with anyio.fail_after(120):
+            await served.wait()
+        tasks.cancel_scope.cancel()
+    assert published[:2] == [authority, authority]
+
+
+async def test_where_the_port_is_taken_evictions_go_on_unanswered(
+    server: int, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def found(api: Api, namespace: str) -> Authority:
+        return authority
+
+    async def review(request: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(webhook, "authority", found)
+    await webhook.answer_evictions(cast(Api, None), "podferry-system", review, port=server)

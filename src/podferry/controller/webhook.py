@@ -82,41 +82,41 @@ async def serve(
     review: Review, path: Callable[[], str], context: ssl.SSLContext, *, host: str = "", port: int = PORT
 ) -> AsyncIterator[int]:
     """Answer reviews while the context lasts. Yields the port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = PATIENCE
+
+        def do_POST(self) -> None:
+            """One review."""
+            length = int(self.headers.get("Content-Length") or 0)
+            if not hmac.compare_digest(self.path.partition("?")[0].encode(), path().encode()):
+                self.send_error(404)
+            elif not 0 < length <= LARGEST:
+                self.send_error(413)
+            else:
+                self._answer(self.rfile.read(length))
+
+        def _answer(self, body: bytes) -> None:
+            try:
+                request = json.loads(body)["request"]
+                response = portal.call(review, request)
+            except (PodferryError, ValueError, KeyError, TypeError) as error:
+                structlog.get_logger().warning("an eviction is not answered, and goes on", error=str(error))
+                self.send_error(500)
+                return
+            answer = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response}
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing: what matters is logged where it is decided."""
+
+    server = _Server((host, port), Handler, context)  # out here, where an error is not wrapped into a group of errors
     async with BlockingPortal() as portal:
-
-        class Handler(BaseHTTPRequestHandler):
-            timeout = PATIENCE
-
-            def do_POST(self) -> None:
-                """One review."""
-                length = int(self.headers.get("Content-Length") or 0)
-                if not hmac.compare_digest(self.path.partition("?")[0].encode(), path().encode()):
-                    self.send_error(404)
-                elif not 0 < length <= LARGEST:
-                    self.send_error(413)
-                else:
-                    self._answer(self.rfile.read(length))
-
-            def _answer(self, body: bytes) -> None:
-                try:
-                    request = json.loads(body)["request"]
-                    response = portal.call(review, request)
-                except (PodferryError, ValueError, KeyError, TypeError) as error:
-                    structlog.get_logger().warning("an eviction is not answered, and goes on", error=str(error))
-                    self.send_error(500)
-                    return
-                answer = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response}
-                content = json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Nothing: what matters is logged where it is decided."""
-
-        server = _Server((host, port), Handler, context)
         thread = threading.Thread(target=server.serve_forever, name="evictions", daemon=True)
         thread.start()
         try:
