@@ -185,6 +185,7 @@ REFUSED: dict[str, Refusal] = {
         Refusal("the listener does not accept", "accept the connection, or close either end"),
     ),
     "tcp_closed_with_more_data_than_its_reader_takes": Refusal("does not read all that was said", "read it"),
+    "stopped_child": Refusal("stopped process (SIGSTOP)", "have it go on (SIGCONT)"),
     "traced_child": Refusal("another of its processes traces", "end the debugger"),
     "own_users": Refusal("user namespace of its own", "run the job without a sandbox of its own"),
     "faults_by_descriptor": Refusal("userfaultfd", "run the job without it"),

@@ -201,6 +201,30 @@ def test_of_a_tcp_connection_is_compared_what_criu_leaves_out() -> None:
         assert descriptors._chosen(server.fileno()) == {(1, 2): 1, (6, 1): 1}
 
 
+def test_the_congestion_control_of_sockets_is_given_back() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        usual = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_bytes().split()
+        others = [name for name in allowed if name != usual.rstrip(b"\0")]
+        if not others:
+            pytest.skip(f"this kernel has one congestion control for everybody, {usual!r}")
+        for had in (server, one):
+            had.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, others[0])
+            told = {(6, 13): int.from_bytes(others[0], "little")}
+            assert descriptors._chosen(had.fileno()).items() >= told.items()
+            with socket.create_server(("127.0.0.1", 0)) as new:
+                assert descriptors._give_options(new.fileno(), told, {})
+                assert new.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == others[0]
+
+
+@pytest.mark.parametrize("value", [int.from_bytes(b"nobodys", "little"), 1 << 128, -1, 0])
+def test_a_congestion_control_that_not_everybody_may_have_is_not_set(value: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        usual = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        assert not descriptors._give_options(server.fileno(), {(6, 13): value}, {})
+        assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16) == usual
+
+
 @pytest.mark.parametrize("options", ["1:36=7", "99:1=1", "1:20=1"])
 def test_an_option_that_is_not_on_the_list_is_not_set(options: str) -> None:
     with holder() as (pid, (tcp, *_)):

@@ -116,7 +116,7 @@ def core(path: Path) -> Core:
 
 
 def test_a_timer_tells_its_thread_again(tmp_path: Path) -> None:
-    """CRIU's own image of a process, to which timers are added: one that lacks its thread, and one that has it."""
+    """CRIU's own image of a process, to which timers are added: two whose thread it has not read, and one that tells none."""
     path = tmp_path / "core-1.img"
     shutil.copy(Path(__file__).parent / "criu_images" / path.name, path)
     before = core(path)
@@ -124,7 +124,7 @@ def test_a_timer_tells_its_thread_again(tmp_path: Path) -> None:
     timers.posix.extend(
         [
             PosixTimer.FromString(saved(0, -1)),
-            PosixTimer.FromString(saved(1, 5)),
+            PosixTimer.FromString(saved(1, 1504790000)),
             PosixTimer.FromString(saved(2, None)),
         ]
     )
@@ -133,9 +133,9 @@ def test_a_timer_tells_its_thread_again(tmp_path: Path) -> None:
     assert put_threads_right(tmp_path, {1: {0: 7, 1: 8}}) == 1
     after = core(path)
     found = TaskTimers.FromString(after.tc.timers)
-    assert [one.notify_thread_id for one in found.posix] == [7, 5, 0]
+    assert [one.notify_thread_id for one in found.posix] == [7, 8, 0]
     assert put_threads_right(tmp_path, {1: {0: 7}}) == 0
-    timers.posix[0].notify_thread_id = 7
+    timers.posix[0].notify_thread_id, timers.posix[1].notify_thread_id = 7, 8
     before.tc.timers = timers.SerializeToString()
     assert after.SerializeToString() == before.SerializeToString(), "nothing else has changed"
 

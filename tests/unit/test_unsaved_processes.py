@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,16 @@ def test_a_process_whose_first_thread_has_ended() -> None:
             found = list(unsaved_processes(me, [me, child.pid]))
         assert found == [FIRST_THREAD]
         child.kill()
+
+
+def test_a_process_that_a_signal_has_stopped() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert not jobfacts.is_stopped(child.pid)
+        child.send_signal(signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        assert jobfacts.is_stopped(child.pid)
+        child.kill()
+    assert not jobfacts.is_stopped(child.pid), "it has ended"
 
 
 SECRETIVE = """

@@ -23,7 +23,7 @@ GUARDS = "guard pages"
 LIMITS = "limits of other users"
 """As `ContainerFacts.unsaved` names the resource limits of processes that are not root's, where nobody may read them."""
 TRACED, USER_NAMESPACE, FIRST_THREAD = "traced process", "nested user namespace", "first thread"
-SECRET, GHOST, OTHER_ROOT = "secret memory", "deleted file", "another root"
+SECRET, GHOST, OTHER_ROOT, STOPPED = "secret memory", "deleted file", "another root", "stopped process"
 GHOST_BYTES = 64 << 20
 """Of a file that is open and deleted: more CRIU does not copy into its images (`ghost-limit` in criu/criu.conf)."""
 """As `ContainerFacts.unsaved` names processes that CRIU cannot dump."""
@@ -269,6 +269,7 @@ def _bound(question: Question) -> Iterator[Refused]:
         TRACED: "a process that another of its processes traces (a debugger, strace)",
         USER_NAMESPACE: "a process in a user namespace of its own (a sandbox, a rootless container)",
         FIRST_THREAD: "a process whose first thread has ended while other threads run; have the first thread wait for them",
+        STOPPED: "a stopped process (SIGSTOP), which nobody can trace in a frozen cgroup of version 1; have it go on (SIGCONT)",
         SECRET: "secret memory (memfd_secret), which CRIU may not read; use locked memory (mlock)",
         GHOST: f"a deleted file of more than {GHOST_BYTES >> 20} MiB open; have the job close it, or keep it under a name",
         OTHER_ROOT: "a first process with another root directory (chroot); start the job from a shell that stays where it is",

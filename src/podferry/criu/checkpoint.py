@@ -31,6 +31,7 @@ from podferry.criu.dump_gate import DumpGate
 from podferry.criu.log import explained
 from podferry.criu.memory_skipping import MemorySkippingDump
 from podferry.criu.processes import Process, children_of, find_process, process_of_pair, readable_among
+from podferry.criu.runc_switches import switches
 from podferry.errors import CommandFailed, Failed, PeerMisbehaved, TimedOut
 from podferry.fs.private import private_directory
 from podferry.node import outside, terminals
@@ -122,7 +123,7 @@ class HeldDump:
         status, theirs = os.pipe()
         argv: list[str | Path] = [runc, "--root", runc_root, "--log", work / "runc.log", "checkpoint"]
         argv += ["--lazy-pages", "--page-server", f"127.0.0.1:{PORT}", "--status-fd", str(theirs)]
-        argv += [*flags, "--image-path", images, "--work-path", work, id]
+        argv += [*flags, *switches(runc), "--image-path", images, "--work-path", work, id]
         try:
             held._child = in_new_network(lambda: spawn(outside.on_node(argv), env=environment, pass_fds=[theirs]))
         except BaseException:

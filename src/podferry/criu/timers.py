@@ -6,8 +6,9 @@
   knows the like of other timers, and sets them to their interval (`decode_itimer`, `decode_posix_timer` in its criu/timer.c): so
   it is done here. A disarmed timer has nothing to be read.
 - **A timer of `timer_create` that tells one thread (SIGEV_THREAD_ID)**, as those of glibc's SIGEV_THREAD and of Go's profiler do,
-  is saved with -1 for the thread: in a pid namespace CRIU looks for the thread's number there before it has asked for it
-  (`encode_notify_thread_id` in its criu/timer.c). The restore fails of that; the number is put there from what /proc told.
+  is saved with -1 or with any other number for the thread: in a pid namespace CRIU reads the thread's number there before it has
+  asked for it, from memory that nothing has been written to (`encode_notify_thread_id` in its criu/timer.c). The restore fails of
+  that; the number is put there from what /proc told.
 - **A timer that was set to a point in time** is set again to the current second and the rest that was left (`timerfd_arm` in its
   criu/pie/restorer.c, which says so): up to a second too early. On a clock that counts from a boot, which goes on in the job's time
   namespace, the rest is all there is to it, and is counted from the moment of the restore. On the clock of the wall the point in
@@ -53,7 +54,7 @@ def put_threads_right(images: Path, told: TimerThreads) -> int:
         path = images / f"core-{pid}.img"
         [core] = parse_entries(path, MAGIC["core"], Core)
         timers = TaskTimers.FromString(core.tc.timers)
-        wrong = [one for one in timers.posix if one.notify_thread_id < 0 and one.it_id in threads]
+        wrong = [one for one in timers.posix if one.notify_thread_id != threads.get(one.it_id, one.notify_thread_id)]
         for one in wrong:
             one.notify_thread_id = threads[one.it_id]
         if wrong:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 from podferry.fs.libc import second_descriptor
 
@@ -38,9 +39,14 @@ OPTIONS: Mapping[int, tuple[int, ...]] = {
     _IP: (1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 20, 21, 24, 25, 33, 34, 49),
     _IPV6: (16, 18, 19, 23, 25, 29, 33, 49, 51, 53, 56, 58, 60, 62, 66, 67, 70, 72, 73, 74, 77, 78),
 }
-OF_CONNECTIONS = ((_TCP, 18), (_TCP, 25))
-"""TCP_USER_TIMEOUT and TCP_NOTSENT_LOWAT: what CRIU leaves out of a connection (criu/sk-inet.c and sk-tcp.c, 4.1.1 and 4.2). The
-rest is CRIU's, or says how the connection fares."""
+_CONGESTION = (_TCP, 13)
+"""TCP_CONGESTION, whose value is a name: here a number of its bytes, the first the lowest."""
+_NAME = 16  # bytes, TCP_CA_NAME_MAX in the kernel's include/net/tcp.h
+_ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+"""The names that a program without rights may choose."""
+OF_CONNECTIONS = ((_TCP, 18), (_TCP, 25), _CONGESTION)
+"""TCP_USER_TIMEOUT, TCP_NOTSENT_LOWAT, TCP_CONGESTION: what CRIU leaves out of a connection (criu/sk-inet.c and sk-tcp.c, 4.1.1 and
+4.2). The rest is CRIU's, or says how the connection fares."""
 _LEVELS = {socket.AF_INET: (_SOCKET, _IP), socket.AF_INET6: (_SOCKET, _IPV6, _IP), socket.AF_UNIX: (_SOCKET,)}
 _PROTOCOLS = {socket.IPPROTO_TCP: (_TCP,), socket.IPPROTO_UDP: (_UDP,)}
 Options = dict[tuple[int, int], int]
@@ -151,6 +157,9 @@ def _options(one: socket.socket) -> Options:
         for name in OPTIONS[level]:
             with suppress(OSError):
                 found[level, name] = one.getsockopt(level, name)
+    if one.proto == socket.IPPROTO_TCP:
+        with suppress(OSError):
+            found[_CONGESTION] = int.from_bytes(one.getsockopt(*_CONGESTION, _NAME), "little")
     return found
 
 
@@ -158,11 +167,25 @@ def _give_options(fd: int, had: Options, has: Options) -> bool:
     done = False
     with socket.socket(fileno=os.dup(fd)) as one:
         for (level, name), value in had.items():
-            if value != has.get((level, name)) and name in OPTIONS.get(level, ()):
+            if (level, name) == _CONGESTION and value != has.get(_CONGESTION):
+                done = _give_congestion_control(one, value) or done
+            elif value != has.get((level, name)) and name in OPTIONS.get(level, ()):
                 with suppress(OSError):
                     one.setsockopt(level, name, value)
                     done = True
     return done
+
+
+def _give_congestion_control(one: socket.socket, value: int) -> bool:
+    if not 0 <= value < 1 << 8 * _NAME:
+        return False
+    name = value.to_bytes(_NAME, "little").rstrip(b"\0")
+    if name not in _ALLOWED.read_bytes().split():
+        return False
+    with suppress(OSError):
+        one.setsockopt(*_CONGESTION, name)
+        return True
+    return False
 
 
 def _parsed(text: str) -> Options:

@@ -20,6 +20,7 @@ from podferry.core.preflight import (
     INTERFACE,
     OTHER_ROOT,
     SECRET,
+    STOPPED,
     TRACED,
     UNACCEPTED,
     UNSENT,
@@ -65,6 +66,7 @@ def container_facts(record: Container, task: Task, cgroup: Cgroup, upper: Path) 
             [
                 *has_open.unsaved,
                 *unsaved_processes(task.pid, pids),
+                *([STOPPED] if cgroup.v1_freezer and any(map(is_stopped, pids)) else ()),
                 *unsaved_sockets(pids),
                 *([UNACCEPTED] if waits_for(SECONDS_TO_ACCEPT, unaccepted, task.pid, pids) else ()),
                 *([UNSENT] if waits_for(SECONDS_TO_ACCEPT, unsent, task.pid, pids) else ()),
@@ -198,6 +200,14 @@ def unsaved_processes(init: int, pids: Collection[int]) -> Iterator[str]:
                 yield SECRET
             if Path(f"/proc/{pid}/ns/user").readlink() != Path(f"/proc/{init}/ns/user").readlink():
                 yield USER_NAMESPACE
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process. In a frozen cgroup v1 it waits for ever to become one that is traced: CRIU hangs in
+    PTRACE_SEIZE (the kernel's ptrace_attach, JOBCTL_TRAPPING) where it could not be broken off."""
+    with contextlib.suppress(OSError):
+        return re.search(r"^State:\s+T", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) is not None
+    return False
 
 
 def _more_threads(pid: int) -> bool:

@@ -20,7 +20,8 @@ from podferry.memory.tracking import tracker
 from podferry.node import outside
 from podferry.node.cgroup import cgroup_kind
 from podferry.node.host import selinux_enforces
-from podferry.node.process import PATH, run
+from podferry.node.node_programs import found
+from podferry.node.process import run
 
 PROGRAM_TIMEOUT = 10.0  # seconds
 LAZY_FEATURES = (
@@ -73,12 +74,10 @@ def version(program: str) -> str:
 
     Asked once for each file: an upgraded program is asked anew.
     """
-    for directory in PATH.split(":"):
-        seen = outside.root() / directory.lstrip("/") / program
-        if os.access(seen, os.X_OK):
-            stat = seen.stat()
-            return _version(f"{directory}/{program}", stat.st_mtime_ns, stat.st_size)
-    return ""
+    if (one := found(program)) is None:
+        return ""
+    path, file = one
+    return _version(path, file.st_mtime_ns, file.st_size)
 
 
 @lru_cache(maxsize=16)
@@ -87,8 +86,8 @@ def _version(path: str, _mtime: int, _size: int) -> str:
         printed = run(outside.on_node([path, "--version"]), timeout=PROGRAM_TIMEOUT, check=False).stdout
     except (CommandFailed, TimedOut):
         return ""
-    found = re.search(r"\d+(?:\.\d+)+", printed)
-    return found[0] if found else ""
+    number = re.search(r"\d+(?:\.\d+)+", printed)
+    return number[0] if number else ""
 
 
 def memory_available() -> int:
