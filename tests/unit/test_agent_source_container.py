@@ -30,6 +30,7 @@ from podferry.model import Connections, Dump
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota
 from podferry.node.containerd_errors import ContainerdFailed, ContainerdNotFound
 from podferry.node.netlock import Namespace
+from podferry.node.pid_namespace import number_inside
 from podferry.node.process import spawn
 from podferry.node.records import Container, Opaque, Task, TaskStatus
 from podferry.workload.config import Config
@@ -37,7 +38,6 @@ from podferry.workload.frozen import FrozenContainer, handlers
 from podferry.workload.numbers import address_space_of
 from podferry.workload.source import Owner, SourceWorkload
 from podferry.workload.source_container import Output, RunningContainer, SourceContainer
-from podferry.workload.source_memory import pid_inside
 
 pytestmark = [pytest.mark.unit, pytest.mark.anyio]
 JOB = Container("job", "image", "overlayfs", "job", Opaque("spec", b"{}"))
@@ -162,7 +162,7 @@ def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Pat
     seen = AddressSpaceRound(areas=(), written=Runs.of(0x1000, 0x2000), dropped=EMPTY, deferred=EMPTY, fresh=True)
     both = {os.getpid(): seen, child: seen}
     change = job.memory.found(DirtyScan(both, new=frozenset(both), gone=frozenset(), shared={}))
-    here = pid_inside(os.getpid())
+    here = number_inside(os.getpid())
     assert set(change.written) == {here}
     change = job.memory.found(DirtyScan({os.getpid(): seen}, new=frozenset(), gone=frozenset({child}), shared={}))
     assert set(change.written) == set(change.dropped) == {here}
@@ -242,14 +242,14 @@ async def test_what_a_dump_cannot_be_spared_does_not_end_the_migration(
     journal = Journal(tmp_path / "journal")
     job = leaving(tmp_path, made(tmp_path / "group"), journal, number=1)
     job.memory.address_spaces = {
-        os.getpid(): address_space_of(1, pid_inside(os.getpid())),
+        os.getpid(): address_space_of(1, number_inside(os.getpid())),
         1 << 22: address_space_of(1, 7),
     }
     job.memory.skippable = {os.getpid(): True, 1 << 22: False}
     await job.stand_by()
     await job.dump()
     assert heard == said
-    assert completed == ([pid_inside(os.getpid())] if "skipped 1" in said[-1] else [])
+    assert completed == ([number_inside(os.getpid())] if "skipped 1" in said[-1] else [])
     assert job.dumped is dumped
     assert (journal.held("held-dump.1") or {})["waits"] is False
 

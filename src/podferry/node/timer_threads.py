@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from podferry.node.pid_namespace import number_inside
+
 TimerThreads = Mapping[int, Mapping[int, int]]
 """By process, the threads by the number of the timer."""
 _TOLD = re.compile(r"^ID: (\d+)\n.*\nnotify: \w+/tid\.(\d+)$", re.MULTILINE)
@@ -18,10 +20,5 @@ def timer_threads(pids: Iterable[int]) -> TimerThreads:
     for pid in pids:
         with suppress(OSError):
             for id, thread in _TOLD.findall(Path(f"/proc/{pid}/timers").read_text()):
-                found.setdefault(_inside(pid, pid), {})[int(id)] = _inside(pid, int(thread))
+                found.setdefault(number_inside(pid), {})[int(id)] = number_inside(pid, int(thread))
     return found
-
-
-def _inside(pid: int, thread: int) -> int:
-    status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
-    return int(status.partition("\nNSpid:")[2].split("\n", 1)[0].split()[-1])

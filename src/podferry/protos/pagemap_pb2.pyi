@@ -126,6 +126,36 @@ class FileEntry(_message.Message):
     tfd: TimerfdEntry
     def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., isk: _Optional[_Union[InetSkEntry, _Mapping]] = ..., tfd: _Optional[_Union[TimerfdEntry, _Mapping]] = ...) -> None: ...
 
+class X86Registers(_message.Message):
+    __slots__ = ("r8", "ax", "si", "di")
+    R8_FIELD_NUMBER: _ClassVar[int]
+    AX_FIELD_NUMBER: _ClassVar[int]
+    SI_FIELD_NUMBER: _ClassVar[int]
+    DI_FIELD_NUMBER: _ClassVar[int]
+    r8: int
+    ax: int
+    si: int
+    di: int
+    def __init__(self, r8: _Optional[int] = ..., ax: _Optional[int] = ..., si: _Optional[int] = ..., di: _Optional[int] = ...) -> None: ...
+
+class X86Thread(_message.Message):
+    __slots__ = ("gpregs",)
+    GPREGS_FIELD_NUMBER: _ClassVar[int]
+    gpregs: X86Registers
+    def __init__(self, gpregs: _Optional[_Union[X86Registers, _Mapping]] = ...) -> None: ...
+
+class Aarch64Registers(_message.Message):
+    __slots__ = ("regs",)
+    REGS_FIELD_NUMBER: _ClassVar[int]
+    regs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, regs: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Aarch64Thread(_message.Message):
+    __slots__ = ("gpregs",)
+    GPREGS_FIELD_NUMBER: _ClassVar[int]
+    gpregs: Aarch64Registers
+    def __init__(self, gpregs: _Optional[_Union[Aarch64Registers, _Mapping]] = ...) -> None: ...
+
 class PosixTimer(_message.Message):
     __slots__ = ("it_id", "notify_thread_id")
     IT_ID_FIELD_NUMBER: _ClassVar[int]

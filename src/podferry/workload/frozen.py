@@ -23,11 +23,12 @@ from podferry.memory.tracking.tracker import TrackerKind
 from podferry.memory.tracking.trackers import create
 from podferry.node.cgroup import Cgroup, CgroupFailed, CpuQuota, Frozen
 from podferry.node.netlock import Namespace
+from podferry.node.pid_namespace import number_inside
 from podferry.node.records import Container
 from podferry.node.runtime import ContainerRuntime
 from podferry.workload.helpers import reap, runs
 from podferry.workload.numbers import address_space_of
-from podferry.workload.source_memory import Left, pid_inside
+from podferry.workload.source_memory import Left
 from podferry.workload.threads import at_once, run, threaded
 
 
@@ -51,7 +52,7 @@ class FrozenContainer:
         seen = create(TrackerKind.NONE, cgroup.pids).final()
         if not seen.address_spaces:
             raise OriginalGone("the frozen original has ended")
-        pids = {address_space_of(self.journal.number, pid_inside(pid)): pid for pid in seen.address_spaces}
+        pids = {address_space_of(self.journal.number, number_inside(pid)): pid for pid in seen.address_spaces}
         return Left(pids, {address_space: seen.address_spaces[pid].written for address_space, pid in pids.items()})
 
     async def kill(self) -> None:

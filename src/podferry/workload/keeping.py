@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -14,17 +16,22 @@ import structlog
 
 from podferry.core.inventory import Difference, decode, differences, encode, with_oom_score
 from podferry.core.mempolicy import arguments
+from podferry.criu.futex_calls import futexes
 from podferry.criu.incoming import Incoming
 from podferry.errors import PodferryError
+from podferry.memory.kernel.reader import touch
 from podferry.memory.tracking import made_calls
 from podferry.node import inventory, outside
 from podferry.node.cgroup import Cgroup
+from podferry.node.pid_namespace import number_inside
 from podferry.node.process import run
 from podferry.workload.threads import at_once
 
 INVENTORY = "podferry-inventory.json"
 """The source's inventory, among CRIU's images, which knows nothing of it."""
 CALLS_TIMEOUT = 30.0
+PAGES_TIMEOUT = 2.0
+"""Seconds that a job waits for the pages of its threads' futexes before it runs without them."""
 
 
 @dataclass
@@ -77,12 +84,34 @@ async def _keep(incoming: Incoming, kept: Kept) -> None:
     lost: dict[int, dict[str, str]] = {}
     with anyio.CancelScope(shield=True):
         try:
+            await at_once(_bring_futexes, incoming)
             lost = await at_once(_inspect, incoming, kept)
         finally:
             incoming.let_run()
             kept.since = time.monotonic()
         if lost:
             await at_once(_have_them_set, lost, kept)
+
+
+def _bring_futexes(incoming: Incoming) -> None:
+    """Have the pages be there of which the kernel must find threads' futexes at once (`criu/futex_calls.py`)."""
+    try:
+        wanted = futexes(incoming.images)
+        if not wanted:
+            return
+        reading = threading.Thread(target=_read_futexes, args=(incoming.first_process(), wanted), daemon=True)
+        reading.start()  # in post-copy a page may not come at all, and a thread that waits for one cannot be called back
+        reading.join(PAGES_TIMEOUT)
+    except Exception as error:  # noqa: BLE001 - a job that lacks a page is better off than one that ends
+        structlog.get_logger().error("pages of futexes were not brought", key=incoming.key, error=str(error))
+
+
+def _read_futexes(init: int, wanted: Mapping[int, tuple[int, ...]]) -> None:
+    for pid in inventory.descendants(init):
+        with suppress(OSError, ValueError):
+            for thread in map(int, os.listdir(f"/proc/{pid}/task")):  # noqa: PTH208
+                for address in wanted.get(number_inside(pid, thread), ()):
+                    touch(thread, address)
 
 
 def _inspect(incoming: Incoming, kept: Kept) -> dict[int, dict[str, str]]:

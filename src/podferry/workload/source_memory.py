@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from podferry.criu.skipped_pages import worth_skipping
 from podferry.engine.ports import DirtySet, OriginalGone
@@ -14,6 +13,7 @@ from podferry.memory.kernel.page_size import PAGE
 from podferry.memory.kernel.reader import Data, Reader
 from podferry.memory.ranges import EMPTY, Growing, Runs
 from podferry.memory.tracking.tracker import DirtyScan, Tracker
+from podferry.node.pid_namespace import number_inside
 from podferry.wire.batch import PageBatch
 from podferry.wire.frames import MAX_DROPS, Drop, Pages
 from podferry.wire.messages import AddressSpaceSum
@@ -53,7 +53,7 @@ class SourceMemory:
         for pid, found in seen.address_spaces.items():
             try:
                 address_space = self.address_spaces[pid] = self.address_spaces.get(pid) or address_space_of(
-                    self._number, pid_inside(pid)
+                    self._number, number_inside(pid)
                 )
             except OSError:  # it came and went around the scan: nobody has heard of it
                 continue
@@ -145,9 +145,3 @@ class SourceMemory:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
-
-
-def pid_inside(pid: int) -> int:
-    """The pid that a process has in its own pid namespace, by which CRIU's images name it."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("\nNSpid:")[2].split("\n", 1)[0].split()[-1])

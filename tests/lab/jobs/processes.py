@@ -386,7 +386,8 @@ def mutex_that_inherits_priority():
     class Attributes(ctypes.Structure):
         _fields_ = [("data", ctypes.c_char * 64)]
 
-    attributes, mutex = Attributes(), ctypes.create_string_buffer(64)
+    # In a page of its own, which nothing else brings to the target before the thread that waits asks for the mutex again.
+    attributes, mutex = Attributes(), (ctypes.c_char * 64).from_buffer(mmap.mmap(-1, 4096, mmap.MAP_PRIVATE))
     libc.pthread_mutexattr_init(ctypes.byref(attributes))
     libc.pthread_mutexattr_setprotocol(ctypes.byref(attributes), 1)  # PTHREAD_PRIO_INHERIT
     libc.pthread_mutex_init(mutex, ctypes.byref(attributes))

@@ -160,6 +160,14 @@ class Reader:
             return EMPTY
 
 
+def touch(pid: int, address: int) -> bool:
+    """Read one byte of a process, `pid` or one of its threads, so that the page is there: of an area with a userfaultfd this waits
+    until somebody has put it in place. False where there is none."""
+    byte, local, remote = array("B", [0]), array("Q", [0, 1]), array("Q", [address, 1])
+    local[0] = byte.buffer_info()[0]
+    return bool(libc.process_vm_readv(pid, local.buffer_info()[0], 1, remote.buffer_info()[0], 1, 0) == 1)
+
+
 def split_zeroes(address: int, memory: memoryview) -> Iterator[Data | Zero]:
     """Split whole pages into data and zeroes. Only pages whose first word is zero are looked at in full."""
     if not _may_hold_zeroes(memory):
