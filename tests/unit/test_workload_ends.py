@@ -82,6 +82,7 @@ async def test_a_job_that_was_slowed_down_is_not_while_criu_works_in_it(
         source_container.SourceContainer, "_freeze_apart_from_vfork", lambda self, timeout: self.cgroup.freeze(1)
     )
     monkeypatch.setattr(Cgroup, "cpu_seconds", lambda self: 1.0)
+    files(job.cgroup)["quota"].write_text("-1")
     before = CpuQuota.from_dict(job.cgroup.cpu_quota().to_dict())
     job._cpu_used.append((time.monotonic() - 1.0, 0.0))
     await job.throttle(0.5)
