@@ -254,6 +254,14 @@ def test_the_inventory_cannot_be_silent_or_agree_with_the_processes(images: Path
     assert against(images, rights())
 
 
+def test_compressed_memory_is_refused(images: Path) -> None:
+    """CRIU 4.3 always says how it has compressed it, 0 for not at all."""
+    alter(images / "inventory.img", pb.Inventory, lambda one: setattr(one, "compress", 0))
+    assert against(images, rights()) == []
+    alter(images / "inventory.img", pb.Inventory, lambda one: setattr(one, "compress", 1))
+    assert "compressed" in against(images, rights())[0]
+
+
 def mounted(**fields: Any) -> pb.MountEntry:
     base: dict[str, Any] = {
         "fstype": 5,

@@ -1,6 +1,6 @@
 """Do CRIU's images give a container more than its spec does? Read from what a peer sent, judged before the right to run passes.
 
-Whatever is not known is refused: an image of another name, a field that CRIU up to 4.2 does not write in a message that decides.
+Whatever is not known is refused: an image of another name, a field that CRIU up to 4.3 does not write in a message that decides.
 What takes its time is done once: most threads have the same credentials, so these are judged by their bytes.
 """
 
@@ -81,6 +81,8 @@ def against(images: Path, rights: Rights, *, also: frozenset[str] = frozenset())
     host = inventory.root_ids
     if not inventory.HasField("root_ids"):
         reasons.append("the inventory does not say which namespaces are the node's")
+    if inventory.compress:
+        reasons.append("the memory in them is compressed, which podferry does not read")
     filters = Filters(_seccomp(images) if "seccomp.img" in names else pb.Seccomp(), rights.seccomp)
     reasons += filters.odd()
     judge = cache(lambda creds: tuple(creds_against(_parsed(pb.Creds(), creds, "credentials"), rights)))
