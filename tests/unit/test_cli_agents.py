@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -77,8 +77,17 @@ def test_no_answer_at_all_is_an_error() -> None:
 def test_a_move_goes_to_the_node_where_it_runs(fleet: Fleet) -> None:
     assert fleet.holder("train").path.name == "node-b"
     assert fleet.holder("web").path.name == "node-a"
-    with pytest.raises(UsageError, match="no answer from node-c, node-d"):
-        fleet.holder("nobody")
+
+
+@pytest.mark.parametrize("what", [lambda fleet: fleet.holder("nobody"), lambda fleet: fleet.record("m9")])
+def test_what_a_silent_node_may_have_is_not_said_to_be_nowhere(fleet: Fleet, what: Callable[[Fleet], object]) -> None:
+    with pytest.raises(AgentUnreachable) as error:
+        what(fleet)
+    assert "no answer from node-c, node-d" in error.value.why
+    for one in ("node-c", "node-d"):
+        fleet.endpoints = [endpoint for endpoint in fleet.endpoints if endpoint.node != one]
+    with pytest.raises(UsageError):
+        what(fleet)
 
 
 def test_the_sources_record_counts_while_it_answers(fleet: Fleet, agents: dict[str, FakeAgent]) -> None:
@@ -93,8 +102,6 @@ def test_the_sources_record_counts_while_it_answers(fleet: Fleet, agents: dict[s
     assert [(row["id"], row["phase"]) for row in fleet.records().rows] == [("m0", "completed"), ("m1", "fill")]
     assert fleet.record("m1").phase == "fill"
     assert fleet.record("m0").source == "node-c"
-    with pytest.raises(UsageError):
-        fleet.record("m2")
 
 
 def test_the_target_stands_in_for_a_dead_source(fleet: Fleet) -> None:

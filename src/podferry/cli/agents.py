@@ -125,21 +125,28 @@ class Fleet:
         return AgentAnswers(told, answers.down)
 
     def record(self, id: str) -> Record:
-        """The record of the migration `id`. Raises `UsageError` where no node knows it."""
+        """The record of the migration `id`. Raises `UsageError` where no node knows it, `AgentUnreachable` where none that answers
+        does."""
         answers = self.records(id)
         for row in answers.rows:
             if row.get("id") == id:
                 return Record.from_dict(row)
+        if answers.down:
+            raise AgentUnreachable(
+                f"cannot tell whether there is a migration '{id}'",
+                why=f"{_silence(answers)}, and no other node has a record of it",
+                remedy="see whether these nodes and their agents run (podferry ps), and try again",
+            )
         raise UsageError(
             f"no migration '{id}'",
-            why=_silence(answers) or "no node has a record of it",
+            why="no node has a record of it",
             remedy="podferry status lists the migrations that there are",
         )
 
     def holder(self, name: str) -> AgentClient:
         """The agent of the node that has the container `name`; a running copy counts before one that waits.
 
-        Raises `UsageError` where no node has it.
+        Raises `UsageError` where no node has it, `AgentUnreachable` where none that answers has.
         """
         if len(self.endpoints) == 1:
             return self._client(self.endpoints[0])
@@ -148,10 +155,14 @@ class Fleet:
         rows.sort(key=lambda row: row.get("state") != "running")
         for row in rows:
             return self.at(str(row.get("node")))
+        if answers.down:
+            raise AgentUnreachable(
+                f"cannot tell whether there is a container '{name}'",
+                why=f"{_silence(answers)}, and no other node has it",
+                remedy="see whether these nodes and their agents run (podferry ps), and try again",
+            )
         raise UsageError(
-            f"no container '{name}'",
-            why=_silence(answers) or "no node has it",
-            remedy="podferry ps lists the containers that there are",
+            f"no container '{name}'", why="no node has it", remedy="podferry ps lists the containers that there are"
         )
 
     def at(self, node: str) -> AgentClient:
@@ -232,6 +243,4 @@ def _attempt(endpoint: Endpoint, op: str, args: dict[str, Any]) -> list[dict[str
 
 
 def _silence(answers: AgentAnswers) -> str:
-    if not answers.down:
-        return ""
     return f"no answer from {', '.join(node for node, _ in answers.down)}"
