@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from podferry.controller import failures, pods
+from podferry.controller import failures, placement, pods
+from podferry.controller.program import pruned_node
 from podferry.errors import Failed
 from podferry.kube.api_errors import of_status
 from podferry.kube.migration import (
@@ -192,6 +193,30 @@ def test_the_placeholder_wants_what_the_pod_wants_elsewhere() -> None:
     assert [one["name"] for one in made["volumes"]] == ["d"], "only what decides about the place"
     assert made["containers"][0]["securityContext"]["runAsNonRoot"]
     assert not made["automountServiceAccountToken"]
+
+
+def of_runtime(name: str, version: str | None) -> pods.Json:
+    return {"metadata": {"name": name}, "status": {"nodeInfo": {"containerRuntimeVersion": version} if version else {}}}
+
+
+def test_the_placeholder_goes_to_no_node_with_another_runtime() -> None:
+    told = {
+        "a": "cri-o://1.34.1",
+        "d": "containerd://2.1.9",
+        "b": "containerd://1.7.24",
+        "c": "cri-o://1.35.0",
+        "e": None,
+    }
+    nodes = [pruned_node(of_runtime(*one)) for one in told.items()]
+    never = placement.of_other_runtimes(nodes, "a")
+    assert never == ["b", "d"], "what is not told, and other versions of the same, are no reason"
+    assert placement.of_other_runtimes(nodes, "e") == placement.of_other_runtimes(nodes, "gone") == []
+    made = pods.placeholder_pod(source(), migration(), "image", never)["spec"]
+    (term,) = made["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert term["matchFields"] == [{"key": "metadata.name", "operator": "NotIn", "values": ["a", "b", "d"]}]
+    named = pods.placeholder_pod(source(), migration(targetNode="b"), "image", never)["spec"]
+    (term,) = named["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert term["matchFields"] == [_pin("b")], "then it is for the agents to refuse it in words"
 
 
 def test_a_named_node_is_the_only_one() -> None:

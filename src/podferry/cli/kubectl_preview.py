@@ -86,14 +86,17 @@ def _shown(expected: Estimate | None) -> Json | None:
 
 
 async def _other_nodes(api: Api, node: str) -> dict[str, dict[str, str]] | None:
-    """The labels of the nodes that take pods; None where they may not be read."""
+    """The labels of the nodes that take pods of `node`; None where they may not be read."""
     try:
         nodes, _ = await api.list(NODES)
     except Forbidden:
         return None
     fit = [one for one in nodes if failures.ready(one) and not (one.get("spec") or {}).get("unschedulable")]
+    not_to = {node, *placement.of_other_runtimes(nodes, node)}
     return {
-        one["metadata"]["name"]: one["metadata"].get("labels") or {} for one in fit if one["metadata"]["name"] != node
+        one["metadata"]["name"]: one["metadata"].get("labels") or {}
+        for one in fit
+        if one["metadata"]["name"] not in not_to
     }
 
 

@@ -1,10 +1,11 @@
 """Which nodes a pod's own rules allow: `nodeSelector` and required node affinity, as the scheduler reads them (Kubernetes,
-"Assigning Pods to Nodes"). Pure. Taints, resources and other pods are left to the scheduler: they change by the minute.
+"Assigning Pods to Nodes"), and which it cannot move to: those with another container runtime. Pure. Taints, resources and other
+pods are left to the scheduler: they change by the minute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Json = dict[str, Any]
@@ -35,6 +36,19 @@ def pin(pod: Json, name: str, labels: Mapping[str, str]) -> str | None:
     if terms and all(_only(term, host) for term in terms):
         return f"required node affinity: {HOSTNAME} in ({host})"
     return None
+
+
+def of_other_runtimes(nodes: Iterable[Json], name: str) -> list[str]:
+    """The names, in order, of those nodes whose container runtime is another than that of the node `name`, as kubelets tell it."""
+    runtimes = {node["metadata"]["name"]: _runtime(node) for node in nodes}
+    own = runtimes.get(name)
+    return sorted(other for other, runtime in runtimes.items() if own and runtime and runtime != own)
+
+
+def _runtime(node: Json) -> str:
+    """Such as `cri-o`; empty where it is not told. The kubelet writes `cri-o://1.34.1`."""
+    info = (node.get("status") or {}).get("nodeInfo") or {}
+    return str(info.get("containerRuntimeVersion") or "").partition("://")[0]
 
 
 def _terms(pod: Json) -> list[Json] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import datetime
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 from podferry.controller import verifying
@@ -109,8 +110,9 @@ def wear_labels(source: Json, target: Json) -> Json | None:
     return None if wanted.items() <= worn.items() else _patch(target, labels=wanted)
 
 
-def placeholder_pod(source: Json, migration: Migration, image: str) -> Json:
-    """A pod that asks the scheduler for what the source needs, anywhere but on the source's node, and holds the room."""
+def placeholder_pod(source: Json, migration: Migration, image: str, never: Iterable[str] = ()) -> Json:
+    """A pod that asks the scheduler for what the source needs, anywhere but on the source's node, and holds the room. `never` are
+    further nodes that it cannot move to."""
     wanted = source["spec"]
     keep = (
         "affinity",
@@ -143,7 +145,7 @@ def placeholder_pod(source: Json, migration: Migration, image: str) -> Json:
     }
     if migration.spec.node_selector:
         spec["nodeSelector"] = {**(spec.get("nodeSelector") or {}), **migration.spec.node_selector}
-    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [wanted["nodeName"]]}]
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [wanted["nodeName"], *never]}]
     if migration.spec.target_node:
         fields = [{"key": "metadata.name", "operator": "In", "values": [migration.spec.target_node]}]
     _pin(spec, fields)

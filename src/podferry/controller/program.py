@@ -202,6 +202,11 @@ def pruned_node(node: Json, triggers: Sequence[Trigger] = ()) -> Json:
         "status": {
             "conditions": [one for one in status.get("conditions") or [] if one["type"] in conditions],
             "addresses": status.get("addresses") or [],
+            "nodeInfo": {
+                name: value
+                for name, value in (status.get("nodeInfo") or {}).items()
+                if name == "containerRuntimeVersion"
+            },
         },
     }
 

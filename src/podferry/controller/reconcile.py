@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from podferry.controller import failures, pods, verifying
+from podferry.controller import failures, placement, pods, verifying
 from podferry.controller.entrance import Entrance
 from podferry.controller.handover import HandOver
 from podferry.controller.patience import ControllerSettings
@@ -147,6 +147,8 @@ class Reconciler:
         if found is not None:
             mine = pods.made_by(found, migration)
             return found if mine else failures.of_taken_name(body, "a pod that looks for a node")
+        never = placement.of_other_runtimes((await self._api.list(NODES))[0], source["spec"]["nodeName"])
+        body = pods.placeholder_pod(source, migration, self._settings.image, never)
         try:
             return await self._api.create(PODS, body, migration.namespace)
         except ObjectAlreadyExists as faster:
