@@ -27,6 +27,7 @@ from podferry.errors import PodferryError
 from podferry.lab import root_images, site
 from podferry.lab.build_cache import cached, remove
 from podferry.lab.debian import APT, SUITE, architecture, bootstrap, downloads, mirror, require
+from podferry.lab.kubernetes import portable_criu
 from podferry.lab.state import CACHE
 from podferry.node.process import Completed, last_lines, raise_for, run, spawn
 
@@ -148,9 +149,11 @@ def _build(suite: str, into: Path) -> None:
 
 @cache
 def caches() -> Path:
-    """A disk with what labs need built: the nodes' image, Python packages for them and for tests in them, the image of jobs."""
+    """A disk with what labs need built: the nodes' image, Python packages for them and for tests in them, the image of jobs, and
+    the CRIU that a late kernel needs."""
     root = root_images.node_root(print)
-    made = (root, site.site(root, print), site.development(root, print), root_images.job_archive(print))
+    job, criu = root_images.job_archive(print), portable_criu.late_bundle(print)
+    made = (root, site.site(root, print), site.development(root, print), job, criu)
     names = sorted(path.name for path in made)
     recipe = {"names": names, "edition": EDITION, "size": CACHE_SIZE}
 

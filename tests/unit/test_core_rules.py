@@ -156,6 +156,8 @@ def test_what_fits_may_move() -> None:
     [
         ({}, {"criu": ""}, {}, "PF110"),
         ({}, {"criu": "3.17"}, {"criu": "4.1"}, "PF110"),
+        ({}, {"kernel": "7.1.0-rc1", "criu": "4.2.1"}, {"criu": "4.2.1"}, "PF110"),
+        ({}, {"kernel": "7.2.12+deb14-amd64"}, {}, "PF110"),
         ({}, {}, {"runc": "1.0.3"}, "PF110"),
         ({}, {}, {"lazy_pages": False}, "PF110"),
         ({}, {"wp_async": False}, {}, "PF110"),
@@ -193,6 +195,15 @@ def test_what_does_not_fit_is_refused(
     found = refusals(question)
     assert [one.code for one in found] == [code]
     assert all(one.what and one.remedy for one in found)
+
+
+def test_a_kernel_without_udp_lite_is_no_obstacle_to_a_late_criu_or_to_a_target() -> None:
+    late, old = replace(NODE, kernel="7.2.0", criu="4.3"), replace(NODE, kernel="7.2.0")
+    assert refusals(Question(JOB, late, late, Mode.LIVE)) == []
+    assert refusals(Question(JOB, NODE, old, Mode.LIVE)) == []
+    [refused] = refusals(Question(JOB, old, None, Mode.LIVE))
+    assert "UDP-Lite" in refused.why
+    assert "CRIU 4.3" in refused.remedy
 
 
 def test_guard_pages_move_where_criu_saves_them() -> None:

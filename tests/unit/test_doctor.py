@@ -175,14 +175,20 @@ LAB: list[tuple[str, Callable[[LabHost], LabHost], dict[str, Verdict]]] = [
     (
         "Linux without UDP-Lite",
         lambda one: kernel(release="7.2.12+deb14")(replace(one, criu=(4, 2))),
-        {"UDP-Lite": LIMITED},
+        {"nodes' CRIU": BLOCKED},
     ),
     ("Docker, k3s, /tmp noexec, no IPv6", having(daemons=("Docker",), tmp_noexec=True, ipv6=False, clashes=("x",)), {}),
 ]
 NODE: list[tuple[str, Callable[[NodeHost], NodeHost], dict[str, Verdict]]] = [
     ("an old Python", having(python=(3, 9)), {"Python": BLOCKED}),
     ("SELinux", kernel(selinux=True), {"SELinux": BLOCKED}),
-    ("Linux without UDP-Lite", kernel(release="7.1.0"), {"UDP-Lite": LIMITED}),
+    ("Linux without UDP-Lite", lambda one: kernel(release="7.1.0")(facts(criu="4.2.1")(one)), {"CRIU": BLOCKED}),
+    ("Linux without UDP-Lite, a late CRIU", lambda one: kernel(release="7.1.0")(facts(criu="4.3")(one)), {}),
+    (
+        "Linux without UDP-Lite in a cluster",
+        lambda one: kernel(release="7.1.0")(facts(criu="")(replace(one, kubelet="/var/lib/kubelet"))),
+        {"CRIU": BLOCKED},
+    ),
     ("no CRIU", facts(criu=""), {"CRIU": BLOCKED}),
     ("Debian 12's CRIU", facts(criu="3.17.1"), {"CRIU": BLOCKED}),
     (

@@ -53,11 +53,23 @@ class Kernel:
     @property
     def version(self) -> tuple[int, ...]:
         """Major and minor number of the release."""
-        return tuple(int(part) for part in self.release.partition("-")[0].split(".")[:2] if part.isdecimal())
+        return version_of(self.release)
 
 
-NO_UDP_LITE = (7, 1)
-"""The first Linux without that protocol."""
+def version_of(release: str) -> tuple[int, ...]:
+    """Major and minor number of a kernel's release, such as `6.12.48+deb13-amd64`."""
+    return tuple(int(part) for part in release.partition("-")[0].split(".")[:2] if part.isdecimal())
+
+
+NO_UDP_LITE, CRIU_WITHOUT_UDP_LITE = (7, 1), (4, 3)
+"""The first Linux without that protocol, and the first CRIU that saves a network namespace of such a kernel."""
+NO_UDP_LITE_WHY = "Linux has had no UDP-Lite since 7.1, which CRIU before 4.3 takes for a failure of every dump"
+NO_UDP_LITE_REMEDY = "install CRIU 4.3 or later, or boot Linux 7.0 or earlier"
+
+
+def needs_later_criu(release: str, criu: tuple[int, ...]) -> bool:
+    """Whether this CRIU cannot save a container on this kernel, for the kernel has no UDP-Lite."""
+    return version_of(release) >= NO_UDP_LITE and criu < CRIU_WITHOUT_UDP_LITE
 
 
 def of_privileges(found: Privileges) -> Iterator[Finding]:
@@ -129,13 +141,6 @@ def of_kernel(found: Kernel, *, lab: bool = False) -> Iterator[Finding]:
         )
     else:
         yield fine("kernel", name)
-    if found.version >= NO_UDP_LITE:
-        yield limited(
-            "UDP-Lite",
-            f"Linux {found.release} has none",
-            "CRIU up to 4.2.1 ends every dump of a network namespace for that",
-            "use a CRIU that has the change of its pull request 3003, or boot Linux 7.0 or earlier",
-        )
     yield from _of_userfaultfd(found)
     yield from _of_tracking(found)
     if found.userns_restricted:

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from podferry.core.findings import Finding, blocked, fine, limited, mebibytes
-from podferry.core.host import SYS_RESOURCE, Kernel, Privileges, of_kernel, of_privileges
+from podferry.core.host import (
+    NO_UDP_LITE_REMEDY,
+    NO_UDP_LITE_WHY,
+    SYS_RESOURCE,
+    Kernel,
+    Privileges,
+    needs_later_criu,
+    of_kernel,
+    of_privileges,
+)
 from podferry.core.preflight import PIPE_BYTES
 
 NOT_BELOW_OVERLAYS = (
@@ -109,7 +118,14 @@ def _privileges(host: LabHost) -> Iterator[Finding]:
 
 def _kernel(host: LabHost) -> Iterator[Finding]:
     yield from of_kernel(host.kernel, lab=True)
-    if host.kernel.version >= SOCKETS_NEED_CRIU_42 and host.criu < (4, 2):
+    if needs_later_criu(host.kernel.release, host.criu):
+        yield blocked(
+            "nodes' CRIU",
+            f"{'.'.join(map(str, host.criu))}, below Linux {host.kernel.release}",
+            NO_UDP_LITE_WHY,
+            NO_UDP_LITE_REMEDY,
+        )
+    elif host.kernel.version >= SOCKETS_NEED_CRIU_42 and host.criu < (4, 2):
         yield limited(
             "nodes' CRIU",
             f"{'.'.join(map(str, host.criu))}, below Linux {host.kernel.release}",

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from podferry.core.facts import NodeFacts, RuntimeKind
 from podferry.core.findings import Finding, blocked, fine, limited, mebibytes
-from podferry.core.host import Kernel, Privileges, of_kernel, of_privileges
+from podferry.core.host import (
+    NO_UDP_LITE_REMEDY,
+    NO_UDP_LITE_WHY,
+    Kernel,
+    Privileges,
+    needs_later_criu,
+    of_kernel,
+    of_privileges,
+)
 from podferry.core.preflight import DISK_RESERVE, MEMORY_RESERVE, OLDEST_CRIU, OLDEST_RUNC, PIPE_BYTES, numbers
 
 OLDEST_RUNTIME = {RuntimeKind.CONTAINERD: (1, 7), RuntimeKind.CRIO: (1, 34)}
@@ -76,7 +84,12 @@ def _programs(host: NodeHost) -> Iterator[Finding]:
         wanted = ".".join(map(str, oldest))
         if name == host.facts.runtime and not host.socket:
             continue  # _runtime says so
-        if version and numbers(version) >= oldest:
+        late = name == "CRIU" and needs_later_criu(host.kernel.release, numbers(version))
+        if late:
+            yield blocked(
+                name, f"{version or 'missing'}, on Linux {host.kernel.release}", NO_UDP_LITE_WHY, NO_UDP_LITE_REMEDY
+            )
+        elif version and numbers(version) >= oldest:
             yield fine(name, version)
         elif name == "CRIU" and host.kubelet:
             yield limited(name, version or "missing", "podferry's agent brings one of its own to a node of a cluster")

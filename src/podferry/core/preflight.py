@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from podferry.core.facts import ContainerFacts, NodeFacts
-from podferry.core.host import SELINUX_REMEDY, SELINUX_WHY
+from podferry.core.host import NO_UDP_LITE_REMEDY, NO_UDP_LITE_WHY, SELINUX_REMEDY, SELINUX_WHY, needs_later_criu
 from podferry.core.processor_flags import for_programs
 from podferry.errors import Refused
 from podferry.model import Mode
@@ -135,6 +135,13 @@ def _programs(question: Question) -> Iterator[Refused]:
                     why=f"it is {version}; {wanted} is the oldest that works",
                     remedy=f"install a later {program} there",
                 )
+    source = question.source
+    if source.criu and needs_later_criu(source.kernel, numbers(source.criu)):
+        yield NodeUnfit(
+            "the source's CRIU cannot save a container on the source's kernel",
+            why=f"they are CRIU {source.criu} and Linux {source.kernel}; {NO_UDP_LITE_WHY}",
+            remedy=NO_UDP_LITE_REMEDY,
+        )
 
 
 def _kernels(question: Question) -> Iterator[Refused]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
+from podferry.core.host import NO_UDP_LITE_REMEDY, NO_UDP_LITE_WHY
 from podferry.criu.causes import CAUSES
 from podferry.errors import EVIDENCE_LINES, UNEXPLAINED, PodferryError
 from podferry.node.process import last_lines
@@ -15,8 +16,6 @@ E = TypeVar("E", bound=PodferryError)
 _HARMLESS = re.compile(r"RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|No parent image found, though")
 _NO_UDP_LITE = "IPPROTO_UDPLITE: -2"
 """What CRIU says, as no error, where the kernel lists no sockets of that protocol (criu/sockets.c, `collect_err`)."""
-NO_UDP_LITE = "this node's CRIU takes it for a failure that the kernel has no UDP-Lite, as since Linux 7.1"
-NEWER_CRIU = "install a CRIU that has the change of its pull request 3003 (4.2.1 has not), or boot Linux 7.0 or earlier"
 _ERROR_LINE = re.compile(r"\b(Error|Warn) +\(")
 _LOG_TAIL = 1 << 20  # bytes; at the log level of criu.conf a log is far smaller
 
@@ -42,5 +41,5 @@ def explained(kind: type[E], what: str, log: Path, *, said: list[str] | None = N
     if errors:
         why = UNEXPLAINED + errors[0].strip()
     elif any(_NO_UDP_LITE in line for line in evidence):
-        return kind(what, why=NO_UDP_LITE, remedy=NEWER_CRIU, evidence=evidence)
+        return kind(what, why=NO_UDP_LITE_WHY, remedy=NO_UDP_LITE_REMEDY, evidence=evidence)
     return kind(what, why=why, evidence=evidence)  # the log itself goes with what was tried

@@ -16,8 +16,9 @@ from podferry.core.findings import require as require_none_against
 from podferry.core.labhost import TRIALS, Cgroups, Disk, LabHost, findings
 from podferry.errors import PodferryError
 from podferry.lab import cgroups, network, root_images, state
-from podferry.lab.debian import CRIU, OF_NODES, mirror
+from podferry.lab.debian import OF_NODES, mirror
 from podferry.lab.kernel import PIPE_MAX_SIZE
+from podferry.lab.kubernetes.portable_criu import of_nodes
 from podferry.lab.machine import NAMESPACES
 from podferry.lab.progress import Progress
 from podferry.node import host
@@ -73,7 +74,7 @@ def lab_host(lab: str, *, debian: str = OF_NODES, kubernetes: bool = False) -> L
         subnet=network_of_lab,
         clashes=tuple(routes_into(network_of_lab, Path("/proc/net/route").read_text())),
         ipv6=Path("/proc/net/if_inet6").exists(),
-        criu=CRIU[debian],
+        criu=of_nodes(debian, kubernetes=kubernetes),
         kubernetes=kubernetes,
     )
 

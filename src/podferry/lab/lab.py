@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from podferry.errors import Failed, Refused, TimedOut, UsageError
+from podferry.install.criu_bundle import DIRECTORY as OWN_CRIU
 from podferry.lab import (
     build_cache,
     cgroups,
@@ -27,7 +28,7 @@ from podferry.lab import (
     state,
 )
 from podferry.lab.debian import SUITES, require
-from podferry.lab.kubernetes import certificates, crio_package, daemons, deploy, image
+from podferry.lab.kubernetes import certificates, crio_package, daemons, deploy, image, portable_criu
 from podferry.lab.kubernetes.cluster import Kubectl
 from podferry.lab.kubernetes.pod_network import connect
 from podferry.lab.lab_settings import LabSettings, archives_of, runtime_on, services_of
@@ -330,6 +331,8 @@ class Lab:
         """What every machine is shown read-only, by the path it sees."""
         packages = site.site(image, progress)
         shown = {"/opt/podferry/site": packages, f"{_IMAGES}/job.tar": root_images.job_archive(progress)}
+        if not settings.kubernetes and portable_criu.late_wanted(settings.debian):  # in a cluster, agents bring one
+            shown[OWN_CRIU] = portable_criu.late_bundle(progress)
         if settings.kubernetes:
             shown[_KUBERNETES] = daemons.directory()
             shown[f"{_IMAGES}/pause.tar"] = root_images.pause_archive(progress)
