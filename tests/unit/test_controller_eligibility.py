@@ -105,6 +105,32 @@ def test_a_claim_must_be_one_that_two_nodes_can_have(modes: list[str], found: li
     assert reasons(made, Surroundings(claims={"data": claim}, runtime_class=CLASS)) == found
 
 
+ONCE, POD_ONCE = "ReadWriteOnce", "ReadWriteOncePod"
+PINNED: Json = {"required": {"nodeSelectorTerms": []}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "spec", "found"),
+    [
+        (ONCE, {"nfs": {"server": "s", "path": "/"}}, []),
+        (POD_ONCE, {"nfs": {"server": "s", "path": "/"}}, ["VolumeNotShared"]),
+        (ONCE, {"csi": {"driver": "nfs.csi.k8s.io"}}, []),
+        (ONCE, {"csi": {"driver": "ebs.csi.aws.com"}}, ["VolumeNotShared"]),
+        (ONCE, {"local": {"path": "/disk"}, "nodeAffinity": PINNED}, ["LocalVolume"]),
+        ("ReadWriteMany", {"local": {"path": "/a-share-on-each-of-them"}, "nodeAffinity": PINNED}, []),
+        ("ReadWriteMany", {"hostPath": {"path": "/share"}}, []),
+        (ONCE, {"hostPath": {"path": "/share"}}, ["VolumeNotShared"]),
+    ],
+)
+def test_a_claim_by_the_volume_that_it_is_bound_to(mode: str, spec: Json, found: list[str]) -> None:
+    claim = {"spec": {"accessModes": [mode], "volumeName": "pv"}}
+    made = pod(volumes=[{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}])
+    around = Surroundings(
+        claims={"data": claim}, volumes={"data": {"metadata": {"name": "pv"}, "spec": spec}}, runtime_class=CLASS
+    )
+    assert reasons(made, around) == found
+
+
 @pytest.mark.parametrize("part", ["subPath", "subPathExpr"])
 @pytest.mark.parametrize(("kind", "found"), [("emptyDir", ["SubPath"]), ("configMap", [])])
 def test_a_part_of_what_moves_along(part: str, kind: str, found: list[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from podferry.controller import placement
+from podferry.controller import placement, shares
 from podferry.errors import Refused
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.settings import MoveSettings
@@ -38,11 +38,13 @@ class PodUnfit(Refused):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What stands around the pod: its controller (None for a pod of its own), its claims by name, its RuntimeClass,
-    its node (None where that may not be read), and the uids of the other Migrations of its namespace that have not ended."""
+    """What stands around the pod: its controller (None for a pod of its own), its claims by name and, by the claims' names, the
+    volumes that these are bound to (as far as they may be read), its RuntimeClass, its node (None where that may not be read), and
+    the uids of the other Migrations of its namespace that have not ended."""
 
     owner: Json | None = None
     claims: Mapping[str, Json] = field(default_factory=dict)
+    volumes: Mapping[str, Json] = field(default_factory=dict)
     runtime_class: Json | None = None
     node: Json | None = None
     under_way: frozenset[str] = frozenset()
@@ -247,7 +249,7 @@ def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
                 remedy="use a volume that other nodes can reach, or an emptyDir, which moves along",
             )
         elif kind == "persistentVolumeClaim":
-            yield from _claim(name, volume[kind]["claimName"], around.claims)
+            yield from _claim(name, volume[kind]["claimName"], around)
         elif kind not in MOVABLE_VOLUMES:
             yield unfit(
                 "VolumeNotShared",
@@ -273,19 +275,31 @@ def _volumes(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         yield unfit("BlockVolume", "the pod uses raw block volumes", why=", ".join(blocks), remedy="use a file system")
 
 
-def _claim(volume: str, name: str, claims: Mapping[str, Json]) -> Iterator[PodUnfit]:
-    claim = claims.get(name)
+def _claim(volume: str, name: str, around: Surroundings) -> Iterator[PodUnfit]:
+    claim, bound = around.claims.get(name), around.volumes.get(name) or {}
     if claim is None:
         yield unfit(
             "VolumeMissing", "a claim of the pod does not exist", why=f"volume {volume}: {name}", remedy="create it"
         )
         return
     modes = claim.get("status", {}).get("accessModes") or claim["spec"].get("accessModes") or []
-    if not SHARED_ACCESS & set(modes):
+    spec = bound.get("spec") or {}
+    if SHARED_ACCESS & set(modes) or shares.holds(spec, modes):
+        return
+    if "local" in spec:
+        yield unfit(
+            "LocalVolume",
+            "the pod uses a disk of its node",
+            why=f"volume {volume}: claim {name} is bound to the local volume {bound['metadata']['name']}",
+            remedy="a local volume cannot follow its pod: use one that other nodes can reach",
+        )
+    else:
+        driver = (spec.get("csi") or {}).get("driver")
+        of = f" of {driver}" if driver else ""
         yield unfit(
             "VolumeNotShared",
             "the pod uses a volume that only one node can have",
-            why=f"volume {volume}: claim {name} is {', '.join(modes) or 'without an access mode'}",
+            why=f"volume {volume}: claim {name}{of} is {', '.join(modes) or 'without an access mode'}",
             remedy="use a claim with access mode ReadWriteMany: both nodes have it mounted for a moment",
         )
 

@@ -16,6 +16,7 @@ from podferry.kube.client import (
     NODES,
     REPLICASETS,
     RUNTIME_CLASSES,
+    VOLUMES,
     Fields,
     Labels,
     ResourceKind,
@@ -56,11 +57,13 @@ class Surveyor:
             if "persistentVolumeClaim" in volume
         ]
         claims = {name: claim for name in wanted if (claim := await self._find(CLAIMS, name, namespace))}
+        bound = {name: of for name, one in claims.items() if (of := one["spec"].get("volumeName"))}
         name = spec.get("runtimeClassName")
         others, _ = await self._api.list(MIGRATIONS, namespace)
         return Surroundings(
             owner=await self.owner(pod),
             claims=claims,
+            volumes={name: one for name, of in bound.items() if (one := await self._of_cluster(VOLUMES, of))},
             runtime_class=await self._of_cluster(RUNTIME_CLASSES, name) if name else None,
             node=await self._of_cluster(NODES, spec["nodeName"]) if spec.get("nodeName") else None,
             under_way=failures.under_way(others, migration.uid if migration else ""),
