@@ -145,7 +145,8 @@ def placeholder_pod(source: Json, migration: Migration, image: str, never: Itera
     }
     if migration.spec.node_selector:
         spec["nodeSelector"] = {**(spec.get("nodeSelector") or {}), **migration.spec.node_selector}
-    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [wanted["nodeName"], *never]}]
+    # The API server takes one name for each demand on a field.
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [one]} for one in (wanted["nodeName"], *never)]
     if migration.spec.target_node:
         fields = [{"key": "metadata.name", "operator": "In", "values": [migration.spec.target_node]}]
     _pin(spec, fields)
