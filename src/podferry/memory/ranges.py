@@ -4,6 +4,9 @@ A `Runs` is an immutable set of bytes, kept as sorted, disjoint, non-touching ha
 as the flat row of its boundaries, at which membership flips: the complement is the same row with the ends of the world
 added, and difference and union follow from it and from the intersection, which costs as much as the smaller set. The
 symmetric difference compares two almost equal sets, as a tracker does in every round, a block of boundaries at a time.
+
+Bitmaps (pyroaring) were measured in its place: what is made of a set are its runs, and those a bitmap would have to look for
+(docs/benchmarks/README.md, `scripts/ranges`).
 """
 
 from __future__ import annotations
