@@ -12,7 +12,7 @@ Its kubelet would call the source ready again within ten seconds (`syncPeriod` o
 removes the target, which has been so for less time. The admission policy `podferry-moved-pods` (deploy/policies.yaml) refuses it.
 
 That the owner lets the source go, and nobody takes it away from it, is for that case: it waits to see the deletion that
-it has asked for, and sees it only of a pod that it owns (`DeletionObserved`). Were the source nobody's when the request
+it has asked for, and sees it only of a pod that it owns (`DeletionObserved`). Were the source unowned when the request
 arrives, the owner would neither make nor remove a pod until it lost patience, after five minutes
 (`ExpectationsTimeout`). It does not ask and let go at once: one worker does both, one after the other.
 """
@@ -58,7 +58,7 @@ class HandOver:
         return None
 
     async def step(self, migration: Migration, source: Json | None, target: Json | None) -> float | None:
-        """The next of the four. None once the owner has the target and the source is nobody's; else when to come again."""
+        """The next of the four. None once the owner has the target and the source is unowned; else when to come again."""
         assert target is not None
         if not pods.took_place(target, migration):
             assert source is not None

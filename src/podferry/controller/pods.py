@@ -53,7 +53,7 @@ MY_ANNOTATIONS = (NAME_ANNOTATION, ORIGIN_ANNOTATION, HANDED_OVER_ANNOTATION, LE
 
 
 def target_pod(source: Json, migration: Migration, node: str, now: datetime.datetime) -> Json:
-    """The pod that takes the source's place on `node`, as it is created `now`: nobody's yet."""
+    """The pod that takes the source's place on `node`, as it is created `now`: which no owner counts yet."""
     spec = copy.deepcopy(source["spec"])
     for name in FILLED_IN:
         spec.pop(name, None)

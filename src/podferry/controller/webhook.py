@@ -128,7 +128,7 @@ async def serve(
 
 
 class _Server(FewAtOnce, ThreadingHTTPServer):
-    """The handshake is done in the connection's own thread: nobody's silence holds others up."""
+    """The handshake is done in the connection's own thread: a silent client holds up no other."""
 
     daemon_threads, block_on_close = True, False
     at_once = AT_ONCE

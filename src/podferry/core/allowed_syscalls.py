@@ -182,8 +182,8 @@ def _calls(
     if table == "x86":
         others = tuple(one for one in conditions if one.argument != 0)
         calls += [
-            (found[door], (ArgumentCondition(0, EQUAL, many.index(name) + 1), *others))
-            for door, many in _MANY_IN_ONE.items()
+            (found[call], (ArgumentCondition(0, EQUAL, many.index(name) + 1), *others))
+            for call, many in _MANY_IN_ONE.items()
             if name and name in many
         ]
     return calls

@@ -1,4 +1,4 @@
-"""Breakpoints: hold an agent at the door of a phase, to look at it or to kill it there.
+"""Breakpoints: hold an agent at the beginning of a phase, to look at it or to kill it there.
 
 With PODFERRY_BREAKPOINTS naming a directory, an agent that is about to act in a phase for which the directory holds a file
 `ROLE-PHASE-NAME` (say, `source-cut-over-train` for the container `train`, `source-cut-over-ns_train` for the pod `ns/train`)
@@ -18,7 +18,7 @@ POLL_INTERVAL = 0.02
 
 
 async def hold(role: str, phase: str, name: str) -> None:
-    """Wait at the gate of `phase`, for the container `name`, while it is closed."""
+    """Wait at the beginning of `phase` while there is a breakpoint for the container `name`."""
     directory = os.environ.get(VARIABLE)
     if not directory:
         return

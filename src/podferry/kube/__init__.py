@@ -1,1 +1,1 @@
-"""Kubernetes: the API server behind one door, the Migration object, watches, leases, events."""
+"""Kubernetes: the only client of the API server, the Migration object, watches, leases, events."""

@@ -1,4 +1,4 @@
-"""The one door to a cluster's API server.
+"""The client of a cluster's API server, the only one in podferry.
 
 Objects are plain JSON here. A pod that is cloned must lose nothing, and typed classes of one release would drop the
 fields of the next; so lightkube is used for what it knows best, finding and reading a cluster's configuration and

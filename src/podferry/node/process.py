@@ -1,10 +1,10 @@
-"""The one door through which podferry starts processes.
+"""The only module of podferry that starts processes.
 
 Every command runs with a small, known environment, closed stdin and its own session, so that a Ctrl-C in the
 terminal or a killed agent does not take half of a cut-over with it. A failed command raises `CommandFailed` with the
 command as it can be pasted into a shell, the signal's name where one ended it, and the last lines it printed.
 
-The idea of one door is mkosi's (`mkosi/run.py`).
+The idea of one such module is mkosi's (`mkosi/run.py`).
 """
 
 from __future__ import annotations

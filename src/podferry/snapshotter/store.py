@@ -30,7 +30,7 @@ class Layer:
 
 
 class LayerStore:
-    """One node's door to the layers of a share. `form` is how this node publishes; it reads every form in `forms`."""
+    """One node's access to the layers of a share. `form` is how this node publishes; it reads every form in `forms`."""
 
     def __init__(
         self,

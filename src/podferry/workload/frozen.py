@@ -82,7 +82,7 @@ def executes(cgroup: Cgroup) -> bool:
 
 
 def kill_frozen(journal: Part) -> None:
-    """Kill a frozen container, and open its door. May be called again after a failure."""
+    """Kill a frozen container, and let `exec` in again. May be called again after a failure."""
     if (facts := journal.held("network-lock")) is not None:
         Namespace(**facts).unlock()  # before the kill: it may be found by a process
     if (facts := journal.held("held-dump")) is not None:
@@ -119,8 +119,8 @@ def signal_of(word: str) -> signal.Signals | None:
 
 @contextmanager
 def unless_gone(cgroup: Cgroup) -> Iterator[None]:
-    """A cgroup that went with its container needs nothing done to it. One that is there and fails is still owed what was tried:
-    the error goes on to whoever tries again and tells."""
+    """A cgroup that went with its container needs nothing done to it. One that is there and fails still has
+    to be given back what was taken: the error goes on to whoever tries again."""
     try:
         yield
     except (CgroupFailed, Refused):

@@ -78,7 +78,7 @@ class Output:
 class RunningContainer:
     """A container that runs: its record, its task, its upper directory, where its output goes, the flags of its dump, and CRIU's
     settings for it. The small files `enclosed` go with CRIU's images, by these names. `guarded`: while it stands still nobody kills
-    it, and nobody's `exec` counts against it: the kubelet has it, and takes what does not answer for dead."""
+    it, and an `exec` does not count against it: the kubelet has it, and takes what does not answer for dead."""
 
     record: Container
     task: Task
@@ -181,7 +181,7 @@ class SourceContainer(FrozenContainer):
             self.journal.release("quota")
 
     def _freeze_without_exec_sessions(self, timeout: float) -> None:
-        """An `exec` that had passed the door before it was shut may have come in after the others were sent out."""
+        """An `exec` that podferry-runc let in before the lock was set may have started after the others were ended."""
         self._freeze_apart_from_vfork(timeout)
         for _ in range(FREEZES):
             if not exec_sessions(self._task.pid, self.cgroup.pids()):
