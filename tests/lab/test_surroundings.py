@@ -176,9 +176,9 @@ def test_criu_is_bundled_although_tmp_runs_no_programs(tmp_path: Path) -> None:
     """Its libraries are found by running it."""
     script = f"""
 from pathlib import Path
-from podferry.lab.kubernetes import criu
-criu.cached = lambda kind, recipe, build: build(Path({str(tmp_path)!r}) / "criu")
-criu.bundle(print)
+from podferry.lab.kubernetes import portable_criu
+portable_criu.cached = lambda kind, recipe, build: build(Path({str(tmp_path)!r}) / "criu")
+portable_criu.bundle(print)
 """
     stage = noexec_tmp(tmp_path) + '\nexec "$@"'
     done = run(

@@ -141,11 +141,11 @@ print(peak() - before)
 READS = (
     PEAK
     + """
-from podferry.criu import images
+from podferry.criu import dump_images
 from podferry.criu.rights import _all
 path = Path(sys.argv[1])
 before = peak()
-found = list(_all(path, "files")) if path.name == "files.img" else images.dumped_areas(path, 1)
+found = list(_all(path, "files")) if path.name == "files.img" else dump_images.dumped_areas(path, 1)
 print(peak() - before)
 """
 )
