@@ -1,8 +1,8 @@
 """A CRIU that runs on any node: with its libraries and its loader, taken out of Debian's packages.
 
 Agents bring that of Debian testing to the nodes of a cluster. Linux 7.1 and later need CRIU 4.3, which no release of Debian has.
-It fails to restore memfds that are mapped (4.3-1~exp2), so a lab's nodes have it, from experimental, only where they cannot
-work without.
+It fails to restore a memfd with both a shared and a private mapping (4.3-1~exp2), so a lab's nodes have it, from experimental,
+only where they cannot work without.
 """
 
 from __future__ import annotations
