@@ -224,6 +224,7 @@ ATTACKS: dict[str, Any] = {
         "linux/resources/devices+", {"allow": True, "type": "b", "major": 253, "minor": 0, "access": "r"}
     ),
     "every character device": changed("linux/resources/devices+", {"allow": True, "type": "c", "access": "rw"}),
+    "rules for devices that are no list": changed("linux/resources/devices", {"allow": True, "access": "rwm"}),
     "a rule that says neither": changed("linux/resources/devices+", {"type": "a", "access": "rwm"}),
     "a number that is a word": changed(
         "linux/resources/devices+", {"allow": True, "type": "c", "major": True, "minor": 3, "access": "rw"}

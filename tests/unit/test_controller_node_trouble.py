@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from podferry.controller.node_trouble import TRIGGERS, Trigger, trigger_of, trouble_of
+from podferry.controller.node_trouble import AGAIN, TRIGGERS, NodeTroubles, Trigger, trigger_of, trouble_of
 from podferry.controller.program import pruned_node
 from podferry.errors import UsageError
-from podferry.kube.drain import BY_ANNOTATION
+from podferry.kube.api_errors import ObjectAlreadyExists
+from podferry.kube.cache import Cache
+from podferry.kube.drain import BY_ANNOTATION, TROUBLE_ANNOTATION
 
 pytestmark = pytest.mark.unit
 NOW = datetime(2026, 11, 30, 12, 0, tzinfo=UTC)
 SPOT = "aws-node-termination-handler/spot-itn"
 OURS = (*TRIGGERS, Trigger("annotation", "example.com/maintenance", 60.0))
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def node(*, taints: Any = (), conditions: Any = (), **annotations: str) -> dict[str, Any]:
@@ -86,3 +94,88 @@ def test_a_trigger_is_read_from_the_command_line() -> None:
     for wrong in ("taint:example.com/going", "taint=2m", "label:a=2m", "taint:=2m", "taint:a=soon", ""):
         with pytest.raises(UsageError):
             trigger_of(wrong)
+
+
+class Cluster:
+    """A node and its drain, if any, as the controller remembers them, and what it writes."""
+
+    def __init__(self, node: dict[str, Any] | None, drain: dict[str, Any] | None = None) -> None:
+        self._known = {"Node": node, "NodeDrain": drain}
+        self.written: list[tuple[str, dict[str, Any]]] = []
+        self.faster = False
+
+    def store(self, kind: Any) -> Any:
+        return SimpleNamespace(get=lambda namespace, name: self._known[kind.kind])
+
+    async def create(self, kind: Any, body: dict[str, Any], namespace: str = "") -> dict[str, Any]:
+        if self.faster:
+            raise ObjectAlreadyExists("somebody drains it already")
+        self.written.append((f"create {kind.kind}", body))
+        return body
+
+    async def patch(self, kind: Any, name: str, patch: dict[str, Any], *, uid: str) -> None:
+        assert (kind.kind, name, uid) == ("NodeDrain", "n", "d1")
+        self.written.append(("patch", patch))
+
+    async def delete(self, kind: Any, name: str, *, uid: str) -> None:
+        assert (kind.kind, name, uid) == ("NodeDrain", "n", "d1")
+        self.written.append(("delete", {}))
+
+
+GOES = {**node(), "metadata": {"name": "n", "uid": "n1", "annotations": {BY_ANNOTATION: "2026-11-30T13:00:00Z"}}}
+CAUSE = f"annotation {BY_ANNOTATION}=2026-11-30T13:00:00Z"
+
+
+def drain(phase: str = "Draining", about: str = "", **spec: Any) -> dict[str, Any]:
+    annotations = {TROUBLE_ANNOTATION: about} if about else {}
+    return {
+        "metadata": {"name": "n", "uid": "d1", "annotations": annotations},
+        "spec": spec,
+        "status": {"phase": phase},
+    }
+
+
+async def step(cluster: Cluster) -> float | None:
+    return await NodeTroubles(cast(Cache, cluster)).step("n")
+
+
+@pytest.mark.anyio
+async def test_a_node_that_goes_away_is_drained_until_then_and_its_event_says_so() -> None:
+    cluster = Cluster(GOES)
+    assert await step(cluster) is None
+    (_, made), (event, said) = cluster.written
+    assert made["metadata"] == {"name": "n", "annotations": {TROUBLE_ANNOTATION: CAUSE}}
+    assert made["spec"] == {"deadline": "2026-11-30T13:00:00Z", "cause": CAUSE}
+    assert (event, said["reason"], said["type"]) == ("create Event", "DrainBegins", "Warning")
+    cluster.faster = True
+    assert await step(cluster) == AGAIN
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("deadline", "hurried"),
+    [
+        (None, "2026-11-30T13:00:00Z"),
+        ("2026-11-30T14:00:00Z", "2026-11-30T13:00:00Z"),
+        ("2026-11-30T12:30:00Z", "2026-11-30T12:30:00Z"),
+    ],
+)
+async def test_a_drain_that_somebody_asked_for_gets_the_sooner_deadline(deadline: str | None, hurried: str) -> None:
+    cluster = Cluster(GOES, drain(**({} if deadline is None else {"deadline": deadline})))
+    assert await step(cluster) is None
+    annotations = {"annotations": {TROUBLE_ANNOTATION: CAUSE}}
+    assert cluster.written == [("patch", {"metadata": annotations, "spec": {"deadline": hurried}})]
+
+
+@pytest.mark.anyio
+async def test_a_drain_is_begun_hurried_and_forgotten_once() -> None:
+    known = Cluster(GOES, drain(about=CAUSE))
+    assert (await step(known), known.written) == (None, [])
+    ended = Cluster(GOES, drain("Completed", about="another"))
+    assert (await step(ended), ended.written) == (AGAIN, [("delete", {})])
+    over = Cluster({**node(), "metadata": {"name": "n"}}, drain("Completed", about=CAUSE))
+    assert await step(over) is None
+    assert over.written == [("patch", {"metadata": {"annotations": {TROUBLE_ANNOTATION: None}}})]
+    for nothing in (drain(about=CAUSE), drain("Completed"), None):
+        goes_on = Cluster({**node(), "metadata": {"name": "n"}}, nothing)
+        assert (await step(goes_on), goes_on.written) == (None, [])
