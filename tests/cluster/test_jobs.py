@@ -174,6 +174,37 @@ def test_a_jobs_pod_moves_there_and_back_twice_while_it_computes(installed: Lab,
         until(lambda node=node: not installed.exec(node, ["sh", "-c", LEFT]).stdout, f"nothing is left on {node}")  # type: ignore[misc]
 
 
+# The kubelet writes that file, with the pod's name and address: the first look on the target ends the job.
+ENDS_WHEN_IT_HAS_MOVED = """
+import time
+here = open("/etc/hosts").read()
+print("begun", flush=True)
+while open("/etc/hosts").read() == here:
+    time.sleep(0.001)
+print("moved", flush=True)
+"""
+
+
+def test_a_job_that_ends_as_soon_as_it_has_moved_has_succeeded(installed: Lab) -> None:
+    """More on this, on agents without a controller: test_brief_pods.py."""
+    kubectl, name = installed.kubectl(), "brief"
+    wanted = manifest(name, A)
+    wanted["spec"]["template"]["spec"]["containers"][0]["command"] = ["python3", "-c", ENDS_WHEN_IT_HAS_MOVED]
+    try:
+        kubectl.run("apply", "-f", "-", input=json.dumps(wanted))
+        until(lambda: pods(kubectl, name) and lines(kubectl, name) == ["begun"], "it runs")
+        (pod,) = pods(kubectl, name)
+        status = move(kubectl, pod["metadata"]["name"], B if pod["spec"]["nodeName"] == A else A)
+        assert status["phase"] == "Completed", json.dumps(status, indent=1)
+        kubectl.run("wait", "--for=condition=Complete", f"job/{name}", f"--timeout={PATIENCE:.0f}s")
+        status = json.loads(kubectl.run("get", "job", name, "-o", "json").stdout)["status"]
+        assert (status["succeeded"], status.get("failed", 0)) == (1, 0)
+        assert lines(kubectl, name) == ["begun", "moved"]
+    finally:
+        kubectl.run("delete", "job", name, "--ignore-not-found", "--wait")
+        kubectl.run("delete", "migrations", "--all", "--wait")
+
+
 WITHOUT = {
     "our criu": "rm {0}",
     "a way to the agent's Python": "printf '#!/bin/sh\\nexit 1\\n' > {0}",

@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 import podferry.node
-from podferry.criu.incoming import Incoming, WrapperGone, pod_key, remove
+from podferry.criu.incoming import PARENT, Incoming, WrapperGone, pod_key, remove
 from podferry.criu.waiting import wake
 from podferry.errors import Bug, TimedOut, UsageError
 from podferry.lab.state import CACHE
@@ -37,7 +38,7 @@ GLOBALS = ["--root", "/run/containerd/runc/k8s.io", "--log", "LOG", "--log-forma
 CREATE = ["create", "--bundle", "/bundle", "--pid-file", "/bundle/init.pid"]
 # The lab's node image has a static busybox; elsewhere it is rarely installed.
 OF_THE_LAB = next((str(one) for one in CACHE.glob("node-*/usr/bin/busybox")), "busybox")
-SHELLS = {"dash": ["dash"], "busybox": [shutil.which("busybox") or OF_THE_LAB, "sh"]}
+SHELLS = {"dash": ["dash"], "bash": ["bash", "--posix"], "busybox": [shutil.which("busybox") or OF_THE_LAB, "sh"]}
 
 
 class Bench:
@@ -537,3 +538,84 @@ def test_crio_is_told_that_what_was_restored_is_created_until_it_has_started_it(
     (bench.run / "restored/job").write_text("")
     (bench.path / "bin/runc").write_text("#!/bin/sh\nexit 5\n")
     assert bench.end("--root=/run/runc", "state", "job")[0] == 5
+
+
+CRIU = """#!{python}
+# As runc asks it: makes, in a restore, a job beside itself as CRIU does, that has ended before it answers.
+import ctypes, os, pathlib, signal, socket
+CLONE_PARENT, CLONE = 0x8000, {{"x86_64": 56, "aarch64": 220}}[os.uname().machine]
+with socket.socket(fileno=3) as runc:
+    answer = runc.recv(64)
+    if answer == b"restore":
+        assert sorted(os.listdir("/proc/self/fd")) == ["0", "1", "2", "3", "4", "8"]  # 4 is the listing's
+        assert os.readlink("/proc/self/fd/0") == os.environ["STDIN"]
+        pid = ctypes.CDLL(None).syscall(CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+        if pid == 0:
+            os.closerange(0, 64)
+            os._exit(7)
+        pathlib.Path(os.environ["PODFERRY_RUN"], "incoming/job/whole").touch()  # by the action script
+        while pathlib.Path(f"/proc/{{pid}}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            pass
+        answer = str(pid).encode()
+    runc.send(answer)
+"""
+RUNC = """#!{python}
+import os, socket, subprocess, sys
+for question in (b"version", b"restore") if "restore" in sys.argv else ():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    criu = subprocess.Popen(["criu", "swrk", "3"], pass_fds=[3], preexec_fn=lambda: os.dup2(theirs.fileno(), 3))
+    theirs.close()
+    ours.send(question)
+    answer = ours.recv(64)
+    assert ours.recv(64) == b"", "nobody else has its end"
+    assert criu.wait() == 0
+    ours.close()
+    print(answer.decode(), flush=True)
+"""
+SHIM = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+word, wrapper = sys.argv[1], sys.argv[2:]
+made = subprocess.run([*wrapper, "create", "job"], stdout=subprocess.PIPE, check=True, text=True)
+version, pid = made.stdout.split()
+def reaped(pid):
+    try:
+        return os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return (0, 0)
+print(reaped(int(pid)), flush=True)
+subprocess.run([*wrapper, word, "job"], check=True)
+while (found := reaped(int(pid))) == (0, 0):
+    pass
+print(os.waitstatus_to_exitcode(found[1]), flush=True)
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    print("nobody is left")
+"""
+
+
+@pytest.mark.parametrize("word", ["start", "kill", "delete"])
+def test_an_end_before_the_start_is_not_seen_until_then(bench: Bench, word: str) -> None:
+    """containerd's shim refuses to start what it has seen end."""
+    for name, program in (("criu", CRIU), ("runc", RUNC)):
+        (bench.path / "bin" / name).write_text(program.format(python=sys.executable))
+        (bench.path / "bin" / name).chmod(0o755)
+    with Incoming.prepare("job", run=bench.run) as incoming, (bench.path / "stdin").open("w+") as stdin:
+        criu = incoming.path / "bin/criu"
+        script = PARENT.read_text().removeprefix("#!/bin/sh\n")
+        criu.unlink()
+        criu.write_text(f"#!{' '.join([shutil.which(bench.shell[0]) or '', *bench.shell[1:]])}\n{script}")
+        criu.chmod(0o755)
+        places = {"PODFERRY_RUN": str(bench.run), "PODFERRY_STATE": str(bench.state), "STDIN": stdin.name}
+        env = {"PATH": f"{bench.path / 'bin'}:{os.environ['PATH']}", **places}
+        shim = [sys.executable, "-c", SHIM, word, *bench.shell, str(WRAPPER)]
+        bench.children.append(
+            child := spawn(shim, env=env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+        incoming.wait_prepared(20)
+        incoming.restore()
+        said, complained = child.communicate(timeout=120)
+    assert not complained, complained.decode()
+    assert said.decode().splitlines() == ["(0, 0)", "7", "nobody is left"]

@@ -28,7 +28,10 @@ RUN = Path("/run/podferry")
 STOPPED = Path(__file__).with_name("gated") / "stopped"
 ON_NODE = Path("/opt/podferry/gated/stopped")
 """CRIU's action script, and where the installer puts it for agents in pods."""
-_FIFOS = ("poised", "verdict", "stopped", "inspected")
+PARENT = STOPPED.with_name("parent")
+PARENT_ON_NODE = ON_NODE.with_name("parent")
+"""What stands for CRIU in the restore: the parent of the container's first process until containerd has started it."""
+_FIFOS = ("poised", "verdict", "stopped", "inspected", "ended")
 TAKEN_TIMEOUT = 10.0  # seconds
 RESTORE_FLAGS = frozenset({"--lazy-pages", "--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job"})
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
@@ -54,9 +57,27 @@ def remove(directory: Path, key: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def forget(run: Path, container: str) -> None:
+    """Remove podferry-runc's mark that it has restored the container, and let go of its first process (`gated/parent`)."""
+    mark = run / "restored" / container
+    with contextlib.suppress(FileNotFoundError):
+        if mark.is_fifo():
+            with contextlib.suppress(OSError):  # nobody is there any more
+                let_go = os.open(mark, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                os.write(let_go, b"\n")
+                os.close(let_go)
+        mark.unlink()
+
+
 def _draft(path: Path) -> Path:
     """Where a directory is made that podferry-runc finds at `path` once it is whole: keys do not begin with a dot."""
     return path.with_name(f".{path.name}.draft")
+
+
+def _runs(here: Path, on_node: Path) -> Path | None:
+    """The script, where the node's processes find it and can run it."""
+    script = on_node if outside.in_pod() else here
+    return script if os.access(outside.root() / script.relative_to("/"), os.X_OK) else None
 
 
 class Incoming:
@@ -108,9 +129,11 @@ class Incoming:
         for directory in (draft, draft / "images", draft / "work"):
             private_directory(directory, below=run, new=True)
         (draft / "restore").write_text(" ".join(flags) + "\n")
-        script = ON_NODE if outside.in_pod() else STOPPED
-        if os.access(outside.root() / script.relative_to("/"), os.X_OK):
+        if (script := _runs(STOPPED, ON_NODE)) is not None:
             criu_conf += f"\naction-script {script}\n"
+            if (parent := _runs(PARENT, PARENT_ON_NODE)) is not None:
+                private_directory(draft / "bin", below=run, new=True)
+                (draft / "bin/criu").symlink_to(parent)
         if criu_conf:
             (draft / "criu.conf").write_text(criu_conf)
         if network:
@@ -128,7 +151,7 @@ class Incoming:
         self = cls(run, key)
         if not (self.path / "restore").exists():
             raise WrapperGone(f"nothing was prepared for {key}", why=f"no {self.path}")
-        for name in _FIFOS:  # the dead agent's wrapper has read its end of file: nobody has these open
+        for name in (*_FIFOS, "whole"):  # the dead agent's wrapper has read its end of file: nobody has these open
             (self.path / name).unlink(missing_ok=True)
         if NetworkSetup.wanted(self.path):
             self._network = NetworkSetup(self.path)

@@ -71,6 +71,7 @@ def install(
     write(str(dump_gate.ON_NODE), dump_gate.SHIM.read_bytes(), 0o755)
     write(str(network_setup.ON_NODE), network_setup.SCRIPT.read_bytes(), 0o755)
     write(str(incoming.ON_NODE), incoming.STOPPED.read_bytes(), 0o755)
+    write(str(incoming.PARENT_ON_NODE), incoming.PARENT.read_bytes(), 0o755)
     if criu_bundle.wanted(root.top):
         if not bundle.is_dir():
             raise Refused(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
 
 from podferry.core.undo import Handler
+from podferry.criu.incoming import forget
 from podferry.criu.incoming import remove as remove_incoming
 from podferry.workload.config import Config
 from podferry.workload.helpers import kill_helper
@@ -17,13 +15,9 @@ from podferry.workload.threads import threaded
 def handlers(config: Config) -> dict[str, Handler]:
     """How each thing that the ledger of a container on the target may hold, whoever makes it, is taken back."""
 
-    def remove_mark(facts: Mapping[str, Any]) -> None:
-        with suppress(FileNotFoundError):
-            (config.run / "restored" / facts["key"]).unlink()
-
     return {
         "scratch": threaded(lambda facts: shutil.rmtree(facts["directory"], ignore_errors=True)),
         "incoming": threaded(lambda facts: remove_incoming(config.incoming, facts["key"])),
-        "restored": threaded(remove_mark),
+        "restored": threaded(lambda facts: forget(config.run, facts["key"])),
         "lazy-pages-daemon": threaded(kill_helper),
     }
