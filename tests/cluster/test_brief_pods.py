@@ -58,7 +58,9 @@ class Source:
 
     def lines(self) -> list[str]:
         self._file.seek(0)
-        return [line.split(" ", 3)[3] for line in self._file.read().split("\n")[:-1]]
+        words = [line.split(" ", 3) for line in self._file.read().split("\n")[:-1]]
+        # the agent ends the last line with a partial one, of no content where it was whole
+        return "".join(text + ("\n" if tag == "F" else "") for _, _, tag, text in words).splitlines()
 
 
 def move(movers: Movers, here: Json, mode: str, name: str) -> Json:
