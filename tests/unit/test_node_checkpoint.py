@@ -96,6 +96,7 @@ def test_dump_options_are_checked(tmp_path: Path) -> None:
             "did not stop",
         ),
         ("Error (criu/page-pipe.c:418): page-pipe: tee: 65536: Operation not permitted", "pipes"),
+        ("Error (criu/page-pipe.c:203): page-pipe: create_page_pipe: Can't allocate 343 bytes", "would take 343 bytes"),
         ("Error (criu/cr-dump.c:389): Can't get rlimit 0: Operation not permitted", "not root's"),
     ],
 )

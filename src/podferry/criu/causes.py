@@ -382,6 +382,12 @@ CAUSES = (
         "free space where the agent keeps its state",
     ),
     _cause(
+        r"create_page_pipe: Can't allocate (\d+) bytes",
+        "page-pipe: create_page_pipe: Can't allocate 34365462128 bytes",
+        "CRIU's table of the job's address space would take {1} bytes: the job has reserved too much of it, used or not",
+        "have the job reserve less (MariaDB 11.8 reserves 8 TiB unless it gets --innodb-buffer-pool-size-max)",
+    ),
+    _cause(
         r"Cannot allocate memory",
         "Can't fork for 7: Cannot allocate memory",
         "there is too little memory, or a limit on processes is reached",
