@@ -225,7 +225,8 @@ class Stock:
         argv = self._ssh(user)
         done = run([*argv, f"sh -euc {shlex.quote(self.environment + script)}"], check=False, timeout=timeout)
         done = Completed([f"on {self.suite}: {script}"], done.returncode, done.stdout, done.stderr)
-        if check:
+        if check and done.returncode:
+            print(done.stdout[-4000:], done.stderr[-4000:])  # pytest shows of an error no more than what failed
             raise_for(done)
         return done
 
