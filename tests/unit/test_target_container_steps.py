@@ -401,6 +401,9 @@ async def test_a_podferry_runc_that_waits_no_more_is_told_with_the_reason(tmp_pa
     job = made(tmp_path, said)
     gone = Failed("podferry-runc has ended")
     job._incoming = cast(Any, SimpleNamespace(fileno=lambda: reader, gone=lambda why: said.append(why) or gone))
+    with anyio.move_on_after(0.05) as waits:
+        await job.lost()
+    assert waits.cancelled_caught, "as long as it waits, nothing is lost"
     os.close(writer)
     with anyio.fail_after(120):
         assert await job.lost() is gone
