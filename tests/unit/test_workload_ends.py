@@ -154,12 +154,12 @@ async def test_a_job_that_ends_by_itself_is_told_with_its_status(
 
 
 def test_memory_of_processes_that_end_is_forgotten_on_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pid_inside(pid: int) -> int:
+    def number_inside(pid: int) -> int:
         if pid == 12:
             raise ProcessLookupError("it came and went")
         return pid - 9
 
-    monkeypatch.setattr(source_memory, "pid_inside", pid_inside)
+    monkeypatch.setattr(source_memory, "number_inside", number_inside)
     monkeypatch.setattr(source_memory, "worth_skipping", lambda runs: runs.size > 8192)
     memory = SourceMemory.__new__(SourceMemory)
     memory._number, memory._sent, memory._pids, memory._readers, memory._left = 1, {}, {}, {}, None
@@ -221,7 +221,7 @@ def test_a_frozen_original_has_all_its_memory_left(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         frozen, "create", lambda kind, pids: SimpleNamespace(final=lambda: SimpleNamespace(address_spaces=written))
     )
-    monkeypatch.setattr(frozen, "pid_inside", lambda pid: pid - 9)
+    monkeypatch.setattr(frozen, "number_inside", lambda pid: pid - 9)
     original = FrozenContainer(
         Part(Journal(tmp_path / "j"), 2), cast(Any, SimpleNamespace(runc_root=lambda r: "")), JOB
     )
