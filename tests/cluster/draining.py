@@ -24,7 +24,7 @@ Json = dict[str, Any]
 PATIENCE = 600.0
 APP = "drained"
 STAYS = "stays-0"
-"""The pod of the StatefulSet, which cannot move yet."""
+"""The pod of the StatefulSet, which cannot move."""
 ELIGIBLE = 10
 # It counts, five times a second, and touches memory, so that there is something to copy. Jobs end well when they are told to.
 COUNT = """
@@ -70,7 +70,7 @@ def template(restart: str) -> Json:
 
 
 def owners() -> Iterator[Json]:
-    """Ten pods that can move, of five kinds of owners, and one of a StatefulSet that cannot."""
+    """Ten pods that can move, of five kinds of owners, and one of a StatefulSet that cannot: it has a directory of its node."""
 
     def of(api: str, kind: str, name: str, spec: Json) -> Json:
         return {"apiVersion": api, "kind": kind, "metadata": {"name": name, "labels": {"app": APP}}, "spec": spec}
@@ -88,7 +88,8 @@ def owners() -> Iterator[Json]:
         body = {**always, "metadata": {"labels": own}}
         yield of("apps/v1", kind, name, {"replicas": 2, "selector": {"matchLabels": own}, "template": body})
     own = {"app": APP, "name": "stays"}
-    body = {**always, "metadata": {"labels": own}}
+    bound = {**always["spec"], "volumes": [{"name": "own", "hostPath": {"path": "/tmp"}}]}
+    body = {"metadata": {"labels": own}, "spec": bound}
     yield of("apps/v1", "StatefulSet", "stays", {"selector": {"matchLabels": own}, "serviceName": "", "template": body})
 
 

@@ -44,6 +44,12 @@ class Directory:
             raise Refused(f"{source} offers {id} twice")
         self.say(id, "admitted", {"pod": str(pod), "source": source, "mode": mode})
 
+    def keeps_name(self, id: str) -> bool:
+        return False
+
+    async def replaced(self, id: str) -> bool:
+        return False
+
     async def target_pod(self, id: str) -> PodName:
         self.say(id, "wants-pod", {})
         answer = await self.hear(id, "pod")

@@ -33,6 +33,7 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
         self.oldest = 0
         self.refuse: list[tuple[str, str, int, Json]] = []
         """(verb, part of the path, status, body): what to refuse, once each."""
+        self.keeps_names = True
         self._news = anyio.Event()
         self._away = False
 
@@ -81,7 +82,7 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
                 return 201, self._delete(key, body.get("deleteOptions") or {})
             case "POST":
                 assert body is not None
-                return 201, self._create(collection, body)
+                return 201, self._create(collection, body, dry="dryRun" in query)
             case "PUT":
                 assert body is not None
                 old = self._get(key)
@@ -110,11 +111,28 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
             raise _Wrong(404, "NotFound", f"{key[-1]} not found")
         return self.objects[key]
 
-    def _create(self, collection: Path, body: Json) -> Json:
+    def _keep_names(self, collection: Path, about: Json) -> None:
+        """deploy/policies.yaml's `podferry-kept-names`."""
+        for key, one in self.objects.items():
+            status = one.get("status") or {}
+            if (
+                self.keeps_names
+                and collection[-1] == "pods"
+                and key[-2] == "migrations"
+                and one["metadata"]["namespace"] == collection[-2]
+                and status.get("keepsName")
+                and status["phase"] in ("Running", "HandingOver")
+                and status["sourcePod"]["name"] == about["name"]
+                and (about.get("labels") or {}).get("podferry.dev/migration-uid") != one["metadata"]["uid"]
+            ):
+                raise _Wrong(403, "Forbidden", "ValidatingAdmissionPolicy 'podferry-kept-names' denied request")
+
+    def _create(self, collection: Path, body: Json, *, dry: bool = False) -> Json:
         about = body["metadata"]
         if "name" not in about:
             about["name"] = about["generateName"] + secrets.token_hex(3)[:5]
         key = (*collection, about["name"])
+        self._keep_names(collection, about)
         if key in self.objects:
             raise _Wrong(409, "AlreadyExists", f"{about['name']} already exists")
         if "namespaces" in collection[:-1]:
@@ -126,6 +144,8 @@ class FakeApiServer(httpx2.AsyncBaseTransport):
         new["metadata"] |= {"uid": secrets.token_hex(8), "creationTimestamp": now, "generation": 1}
         if collection[-1] == "pods":
             new["status"] = {"phase": "Pending"}
+        if dry:
+            return new
         return self._store(key, new, "ADDED")
 
     def _put(self, key: Path, old: Json, new: Json) -> Json:

@@ -79,6 +79,14 @@ class SourcePod(Several):
 class FakeKubeletContainer(FakeContainerMaker):
     """`podferry.workload.makers.kubelet.KubeletContainer` on a `TargetNode`."""
 
+    @property
+    def key(self) -> str:
+        return f"m_{self.node.number}"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.node.number)
+
     def mark_arrived(self) -> None:
         self.node.marked = True
 
@@ -108,6 +116,10 @@ class Named(Guarded):
 class PodRig(Rig):
     """The rig, its job a pod of two containers. The second's methods are points as well: `1 dump`."""
 
+    keeps: bool = False
+    """Whether the target pod has the source's name."""
+    was_replaced: bool = False
+    """Whether the source's object is gone for the target pod's."""
     given_back: list[str] = field(default_factory=list)
     handed_over: list[str] = field(default_factory=list)
 
@@ -120,7 +132,20 @@ class PodRig(Rig):
 
     async def target_pod(self, id: str) -> PodName:
         await self.apoint("target", "target_pod", "before")
+        if self.keeps:
+            if not self.passed_the_right:
+                self.violations.append("the source's object goes before the right to run has passed")
+            self.configs["b"].incoming.mkdir(parents=True, exist_ok=True)
+            self.was_replaced = True
+            await self.apoint("target", "target_pod", "after")
         return PodName("ns", "job.2", "uid-target")
+
+    def keeps_name(self, id: str) -> bool:
+        return self.keeps
+
+    async def replaced(self, id: str) -> bool:
+        await self.apoint("source", "replaced", "before")
+        return self.was_replaced
 
     async def give_back(self, id: str) -> None:
         await self.apoint("target", "give_back", "before")
@@ -147,7 +172,9 @@ class PodRig(Rig):
         return [first, *(Named(one, (fake,), self, side, str(number)) for number, one in enumerate(others, 1))]
 
     def owner(self, journal: Any) -> Any:
-        return KubeletOwner(journal, lambda: self.hand_over("m"), departed=self.departed)
+        return KubeletOwner(
+            journal, lambda: self.hand_over("m"), departed=self.departed, replaced=lambda: self.replaced("m")
+        )
 
     def maker(self, config: Any, journal: Any) -> Any:
         return KubeletMaker(config, journal, self)  # type: ignore[arg-type]
@@ -175,5 +202,6 @@ class PodRig(Rig):
         elif source.value in ("rolled-back", "cancelled", "refused"):
             assert not self.handed_over
             assert not self.departed.exists(), "what is still here may not start again"
+            assert not self.was_replaced, "a job goes on in a pod that is not there"
             with suppress(IndexError):
-                assert self.given_back or "prepared" not in self.phases("b")
+                assert self.given_back or self.keeps or "prepared" not in self.phases("b")

@@ -54,16 +54,16 @@ def test_a_container_that_cannot_have_its_memory_has_crashed_and_the_pod_is_ther
 
 
 @cache
-def points(mode: Mode) -> list[tuple[str, str]]:
+def points(mode: Mode, *, keeps: bool = False) -> list[tuple[str, str]]:
     """Where a pod's move passes that a container's does not."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        rig = PodRig(Path(directory))
+        rig = PodRig(Path(directory), keeps=keeps)
         rig.move(mode, patch)
         return [
             (side, name)
             for side, name in unique(rig.trace)
             if name.startswith("1 ")
-            or name in ("target_pod", "hand_over", "release", "commit", "freeze", "dump", "make_ready")
+            or name in ("target_pod", "hand_over", "release", "commit", "freeze", "dump", "make_ready", "make_late")
         ]
 
 
@@ -78,3 +78,54 @@ def test_whatever_breaks_all_of_it_runs_on_one_node(
 ) -> None:
     rig = PodRig(tmp_path, [Fault(side, name, act, when)], resolve=SourceEvent.RESOLVED_HERE)
     rig.move(mode, monkeypatch)
+
+
+# A pod that keeps its name: the target's is made after GO, when the source's object is gone.
+
+
+def test_a_pod_that_keeps_its_name_is_made_after_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = PodRig(tmp_path, keeps=True)
+    rig.move(Mode.LIVE, monkeypatch)
+    assert rig.phase("a") == SourcePhase.COMPLETED
+    assert rig.was_replaced
+    passed = unique(rig.trace)
+    assert (
+        passed.index(("target", "verify"))
+        < passed.index(("target", "target_pod"))
+        < passed.index(("target", "release"))
+    )
+    assert not list(rig.configs["b"].incoming.iterdir()), "podferry-runc still finds a way in"
+
+
+@pytest.mark.parametrize("point", ["make_late", "release", "1 release"])
+def test_what_cannot_run_there_any_more_is_killed_here_once_its_object_is_gone(
+    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = PodRig(tmp_path, [Fault("target", point, fail, "after" if point == "make_late" else "before")], keeps=True)
+    rig.move(Mode.LIVE, monkeypatch)
+    assert rig.phase("a") == SourcePhase.FAILED
+    assert rig.was_replaced
+    assert not rig.source.alive
+    assert "the job is lost" in rig.records["a"]["reason"]
+    assert len(rig.given_back) == 1
+
+
+def test_a_job_goes_on_where_its_object_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = PodRig(tmp_path, [Fault("target", "make_late", fail)], keeps=True)
+    rig.move(Mode.LIVE, monkeypatch)
+    assert rig.phase("a") == SourcePhase.ROLLED_BACK
+    assert rig.passed_the_right
+    assert not rig.was_replaced
+    assert rig.source.executing
+
+
+@pytest.mark.parametrize("act", [fail, die, cancel], ids=lambda act: act.__name__)
+@pytest.mark.parametrize(("side", "name"), points(Mode.LIVE, keeps=True))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_whatever_breaks_a_pod_that_keeps_its_name_runs_on_one_node_or_none(
+    side: str, name: str, when: str, act: Act, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = PodRig(tmp_path, [Fault(side, name, act, when)], resolve=SourceEvent.RESOLVED_HERE, keeps=True)
+    rig.move(Mode.LIVE, monkeypatch)
+    runs = rig.source.executing or rig.target.executing
+    assert runs or rig.was_replaced, "before its object is gone no failure may end the job"

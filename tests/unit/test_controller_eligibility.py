@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from podferry.controller import placement
-from podferry.controller.eligibility import Surroundings, obstacles
+from podferry.controller.eligibility import Surroundings, late_memory, obstacles
 from podferry.kube.migration import UID_LABEL
+from podferry.kube.settings import MoveSettings
+from podferry.model import Mode
 
 pytestmark = pytest.mark.unit
 
@@ -149,7 +151,8 @@ def test_a_runtime_class_of_another_name_counts_by_its_handler() -> None:
     ("kind", "api", "found"),
     [
         ("ReplicaSet", "apps/v1", []),
-        ("StatefulSet", "apps/v1", ["StatefulSet"]),
+        ("StatefulSet", "apps/v1", ["OwnerGone"]),
+        ("StatefulSet", "apps.kruise.io/v1", ["UnknownOwner"]),
         ("DaemonSet", "apps/v1", ["DaemonSet"]),
         ("Node", "v1", ["StaticPod"]),
         ("Job", "batch/v1", ["OwnerGone"]),
@@ -165,6 +168,37 @@ def test_a_runtime_class_of_another_name_counts_by_its_handler() -> None:
 )
 def test_owners_are_known_by_group_and_kind(kind: str, api: str, found: list[str]) -> None:
     assert reasons(owned(kind, api)) == found
+
+
+@pytest.mark.parametrize(
+    ("owner", "finalizers", "found"),
+    [
+        ({"metadata": {}, "spec": {}}, [], []),
+        ({"metadata": {}, "spec": {}}, ["example.com/mine"], ["Finalizers"]),
+        ({"metadata": {"deletionTimestamp": "now"}, "spec": {}}, [], ["OwnerTerminating"]),
+        (None, ["example.com/mine"], ["OwnerGone", "Finalizers"]),
+    ],
+)
+def test_a_stateful_sets_pod(owner: Json | None, finalizers: list[str], found: list[str]) -> None:
+    made = owned("StatefulSet", "apps/v1")
+    made["metadata"]["finalizers"] = finalizers
+    assert reasons(made, Surroundings(owner=owner, runtime_class=CLASS)) == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "api", "mode", "found"),
+    [
+        ("StatefulSet", "apps/v1", Mode.POSTCOPY, "KeepsName"),
+        ("StatefulSet", "apps/v1", Mode.LIVE, None),
+        ("StatefulSet", "apps/v1", Mode.STOP, None),
+        ("ReplicaSet", "apps/v1", Mode.POSTCOPY, None),
+    ],
+)
+def test_a_pod_that_keeps_its_name_has_all_its_memory_when_its_object_goes(
+    kind: str, api: str, mode: Mode, found: str | None
+) -> None:
+    refused = late_memory(owned(kind, api), MoveSettings(mode=mode))
+    assert (refused and refused.reason) == found
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,9 @@ class Containerd:
 
 
 class Cluster:
+    def keeps_name(self, id: str) -> bool:
+        return False
+
     async def target_pod(self, id: str) -> PodName:
         return PodName("default", "job.2", "0c1d3a52-5a43-4f6e-9a57-0a4b1c9e7d11")
 

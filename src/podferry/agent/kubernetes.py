@@ -28,7 +28,15 @@ from podferry.kube import status as store
 from podferry.kube.api_errors import ApiUnreachable, NotServed, ObjectNotFound, transient
 from podferry.kube.client import MIGRATIONS, Api
 from podferry.kube.events import Events
-from podferry.kube.migration import HANDED_OVER, TARGET_CREATED, TARGET_REQUESTED, Ending, EnginePhases, Migration
+from podferry.kube.migration import (
+    HANDED_OVER,
+    SOURCE_REPLACED,
+    TARGET_CREATED,
+    TARGET_REQUESTED,
+    Ending,
+    EnginePhases,
+    Migration,
+)
 from podferry.kube.quantities import quantity, seconds
 from podferry.kube.resources import memory_limits
 from podferry.kube.watch import Queues, follow
@@ -190,13 +198,28 @@ class Kubernetes:
             why=f"the API server has not answered for {ADMIT_WITHIN:.0f} s",
         )
 
+    def keeps_name(self, id: str) -> bool:
+        """Whether the target pod has the source's name."""
+        seen = self._known.newest(id)
+        return seen is not None and bool(seen.status.keeps_name)
+
+    async def replaced(self, id: str) -> bool:
+        """Whether the controller has given the source's name away, by what the API server says now."""
+        with contextlib.suppress(ObjectNotFound):  # its pods went with it
+            seen = await self._known.once(id, lambda _: True)
+            now = await self._patiently(partial(self._known.read, (seen.namespace, seen.name)))
+            return now is not None and now.uid == id and now.status.holds(SOURCE_REPLACED)
+        return False
+
     async def target_pod(self, id: str) -> PodName:
         """Have the controller make the target pod, and wait for its name."""
 
         def asked(now: Migration) -> bool:
             now.status.engine = now.status.engine or EnginePhases()
-            now.status.engine.target = str(TargetPhase.RECEIVE)
-            now.status.set_condition(TARGET_REQUESTED, True, "Converged", f"{self._node} is ready for the pod")
+            late = bool(now.status.keeps_name)  # the right to run is here: the controller waits for this word
+            now.status.engine.target = str(TargetPhase.RESUME if late else TargetPhase.RECEIVE)
+            why = "RightToRunIsHere" if late else "Converged"
+            now.status.set_condition(TARGET_REQUESTED, True, why, f"{self._node} is ready for the pod")
             return True
 
         await self._patiently(partial(self._known.change, id, asked))

@@ -114,7 +114,8 @@ class Reporter:
         status.engine = status.engine or EnginePhases()
         setattr(status.engine, self._half.role, record["phase"])
         if self._half.role == "target":
-            if record["phase"] in WAITS_THERE | RUNS_THERE:
+            waits = record["phase"] in WAITS_THERE and not status.keeps_name  # such a pod is made later
+            if waits or record["phase"] in RUNS_THERE:
                 status.set_condition(TARGET_READY, True, "Waiting", "the target pod has all but the job's state")
             if record["phase"] in RUNS_THERE:
                 set_resumed(migration)

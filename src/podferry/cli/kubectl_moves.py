@@ -16,7 +16,7 @@ import anyio
 from podferry.cli.migrate import UserLeft
 from podferry.cli.record import ProgressRecord
 from podferry.cli.views import EventView
-from podferry.controller.eligibility import PodUnfit
+from podferry.controller.eligibility import PodUnfit, keeps_name
 from podferry.controller.eligibility import obstacles as find_obstacles
 from podferry.controller.policies import AppliedPolicy, Policies, forbids
 from podferry.controller.surroundings import Surveyor
@@ -28,6 +28,11 @@ from podferry.kube.quantities import seconds
 from podferry.kube.watch import follow
 
 Json = dict[str, Any]
+
+KEEPS_NAME = (
+    "the pod keeps its name, so the target's is made while the job stands still, a second or two; once the source's object is "
+    "gone, a failure ends the job, and its owner starts it anew"
+)
 
 LONGEST_NAME = 200
 
@@ -126,8 +131,8 @@ async def migrations(where: ClusterOptions, *, everywhere: bool) -> list[Migrati
 
 
 async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], AppliedPolicy, list[str]]:
-    """The reasons why the pod cannot move, the policy that applies to it, and the warnings of its node's agent from the pod's last
-    move or rehearsal, since nobody else has them."""
+    """The reasons why the pod cannot move, the policy that applies to it, and what is worth knowing: the warnings of its node's
+    agent are from the pod's last move or rehearsal, since nobody else has them."""
     async with where.open() as (api, namespace):
         pod = await api.find(PODS, name, namespace)
         if pod is None:
@@ -137,7 +142,7 @@ async def obstacles(where: ClusterOptions, name: str) -> tuple[list[PodUnfit], A
         policy = await Policies(api).of(pod)
         no = forbids(policy)
         found = find_obstacles(pod, await Surveyor(api).around(pod)) + ([no] if no is not None else [])
-        return found, policy, await _warnings(api, pod)
+        return found, policy, [*([KEEPS_NAME] if keeps_name(pod) else []), *await _warnings(api, pod)]
 
 
 async def _warnings(api: Api, pod: Json) -> list[str]:

@@ -171,12 +171,7 @@ def _owner(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:
         case "ReplicaSet":
             pass
         case "StatefulSet":
-            yield unfit(
-                "StatefulSet",
-                "the pod belongs to a StatefulSet",
-                why=f"{name} allows one pod of each name, and two are needed for a moment",
-                remedy="not possible yet; a Deployment's or a Job's pod can move",
-            )
+            yield from _by_name(name, pod, around.owner)
         case "DaemonSet":
             yield unfit("DaemonSet", "the pod belongs to its node", why=f"{name} has one on each", remedy="none needed")
         case "Node":
@@ -197,6 +192,39 @@ def _job(name: str, job: Json | None) -> Iterator[PodUnfit]:
         yield unfit("OwnerTerminating", "the pod's owner is being deleted", why=name, remedy="nothing; the pod will go")
     elif job["spec"].get("suspend"):
         yield unfit("JobSuspended", "the job is suspended", why=name, remedy="resume it; its pods start anew then")
+
+
+def _by_name(name: str, pod: Json, owner: Json | None) -> Iterator[PodUnfit]:
+    """The owner finds its pods by their names, so the source's object is deleted before the target's is made."""
+    if owner is None:
+        yield unfit("OwnerGone", "the pod's owner is gone", why=name, remedy="nothing; the pod will go too")
+    elif "deletionTimestamp" in owner["metadata"]:
+        yield unfit("OwnerTerminating", "the pod's owner is being deleted", why=name, remedy="nothing; the pod will go")
+    if finalizers := pod["metadata"].get("finalizers"):
+        yield unfit(
+            "Finalizers",
+            f"the pod keeps its name, and {', '.join(finalizers)} would keep that taken while it moves",
+            why=f"a pod of {name} can only be made when the one of the same name is gone",
+            remedy="have whoever set the finalizers on the pod take them off",
+        )
+
+
+def keeps_name(pod: Json) -> bool:
+    """Whether the target pod must have the source's name: its owner finds its pods by their names."""
+    reference = controller_of(pod)
+    return reference is not None and kind_of_owner(reference) == "StatefulSet"
+
+
+def late_memory(pod: Json, settings: MoveSettings) -> PodUnfit | None:
+    """In post-copy a pod whose object is gone would have to answer for memory that the job lacks, in two places at once."""
+    if settings.mode is not Mode.POSTCOPY or not keeps_name(pod):
+        return None
+    return unfit(
+        "KeepsName",
+        "the pod keeps its name, and such a pod does not move in mode postcopy",
+        why="its object is gone while the source still has memory of the job",
+        remedy="mode live or stop",
+    )
 
 
 def _shares(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:

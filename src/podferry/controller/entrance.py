@@ -63,7 +63,7 @@ class Entrance:
         wish = migration.spec
         if unlike := [*resizing.misfits(source, wish.resources), *verifying.misfits(source, wish.verify)]:
             return unlike
-        impatient = eligibility.impatient_probe(source, settings)
+        impatient = eligibility.impatient_probe(source, settings) or eligibility.late_memory(source, settings)
         wrong = impatient or await self._survey.target_node(source, migration)
         return [wrong] if wrong else []
 
@@ -85,6 +85,9 @@ class Entrance:
             now.status.containers = moved_containers(source)
             now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
             now.status.settings = settings
+            if eligibility.keeps_name(source):
+                now.status.keeps_name = True
+                now.status.settings = settings.model_copy(update={"allow_post_copy": False})
             now.status.start_time = timestamp()
             now.status.set_condition(ELIGIBLE, True, "NothingInTheWay")
             if now.status.condition(QUEUED) is not None:

@@ -23,7 +23,7 @@ UNSCHEDULABLE, QUOTA_EXCEEDED, WEBHOOK_DENIED, POD_INVALID = (
     "WebhookDenied",
     "PodInvalid",
 )
-NAME_TAKEN = "NameTaken"
+NAME_TAKEN, NAME_NOT_KEPT, AGENT_TOO_OLD = "NameTaken", "NameNotKept", "AgentTooOld"
 VOLUME_MISSING, TARGET_POD_FAILED, TARGET_POD_GONE = "VolumeMissing", "TargetPodFailed", "TargetPodGone"
 TARGET_POD_STUCK, JOB_DIED = "TargetPodStuck", "JobDied"
 TARGET_NODE_LOST, SOURCE_NODE_LOST, SOURCE_SILENT = "TargetNodeLost", "SourceNodeLost", "SourceAgentSilent"
@@ -160,6 +160,37 @@ def _stuck(reason: str, words: str) -> Ending:
         reason,
         f"the target pod does not start: {words}",
         remedy="see to it that a new pod like this one could start on the target node",
+    )
+
+
+def of_old_agent(migration: Migration) -> Ending:
+    """The target's agent asks for a pod of the source's name before it has the right to run."""
+    node = migration.status.target_node
+    return ending(
+        Outcome.ROLLED_BACK,
+        AGENT_TOO_OLD,
+        f"the agent of {node} does not know pods that keep their names",
+        remedy=f"upgrade podferry-agent on {node}, and migrate again",
+    )
+
+
+def of_free_name(source: Json) -> Ending:
+    """Nothing keeps the source's owner from making a pod of its name before podferry does."""
+    return ending(
+        Outcome.ROLLED_BACK,
+        NAME_NOT_KEPT,
+        f"{source['metadata']['name']} keeps its name, and no admission policy keeps that for the target pod",
+        remedy="install podferry-kept-names (deploy/policies.yaml; Kubernetes 1.30 or later), and migrate again",
+    )
+
+
+def of_large_pod(source: Json) -> Ending:
+    """The Migration's status cannot hold the pod."""
+    return ending(
+        Outcome.ROLLED_BACK,
+        POD_INVALID,
+        f"the object of {source['metadata']['name']} is too large to be kept while its name changes hands",
+        remedy="take annotations or environment variables out of the pod's template",
     )
 
 

@@ -47,7 +47,7 @@ class HandOver:
             return failures.ending(
                 Outcome.FAILED, failures.TARGET_POD_GONE, "the target pod was deleted: the job went with it"
             )
-        if pods.took_place(target, migration):
+        if pods.took_place(target, migration) or pods.kept_place(migration) is not None:
             return None
         if source is None or "deletionTimestamp" in source["metadata"]:
             return failures.ending(
@@ -60,6 +60,10 @@ class HandOver:
     async def step(self, migration: Migration, source: Json | None, target: Json | None) -> float | None:
         """The next of the four. None once the owner has the target and the source is unowned; else when to come again."""
         assert target is not None
+        if (kept := pods.kept_place(migration)) is not None:  # there are no two pods that anybody could confuse
+            if not pods.took_place(target, migration):
+                await self._take_place(kept.source, target)
+            return None
         if not pods.took_place(target, migration):
             assert source is not None
             if self._wait(migration, target):

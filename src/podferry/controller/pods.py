@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import datetime
 import hashlib
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from podferry.controller import verifying
@@ -36,6 +38,8 @@ TARGET, PLACEHOLDER = "target", "placeholder"
 LONGEST_NAME, LONGEST_HOSTNAME = 253, 63
 LEAST_COST = "-2147483648"
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+KEPT_NAMES = "podferry-kept-names"
+"""The admission policy that keeps a name for a target pod (deploy/policies.yaml)."""
 
 # What the API server, admission or the scheduler fill in, and will fill in again.
 FILLED_IN = ("nodeName", "priority", "overhead", "ephemeralContainers", "schedulingGates", "preemptionPolicy")
@@ -84,7 +88,7 @@ def target_pod(source: Json, migration: Migration, node: str, now: datetime.date
     origin = _origin(source)
     return {
         "metadata": {
-            "name": name_of(source, migration, TARGET),
+            "name": source["metadata"]["name"] if migration.status.keeps_name else name_of(source, migration, TARGET),
             "namespace": source["metadata"]["namespace"],
             "labels": _labels(migration, TARGET),
             "annotations": {**annotations, NAME_ANNOTATION: migration.name, ORIGIN_ANNOTATION: origin},
@@ -252,6 +256,43 @@ def _pin(spec: Json, fields: list[Json]) -> None:
         term["matchFields"] = [*others, *copy.deepcopy(fields)]
     if not required["nodeSelectorTerms"]:
         required["nodeSelectorTerms"] = [{"matchFields": copy.deepcopy(fields)}]
+
+
+# A pod that keeps its name. Its object goes before the target's can be made, so the Migration keeps what both are made of.
+
+
+@dataclass(frozen=True)
+class KeptPlace:
+    """`source` is the metadata of the pod that is gone, as far as the hand-over wants it; `target` the pod to make."""
+
+    source: Json
+    target: Json
+
+
+def keep_place(source: Json, migration: Migration, node: str, now: datetime.datetime) -> str:
+    """`KeptPlace` as the Migration's status has it."""
+    wanted = ("name", "namespace", "uid", "labels", "ownerReferences", "finalizers", "generateName")
+    about = {name: source["metadata"][name] for name in wanted if name in source["metadata"]}
+    if origin := (source["metadata"].get("annotations") or {}).get(
+        ORIGIN_ANNOTATION
+    ):  # the placeholder's name is made of it
+        about["annotations"] = {ORIGIN_ANNOTATION: origin}
+    kept = {"source": {"metadata": about}, "target": target_pod(source, migration, node, now)}
+    return json.dumps(kept, separators=(",", ":"))
+
+
+def probe(kept: str) -> Json:
+    """What is no target pod of the Migration but has its name: the API server must refuse it, as a pod of the owner's."""
+    body: Json = json.loads(kept)["target"]
+    body["metadata"]["labels"][UID_LABEL] = "probe"
+    return body
+
+
+def kept_place(migration: Migration) -> KeptPlace | None:
+    """What was kept; None where the source's object is not given up."""
+    if migration.status.kept_place is None:
+        return None
+    return KeptPlace(**json.loads(migration.status.kept_place))
 
 
 # The hand-over. Each patch is a merge patch that carries the resourceVersion it was made from.

@@ -39,6 +39,7 @@ from podferry.kube.client import (
     REPLICASETS,
     RUNTIME_CLASSES,
     SIGNING_REQUESTS,
+    STATEFULSETS,
     Api,
     Json,
 )
@@ -76,7 +77,7 @@ class Controller:
             Store(NODES, prune=partial(pruned_node, triggers=settings.triggers)),
             Store(PODS, labels={UID_LABEL: None}),
         )
-        self._cache = Cache(api, stores, briefly=(NAMESPACES, JOBS, REPLICASETS, RUNTIME_CLASSES))
+        self._cache = Cache(api, stores, briefly=(NAMESPACES, JOBS, REPLICASETS, STATEFULSETS, RUNTIME_CLASSES))
         migrations, drains = self._cache.store(MIGRATIONS), self._cache.store(NODE_DRAINS)
         self._turns = Turns(migrations.all, drains.all, settings.limits)
         self._metrics = metrics or ControllerMetrics()

@@ -19,6 +19,7 @@ from podferry.controller.patience import ControllerSettings
 from podferry.controller.peer_addresses import with_peers
 from podferry.controller.status_writer import StatusWriter, clock
 from podferry.controller.surroundings import Surveyor
+from podferry.controller.target_pods import TargetPods
 from podferry.controller.turns import Turns
 from podferry.controller.verdicts import blame, decided_for, decided_once_for
 from podferry.controller.whereabouts import address_of, kept_up
@@ -32,6 +33,7 @@ from podferry.kube.migration import (
     RESUMED,
     ROLE_LABEL,
     SCHEDULED,
+    SOURCE_REPLACED,
     TARGET_CREATED,
     TARGET_REQUESTED,
     UID_LABEL,
@@ -39,7 +41,6 @@ from podferry.kube.migration import (
     Ending,
     EnginePhases,
     Migration,
-    PodReference,
 )
 from podferry.kube.paths import NameRefused
 from podferry.model import Outcome
@@ -70,6 +71,7 @@ class Reconciler:
         self._writer = StatusWriter(api, ended)
         self._survey = Surveyor(api)
         self._entrance = Entrance(api, self._writer, self._survey, turns)
+        self._targets = TargetPods(api, self._writer, settings.scheduling, self._remove)
         self._hand_over = HandOver(api, settings.readiness, settings.release)
         self._steps: dict[MigrationPhase, Callable[[Migration], Awaitable[float | None]]] = {
             P.PENDING: self._entrance.step,
@@ -174,8 +176,10 @@ class Reconciler:
             return await self._undo(migration, blame(over, status.abort))
         if (again := await self._arbitrate(migration)) is not None:
             return again
-        failure = status.abort or await self._beforehand(migration, source)
-        failure = failure or failures.of_silence(migration, self._settings.silence, clock())
+        failure = status.abort
+        if not status.holds(SOURCE_REPLACED):  # the source's object is gone after that: nobody's wish brings it back
+            failure = failure or await self._beforehand(migration, source)
+            failure = failure or failures.of_silence(migration, self._settings.silence, clock())
         failure = failure or failures.of_target(target, migration, self._settings.scheduling, clock())
         failure = failure or await self._starting(migration, target)
         if failure is None and status.target_node:
@@ -184,8 +188,8 @@ class Reconciler:
         if failure is not None:
             return await self._abort(migration, failure, source)
         if status.holds(TARGET_REQUESTED) and not status.holds(TARGET_CREATED):
-            assert source is not None
-            return await (self._dress(migration, source, target) if target else self._make_target(migration, source))
+            found = await self._targets.step(migration, source, target)
+            return await self._abort(migration, found, source) if isinstance(found, Ending) else found
         return POLL_AGAIN
 
     async def _starting(self, migration: Migration, target: Json | None) -> Ending | None:
@@ -195,55 +199,6 @@ class Reconciler:
         if failures.age(target["metadata"]["creationTimestamp"], clock()) < self._settings.starting:
             return None
         return failures.of_start(target, await self._survey.warnings(target))
-
-    async def _make_target(self, migration: Migration, source: Json) -> float:
-        node = migration.status.target_node or ""
-        name = pods.name_of(source, migration, pods.PLACEHOLDER)
-        placeholder = await self._api.find(PODS, name, migration.namespace)
-        if placeholder is not None and pods.made_by(placeholder, migration):
-            await self._api.delete(PODS, name, migration.namespace, uid=placeholder["metadata"]["uid"], grace=0)
-        body = pods.target_pod(source, migration, node, clock())
-        try:
-            target = await self._api.create(PODS, body, migration.namespace)
-        except ObjectAlreadyExists:
-            target = await self._api.get(PODS, body["metadata"]["name"], migration.namespace)
-            if not pods.as_made(target, body):
-                if not pods.made_by(target, migration):
-                    return await self._abort(migration, failures.of_taken_name(body, "the target pod"), source)
-                # An earlier try of ours that admission has added to, or somebody's pod that names us as its owner: nothing tells
-                # the two apart. It is the Migration's to remove, and not to adopt.
-                if (await self._writer.fresh(migration)).status.target_pod is None:
-                    await self._remove(migration, [target])
-                return REMADE_IN
-        except ApiFailed as refused:
-            if transient(refused) and "webhook" not in refused.why:
-                raise
-            failure = failures.of_creation(refused, "the target pod")
-            await self._writer.set_condition(migration, TARGET_CREATED, False, failure.reason, failure.message)
-            return await self._abort(migration, failure, source)
-
-        def noted(now: Migration) -> bool:
-            now.status.target_pod = PodReference(name=target["metadata"]["name"], uid=target["metadata"]["uid"])
-            return now.status.phase is P.RUNNING
-
-        # Its uid before all else: by that it is ours, whatever admission and a restart of this controller come between.
-        return await self._dress(await store.change(self._api, migration, noted), source, target)
-
-    async def _dress(self, migration: Migration, source: Json, target: Json) -> float:
-        """The target gets the source's labels, and the agents hear of it only then."""
-        if (labels := pods.wear_labels(source, target)) is not None:
-            about = target["metadata"]
-            target = await self._api.patch(PODS, about["name"], labels, migration.namespace, uid=about["uid"])
-
-        def made(now: Migration) -> bool:
-            now.status.set_condition(TARGET_CREATED, True, "PodCreated", target["metadata"]["name"])
-            return now.status.phase is P.RUNNING
-
-        await store.change(self._api, migration, made)
-        await self._writer.publish_pod_event(
-            target, "MigrationTarget", f"waits for {migration.spec.pod_name} to move in"
-        )
-        return POLL_AGAIN
 
     async def _abort(self, migration: Migration, failure: Ending, source: Json | None) -> float:
         """Before the agents have begun nothing needs asking. Then the source's agent is asked: only it knows whether

@@ -215,6 +215,7 @@ class StatusWriter:
 def _end(migration: Migration, end: Ending) -> None:
     """The last write of a Migration's status."""
     status = migration.status
+    status.kept_place = None
     status.ending, status.message, status.completion_time = end, end.message, timestamp()
     completed = end.outcome == Outcome.COMPLETED
     status.set_condition(COMPLETED, completed, end.reason, end.message)

@@ -16,6 +16,7 @@ from podferry.kube.client import (
     NODES,
     REPLICASETS,
     RUNTIME_CLASSES,
+    STATEFULSETS,
     VOLUMES,
     Fields,
     Labels,
@@ -27,7 +28,7 @@ from podferry.model import Outcome
 
 Json = dict[str, Any]
 
-OWNERS = {one.kind: one for one in (JOBS, REPLICASETS)}
+OWNERS = {one.kind: one for one in (JOBS, REPLICASETS, STATEFULSETS)}
 
 
 class Readable(Protocol):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from podferry.kube.migration import (
-    RESUMED,
-    Ending,
-    Migration,
-)
+from podferry.core.migration import MigrationPhase
+from podferry.core.phases import TargetPhase
+from podferry.kube.migration import RESUMED, SOURCE_REPLACED, TARGET_REQUESTED, Ending, Migration
 from podferry.model import Outcome
 
 
@@ -33,3 +31,22 @@ def decided_once_for(side: str) -> Callable[[Migration], bool]:
         return True
 
     return decided
+
+
+def given_up(kept: str) -> Callable[[Migration], bool]:
+    """That the source's object is given up for a pod of the same name, of which `kept` tells: as long as the target has the right
+    to run and wants its pod, and nobody has asked for the way back."""
+
+    def replaced(now: Migration) -> bool:
+        status = now.status
+        waits = status.engine is not None and status.engine.target == TargetPhase.RESUME
+        if status.phase is not MigrationPhase.RUNNING or status.abort is not None:
+            return False
+        if not (waits and status.holds(TARGET_REQUESTED)) or status.holds(SOURCE_REPLACED):
+            return False
+        status.kept_place = kept
+        words = "the pod of this name is the target's from now on: the job goes on there, or not at all"
+        status.set_condition(SOURCE_REPLACED, True, "NameGivenUp", words)
+        return True
+
+    return replaced

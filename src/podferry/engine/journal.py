@@ -61,7 +61,9 @@ class Facts(TypedDict, total=False):
     rehearsal: bool
     """The target judges images, and nothing is to run there."""
     go: bool
-    """On the target: the right to run has come."""
+    """On the target: the right to run has come. On the source: it has passed."""
+    keeps_name: bool
+    """On the target of a pod: it has the source's name, and is made after GO."""
     target_pod: str
     """On the target of a pod: the uid of the pod that was made."""
 
@@ -70,7 +72,9 @@ class PartFacts(Facts, total=False):
     """Facts of one container, beside those of the whole migration."""
 
     uid: str
-    """Of the pod that was made, once podferry-runc may ask by it."""
+    """Of the pod that was made, once podferry-runc may ask by it; of one that keeps its name, the migration's id in its place."""
+    made_as: str
+    """Of a pod that keeps its name: its uid."""
     container: str
     """Its id, once the kubelet has made it."""
     released: bool

@@ -139,6 +139,15 @@ class FrozenSource(Protocol):
         """Kill the frozen original. Only after the target said that it runs. May be called again after a failure."""
         ...
 
+    async def replaced(self) -> bool:
+        """After GO: whether the workload's name was given to its successor. Then nothing of it may run here any more, whatever
+        becomes of the move."""
+        ...
+
+    async def abandon(self) -> None:
+        """Kill the frozen original, which was `replaced` in vain. May be called again after a failure."""
+        ...
+
     async def runs(self) -> bool:
         """Whether the container is there and has not ended; frozen counts."""
         ...
@@ -274,6 +283,15 @@ class TargetJob(Protocol):
 
     async def verify(self, end: StateEnd) -> None:
         """Everything is here and whole, or a `Failed` says what is not."""
+        ...
+
+    @property
+    def makes_after_go(self) -> bool:
+        """Whether the task can only be created once the right to run is here, by `make_late`."""
+        ...
+
+    async def make_late(self) -> None:
+        """After GO, before `release`: have the task created."""
         ...
 
     async def release(self) -> float:

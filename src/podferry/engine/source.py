@@ -284,6 +284,7 @@ class Source(Side[SourcePhase, SourceEvent]):
 
     async def _after_go(self, helpers: TaskGroup, inbox: Inbox | None) -> None:
         """Find out whether the job runs there, however long it takes, and act on it."""
+        self.journal.note(go=True)
         await self.at_breakpoint()
         remote_pages_of = self._original().remote_pages if self._postcopy else None
         after_switchover = AfterSwitchover(self.record, self.log, self._dial, remote_pages_of, self._runs)
@@ -365,11 +366,11 @@ class Source(Side[SourcePhase, SourceEvent]):
         self.fire(SourceEvent.COMMITTED)
         await self._drain(inbox)
 
-    async def _kill_original(self) -> list[Leftover]:
+    async def _kill_original(self, *, replaced: bool = False) -> list[Leftover]:
         """Leave processes frozen that cannot be killed: remove them from the ledger, so that no undo step thaws them."""
         for _ in range(COMMIT_TRIES):
             try:
-                await self._original().commit()
+                await (self._original().abandon() if replaced else self._original().commit())
                 return []
             except Exception as error:  # noqa: BLE001 - the job runs on the target: here it must end
                 cause = self.cause_of(error)
@@ -418,8 +419,14 @@ class Source(Side[SourcePhase, SourceEvent]):
             frozen = self.phase is SourcePhase.CUTOVER
             await self.fire_anyway(SourceEvent.FAILURE, note=str(cause), hurried=frozen)
         await self.at_breakpoint()
+        unkilled: list[Leftover] = []
         with self.record.span("undo"):
-            leftovers = await self.take_back()
+            if await self._is_replaced():
+                cause = Failed.because(
+                    "the job is lost: its pod's name had been given to the target pod, in which it cannot run", cause
+                )
+                unkilled = await self._kill_original(replaced=True)
+            leftovers = unkilled + await self.take_back()
             await self._hang_up(inbox, cause)
         if leftovers:
             error = Failed(
@@ -439,6 +446,10 @@ class Source(Side[SourcePhase, SourceEvent]):
             return self._end(Outcome.CANCELLED, str(cause), cause)
         await self.fire_anyway(SourceEvent.UNDONE_ROLLED_BACK)
         return self._end(Outcome.ROLLED_BACK, str(cause), cause)
+
+    async def _is_replaced(self) -> bool:
+        """After GO, of a job that keeps its name: whether it cannot go on here any more. Asked until there is an answer."""
+        return bool(self.journal.facts.get("go")) and self._held is not None and await self._held.replaced()
 
     async def _runs(self) -> bool:
         """Whether the job has not ended here. Where nobody says, nothing speaks against it."""

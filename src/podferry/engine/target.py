@@ -287,6 +287,9 @@ class Target(Side[TargetPhase, TargetEvent]):
 
     async def _resume(self) -> None:
         await self.at_breakpoint()
+        if self.job.makes_after_go:
+            with self.record.span("make the pod", "target", "the source's object deleted, sandbox, network, volumes"):
+                await self.job.make_late()
         with self.record.span("restore", "target"):
             try:
                 self._runs_since = await self.job.release()

@@ -132,9 +132,10 @@ class Cache(Api):
             return [copy.deepcopy(one) for one in store.all(namespace)], ""
         return await self._api.list(kind, namespace, labels=labels, fields=fields)
 
-    async def create(self, kind: ResourceKind, body: Json, namespace: str = "") -> Json:
+    async def create(self, kind: ResourceKind, body: Json, namespace: str = "", *, dry: bool = False) -> Json:
         """As `Api.create`."""
-        return self._learn(kind, await self._api.create(kind, body, namespace))
+        made = await self._api.create(kind, body, namespace, dry=dry)
+        return made if dry else self._learn(kind, made)
 
     async def replace(self, kind: ResourceKind, body: Json, part: str = "") -> Json:
         """As `Api.replace`."""

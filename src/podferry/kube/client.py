@@ -71,6 +71,7 @@ VOLUMES = ResourceKind("v1", "PersistentVolume", "persistentvolumes", namespaced
 EVENTS = ResourceKind("events.k8s.io/v1", "Event", "events")
 JOBS = ResourceKind("batch/v1", "Job", "jobs")
 REPLICASETS = ResourceKind("apps/v1", "ReplicaSet", "replicasets")
+STATEFULSETS = ResourceKind("apps/v1", "StatefulSet", "statefulsets")
 DEPLOYMENTS = ResourceKind("apps/v1", "Deployment", "deployments")
 LEASES = ResourceKind("coordination.k8s.io/v1", "Lease", "leases")
 SIGNING_REQUESTS = ResourceKind(
@@ -147,12 +148,16 @@ class Api:
             items += page
         return items, version
 
-    async def create(self, kind: ResourceKind, body: Json, namespace: str = "") -> Json:
-        """Make an object. Raises `AlreadyExists`."""
+    async def create(self, kind: ResourceKind, body: Json, namespace: str = "", *, dry: bool = False) -> Json:
+        """Make an object. Raises `AlreadyExists`. Where it is `dry`, the API server says what it would do, and does nothing."""
         whole = {"apiVersion": kind.api, "kind": kind.kind, **body}
         name = body["metadata"].get("name") or body["metadata"].get("generateName", "")
         return await self._call(
-            "POST", kind.path(namespace), body=whole, what=f"cannot create {_named(kind, name, namespace)}"
+            "POST",
+            kind.path(namespace),
+            {"dryRun": "All"} if dry else None,
+            body=whole,
+            what=f"cannot create {_named(kind, name, namespace)}",
         )
 
     async def replace(self, kind: ResourceKind, body: Json, part: str = "") -> Json:

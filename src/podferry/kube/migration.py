@@ -39,6 +39,8 @@ FINALIZER = f"{GROUP}/migration"
 QUEUED = "Queued"
 ELIGIBLE, SCHEDULED, TARGET_REQUESTED, TARGET_CREATED = "Eligible", "Scheduled", "TargetRequested", "TargetCreated"
 TARGET_READY, RESUMED, HANDED_OVER = "TargetReady", "Resumed", "HandedOver"
+SOURCE_REPLACED = "SourceReplaced"
+"""Of a pod that keeps its name: its object may be gone, so that the job cannot go on in it any more."""
 TARGET_READY_BEFORE = "Poised"
 """What agents of 0.1 call `TargetReady`: while a cluster is updated, both may be there."""
 COMPLETED, FAILED, CANCELLED, REHEARSED = "Completed", "Failed", "Cancelled", "Rehearsed"
@@ -46,6 +48,8 @@ READABLE, INTACT, VERIFIED = "Readable", "Intact", "Verified"
 IP_ADDRESS = r"^[0-9a-fA-F.:]+$"
 MOST_LINES, LONGEST_LINE = 64, 1000
 """Of the lists of text in a status."""
+MOST_KEPT = 262144
+"""Characters of a pod that a status keeps."""
 
 
 class MigrationUnreadable(Failed):
@@ -274,6 +278,20 @@ class MigrationStatus(Conditioned):
         ),
     ] = Field(default_factory=list)
     owner: Annotated[OwnerReference | None, Field(description="What the pod belongs to.")] = None
+    keeps_name: Annotated[
+        bool | None,
+        Field(
+            description="Whether the target pod has the source's name, since the owner finds its pods by their names: "
+            "then it is made only after the right to run has passed, once the source's object is gone."
+        ),
+    ] = None
+    kept_place: Annotated[
+        str | None,
+        Field(
+            description="Of a pod that keeps its name, from SourceReplaced to the end: its metadata and the target pod, as JSON.",
+            max_length=MOST_KEPT,
+        ),
+    ] = None
     settings: Annotated[
         MoveSettings | None,
         Field(
@@ -328,8 +346,8 @@ class MigrationStatus(Conditioned):
         list[Condition],
         Field(
             description="Queued (while others have their turn), "
-            "Eligible, Scheduled, TargetRequested, TargetCreated, TargetReady, Resumed, Verified (where the spec asks for it), "
-            "HandedOver; at the end "
+            "Eligible, Scheduled, TargetRequested, SourceReplaced (where the pod keeps its name), TargetCreated, TargetReady, "
+            "Resumed, Verified (where the spec asks for it), HandedOver; at the end "
             "Completed, Failed and Cancelled (of a rehearsal Rehearsed, too), and Intact, which is False where the job has not all "
             "that it had. Readable is False where this podferry does not understand it and leaves it alone.",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},

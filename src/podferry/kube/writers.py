@@ -39,6 +39,8 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "targetPod": BY_CONTROLLER,
     "containers": BY_CONTROLLER,
     "owner": BY_CONTROLLER,
+    "keepsName": BY_CONTROLLER,
+    "keptPlace": BY_CONTROLLER,
     "settings": BY_CONTROLLER,
     "engine.source": BY_SOURCE,
     "engine.target": BY_TARGET,

@@ -49,6 +49,10 @@ class Owner:
         """The images, with what else of the source the target's containers need."""
         return images
 
+    async def replaced(self) -> bool:
+        """After GO: whether nothing of the workload may run here any more, because its name is its successor's."""
+        return False
+
     async def before_commit(self) -> None:
         """The workload runs on the target: returns when the frozen containers may be killed."""
 
@@ -78,6 +82,16 @@ class FrozenWorkload:
     async def commit(self) -> None:
         """Kill the frozen original, once its owner lets it go."""
         await self._owner.before_commit()
+        for one in self._frozen:
+            await one.kill()
+        await self._owner.after_commit(self._frozen)
+
+    async def replaced(self) -> bool:
+        """Whether nothing of the workload may run here any more."""
+        return await self._owner.replaced()
+
+    async def abandon(self) -> None:
+        """Kill the frozen original, which nobody else runs in the place of."""
         for one in self._frozen:
             await one.kill()
         await self._owner.after_commit(self._frozen)

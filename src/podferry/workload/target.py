@@ -2,8 +2,9 @@
 
 A container alone is a workload of one. Who makes the containers, containerd by our call or the kubelet, is asked of a `Maker`. It
 may make them one after another, of which only the first waits in podferry-runc until GO, as the kubelet does: so the target is
-ready when that one and the volumes are there; the others are restored as they come, right after the first. If one of them cannot
-be, none stays: those that ran are killed before the source hears that the workload will never run here.
+ready when that one and the volumes are there; the others are restored as they come, right after the first. Of a pod that keeps its
+name none is made before GO. If one of them cannot be, none stays: those that ran are killed before the source hears that the
+workload will never run here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import anyio
 
 from podferry.core.undo import Handler
 from podferry.engine.journal import Journal
@@ -48,6 +51,14 @@ class Maker:
     def places(self, first: Container) -> Mapping[Volume, Path]:
         """Where the workload's volumes are here, once its first container is made."""
         return {}
+
+    @property
+    def makes_after_go(self) -> bool:
+        """Whether none of the containers can be made before the right to run is here."""
+        return False
+
+    async def arrive(self, containers: Sequence[TargetContainer]) -> None:
+        """The right to run is here: have whoever makes the containers begin, where that had to wait for it."""
 
     async def before_release(self, containers: Sequence[TargetContainer]) -> None:
         """Hold what the containers share until the last of them is restored."""
@@ -112,9 +123,25 @@ class TargetWorkload:
             self._volumes.append(TargetVolume(volume, Staged(root / str(number), below=below)))
 
     async def make_ready(self, *, postcopy: bool) -> None:
-        """Start the lazy-pages daemons, and have the first container made, up to waiting for its state."""
+        """Start the lazy-pages daemons, and have the first container made, up to waiting for its state, unless that has to wait for
+        GO."""
         await self._maker.begin(self._containers)
         await gathered(*(partial(one.start_lazypages, postcopy=postcopy) for one in self._containers))
+        if not self._maker.makes_after_go:
+            await self._make_first()
+
+    @property
+    def makes_after_go(self) -> bool:
+        """Whether `make_late` has something to do."""
+        return self._maker.makes_after_go
+
+    async def make_late(self) -> None:
+        """The right to run is here: have the first container made, where that had to wait for it."""
+        if self._maker.makes_after_go:
+            await self._maker.arrive(self._containers)
+            await self._make_first()
+
+    async def _make_first(self) -> None:
         first = await self._containers[0].make(MADE_TIMEOUT)
         if self._volumes and not self._in_place:
             await run(self._move_volumes_in, first)
@@ -122,6 +149,8 @@ class TargetWorkload:
 
     async def lost(self) -> PodferryError:
         """Return, with the reason, once the first container waits no more: it was deleted, or whoever makes it lost patience."""
+        if self._maker.makes_after_go:
+            await anyio.sleep_forever()
         return await self._containers[0].lost()
 
     def _move_volumes_in(self, first: Container) -> None:

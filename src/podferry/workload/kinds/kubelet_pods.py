@@ -163,6 +163,7 @@ class KubeletPods(WorkloadKind[OfferedPod]):
             departed=self._config.departed / offered.pod.uid,
             payloads=payloads_open_in,
             probes=probes,
+            replaced=partial(self.cluster.replaced, journal.directory.name),
         )
 
     def source_handlers(self) -> dict[str, Handler]:

@@ -26,6 +26,7 @@ from podferry.criu.dump_images import without_deleted_sources
 from podferry.criu.incoming import pod_key
 from podferry.criu.network_setup import has_streams
 from podferry.criu.processes import Process
+from podferry.criu.waiting import wake
 from podferry.engine.journal import Journal, Part
 from podferry.engine.ports import IMAGES, Images
 from podferry.errors import Bug, Failed
@@ -60,12 +61,16 @@ from podferry.workload.threads import Scans, at_once, patiently, run
 STAND_IN = "stand-in"
 """The process that answers probes (`podferry.workload.answering`), in the ledger."""
 NETWORK_LOCK = "network-lock"
+WAY_IN = "way-in"
+"""In the ledger: the name, by the pod's uid, of what arrived before the pod was made."""
 START_TIMEOUT = 10.0
 POLL_INTERVAL = 0.005
 _MOUNTS = re.compile(r"mountpoints-\d+\.img")
 
 HandOver = Callable[[], Awaitable[None]]
 """Returns when the owner counts the target pod, and the source pod is deleted."""
+Replaced = Callable[[], Awaitable[bool]]
+"""Whether the pod's object was given up for one of the same name: then nothing of the pod may run here any more."""
 
 
 class KubeletOwner(Owner):
@@ -80,8 +85,9 @@ class KubeletOwner(Owner):
         departed: Path,
         payloads: Callable[[Iterable[bytes]], bytes] = lambda images: b"",
         probes: Sequence[Probe] = (),
+        replaced: Replaced | None = None,
     ) -> None:
-        self._journal, self._hand_over = journal, hand_over
+        self._journal, self._hand_over, self._replaced = journal, hand_over, replaced
         self._departed, self._payloads, self._probes = departed, payloads, probes
         self._scans = Scans()
 
@@ -115,6 +121,10 @@ class KubeletOwner(Owner):
             whole[directory_of(0, IMAGES), PAYLOADS] = payloads
         return whole
 
+    async def replaced(self) -> bool:
+        """The kubelet waits only to kill what is frozen, once the pod's object is gone."""
+        return self._replaced is not None and await self._replaced()
+
     async def before_commit(self) -> None:
         """Have the owner count the target pod. The mark that nothing of the pod starts here again stays until the pod is gone."""
         await self._hand_over()
@@ -136,17 +146,50 @@ class KubeletMaker(Maker):
     def __init__(self, config: Config, journal: Journal, cluster: Cluster) -> None:
         self._config, self._journal, self._cluster = config, journal, cluster
 
+    @property
+    def makes_after_go(self) -> bool:
+        """A pod that keeps its name is made only when the source's is gone."""
+        return bool(self._journal.facts.get("keeps_name"))
+
     async def begin(self, containers: Sequence[TargetContainer]) -> None:
-        """Have the pod made, and podferry-runc wait in each of its containers."""
-        if "target_pod" in self._journal.facts:
+        """Have the pod made, and podferry-runc wait in each of its containers. For a pod that keeps its name, what arrives has its
+        place by the migration's id until the pod is made, and has a uid."""
+        id = self._journal.directory.name
+        if "target_pod" in self._journal.facts or self.makes_after_go:
             return
+        if self._cluster.keeps_name(id):
+            demand_uid(id)
+            for one in containers:
+                await run(self._expect, one, id)
+            self._journal.note(keeps_name=True)
+            return
+        uid = await self._ask_for_the_pod()
+        for one in containers:
+            await run(self._expect, one, uid)
+
+    async def _ask_for_the_pod(self) -> str:
+        """Its uid, once the controller has made it."""
         id = self._journal.directory.name
         self._journal.acquire("target-pod", id=id)
         pod = await self._cluster.target_pod(id)
         demand_uid(pod.uid)
         self._journal.note(target_pod=pod.uid)
+        return pod.uid
+
+    async def arrive(self, containers: Sequence[TargetContainer]) -> None:
+        """Have the pod made that keeps its name; podferry-runc finds by its uid what has arrived."""
+        uid = self._journal.facts.get("target_pod") or await self._ask_for_the_pod()
         for one in containers:
-            await run(self._expect, one, pod.uid)
+            await run(self._lead, one, uid)
+
+    def _lead(self, container: TargetContainer, uid: str) -> None:
+        key = pod_key(uid, container.maker.name)
+        container.journal.acquire(WAY_IN, key=key)
+        container.journal.note(made_as=uid)
+        way = self._config.incoming / key
+        if not way.is_symlink():
+            way.symlink_to(container.maker.key)
+        wake(self._config.run, key)
 
     def _expect(self, container: TargetContainer, uid: str) -> None:
         container.journal.note(uid=uid)
@@ -205,13 +248,19 @@ class KubeletContainer:
 
     @property
     def key(self) -> str:
-        """By the pod's uid, which is not known before the pod is made."""
+        """By the pod's uid, which is not known before the pod is made; for a pod that is made after GO, by the migration's."""
         uid = self._journal.facts.get("uid")
         return pod_key(uid, self.name) if uid else ""
 
     @property
     def _id(self) -> str | None:
         return self._journal.facts.get("container")
+
+    @property
+    def _pod(self) -> str:
+        """The uid of the pod here."""
+        facts = self._journal.facts
+        return str(facts.get("made_as") or facts.get("uid") or "")
 
     def prepare(self, container: TargetContainer) -> None:
         """Stage its files and its output."""
@@ -272,14 +321,14 @@ class KubeletContainer:
     def _write_last_words(self, words: Path, record: Container) -> None:
         """The job may have the file open: its size must be the same."""
         if words.exists():
-            place = termination_message(record.spec_json(), self._journal.facts["uid"], self.name, self._config.kubelet)
+            place = termination_message(record.spec_json(), self._pod, self.name, self._config.kubelet)
             if place is not None:
                 place.write_bytes(small_file(words, TERMINATION_MESSAGE))
             words.unlink()
 
     def _write_payloads(self, packed: Path) -> None:
         if packed.exists():
-            volume_payloads.unpack(small_file(packed, PARSED_IMAGE), self._journal.facts["uid"], self._config.kubelet)
+            volume_payloads.unpack(small_file(packed, PARSED_IMAGE), self._pod, self._config.kubelet)
             packed.unlink()
 
     async def restored(self, container: TargetContainer) -> None:
@@ -325,7 +374,7 @@ class KubeletContainer:
         path.touch()
 
     def _mark(self) -> Path:
-        return self._config.arrived / (self.key or "none")
+        return self._config.arrived / (pod_key(self._pod, self.name) if self._pod else "none")
 
 
 def _kill(runtime: ContainerRuntime, id: str) -> None:
@@ -351,12 +400,16 @@ def target_handlers(config: Config, runtime: ContainerRuntime, cluster: Cluster)
     async def unlock(facts: Mapping[str, Any]) -> None:
         await run(Namespace(**facts).unlock)
 
+    async def close_the_way(facts: Mapping[str, Any]) -> None:
+        (config.incoming / facts["key"]).unlink(missing_ok=True)
+
     own = {
         NETWORK_LOCK: unlock,
         "target-pod": give_back,
         "kubelet-task": kill_task,
         "arrived": unmark,
         "staged": unstage,
+        WAY_IN: close_the_way,
     }
     return {**handlers(config), **own}
 

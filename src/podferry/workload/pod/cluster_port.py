@@ -70,8 +70,19 @@ class Cluster(Protocol):
         """
         ...
 
+    def keeps_name(self, id: str) -> bool:
+        """Asked on the target, of a migration that it was admitted to: whether the target pod has the source's name. Then it can be
+        made only after GO, when the source's object is gone."""
+        ...
+
+    async def replaced(self, id: str) -> bool:
+        """Asked on the source after GO, when the target has given up: whether the source's object was given up for a pod of the
+        same name. Then the job cannot go on here. Returns only when that is certain."""
+        ...
+
     async def target_pod(self, id: str) -> PodName:
-        """Asked on the target, near convergence: have the controller make the target pod here, and return it.
+        """Asked on the target, near convergence, or after GO for one that `keeps_name`: have the controller make the target pod
+        here, and return it.
 
         The kubelet then makes its containers one after another, so this must not wait until any of them runs. Raises what keeps
         the pod from being made: quota, a webhook, a missing volume. Cancelled when the migration goes back.
