@@ -28,6 +28,7 @@ from podferry.wire.messages import (
     Go,
     Hello,
     Message,
+    MovedConnection,
     Offer,
     PageRequest,
     PagesEnd,
@@ -42,6 +43,8 @@ from podferry.wire.messages import (
     Running,
     StateEnd,
     StatePart,
+    Translate,
+    Translated,
     TreeSum,
     decode,
     encode,
@@ -69,6 +72,8 @@ SAMPLES: list[Message] = [
     Filled("m-1", 12),
     GaveUp("m-1", REPORT),
     Abort("m-1", "grün"),
+    Translate("m-1", "default", "moves", (MovedConnection("uid", "10.0.0.1:1", "[fd00::1]:2", "10.0.0.3"),)),
+    Translated("m-1", (0, 3)),
 ]
 BARE: list[Any] = [kind for kind in MESSAGES.values() if set(fields_of(kind)) == {"migration"}]
 SAMPLES += [kind(migration="m-1") for kind in BARE]

@@ -1,7 +1,8 @@
 """The control messages, as frozen dataclasses, and their form on the wire.
 
 A message travels as `{"type": NAME, FIELD: VALUE, ...}` with every field present and no other. Who may send which when
-is `podferry.wire.session`'s business. Sizes are in bytes, memory in pages of 4096 bytes unless a name says otherwise.
+is `podferry.wire.session`'s business. The file is long, and stays whole: it is one list. Sizes are in bytes,
+memory in pages of 4096 bytes unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from podferry.errors import Bug, PeerMisbehaved, PodferryError, Refused
 from podferry.model import Mode
 from podferry.wire.frames import MAX_ADDRESS
 
-PROTOCOL = 7
+PROTOCOL = 8
 """The number both ends must share. Messages are taken only with all of their fields and no other, so it is raised with every change
 of what may travel (`podferry.wire.document.shape`). 2: the offer says how long the source is patient; `PagesLost`.
 3: `StatePart`. 4: `Filled.differences`. 5: `Offer.rehearsal`. 6: the names of messages and fields
-(`PrepareTarget`, `TargetPrepared`, `PageRequest`, `PeerFailure`, `AddressSpaceSum`)."""
+(`PrepareTarget`, `TargetPrepared`, `PageRequest`, `PeerFailure`, `AddressSpaceSum`). 8: `Translate`, `Translated`."""
 
 Id = Annotated[str, AllowedRange(1, 128)]
 Name = Annotated[str, AllowedRange(1, 317)]
@@ -29,6 +30,8 @@ Round = Annotated[int, AllowedRange(0, 0xFFFF)]
 Small = Annotated[int, AllowedRange(0, 0xFF)]
 
 MOST_DIFFERENCES = 64
+MOST_TRANSLATED = 2000
+"""Connections in one `Translate`."""
 MOST_SUMS, MOST_PARTS = 2000, 512
 """Files and spaces in one `StatePart`, which stays below the largest frame with names of 255 bytes; and parts in a migration."""
 
@@ -299,6 +302,36 @@ class Query:
 
 
 @dataclass(frozen=True)
+class MovedConnection:
+    """A connection of the pod with the uid `pod`, on the node that is told: both ends as that pod's socket has them, ADDRESS:PORT,
+    and the address that the other end, which moves, is going to have."""
+
+    pod: Annotated[str, AllowedRange(1, 64)]
+    local: Annotated[str, AllowedRange(1, 64)]
+    remote: Annotated[str, AllowedRange(1, 64)]
+    remote_now: Annotated[str, AllowedRange(1, 64)]
+
+
+@dataclass(frozen=True)
+class Translate:
+    """First of a conversation, from the target of the Migration `namespace`/`name` to a node that is another pod's: have these
+    connections go on although the pod at their other ends gets another address."""
+
+    migration: Id
+    namespace: Annotated[str, AllowedRange(1, 63)]
+    name: Annotated[str, AllowedRange(1, 253)]
+    connections: Annotated[tuple[MovedConnection, ...], AllowedRange(1, MOST_TRANSLATED)]
+
+
+@dataclass(frozen=True)
+class Translated:
+    """The answer to `Translate`: they do, but for those `missing`, by their place in the list: the pod has none such any more."""
+
+    migration: Id
+    missing: Annotated[tuple[int, ...], AllowedRange(0, MOST_TRANSLATED)]
+
+
+@dataclass(frozen=True)
 class Unknown:
     """The answer to `Query`: the target has no record of it, and will never run it."""
 
@@ -306,9 +339,10 @@ class Unknown:
 
 
 # fmt: off
-SOURCE_MESSAGES = (Offer, RoundEnd, PrepareTarget, StatePart, StateEnd, Go, PagesEnd, PagesLost, Abort, Done, Query)
+SOURCE_MESSAGES = (Offer, RoundEnd, PrepareTarget, StatePart, StateEnd, Go, PagesEnd, PagesLost, Abort, Done, Query,
+                   Translate)
 TARGET_MESSAGES = (Accept, Refuse, RoundAck, TargetPrepared, Ready, Restoring, Running, PageRequest, Progress, Filled, Crashed,
-                   GaveUp, Unknown)
+                   GaveUp, Unknown, Translated)
 # fmt: on
 Message = (
     Hello
@@ -324,6 +358,7 @@ Message = (
     | Abort
     | Done
     | Query
+    | Translate
     | Accept
     | Refuse
     | RoundAck
@@ -337,6 +372,7 @@ Message = (
     | Crashed
     | GaveUp
     | Unknown
+    | Translated
 )  # fmt: skip
 
 MESSAGES: dict[str, type[Message]] = {

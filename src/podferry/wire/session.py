@@ -41,6 +41,8 @@ from podferry.wire.messages import (
     StateEnd,
     StatePart,
     TargetPrepared,
+    Translate,
+    Translated,
     Unknown,
 )
 
@@ -57,6 +59,7 @@ class Role(StrEnum):
 class SessionState(StrEnum):
     IDLE = "idle"
     ASKED = "asked"
+    TRANSLATING = "translating"
     OFFERED = "offered"
     STREAMING = "streaming"
     PREPARING = "preparing"
@@ -75,6 +78,7 @@ class SessionState(StrEnum):
 MEANING: dict[SessionState, str] = {
     SessionState.IDLE: "connected; nothing is under way",
     SessionState.ASKED: "the source asked what became of a migration",
+    SessionState.TRANSLATING: "a migration's target, who dialed, told of connections of another pod's",
     SessionState.OFFERED: "the target thinks about an offer",
     SessionState.STREAMING: "pages, drops, tree records and files flow",
     SessionState.PREPARING: "they flow; the target makes its container",
@@ -116,7 +120,15 @@ def _with(base: Mapping[Role, Row], *, source: Row | None = None, target: Row | 
 _BEFORE_GO: tuple[EventType, ...] = (*DATA, RoundEnd, PrepareTarget, StatePart, StateEnd)
 
 TABLE: dict[SessionState, dict[Role, Row]] = {
-    SessionState.IDLE: {Role.SOURCE: {Offer: SessionState.OFFERED, Query: SessionState.ASKED}, Role.TARGET: {}},
+    SessionState.IDLE: {
+        Role.SOURCE: {
+            Offer: SessionState.OFFERED,
+            Query: SessionState.ASKED,
+            Translate: SessionState.TRANSLATING,
+        },
+        Role.TARGET: {},
+    },
+    SessionState.TRANSLATING: {Role.SOURCE: {}, Role.TARGET: {Translated: SessionState.ENDED}},
     SessionState.ASKED: {
         Role.SOURCE: {},
         Role.TARGET: {
