@@ -18,9 +18,11 @@ class Mode(StrEnum):
 
 
 class Connections(StrEnum):
-    """What a move may do to connections whose other end stays: `Close` them, or nothing: `Require` refuses the move."""
+    """What a move may do to connections whose other end stays: `Close` them, or nothing: `Require` refuses the move. `Preserve`, of
+    pods alone, has those to pods on nodes with an agent live on, and closes the others."""
 
     CLOSE = "Close"
+    PRESERVE = "Preserve"
     REQUIRE = "Require"
 
 

@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +214,10 @@ class Movers:
         self.say(spec["nodeName"], move.id, "order", said)
         return move
 
+    def answered(self, act: Callable[[Move], None], move: Move) -> Future[None]:
+        """Have one thing that a move asks for done meanwhile."""
+        return self._pool.submit(act, move)
+
     def make_target(self, move: Move) -> None:
         """What the controller does at `prepare-target`."""
         self.hear(move.target, move.id, "wants-pod")
@@ -235,8 +239,11 @@ class Movers:
 
     def move(self, pod: Json, mode: str = "live", **more: Any) -> tuple[Json, Json]:
         """Move a pod to the other node; the target pod, and the source's record."""
-        source = pod["spec"]["nodeName"]
-        move = self.order(pod, B if source == A else A, mode, **more)
+        return self.follow(self.order(pod, B if pod["spec"]["nodeName"] == A else A, mode, **more))
+
+    def follow(self, move: Move) -> tuple[Json, Json]:
+        """Answer as the controller would until a move has come to its end; the target pod, and the source's record."""
+        source = move.pod["spec"]["nodeName"]
         answers = [self._pool.submit(act, move) for act in (self.make_target, self.hand_over)]
         record = self.ended(source, move)
         assert record["outcome"] == "completed", (record, self.evidence(move))

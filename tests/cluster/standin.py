@@ -1,8 +1,8 @@
 """An agent whose Kubernetes side is a directory: what the controller would do, the test does. Runs on a node, as a program.
 
 `python3 standin.py CONFIG DIRECTORY`. Orders are files `ID.order` in the directory; what the agent asks for appears as
-`ID.admitted`, `ID.wants-pod`, `ID.wants-hand-over` and `ID.given-back`, the answers are `ID.pod` and `ID.handed-over`, and the
-record of an ended half is `ID.ROLE`. All are JSON, made by a rename.
+`ID.admitted`, `ID.wants-pod`, `ID.wants-hand-over` and `ID.given-back`, the answers are `ID.pod`, `ID.peers`, `ID.moved` and
+`ID.handed-over`, and the record of an ended half is `ID.ROLE`. All are JSON, made by a rename.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from podferry.engine.order import Order
 from podferry.errors import Failed, PodferryError, Refused
 from podferry.model import Connections, Mode
 from podferry.workload.config import load
-from podferry.workload.pod.cluster_port import PodName, PodOrder
+from podferry.workload.pod.cluster_port import MigrationName, MovingPod, PeerPod, PodName, PodOrder
 
 POLL_INTERVAL = 0.01
 
@@ -59,6 +60,21 @@ class Directory:
 
     async def give_back(self, id: str) -> None:
         self.say(id, "given-back", {})
+
+    async def peers(self, id: str, wanted: Collection[str] = ()) -> tuple[MigrationName, Mapping[str, PeerPod]]:
+        """The pods of which a test has said so, by their addresses."""
+        found = await self.hear(id, "peers")
+        return MigrationName("default", "m", id), {address: PeerPod(**one) for address, one in found["pods"].items()}
+
+    async def moving(self, migration: MigrationName, target: str) -> MovingPod:
+        found = await self.hear(migration.uid, "peers")
+        if target != found["target"]:
+            raise Refused(f"{target} is not the target")
+        return MovingPod(frozenset(found["addresses"]), frozenset(one["uid"] for one in found["pods"].values()))
+
+    async def moved(self, migration: MigrationName) -> bool | None:
+        path = self.path / f"{migration.uid}.moved"
+        return bool(json.loads(path.read_text())) if path.exists() else None
 
     async def hand_over(self, id: str) -> None:
         self.say(id, "wants-hand-over", {})

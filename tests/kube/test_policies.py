@@ -54,6 +54,7 @@ BEFORE: Json = {
             "why": "so",
         }
     ],
+    "sourcePodAddresses": ["10.0.0.1"],
     "peers": [{"address": "10.0.0.2", "kind": "Node"}],
     "closedConnections": ["a -> b"],
     "abort": {"outcome": "failed", "reason": "Asked"},
@@ -94,6 +95,7 @@ FORGED: Json = {
             "why": "it does",
         }
     ],
+    "sourcePodAddresses": ["10.0.0.66"],
     "peers": [{"address": "10.0.0.2", "kind": "Outside"}],
     "closedConnections": [],
     "abort": END,

@@ -48,7 +48,7 @@ def test_a_check_tells_of_each_connection_what_becomes_of_it(cluster: Cluster, n
     told = [(one["peer"], one["fate"]) for one in checked["connections"]]
     assert told.count(("inside", "lives")) == 2
     assert set(told) <= {("inside", "lives"), ("listening", "lives")}
-    assert checked["connections_total"] == {"lives": 2, "readdressed": 0, "closed": 0}
+    assert checked["connections_total"] == {"lives": 2, "preserved": 0, "readdressed": 0, "closed": 0}
 
 
 @pytest.mark.parametrize("killed", [A, B])

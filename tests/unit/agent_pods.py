@@ -183,7 +183,7 @@ class PodRig(Rig):
         there: Any = self
         if side == "source":
             return {**kubelet.source_handlers(), **super().handlers(side)}
-        return {**kubelet.target_handlers(self.configs["b"], there, there), **super().handlers(side)}
+        return {**kubelet.target_handlers(self.configs["b"], there, there, there), **super().handlers(side)}
 
     @property
     def departed(self) -> Path:

@@ -376,20 +376,23 @@ class FakeKind:
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.source, self.target = rig.source_of, rig.target_of
+        self.translations = None
         self.source_handlers = lambda: rig.handlers("source")
         self.target_handlers = lambda: rig.handlers("target")
 
     def view(self, name: str) -> SimpleNamespace:
         offered = OfferedContainer(RECORD, ("layer",))
         choice = SimpleNamespace(kind="wp-async", reason="a fake")
-        return SimpleNamespace(
+        view: SimpleNamespace = SimpleNamespace(
             offered=offered,
             connections=(),
+            asked_for=lambda connections: view,
             lost=lambda connections: None,
             demand_movable=lambda mode, connections: choice,
             warnings=lambda mode: [f"{mode} is worth knowing"],
             offer=lambda id, mode: Offer(id, name, mode, offered.to_dict(), {}, 1, 1),
         )
+        return view
 
     def frozen(self, journal: Journal, name: str) -> Guarded | None:
         return self.rig.frozen(journal) if "offered" in journal.facts else None

@@ -14,7 +14,7 @@ from unittest.mock import AsyncMock
 import anyio
 import pytest
 
-from podferry.core.connections import ConnectionsLost, End, KernelSocket, OpenConnection, judge
+from podferry.core.connections import ConnectionsLost, End, KernelSocket, OpenConnection, end_of, judge
 from podferry.core.undo import Ledger
 from podferry.criu.checkpoint import HeldDump
 from podferry.criu.connections import Settled
@@ -172,7 +172,7 @@ def test_a_process_that_ends_right_after_the_look_is_nobodys_fault(tmp_path: Pat
 def nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at the network of the processes that the tests name."""
     monkeypatch.setattr("podferry.workload.source_container.has_connections", lambda pid: False)
-    monkeypatch.setattr("podferry.workload.source_container.Peers.take", lambda self, pid, pids: None)
+    monkeypatch.setattr("podferry.workload.source_container.Peers.take", lambda self, pid, pids, kept: None)
 
 
 class FakeHeldDump:
@@ -409,10 +409,10 @@ async def test_images_with_a_connection_that_cannot_live_are_not_sent_where_none
     asked: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = Settled({}, ("10.0.0.5:1 -> 10.0.1.9:2",))
-    monkeypatch.setattr("podferry.workload.source.settle", lambda images: closed)
+    monkeypatch.setattr("podferry.workload.source.settle", lambda images, kept: closed)
     parts: list[Any] = [SimpleNamespace(tree=None, dump=AsyncMock(return_value={}))]
     workload = SourceWorkload(parts, Owner(), connections=asked)
-    if asked is Connections.CLOSE:
+    if asked is not Connections.REQUIRE:
         assert await workload.dump() == {}
     else:
         with pytest.raises(ConnectionsLost) as caught:
@@ -526,10 +526,14 @@ def test_loopback_is_held_still_where_a_job_has_connections_and_the_ledger_knows
     here = Namespace(f"/proc/{os.getpid()}/ns/net", 7)
     monkeypatch.setattr("podferry.workload.source_container.has_connections", lambda pid: connected)
     monkeypatch.setattr(Namespace, "of", lambda spec, pid: here)
-    monkeypatch.setattr(
-        Namespace, "lock", lambda self: noted.append(Journal(tmp_path / "journal").held("network-lock.0"))
-    )
     job = leaving(tmp_path, made(tmp_path / "group"), journal)
+    job.kept = frozenset({(end_of("10.0.0.5:1"), end_of("10.0.1.9:2"))})
+
+    def lock(self: Namespace, silent: Any) -> None:
+        assert silent == job.kept
+        noted.append(Journal(tmp_path / "journal").held("network-lock.0"))
+
+    monkeypatch.setattr(Namespace, "lock", lock)
     assert job._hold_loopback() == (here if connected else None)
     assert noted == ([asdict(here)] if connected else [])
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from podferry.controller import placement
-from podferry.controller.eligibility import Surroundings, late_memory, obstacles
+from podferry.controller.eligibility import Surroundings, late_making, obstacles
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.settings import MoveSettings
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 
 pytestmark = pytest.mark.unit
 
@@ -186,18 +186,19 @@ def test_a_stateful_sets_pod(owner: Json | None, finalizers: list[str], found: l
 
 
 @pytest.mark.parametrize(
-    ("kind", "api", "mode", "found"),
+    ("kind", "mode", "connections", "found"),
     [
-        ("StatefulSet", "apps/v1", Mode.POSTCOPY, "KeepsName"),
-        ("StatefulSet", "apps/v1", Mode.LIVE, None),
-        ("StatefulSet", "apps/v1", Mode.STOP, None),
-        ("ReplicaSet", "apps/v1", Mode.POSTCOPY, None),
+        ("StatefulSet", Mode.POSTCOPY, Connections.CLOSE, "KeepsName"),
+        ("StatefulSet", Mode.LIVE, Connections.CLOSE, None),
+        ("StatefulSet", Mode.STOP, Connections.REQUIRE, None),
+        ("StatefulSet", Mode.LIVE, Connections.PRESERVE, "KeepsName"),
+        ("ReplicaSet", Mode.POSTCOPY, Connections.PRESERVE, None),
     ],
 )
-def test_a_pod_that_keeps_its_name_has_all_its_memory_when_its_object_goes(
-    kind: str, api: str, mode: Mode, found: str | None
+def test_what_a_pod_that_keeps_its_name_cannot_have_since_its_object_goes_first(
+    kind: str, mode: Mode, connections: Connections, found: str | None
 ) -> None:
-    refused = late_memory(owned(kind, api), MoveSettings(mode=mode))
+    refused = late_making(owned(kind, "apps/v1"), MoveSettings(mode=mode, connections=connections))
     assert (refused and refused.reason) == found
 
 

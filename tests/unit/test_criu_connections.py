@@ -6,11 +6,12 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from podferry.core.connections import CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYN_SENT
-from podferry.criu.connections import settle
+from podferry.core.connections import CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYN_SENT, End
+from podferry.criu.connections import close, settle
 from podferry.criu.dump_images import FILES_MAGIC, encode_entries, entries_of
 from podferry.errors import PeerMisbehaved
 from podferry.node.network_namespace import DEFAULT, Network
@@ -77,6 +78,30 @@ def is_closed(one: InetSkEntry) -> bool:
     return (one.state, one.src_port, one.dst_port, one.shutdown, sum(one.src_addr), sum(one.dst_addr)) == (
         (CLOSE, 0, 0, 3, 0, 0)
     )
+
+
+def test_a_connection_that_is_kept_lives_on_and_the_target_lends_its_address() -> None:
+    kept = (End(ipaddress.ip_address(POD), 40000), End(ipaddress.ip_address(OTHER), 80))
+    found = settle(images([tcp((POD, 40000), (OTHER, 80), ino=0xAB), tcp((POD, 40001), (OTHER, 80))]), {kept})
+    assert found.closed == (f"{POD}:40001 -> {OTHER}:80",)
+    one, other = sockets(found.images)
+    assert (one.src_port, is_closed(other)) == (40000, True)
+    assert addresses(found.images) == (f"{POD}/32",)
+
+
+def test_what_has_ended_at_its_other_end_is_closed_where_it_is_restored(tmp_path: Path) -> None:
+    kept = (End(ipaddress.ip_address(POD), 40000), End(ipaddress.ip_address(OTHER), 80))
+    found = settle(images([tcp((POD, 40000), (OTHER, 80), ino=0xAB)]), {kept}).images
+    for (_, name), data in found.items():
+        (tmp_path / name).write_bytes(bytes(data))
+    (tmp_path / "tcp-stream-ab.img").write_bytes(b"queues")
+    assert close(tmp_path, ()) == ()
+    assert (tmp_path / "tcp-stream-ab.img").exists()
+    assert close(tmp_path, {kept}) == (f"{POD}:40000 -> {OTHER}:80",)
+    assert not (tmp_path / "tcp-stream-ab.img").exists()
+    (one,) = sockets({(0, "files.img"): (tmp_path / "files.img").read_bytes()})
+    assert is_closed(one)
+    assert close(tmp_path / "none", {kept}) == ()
 
 
 def test_a_pair_within_a_container_is_left_as_it_is() -> None:

@@ -148,7 +148,7 @@ def test_what_a_move_costs_comes_first_and_who_only_waits_last() -> None:
 def test_a_record_has_some_of_them_and_counts_all() -> None:
     found = judge([sock("0.0.0.0:80", state=LISTEN), *(sock(f"{POD}:{port}", f"{OTHER}:1") for port in range(1, 6))])
     said = told(found, 2)
-    assert said["connections_total"] == {"lives": 0, "readdressed": 0, "closed": 5}
+    assert said["connections_total"] == {"lives": 0, "preserved": 0, "readdressed": 0, "closed": 5}
     assert [it["local"] for it in said["connections"]] == [f"{POD}:1", f"{POD}:2"]
     assert said["connections"][0] == {
         "protocol": "tcp",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from podferry.core.connections import end_of
 from podferry.core.preflight import SOCKETS
 from podferry.node import sockets
 from podferry.node.sockets import Peers, has_connections, protocols, to_others, unsaved_sockets
@@ -169,6 +170,17 @@ def test_the_other_end_is_reset_when_its_owner_is_gone(other: tuple[subprocess.P
     peers.reset()
     with pytest.raises(ConnectionResetError):
         ours.recv(1)
+
+
+def test_one_that_goes_on_elsewhere_is_left_alone(other: tuple[subprocess.Popen[str], socket.socket]) -> None:
+    process, ours = other
+    peers = Peers()
+    there, here = (end_of(f"{one[0]}:{one[1]}") for one in (ours.getpeername(), ours.getsockname()))
+    peers.take(process.pid, [process.pid], {(there, here)})
+    process.kill()
+    process.wait()
+    peers.reset()
+    assert ours.recv(1) == b"", "the kernel closes it, as that of any process that ends: nobody resets it"
 
 
 def test_those_whose_owner_lives_are_let_go(other: tuple[subprocess.Popen[str], socket.socket]) -> None:

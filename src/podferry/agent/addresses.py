@@ -20,7 +20,8 @@ class Addresses:
     def see(self, migration: Migration) -> None:
         """Learn the addresses of a Migration's nodes."""
         status = migration.status
-        for node, host in ((status.source_node, status.source_address), (status.target_node, status.target_address)):
+        ends = ((status.source_node, status.source_address), (status.target_node, status.target_address))
+        for node, host in (*ends, *((one.node, one.node_address) for one in status.peers)):
             if node and host and not (migration.ended and node in self._known):
                 self._known[node] = f"[{host}]:{PORT}" if ":" in host else f"{host}:{PORT}"
 

@@ -7,7 +7,7 @@ that was restarted.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,9 +27,11 @@ from podferry.errors import Failed, PodferryError, Refused
 from podferry.kube import status as store
 from podferry.kube.api_errors import ApiUnreachable, NotServed, ObjectNotFound, transient
 from podferry.kube.client import MIGRATIONS, Api
+from podferry.kube.connection_status import AddressKind
 from podferry.kube.events import Events
 from podferry.kube.migration import (
     HANDED_OVER,
+    RESUMED,
     SOURCE_REPLACED,
     TARGET_CREATED,
     TARGET_REQUESTED,
@@ -40,14 +42,16 @@ from podferry.kube.migration import (
 from podferry.kube.quantities import quantity, seconds
 from podferry.kube.resources import memory_limits
 from podferry.kube.watch import Queues, follow
-from podferry.model import Mode, Outcome
-from podferry.workload.pod.cluster_port import PodMigration, PodName, PodOrder, Pods
+from podferry.model import Connections, Mode, Outcome
+from podferry.workload.pod.cluster_port import MigrationName, MovingPod, PeerPod, PodMigration, PodName, PodOrder, Pods
 from podferry.workload.pod.probes import network_probes
 
 Json = dict[str, Any]
 Result = TypeVar("Result")
 
 RETRY = 1.0
+PEERS_WITHIN = 10.0
+"""Seconds that the controller has to say whose the addresses are at the other ends of connections; the job runs meanwhile."""
 ADMIT_WITHIN = 10.0
 """Seconds that an offer waits for the watch to bring the Migration that it names: the source may have seen it first."""
 
@@ -258,6 +262,49 @@ class Kubernetes:
             except PodferryError as error:
                 self._log.warning("the hand-over waits", migration=id, error=str(error))
                 await anyio.sleep(RETRY)
+
+    async def peers(self, id: str, wanted: Collection[str] = ()) -> tuple[MigrationName, Mapping[str, PeerPod]]:
+        """The Migration, and the pods at the other ends of connections, once the controller has said whose the addresses are."""
+        with anyio.move_on_after(PEERS_WITHIN):
+            await self._known.once(id, lambda one: set(wanted) <= {peer.address for peer in one.status.peers})
+        if (seen := self._known.newest(id)) is None:
+            raise ObjectNotFound(f"there is no Migration with uid {id}", why="it was removed by force")
+        self._addresses.see(seen)
+        found = (one for one in seen.status.peers if one.kind is AddressKind.POD and one.agent and one.uid and one.node)
+        name = MigrationName(seen.namespace, seen.name, seen.uid)
+        return name, {one.address: PeerPod(one.uid, one.node) for one in found}
+
+    async def moving(self, migration: MigrationName, target: str) -> MovingPod:
+        """Ask the API server for a Migration that is another node's."""
+        seen = await self._ask(migration)
+        status = seen.status if seen is not None else None
+        if (
+            status is None
+            or status.target_node != target
+            or status.phase is not MigrationPhase.RUNNING
+            or status.abort is not None
+            or status.settings is None
+            or status.settings.connections is not Connections.PRESERVE
+        ):
+            raise Refused(
+                f"{target} may not have connections go on to a pod that moves there",
+                why=f"no Migration {migration.namespace}/{migration.name} with that target, which preserves connections, runs now",
+            )
+        peers = frozenset(one.uid for one in status.peers if one.node == self._node and one.uid)
+        return MovingPod(frozenset(status.source_pod_addresses), peers)
+
+    async def moved(self, migration: MigrationName) -> bool | None:
+        """Ask the API server how it has ended. One that is gone had its end: whoever removed it by force has seen to that."""
+        seen = await self._ask(migration)
+        if seen is None:
+            return True
+        if (ending := seen.status.engine_ending) is not None:
+            return ending.outcome == Outcome.COMPLETED
+        return seen.status.holds(RESUMED) if seen.ended else None
+
+    async def _ask(self, migration: MigrationName) -> Migration | None:
+        body = await self._api.find(MIGRATIONS, migration.name, migration.namespace)
+        return Migration.from_json(body) if body is not None and body["metadata"]["uid"] == migration.uid else None
 
     async def _patiently(self, call: Callable[[], Awaitable[Result]]) -> Result:
         """What `call` returns, once the API server answers: that it is away says nothing of the migration, which has deadlines of

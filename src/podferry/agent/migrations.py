@@ -15,7 +15,7 @@ import anyio
 import structlog
 
 from podferry.core.connections import BRIEF, told
-from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS
+from podferry.core.phases import SOURCE_ENDS, TARGET_ENDS, SourcePhase
 from podferry.core.strict import from_json
 from podferry.engine.journal import Journal, forget_old, journals
 from podferry.engine.migration_record import MigrationRecord
@@ -45,6 +45,8 @@ from podferry.workload.threads import run
 KEEP_RECORDS = 200
 MIGRATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 """The pattern of a migration's id, which is also the name of its directory."""
+
+BEFORE_CUTOVER = frozenset({SourcePhase.CHECK, SourcePhase.PRECOPY, SourcePhase.PREPARE_TARGET})
 
 Start = Callable[[Callable[[], Awaitable[None]]], None]
 Dial = Callable[[str], AbstractAsyncContextManager[Channel]]
@@ -112,6 +114,16 @@ class Migrations:
 
     # On the source.
 
+    def leaves(self, uid: str) -> bool:
+        """Whether a pod stands still to leave this node, or is about to."""
+        return any(
+            half.phase not in BEFORE_CUTOVER
+            and not half.machine.ended
+            and (pod := pod_of(half.journal))
+            and pod.uid == uid
+            for half in self.sources.values()
+        )
+
     def set_out(
         self,
         id: str,
@@ -136,7 +148,7 @@ class Migrations:
         self.sources[id] = source
 
         async def propose() -> tuple[Offer, SourceWorkload]:
-            view = await inspected(inspect, order.connections)
+            view = (await inspected(inspect, order.connections)).asked_for(order.connections)
             found = told(view.connections)
             record.extra["connections"], record.extra["connections_total"] = (
                 found["connections"],

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from podferry.agent.admission import demand_allowed, demand_peer
+from podferry.agent.connection_peers import Translator
 from podferry.agent.migrations import MIGRATION, Migrations, Start
 from podferry.engine.target import Target
-from podferry.errors import Failed, PeerMisbehaved, PeerUntrusted, PodferryError
+from podferry.errors import Failed, PeerMisbehaved, PeerUntrusted, PodferryError, Refused
 from podferry.wire.channel import Channel
 from podferry.wire.frames import Data
-from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Unknown
+from podferry.wire.messages import Abort, Accept, ErrorReport, GaveUp, Message, Offer, Query, Refuse, Translate, Unknown
 from podferry.workload.account import needed
 from podferry.workload.config import Config
 from podferry.workload.offered import decode
@@ -21,8 +22,16 @@ from podferry.workload.threads import run
 class PeerRequests:
     """Conversations that peers begin."""
 
-    def __init__(self, config: Config, cluster: Cluster | None, migrations: Migrations, start: Start) -> None:
+    def __init__(
+        self,
+        config: Config,
+        cluster: Cluster | None,
+        migrations: Migrations,
+        start: Start,
+        translator: Translator | None = None,
+    ) -> None:
         self._config, self._cluster, self._migrations, self._start = config, cluster, migrations, start
+        self._translator = translator
         self._weighed: set[str] = set()
 
     async def converse(self, channel: Channel) -> None:
@@ -34,6 +43,10 @@ class PeerRequests:
                 await self._receive(channel, first)
             case Query():
                 await self._answer(channel, first.migration)
+            case Translate():
+                if self._translator is None:
+                    raise Refused(f"the agent of {self._config.node} does not belong to a Kubernetes cluster")
+                await self._translator.answer(channel, first)
             case _:
                 raise PeerMisbehaved(f"{channel.peer} sent a {type(first).__name__} as its first message")
 

@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 from podferry import __version__
 from podferry.agent import control
 from podferry.agent.admission import known_addresses
+from podferry.agent.connection_peers import Translator
 from podferry.agent.control import Emit
 from podferry.agent.migrations import KEEP_RECORDS, Migrations, inspected, runtime_of_pods
 from podferry.agent.peer_requests import PeerRequests
@@ -63,14 +64,18 @@ class Agent:
         self.log = structlog.get_logger().bind(node=config.node)
         self.credentials = Credentials.load(config.certificates)
         self.alone = ContainersAlone(config, Containerd(config.containerd, config.namespace))
-        pods = KubeletPods(config, runtime_of_pods(config), cluster)
+        pods = KubeletPods(config, runtime_of_pods(config), cluster, lambda: self.translator)
         self._oversee(pods, Account(partial(free_here, config)))
         self._tasks: TaskGroup
 
     def _oversee(self, pods: KubeletPods, account: Account) -> None:
         self.migrations = Migrations(self.config, self.alone, pods, account, start=self._start, dial=self._dial)
         self.pods = PodRequests(self.migrations)
-        self.peers = PeerRequests(self.config, self._cluster, self.migrations, self._start)
+        self.translator: Translator | None = None
+        if self._cluster is not None:
+            here, leaves = pods.translations, self.migrations.leaves
+            self.translator = Translator(self.config.node, self._cluster, here, self._dial, leaves)
+        self.peers = PeerRequests(self.config, self._cluster, self.migrations, self._start, self.translator)
 
     async def run(self, ready: Callable[[], object]) -> None:
         """Work until cancelled. `ready` is called once the agent answers and has taken up what an earlier one left."""
@@ -91,6 +96,8 @@ class Agent:
             self._start(self._forget_old)
             if self._cluster is not None:
                 self._start(partial(run, self.migrations.pods.sweep))
+            if self.translator is not None:
+                self._start(self.translator.run)
             known = await run(known_addresses, self.config, self._cluster)
             serving = partial(serve, listener, self.credentials, self.peers.converse, self._report, known=known)
             self._tasks.start_soon(serving)
@@ -317,11 +324,16 @@ class Agent:
 
 
 def _connections(asked: str) -> Connections:
-    try:
-        return Connections(asked)
-    except ValueError:
-        known = ", ".join(Connections)
-        raise UsageError(f"connections cannot be {asked!r}", why=f"there are {known}") from None
+    known = [one for one in Connections if one is not Connections.PRESERVE]
+    if asked == Connections.PRESERVE:
+        raise UsageError(
+            f"connections {asked} is for pods",
+            why="only Kubernetes knows who is at the other ends of a workload's connections",
+            remedy=f"ask with {' or '.join(known)}",
+        )
+    if asked not in known:
+        raise UsageError(f"connections cannot be {asked!r}", why=f"there are {', '.join(known)}")
+    return Connections(asked)
 
 
 def _saved(directory: Path) -> Record | None:

@@ -58,7 +58,8 @@ MayClose = Annotated[
     typer.Option(
         "--connections",
         case_sensitive=False,
-        help="What may become of connections whose other end stays: Close, or Require: no move where one would be lost.",
+        help="What may become of connections whose other end stays: Close, or Require: no move where one would be lost. Preserve "
+        "is for pods: kubectl podferry migrate.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/cli.md specifies it.")]

@@ -53,8 +53,8 @@ MayClose = Annotated[
     typer.Option(
         "--connections",
         case_sensitive=False,
-        help="What may become of connections whose other end stays: Close, or Require: no move where one would be lost. Default: "
-        "the pod's policy's, or Close.",
+        help="What may become of connections whose other end stays: Close; Preserve: TCP connections to pods on nodes with an "
+        "agent go on; or Require: no move where one would be lost. Default: the pod's policy's, or Close.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: Migration objects as the API server has them.")]

@@ -13,7 +13,7 @@ from podferry.controller import placement, shares
 from podferry.errors import Refused
 from podferry.kube.migration import UID_LABEL
 from podferry.kube.settings import MoveSettings
-from podferry.model import Mode
+from podferry.model import Connections, Mode
 
 Json = dict[str, Any]
 
@@ -215,16 +215,25 @@ def keeps_name(pod: Json) -> bool:
     return reference is not None and kind_of_owner(reference) == "StatefulSet"
 
 
-def late_memory(pod: Json, settings: MoveSettings) -> PodUnfit | None:
-    """In post-copy a pod whose object is gone would have to answer for memory that the job lacks, in two places at once."""
-    if settings.mode is not Mode.POSTCOPY or not keeps_name(pod):
+def late_making(pod: Json, settings: MoveSettings) -> PodUnfit | None:
+    """What a pod cannot have whose object is gone before the target pod is made, and that keeps its name."""
+    if not keeps_name(pod):
         return None
-    return unfit(
-        "KeepsName",
-        "the pod keeps its name, and such a pod does not move in mode postcopy",
-        why="its object is gone while the source still has memory of the job",
-        remedy="mode live or stop",
-    )
+    if settings.mode is Mode.POSTCOPY:
+        return unfit(
+            "KeepsName",
+            "the pod keeps its name, and such a pod does not move in mode postcopy",
+            why="its object is gone while the source still has memory of the job",
+            remedy="mode live or stop",
+        )
+    if settings.connections is Connections.PRESERVE:
+        return unfit(
+            "KeepsName",
+            "the pod keeps its name, and connections of such a pod are not preserved",
+            why="its new address is known only when the source's pod is gone, and those at the other ends must know it before",
+            remedy="connections: Close or Require",
+        )
+    return None
 
 
 def _shares(pod: Json, around: Surroundings) -> Iterator[PodUnfit]:

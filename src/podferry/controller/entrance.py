@@ -8,7 +8,7 @@ from podferry.controller.policies import Policies, group, known, settle
 from podferry.controller.status_writer import StatusWriter
 from podferry.controller.surroundings import Surveyor
 from podferry.controller.turns import Turns
-from podferry.controller.whereabouts import address_of
+from podferry.controller.whereabouts import address_of, addresses_of
 from podferry.core.migration import MigrationEvent, MigrationPhase
 from podferry.core.turns import Wait
 from podferry.errors import Refused
@@ -63,7 +63,7 @@ class Entrance:
         wish = migration.spec
         if unlike := [*resizing.misfits(source, wish.resources), *verifying.misfits(source, wish.verify)]:
             return unlike
-        impatient = eligibility.impatient_probe(source, settings) or eligibility.late_memory(source, settings)
+        impatient = eligibility.impatient_probe(source, settings) or eligibility.late_making(source, settings)
         wrong = impatient or await self._survey.target_node(source, migration)
         return [wrong] if wrong else []
 
@@ -82,6 +82,7 @@ class Entrance:
         def taken_up(now: Migration) -> None:
             now.status.source_node, now.status.source_address = source["spec"]["nodeName"], address
             now.status.source_pod = PodReference(name=source["metadata"]["name"], uid=source["metadata"]["uid"])
+            now.status.source_pod_addresses = addresses_of(source)
             now.status.containers = moved_containers(source)
             now.status.owner = OwnerReference(kind=owner["kind"], name=owner["name"]) if owner else None
             now.status.settings = settings

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 
+from podferry.controller.whereabouts import address_of
 from podferry.kube import status as store
 from podferry.kube.client import NODES, PODS, Api, Json
 from podferry.kube.connection_status import AddressKind, ConnectionPeer, addresses
@@ -51,7 +52,17 @@ class _Lookup:
             return ConnectionPeer(address=address, kind=AddressKind.NODE, name=node, agent=await self._has_agent(node))
         about, node = pod["metadata"], str(pod["spec"].get("nodeName", ""))
         name = about["name"] if about["namespace"] == self._namespace else ""
-        return ConnectionPeer(address=address, kind=AddressKind.POD, name=name, agent=await self._has_agent(node))
+        if not await self._has_agent(node):
+            return ConnectionPeer(address=address, kind=AddressKind.POD, name=name)
+        return ConnectionPeer(
+            address=address,
+            kind=AddressKind.POD,
+            name=name,
+            agent=True,
+            uid=about["uid"],
+            node=node,
+            node_address=await address_of(self._api, node),
+        )
 
     async def _pod(self, address: str) -> Json | None:
         """The pod that has the address. API servers select by a pod's first address alone: of the other family all are looked

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from podferry.kube import status as store
-from podferry.kube.client import NODES, Api
-from podferry.kube.migration import IP_ADDRESS, Migration
+from podferry.kube.client import NODES, Api, Json
+from podferry.kube.migration import Migration
+from podferry.kube.objects import IP_ADDRESS
 from podferry.kube.paths import NameRefused
 
 
@@ -33,3 +34,9 @@ async def kept_up(api: Api, migration: Migration) -> Migration:
         return not newest.ended
 
     return await store.change(api, migration, moved)
+
+
+def addresses_of(pod: Json) -> list[str]:
+    """A pod's addresses, of both families where it has them."""
+    found = (str(one.get("ip")) for one in (pod.get("status") or {}).get("podIPs") or [])
+    return [one for one in found if re.fullmatch(IP_ADDRESS, one)]

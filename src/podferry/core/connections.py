@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -41,6 +41,14 @@ class End(NamedTuple):
         return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
 
 
+def end_of(text: str) -> End:
+    """An end as it prints. Raises `ValueError` for anything else."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise ValueError(f"{text[:80]!r} is no ADDRESS:PORT")
+    return End(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")), int(port))
+
+
 class ConnectionsLost(Refused):
     """Connections must live on, and a move would end some."""
 
@@ -56,10 +64,12 @@ class PeerKind(StrEnum):
 
 
 class Fate(StrEnum):
-    """What a move makes of a connection. `readdressed`: a datagram socket goes on, and sends from the new address; answers to the
-    old one are lost."""
+    """What a move makes of a connection. `preserved`: it lives on where a pod is at its other end and an agent on that pod's node,
+    which only Kubernetes knows, and is closed elsewhere. `readdressed`: a datagram socket goes on, and sends from the new address;
+    answers to the old one are lost."""
 
     LIVES = "lives"
+    PRESERVED = "preserved"
     READDRESSED = "readdressed"
     CLOSED = "closed"
 
@@ -119,29 +129,41 @@ class OwnEnds:
 Backends = Callable[[str, End, End], End | None]
 """Who is really at the other end of a connection of this protocol, from its local and its remote end; None where no translation is
 known."""
+_KNOWS_ANOTHER_ADDRESS = "its other end stays, and knows only the old address"
+_BEHIND = "its other end stays, behind a Service or another translation, and knows only the old address"
 
 
-def judge(sockets: Sequence[KernelSocket], backend: Backends = lambda *_: None) -> tuple[OpenConnection, ...]:
-    """What a move makes of each socket of a workload, all of whose sockets these are: those that it costs come first."""
+def nobody(protocol: str, local: End, remote: End) -> None:
+    """No translation is known."""
+
+
+def judge(
+    sockets: Sequence[KernelSocket], backend: Backends = nobody, moved: Backends = nobody
+) -> tuple[OpenConnection, ...]:
+    """What a move makes of each socket of a workload, all of whose sockets these are: those that it costs come first. `moved` is
+    `backend` of those whose other end has moved and lived on."""
     listeners = [one for one in sockets if _waits(one)]
     own = [one for one in sockets if one.held or any(_is_at(one.local, other.local) for other in listeners)]
     pairs = [(one.local, one.remote) for one in own if one.protocol == TCP and one.remote]
     ends = OwnEnds(pairs, {one.local.address for one in own})
-    found = {*_judged(own, ends, backend), *(_listening(one, listeners) for one in listeners)}
+    found = {*_judged(own, ends, backend, moved), *(_listening(one, listeners) for one in listeners)}
     return tuple(sorted(found, key=lambda one: (one.fate is Fate.LIVES, one.peer is PeerKind.LISTENING, str(one))))
 
 
-def _judged(sockets: Iterable[KernelSocket], ends: OwnEnds, backend: Backends) -> Iterator[OpenConnection]:
+def _judged(
+    sockets: Iterable[KernelSocket], ends: OwnEnds, backend: Backends, moved: Backends
+) -> Iterator[OpenConnection]:
     for one in sockets:
         if one.remote is None:
             continue
         inside = ends.keep(one.local, one.remote, one.state) if one.protocol == TCP else ends.has(one.remote)
         if inside and not one.held:
             continue  # its other end, which is the workload's, tells of it
-        behind = None if inside else backend(one.protocol, one.local, one.remote)
+        there = None if inside else moved(one.protocol, one.local, one.remote)
+        behind = None if inside or there else backend(one.protocol, one.local, one.remote)
         fate, why = _fate(one, ends, behind, inside=inside)
         kind = PeerKind.INSIDE if inside else PeerKind.ANOTHER
-        yield OpenConnection(one.protocol, str(one.local), str(one.remote), str(behind or ""), kind, fate, why)
+        yield OpenConnection(one.protocol, str(one.local), str(one.remote), str(there or behind or ""), kind, fate, why)
 
 
 def _fate(one: KernelSocket, ends: OwnEnds, behind: End | None, *, inside: bool) -> tuple[Fate, str]:
@@ -155,7 +177,27 @@ def _fate(one: KernelSocket, ends: OwnEnds, behind: End | None, *, inside: bool)
         return Fate.CLOSED, "the workload has not accepted it yet"
     if behind is not None and ends.has(behind):
         return Fate.CLOSED, "its other end is in the workload, but only by a translation that the target has not"
-    return Fate.CLOSED, "its other end stays, and knows only the old address"
+    return Fate.CLOSED, _BEHIND if behind is not None else _KNOWS_ANOTHER_ADDRESS
+
+
+def preserving(found: Sequence[OpenConnection]) -> tuple[OpenConnection, ...]:
+    """The same connections, where the move is asked to have them live on as far as it can."""
+    why = "it goes on where its other end is a pod on a node with an agent, and is closed elsewhere"
+    return tuple(
+        replace(one, fate=Fate.PRESERVED, why=why)
+        if (one.fate, one.why, one.protocol) == (Fate.CLOSED, _KNOWS_ANOTHER_ADDRESS, TCP)
+        else one
+        for one in found
+    )
+
+
+def may_be_preserved(sockets: Sequence[KernelSocket]) -> Iterator[tuple[End, End]]:
+    """Of a workload's sockets, all of which these are, the connections that `preserving` is about, by their ends."""
+    found = preserving(judge(sockets))
+    wanted = {(one.local, one.remote) for one in found if one.fate is Fate.PRESERVED}
+    for one in sockets:
+        if one.remote is not None and one.held and (str(one.local), str(one.remote)) in wanted:
+            yield one.local, one.remote
 
 
 def _listening(one: KernelSocket, listeners: Sequence[KernelSocket]) -> OpenConnection:

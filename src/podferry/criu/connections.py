@@ -1,8 +1,9 @@
 """Connections in CRIU's images of a workload, settled before they travel: which live on, and which are closed.
 
 A connection with both ends in the workload, in one container or in two, is restored as it was, queues and all. One to the outside
-cannot go on under another address: it is closed in the image, so that its owner finds it closed by the other end as soon as it
-looks. (CRIU's `tcp-close` closes all of them.) What a connect had begun is not connected: a connect that waits begins anew.
+cannot go on under another address, unless both ends' nodes rewrite its packets (`node/address_rewriting`): it is closed in the
+image, so that its owner finds it closed by the other end as soon as it looks. (CRIU's `tcp-close` closes all of them.) What a
+connect had begun is not connected: a connect that waits begins anew.
 
 A socket may be bound to an address that the target's namespace has not, a pod's own. For what lives on by it, the target gives it
 to loopback (`network.IMAGE` among the images says so), where it is nobody else's. Who listened at it would not be reached from
@@ -15,7 +16,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,14 +43,15 @@ class Settled:
     closed: tuple[str, ...]
 
 
-def settle(images: Mapping[Key, bytes | Path]) -> Settled:
-    """Settle the connections of a workload, all of whose images these are. Raises `PeerMisbehaved` for what is no image."""
+def settle(images: Mapping[Key, bytes | Path], kept: Collection[tuple[End, End]] = ()) -> Settled:
+    """Settle the connections of a workload, all of whose images these are; those `kept` live on although their other end stays.
+    Raises `PeerMisbehaved` for what is no image."""
     read = {key: content(data) for key, data in images.items() if key[1] == FILES}
     files = {key: entries_of(data, FILES, FILES_MAGIC, FileEntry) for key, data in read.items()}
     sockets = [entry.isk for entries in files.values() for entry in entries if entry.HasField("isk")]
     if not any(one.src_port for one in sockets):
         return Settled(images, ())
-    workload = _Workload(sockets)
+    workload = _Workload(sockets, kept)
     settled, closed = dict(images), []
     for (directory, name), entries in files.items():
         needed: list[Address] = []
@@ -66,6 +68,22 @@ def settle(images: Mapping[Key, bytes | Path]) -> Settled:
     return Settled(settled, tuple(closed))
 
 
+def close(images: Path, ended: Collection[tuple[End, End]]) -> tuple[str, ...]:
+    """Close these connections in the images of one container, in this directory; what was closed, as `LOCAL -> REMOTE`. Raises
+    `PeerMisbehaved` for what is no image."""
+    if not (path := images / FILES).exists():
+        return ()
+    entries, closed = entries_of(content(path), FILES, FILES_MAGIC, FileEntry), []
+    for one in (entry.isk for entry in entries if entry.HasField("isk")):
+        if _is_connection(one) and (_local(one), _remote(one)) in ended:
+            closed.append(f"{_local(one)} -> {_remote(one)}")
+            (images / f"tcp-stream-{one.ino:x}.img").unlink(missing_ok=True)
+            _close(one)
+    if closed:
+        path.write_bytes(encode_entries(FILES_MAGIC, entries))
+    return tuple(closed)
+
+
 def content(image: bytes | Path) -> bytes:
     """What is in an image that is read as a whole. Raises `TooMuch` for one that is too large for that."""
     return image if isinstance(image, bytes) else small_file(image, PARSED_IMAGE)
@@ -74,7 +92,8 @@ def content(image: bytes | Path) -> bytes:
 class _Workload:
     """The sockets of all containers together."""
 
-    def __init__(self, sockets: list[InetSkEntry]) -> None:
+    def __init__(self, sockets: list[InetSkEntry], kept: Collection[tuple[End, End]]) -> None:
+        self._kept = kept
         self._ends = OwnEnds(
             ((_local(one), _remote(one)) for one in sockets if _is_connection(one)),
             (_local(one).address for one in sockets if one.src_port),
@@ -85,7 +104,8 @@ class _Workload:
 
     def keeps(self, one: InetSkEntry) -> bool:
         """Whether a connection can go on: its other end is here, or was, and has said all that it had to say."""
-        return self._ends.keep(_local(one), _remote(one), one.state)
+        local, remote = _local(one), _remote(one)
+        return (local, remote) in self._kept or self._ends.keep(local, remote, one.state)
 
     def rebound(self, one: InetSkEntry) -> Iterator[Address]:
         """Have a socket restored under the new address where it can be; the address that it needs."""

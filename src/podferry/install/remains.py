@@ -11,10 +11,11 @@ from collections.abc import Callable
 from podferry.engine.journal import unfinished
 from podferry.install.containerd_service import listener
 from podferry.install.files import Root
+from podferry.workload.pod.translations import remove_all
 
 STATE, RUN = "/var/lib/podferry", "/run/podferry"
 KEPT = {
-    STATE: ("pki", "migrations", "staging", "arrived", "departed"),
+    STATE: ("pki", "migrations", "staging", "arrived", "departed", "translations"),
     RUN: ("incoming", "outgoing", "arriving", "leaving", "restored", "staging", "waiting", "agent.sock"),
 }
 
@@ -31,6 +32,7 @@ def in_use(root: Root) -> str:
 def remove(root: Root, report: Callable[[str], None]) -> list[str]:
     """Remove all of it; the paths that went. What cannot be removed is told."""
     gone: list[str] = []
+    remove_all(root.path(STATE) / "translations", report)
     for directory, names in KEPT.items():
         before = len(gone)
         for name in names:

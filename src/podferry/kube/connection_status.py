@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from podferry.core.connections import Fate, PeerKind
-from podferry.kube.objects import ObjectPart
+from podferry.kube.objects import IP_ADDRESS, ObjectPart
 
 MOST_CONNECTIONS = 64
 """Of a pod that a status lists."""
@@ -44,7 +44,8 @@ class ListedConnection(ObjectPart):
     fate: Annotated[
         Fate,
         Field(
-            description="lives; closed, at both ends; readdressed: a datagram socket goes on and sends from the new address, and "
+            description="lives; preserved: it lives on where status.peers has a pod with an agent for it, and is closed elsewhere; "
+            "closed, at both ends; readdressed: a datagram socket goes on and sends from the new address, and "
             "answers to the old one are lost."
         ),
     ]
@@ -77,6 +78,11 @@ class ConnectionPeer(ObjectPart):
         Field(description="The node's name; or the pod's, where it is in the Migration's namespace.", max_length=253),
     ] = ""
     agent: Annotated[bool, Field(description="Whether an agent of podferry runs on that node, or the pod's.")] = False
+    uid: Annotated[str, Field(description="The pod's uid, where an agent runs on its node.", max_length=64)] = ""
+    node: Annotated[str, Field(description="That node's name.", max_length=253)] = ""
+    node_address: Annotated[
+        str | None, Field(description="That node's InternalIP.", max_length=45, pattern=IP_ADDRESS)
+    ] = None
 
     def __str__(self) -> str:
         where = "" if self.kind is AddressKind.OUTSIDE or self.agent else " (no agent there)"

@@ -16,7 +16,7 @@ from podferry.core.migration import MIGRATION_ENDS, MigrationPhase
 from podferry.errors import Failed
 from podferry.kube.conditions import Condition, Conditioned
 from podferry.kube.connection_status import MOST_CONNECTIONS, ConnectionPeer, ListedConnection
-from podferry.kube.objects import DURATION, FIXED, NAME, QUANTITY, ObjectPart, fixed, named, rule
+from podferry.kube.objects import DURATION, FIXED, IP_ADDRESS, NAME, QUANTITY, ObjectPart, fixed, named, rule
 from podferry.kube.resources import MOST_CONTAINERS, ContainerResources
 from podferry.kube.settings import MoveSettings
 from podferry.kube.verify import ONE_WAY, Verify
@@ -45,7 +45,6 @@ TARGET_READY_BEFORE = "Poised"
 """What agents of 0.1 call `TargetReady`: while a cluster is updated, both may be there."""
 COMPLETED, FAILED, CANCELLED, REHEARSED = "Completed", "Failed", "Cancelled", "Rehearsed"
 READABLE, INTACT, VERIFIED = "Readable", "Intact", "Verified"
-IP_ADDRESS = r"^[0-9a-fA-F.:]+$"
 MOST_LINES, LONGEST_LINE = 64, 1000
 """Of the lists of text in a status."""
 MOST_KEPT = 262144
@@ -115,7 +114,8 @@ class MigrationSpec(ObjectPart):
         Connections | None,
         Field(
             description="What the move may do to connections whose other end stays, TCP and connected UDP. Close: end them, at "
-            "both ends. Require: nothing; where there is one, the move is refused before anything is touched, or, where it was "
+            "both ends. Preserve: TCP connections to pods on nodes with an agent live on, but for those behind a Service; all "
+            "others end. Require: nothing; where there is one, the move is refused before anything is touched, or, where it was "
             "opened since, taken back before the right to run passes. Without it as the pod's MigrationPolicy says, or Close."
         ),
     ] = None
@@ -269,6 +269,15 @@ class MigrationStatus(Conditioned):
         Field(description="The InternalIP of the node that it goes to.", max_length=45, pattern=IP_ADDRESS),
     ] = None
     source_pod: Annotated[PodReference | None, Field(description="The pod that leaves.")] = None
+    source_pod_addresses: Annotated[
+        list[Annotated[str, Field(max_length=45, pattern=IP_ADDRESS)]],
+        Field(
+            description="The addresses of the pod that leaves: nodes of other pods that have connections with it hold to them who "
+            "tells them that such a connection goes on.",
+            max_length=4,
+            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = Field(default_factory=list)
     target_pod: Annotated[PodReference | None, Field(description="The pod that takes its place.")] = None
     containers: Annotated[
         list[MovedContainer],

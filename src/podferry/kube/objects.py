@@ -10,6 +10,7 @@ from pydantic.alias_generators import to_camel
 from podferry.kube.paths import LONGEST, SUBDOMAIN
 
 DURATION = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
+IP_ADDRESS = r"^[0-9a-fA-F.:]+$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
 

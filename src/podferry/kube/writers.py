@@ -36,6 +36,7 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "sourceAddress": BY_CONTROLLER,
     "targetAddress": BY_CONTROLLER,
     "sourcePod": BY_CONTROLLER,
+    "sourcePodAddresses": BY_CONTROLLER,
     "targetPod": BY_CONTROLLER,
     "containers": BY_CONTROLLER,
     "owner": BY_CONTROLLER,
@@ -59,7 +60,7 @@ MIGRATION_STATUS: Mapping[str, Writers] = {
     "startTime": BY_CONTROLLER,
     "completionTime": BY_CONTROLLER,
 }
-LISTS = frozenset({"containers", "warnings", "connections", "peers", "closedConnections"})
+LISTS = frozenset({"containers", "sourcePodAddresses", "warnings", "connections", "peers", "closedConnections"})
 MIGRATION_CONDITIONS: Mapping[str, Writers] = {
     TARGET_REQUESTED: BY_TARGET,
     TARGET_READY: BY_TARGET,

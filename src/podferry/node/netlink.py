@@ -23,7 +23,8 @@ RT_SCOPE_HOST = 254
 LOOPBACK = 1
 """Loopback is the first interface of every network namespace."""
 _HEADER, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=HH")
-_LARGEST = 1 << 16
+_LARGEST, _USUAL = 1 << 16, 1 << 15
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 _NESTED = 0x8000
 
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -86,8 +87,11 @@ def get(family: int, kind: int, payload: bytes) -> bytes | None:
 def send(family: int, *messages: bytes) -> None:
     """Send messages in one batch; each that asks for it (ACK) is waited for. Raises the first `OSError`."""
     awaited = sum(bool(_HEADER.unpack_from(one)[2] & ACK) for one in messages)
+    batch = b"".join(messages)
     with _socket(family) as kernel:
-        kernel.send(b"".join(messages))
+        if len(batch) > _USUAL:
+            kernel.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * len(batch))
+        kernel.send(batch)
         while awaited:
             for answered, _, body in _messages(kernel.recv(_LARGEST)):
                 if answered == NLMSG_ERROR:

@@ -7,30 +7,45 @@ again what is dropped here. Only what arrives over loopback is held: probes and 
 CRIU itself gives a restored connection the end that its peer had sent, as a packet of its own with a mark. It has to arrive: where
 the peer is gone nobody sends it again, and the connection would be open, until its owner's end is answered with a reset.
 
+A connection to another workload that is to live on is silent as well, in both directions: what came in after its socket was read
+would be acknowledged and lost, and what came before there is a socket on the target would be answered with a reset.
+
 CRIU has locks of its own (`network-lock`), but a lazy dump that fails late leaves them in place, and they end with one container.
-One nftables table is made and removed through netlink, so that no program of the node is needed.
 """
 
 from __future__ import annotations
 
-import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from podferry.core.connections import TCP, End
 from podferry.errors import Failed
-from podferry.node import netlink
-from podferry.node.netlink import ACK, CREATE, NETFILTER, REQUEST, attribute, message, nest
+from podferry.node import netlink, nftables
+from podferry.node.netlink import CREATE, NETFILTER, attribute, nest
 from podferry.node.netns import in_network_at, joined, on_node
+from podferry.node.nftables import (
+    DELTABLE,
+    FIRST,
+    INET,
+    IPV4,
+    IPV6,
+    LOCAL_IN,
+    NEWTABLE,
+    OUTPUT,
+    expression,
+    number,
+)
 
 TABLE = b"podferry\0"
-# linux/netfilter/nfnetlink.h and nf_tables.h
-_BEGIN, _END, _SUBSYSTEM, _INET = 0x10, 0x11, 10, 1
-_NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE = 0, 2, 3, 6
-_LOCAL_IN, _PRIORITY = 1, -400
-_IIF, _MARK, _REGISTER_1, _EQUAL, _NOT_EQUAL, _DROP = 4, 3, 1, 0, 1, 0
+_ARRIVING, _LEAVING = b"arriving\0", b"leaving\0"
+_PRIORITY = -400
+_IIF, _MARK, _FAMILY, _REGISTER_1, _EQUAL, _NOT_EQUAL, _DROP = 4, 3, 15, 1, 0, 1, 0
 CRIU_MARK = 0xC114  # SOCCR_MARK, CRIU's soccr/soccr.h
+
+Ends = tuple[End, End]
+"""A connection, by its local and its remote end."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +68,16 @@ class Namespace:
         except OSError:
             return False
 
-    def lock(self) -> None:
-        """Drop what arrives over loopback. Raises `Failed`."""
-        self._send("hold the container's loopback traffic", _lock())
+    def lock(self, silent: Collection[Ends] = (), both_ways: bool = True) -> None:
+        """Drop what arrives over loopback, and the packets of the connections `silent`: those that arrive, and, `both_ways`, those
+        that are sent. Raises `Failed`."""
+        self._send("hold the container's traffic", _lock(silent, (_ARRIVING, _LEAVING) if both_ways else (_ARRIVING,)))
 
     def unlock(self) -> None:
         """Let it pass again; where the namespace is gone, or was not locked, there is nothing to do. Raises `Failed`."""
         if self.there():
             try:
-                self._send("let the container's loopback traffic pass", _unlock())
+                self._send("let the container's traffic pass", _unlock())
             except Failed as failed:
                 if not isinstance(failed.__cause__, FileNotFoundError):
                     raise
@@ -74,50 +90,50 @@ class Namespace:
             raise Failed.because(f"cannot {what}", error, remedy=remedy) from error
 
 
-def _message(kind: int, flags: int, body: bytes) -> bytes:
-    return message(_SUBSYSTEM << 8 | kind, REQUEST | flags, struct.pack("=BBH", _INET, 0, 0) + body)
-
-
-def _batch(messages: list[bytes]) -> list[bytes]:
-    """Netfilter takes messages between two that begin and end a transaction."""
-    mark = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_SUBSYSTEM))
-    return [message(_BEGIN, REQUEST, mark), *messages, message(_END, REQUEST, mark)]
-
-
-def _number(kind: int, value: int) -> bytes:
-    return attribute(kind, struct.pack(">i", value))
-
-
-def _expression(name: bytes, *data: bytes) -> bytes:
-    return nest(1, attribute(1, name + b"\0"), nest(2, *data))
-
-
 def _where(key: int, operator: int, value: int) -> list[bytes]:
     """That what the kernel knows of a packet by this key is, or is not, this."""
     return [
-        _expression(b"meta", _number(1, _REGISTER_1), _number(2, key)),
-        _expression(
-            b"cmp", _number(1, _REGISTER_1), _number(2, operator), nest(3, attribute(1, struct.pack("=I", value)))
+        expression(b"meta", number(1, _REGISTER_1), number(2, key)),
+        expression(
+            b"cmp", number(1, _REGISTER_1), number(2, operator), nest(3, attribute(1, struct.pack("=I", value)))
         ),
     ]
 
 
-def _lock() -> list[bytes]:
-    table, chain = attribute(1, TABLE), b"arriving\0"
-    hook = nest(4, _number(1, _LOCAL_IN), _number(2, _PRIORITY))
-    is_loopback = _where(_IIF, _EQUAL, netlink.LOOPBACK)
+def _is_version(version: int) -> list[bytes]:
+    family = IPV4 if version == 4 else IPV6
+    return [
+        expression(b"meta", number(1, _REGISTER_1), number(2, _FAMILY)),
+        expression(b"cmp", number(1, _REGISTER_1), number(2, _EQUAL), nest(3, attribute(1, bytes([family])))),
+    ]
+
+
+def _lock(silent: Collection[Ends], chains: Sequence[bytes]) -> list[bytes]:
+    drop = expression(b"immediate", number(1, 0), nest(2, nest(2, number(1, _DROP))))
     is_not_of_criu = _where(_MARK, _NOT_EQUAL, CRIU_MARK)
-    drop = _expression(b"immediate", _number(1, 0), nest(2, nest(2, _number(1, _DROP))))
-    return _batch(
-        [
-            _message(_NEWTABLE, ACK | CREATE, table),
-            _message(_NEWCHAIN, ACK | CREATE, table + attribute(3, chain) + hook + attribute(7, b"filter\0")),
-            _message(
-                _NEWRULE, ACK | CREATE, table + attribute(2, chain) + nest(4, *is_loopback, *is_not_of_criu, drop)
-            ),
-        ]
-    )
+    messages = [
+        nftables.command(INET, NEWTABLE, attribute(1, TABLE), CREATE),
+        nftables.chain(INET, TABLE, _ARRIVING, LOCAL_IN, _PRIORITY),
+        nftables.chain(INET, TABLE, _LEAVING, OUTPUT, _PRIORITY),
+        nftables.rule(INET, TABLE, _ARRIVING, *_where(_IIF, _EQUAL, netlink.LOOPBACK), *is_not_of_criu, drop),
+    ]
+    for version in (4, 6):
+        keys = sorted({key for one in silent if one[0].address.version == version for key in _keys(*one)})
+        if keys:
+            name = b"silent%d\0" % version
+            messages += nftables.entries(INET, TABLE, name, version, version, [(key, b"") for key in keys])
+            found = expression(b"lookup", attribute(1, name), number(2, FIRST), number(4, version))
+            for chain in chains:
+                load = (*_is_version(version), *nftables.load_key(version))
+                messages.append(nftables.rule(INET, TABLE, chain, *is_not_of_criu, *load, found, drop))
+    return nftables.batch(messages)
+
+
+def _keys(local: End, remote: End) -> Iterator[bytes]:
+    """Those of packets in both directions."""
+    for source, destination in ((local, remote), (remote, local)):
+        yield nftables.key(TCP, (source.address, destination.address), source.port, destination.port)
 
 
 def _unlock() -> list[bytes]:
-    return _batch([_message(_DELTABLE, ACK, attribute(1, TABLE))])
+    return nftables.batch([nftables.command(INET, DELTABLE, attribute(1, TABLE))])

@@ -89,8 +89,18 @@ def connections(pid: int) -> Iterator[Connection]:
     return (one for one in _listed(pid, TCP) if one.state not in _NO_CONNECTION)
 
 
-def _listed(pid: int, protocol: str) -> Iterator[Connection]:
-    """All sockets of a protocol in the network namespace of a process."""
+def open_here() -> set[tuple[End, End]]:
+    """The ends of the TCP connections in the network namespace of this thread that are not over yet."""
+    found = (one for one in _listed("thread-self", TCP) if one.state not in _NO_CONNECTION)
+    return {_ends(one) for one in found}
+
+
+def _ends(one: Connection) -> tuple[End, End]:
+    return _end(one.family, one.local), _end(one.family, one.remote)
+
+
+def _listed(pid: int | str, protocol: str) -> Iterator[Connection]:
+    """All sockets of a protocol in the network namespace of a process or thread, as /proc names it."""
     for family, name in ((socket.AF_INET, protocol), (socket.AF_INET6, f"{protocol}6")):
         with suppress(OSError):
             for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
@@ -212,12 +222,15 @@ class Peers:
     def __init__(self) -> None:
         self._sockets: list[socket.socket] = []
 
-    def take(self, pid: int, pids: Iterable[int]) -> None:
-        """Take those of the processes `pids`, which are in the network namespace of `pid` and stand still.
+    def take(self, pid: int, pids: Iterable[int], kept: Collection[tuple[End, End]] = ()) -> None:
+        """Take those of the processes `pids`, which are in the network namespace of `pid` and stand still, but for those `kept`,
+        which go on.
 
         Whoever shares the namespace and is not among them, another container of the pod, is gone when `reset` is called, too.
         """
-        for _, owner, descriptor in _to_others(pid, pids):
+        for one, owner, descriptor in _to_others(pid, pids):
+            if _ends(one) in kept:
+                continue
             with suppress(OSError):
                 self._sockets.append(_second(owner, descriptor))
 

@@ -72,6 +72,11 @@ class Config:
         return self.state / "departed"
 
     @property
+    def translations(self) -> Path:
+        """What is known of pods' connections that go on although an end has another address."""
+        return self.state / "translations"
+
+    @property
     def outgoing(self) -> Path:
         """CRIU's images of containers that leave."""
         return self.run / "outgoing"

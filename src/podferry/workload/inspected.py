@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from podferry.core.connections import ConnectionsLost, OpenConnection, refused
+from podferry.core.connections import ConnectionsLost, OpenConnection, preserving, refused
 from podferry.core.facts import ContainerFacts, NodeFacts
 from podferry.core.preflight import GUARDS, LIMITS, Question, refusals, unthrottled, warnings
 from podferry.errors import Refused
@@ -81,6 +81,13 @@ class View:
         if mode is Mode.LIVE and (whys := [one.why_unthrottled for one in self.members if one.why_unthrottled]):
             found.append(unthrottled(whys[0]))
         return found
+
+    def asked_for(self, asked: Connections) -> View:
+        """The same, where the move is `asked` for to do so with the connections: what becomes of them may be another thing."""
+        if asked is not Connections.PRESERVE:
+            return self
+        facts = replace(self.facts, connections=())  # of which preflight would say that they are closed
+        return replace(self, facts=facts, connections=preserving(self.connections))
 
     def lost(self, asked: Connections) -> ConnectionsLost | None:
         """Why it may not move where it was `asked` for that no connection is lost."""

@@ -14,8 +14,9 @@ from itertools import chain
 import anyio
 
 from podferry.core.connections import BRIEF, ConnectionsLost, refusal, refused
+from podferry.core.translation import Translation
 from podferry.criu.connections import settle
-from podferry.engine.ports import DirtySet, Images, RemotePages
+from podferry.engine.ports import IMAGES, DirtySet, Images, RemotePages
 from podferry.errors import Failed
 from podferry.memory.ranges import Runs
 from podferry.model import Connections, Dump
@@ -25,10 +26,13 @@ from podferry.wire.held_pages import HeldPages
 from podferry.wire.messages import AddressSpaceSum, TreeSum
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import gathered
-from podferry.workload.numbers import container_of_directory
+from podferry.workload.numbers import container_of_directory, directory_of
+from podferry.workload.pod.kept_connections import IMAGE as KEPT
+from podferry.workload.pod.kept_connections import KeptConnections, encode
 from podferry.workload.remote_pages import FrozenPages
 from podferry.workload.source_container import SourceContainer
 from podferry.workload.source_tree import SourceTree
+from podferry.workload.threads import at_once
 
 ACCEPT_PAUSES = (*(0.02,) * 12, *(0.1,) * 6, *(0.4,) * 5)
 """Seconds for which a workload goes on, each time that it was frozen while a connection within it waited to be accepted; more or
@@ -122,8 +126,11 @@ class SourceWorkload(FrozenWorkload):
         volumes: Sequence[SourceTree] = (),
         *,
         connections: Connections = Connections.CLOSE,
+        keeping: KeptConnections | None = None,
     ) -> None:
+        """`keeping` knows which connections to others go on, where that is asked for."""
         super().__init__(containers, owner)
+        self._keeping, self._kept = keeping, tuple[Translation, ...]()
         self._containers, self._connections = containers, connections
         self._trees = [*(one.tree for one in containers), *volumes]
         self._closed: tuple[str, ...] = ()
@@ -185,6 +192,8 @@ class SourceWorkload(FrozenWorkload):
 
     async def stand_by(self) -> None:
         """Begin what the dumps need while the containers still run."""
+        if self._keeping is not None:
+            await self._keeping.ask()
         await gathered(*(one.stand_by for one in self._containers))
         await self._owner.stand_by([one.cgroup for one in self._containers])
 
@@ -204,7 +213,7 @@ class SourceWorkload(FrozenWorkload):
             await gathered(*(one.freeze for one in self._containers))
             if not (waiting := await self._unaccepted()):
                 if (lost := await self._lost()) is None:
-                    return
+                    return await self._choose_kept()
                 await gathered(*(one.thaw_again for one in self._containers))
                 if (moment := next(moments, None)) is None:
                     raise lost
@@ -235,15 +244,28 @@ class SourceWorkload(FrozenWorkload):
         found = await self._containers[0].connections(members)  # containers of a pod share their network namespace
         return refused("the job", found, self._connections)
 
+    async def _choose_kept(self) -> None:
+        """Say which connections to others go on, of those that the frozen workload has."""
+        if self._keeping is not None:
+            members = [pid for one in self._containers for pid in one.members()]
+            sockets = await self._containers[0].sockets(members)
+            self._kept = await at_once(self._keeping.of, sockets)
+            for one in self._containers:
+                one.kept = frozenset(kept.ends for kept in self._kept)
+
     async def dump(self) -> Images:
         """CRIU dumps the containers side by side, and then holds them. Raises `ConnectionsLost` where all connections must live on
         and its images have one that cannot."""
         dumps = await gathered(*(one.dump for one in self._containers))
-        settled = settle({name: data for images in dumps for name, data in images.items()})
+        images = {name: data for images in dumps for name, data in images.items()}
+        settled = settle(images, {one.ends for one in self._kept})
         self._closed = settled.closed
         if self._connections is Connections.REQUIRE and (lost := refusal("the job", settled.closed)) is not None:
             raise lost
-        return await self._owner.completed(settled.images)
+        whole = dict(settled.images)
+        if self._kept:
+            whole[directory_of(0, IMAGES), KEPT] = encode(self._kept)
+        return await self._owner.completed(whole)
 
     def closed_connections(self) -> tuple[str, ...]:
         """Those to others than the workload itself, which `dump` has closed in the images."""

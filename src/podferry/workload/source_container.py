@@ -17,7 +17,7 @@ from pathlib import Path
 
 import anyio
 
-from podferry.core.connections import OpenConnection, judge
+from podferry.core.connections import End, KernelSocket, OpenConnection, judge
 from podferry.core.inventory import encode
 from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import GUARDING_CRIU, numbers
@@ -112,6 +112,8 @@ class SourceContainer(FrozenContainer):
         self._held: HeldDump | None = None
         self._network = network_namespace.DEFAULT
         self._peers = Peers()
+        self.kept: frozenset[tuple[End, End]] = frozenset()
+        """Connections of the workload's to others that go on."""
         self._scans = Scans()
         self._told: set[watched.Watched] = set()
         self._linked = anyio.Event()
@@ -207,7 +209,11 @@ class SourceContainer(FrozenContainer):
 
     async def connections(self, members: Collection[int]) -> tuple[OpenConnection, ...]:
         """Those of the workload's processes, `members`, in this container's network namespace, whatever stands between."""
-        return await self._scans.at_once(lambda: judge(kernel_sockets(self._task.pid, members)))
+        return judge(await self.sockets(members))
+
+    async def sockets(self, members: Collection[int]) -> list[KernelSocket]:
+        """The sockets of the workload's processes, `members`, in this container's network namespace."""
+        return await self._scans.at_once(lambda: kernel_sockets(self._task.pid, members))
 
     async def thaw_again(self) -> None:
         """Let the frozen container go on for a moment: `freeze` is called again. The ledger keeps the freeze."""
@@ -308,7 +314,7 @@ class SourceContainer(FrozenContainer):
         self.journal.acquire("held-dump", **held.to_dict())
         if locked is not None:
             self.journal.acquire("network-lock", **asdict(locked))  # the latest entry: unlocked before the job goes on
-        self._peers.take(self._task.pid, self.cgroup.pids())
+        self._peers.take(self._task.pid, self.cgroup.pids(), self.kept)
         directory = self._scratch / "images"
         if complete(directory, found, guards=numbers(version("criu")) >= GUARDING_CRIU) and found:
             self.dumped = Dump.MEMORY_SKIPPING
@@ -325,12 +331,13 @@ class SourceContainer(FrozenContainer):
         return {(directory_of(self.journal.number, IMAGES), name): data for name, data in images.items()}
 
     def _hold_loopback(self) -> Namespace | None:
-        """Nothing passes between the job's own sockets until it is known where it runs; nothing need be done where it has none."""
+        """Nothing passes between the job's own sockets, or by a connection that is kept, until it is known where the job runs;
+        nothing need be done where it has none."""
         if not has_connections(self._task.pid):
             return None
         namespace = Namespace.of(self.record.spec_json(), self._task.pid)
         self.journal.acquire("network-lock", **asdict(namespace))
-        namespace.lock()
+        namespace.lock(self.kept)
         return namespace
 
     async def kill(self) -> None:

@@ -60,6 +60,9 @@ class Maker:
     async def arrive(self, containers: Sequence[TargetContainer]) -> None:
         """The right to run is here: have whoever makes the containers begin, where that had to wait for it."""
 
+    async def connect(self, containers: Sequence[TargetContainer]) -> None:
+        """All has arrived: have the other ends of connections that go on know where the workload is going to be."""
+
     async def before_release(self, containers: Sequence[TargetContainer]) -> None:
         """Hold what the containers share until the last of them is restored."""
 
@@ -215,6 +218,7 @@ class TargetWorkload:
             await one.verify(end)
         for number, volume in enumerate(self._volumes, len(self._containers)):
             demand_whole(volume.receiver, number, end, f"the volume {volume.volume.name}")
+        await self._maker.connect(self._containers)
 
     # Post-copy.
 

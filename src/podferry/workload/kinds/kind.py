@@ -28,6 +28,7 @@ from podferry.workload.frozen import FrozenContainer
 from podferry.workload.inspected import View
 from podferry.workload.nodefacts import node_facts
 from podferry.workload.offered import Offered, decode
+from podferry.workload.pod.kept_connections import KeptConnections
 from podferry.workload.pod.probes import Probe
 from podferry.workload.source import FrozenWorkload, Owner, SourceWorkload
 from podferry.workload.source_container import SourceContainer
@@ -82,7 +83,12 @@ class WorkloadKind(ABC, Generic[OfferedKind]):
 
         trees = [SourceTree(path, partial(suspects, path)) for _, path in view.volumes]
         owner = self.owner(journal, self.known(view.offered), view.probes)
-        return SourceWorkload(containers, owner, trees, connections=connections)
+        keeping = self.keeping(view, journal) if connections is Connections.PRESERVE else None
+        return SourceWorkload(containers, owner, trees, connections=connections, keeping=keeping)
+
+    def keeping(self, view: View, journal: Journal) -> KeptConnections | None:
+        """What knows which connections to others go on: those of this kind do not, unless it says otherwise."""
+        return None
 
     def frozen(self, journal: Journal, name: str) -> FrozenWorkload | None:
         """The workload `name` on its source, as an earlier agent left it; None where it had not been inspected yet."""

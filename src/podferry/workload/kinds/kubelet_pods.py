@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
+from podferry.core.connections import RECORDED, TCP, Backends, End
 from podferry.core.limits import TERMINATION_MESSAGE
 from podferry.core.preflight import ContainerBound, NoRoom
 from podferry.core.undo import Handler
@@ -23,10 +24,13 @@ from podferry.workload.config import Config
 from podferry.workload.inspected import Member, View, inspect, merged, running_task
 from podferry.workload.kinds.kind import DUMP_FLAGS, WorkloadKind
 from podferry.workload.makers import kubelet as made_by_kubelet
+from podferry.workload.makers.arriving_connections import ArrivingConnections
 from podferry.workload.makers.kubelet import KubeletContainer, KubeletMaker, KubeletOwner
 from podferry.workload.offered import LAST_WORDS, OfferedPod, PodPart
-from podferry.workload.pod.cluster_port import Cluster, PodName
+from podferry.workload.pod.cluster_port import Cluster, ConnectionPeers, PodName
+from podferry.workload.pod.kept_connections import KeptConnections, addresses
 from podferry.workload.pod.probes import Probe
+from podferry.workload.pod.translations import PodTranslations
 from podferry.workload.source_container import Output, RunningContainer
 
 
@@ -35,9 +39,17 @@ class KubeletPods(WorkloadKind[OfferedPod]):
 
     offers = OfferedPod
 
-    def __init__(self, config: Config, runtime: ContainerRuntime, cluster: Cluster | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        runtime: ContainerRuntime,
+        cluster: Cluster | None,
+        told: Callable[[], ConnectionPeers | None] | None = None,
+    ) -> None:
+        """`told` are the other ends of connections that are preserved."""
         super().__init__(config, runtime)
-        self._given_cluster = cluster
+        self._given_cluster, self._told = cluster, told
+        self.translations = PodTranslations(config.translations, config.state, runtime)
 
     @property
     def cluster(self) -> Cluster:
@@ -90,7 +102,7 @@ class KubeletPods(WorkloadKind[OfferedPod]):
             volumes,
             tuple(probes),
             (*self._refused(pod, members), *without_room(members, memory_limits)),
-            open_connections(first, pids),
+            open_connections(first, pids, self._moved(pod.uid)),
         )
 
     def _member(self, pod: PodName, name: str, there: Mapping[str, PodContainer]) -> Member:
@@ -149,7 +161,22 @@ class KubeletPods(WorkloadKind[OfferedPod]):
                     remedy="have the job close it, or mount the whole volume; that counts from the pod's next start",
                 )
 
+    def _moved(self, uid: str) -> Backends:
+        known = self.translations.of(uid)
+
+        def moved(protocol: str, local: End, remote: End) -> End | None:
+            there = known.get((local, remote)) if protocol == TCP else None
+            return End(there.now.remote_now, remote.port) if there else None
+
+        return moved
+
     # The source's half.
+
+    def keeping(self, view: View, journal: Journal) -> KeptConnections:
+        """Those to pods on nodes with an agent."""
+        wanted = frozenset(addresses(view.connections[:RECORDED]))
+        uid, id = self.known(view.offered).pod.uid, journal.directory.name
+        return KeptConnections(id, uid, wanted, self.cluster, self.translations)
 
     def owner(self, journal: Journal, offered: OfferedPod, probes: Sequence[Probe] = ()) -> KubeletOwner:
         """The kubelet, and whoever the pod belongs to in the cluster."""
@@ -174,7 +201,9 @@ class KubeletPods(WorkloadKind[OfferedPod]):
 
     def maker(self, journal: Journal) -> KubeletMaker:
         """The controller makes the pod, and the kubelet its containers."""
-        return KubeletMaker(self._config, journal, self.cluster)
+        others = self._told() if self._told is not None else None
+        arriving = ArrivingConnections(journal, self.cluster, self.translations, others) if others else None
+        return KubeletMaker(self._config, journal, self.cluster, arriving)
 
     def container_maker(self, journal: Part, offered: OfferedPod, number: int) -> KubeletContainer:
         """The kubelet."""
@@ -182,7 +211,7 @@ class KubeletPods(WorkloadKind[OfferedPod]):
 
     def target_handlers(self) -> dict[str, Handler]:
         """The undo steps for resources that the target holds."""
-        return made_by_kubelet.target_handlers(self._config, self._runtime, self.cluster)
+        return made_by_kubelet.target_handlers(self._config, self._runtime, self.cluster, self.translations)
 
 
 def without_room(members: Iterable[Member], limits: Mapping[str, int]) -> Iterator[Refused]:

@@ -49,10 +49,13 @@ from podferry.workload import frozen
 from podferry.workload.config import Config
 from podferry.workload.frozen import FrozenContainer
 from podferry.workload.helpers import ended, helper_environment, kill_helper, python, write_down
+from podferry.workload.makers.arriving_connections import NETWORK_LOCK, TRANSLATION, ArrivingConnections
 from podferry.workload.numbers import directory_of
 from podferry.workload.offered import LAST_WORDS, PAYLOADS, PodPart
+from podferry.workload.pod import kept_connections
 from podferry.workload.pod.cluster_port import Cluster
 from podferry.workload.pod.probes import Probe
+from podferry.workload.pod.translations import PodTranslations
 from podferry.workload.source import Owner
 from podferry.workload.target import Maker, handlers
 from podferry.workload.target_container import RESTORE_TIMEOUT, TargetContainer
@@ -60,7 +63,6 @@ from podferry.workload.threads import Scans, at_once, patiently, run
 
 STAND_IN = "stand-in"
 """The process that answers probes (`podferry.workload.answering`), in the ledger."""
-NETWORK_LOCK = "network-lock"
 WAY_IN = "way-in"
 """In the ledger: the name, by the pod's uid, of what arrived before the pod was made."""
 START_TIMEOUT = 10.0
@@ -143,8 +145,10 @@ class KubeletMaker(Maker):
 
     kept_from_the_resume = True
 
-    def __init__(self, config: Config, journal: Journal, cluster: Cluster) -> None:
-        self._config, self._journal, self._cluster = config, journal, cluster
+    def __init__(
+        self, config: Config, journal: Journal, cluster: Cluster, connections: ArrivingConnections | None = None
+    ) -> None:
+        self._config, self._journal, self._cluster, self._connections = config, journal, cluster, connections
 
     @property
     def makes_after_go(self) -> bool:
@@ -202,6 +206,11 @@ class KubeletMaker(Maker):
         uid = self._journal.facts["target_pod"]
         return dict(cri.volumes([first.spec_json()], uid, self._config.kubelet))
 
+    async def connect(self, containers: Sequence[TargetContainer]) -> None:
+        """Those of its connections to others that go on."""
+        if self._connections is not None:
+            await self._connections.connect(containers)
+
     async def before_release(self, containers: Sequence[TargetContainer]) -> None:
         """Nothing passes over loopback until the last container is restored, whose sockets would be missed: a connection finds its
         other end gone, and whoever connects anew finds nobody listening."""
@@ -225,19 +234,20 @@ class KubeletMaker(Maker):
     async def after_release(self) -> None:
         """Loopback is open again, also where an agent before this one has locked it."""
         if (facts := self._journal.held(NETWORK_LOCK)) is not None:
-            await at_once(Namespace(**facts).unlock)
+            await at_once(Namespace(facts["path"], facts["inode"]).unlock)
             self._journal.release(NETWORK_LOCK)
 
     def entrust(self) -> None:
         """Nobody deletes the pod any more."""
         self._journal.release("target-pod")
+        self._journal.release(TRANSLATION)
 
 
 class KubeletContainer:
     """A container of the pod, as the kubelet makes it from its own object: nothing of its record comes from the source. Until it is
     there, what arrives for it is staged."""
 
-    not_images: tuple[str, ...] = (LAST_WORDS, PAYLOADS)
+    not_images: tuple[str, ...] = (LAST_WORDS, PAYLOADS, kept_connections.IMAGE)
     lasting: tuple[str, ...] = ("kubelet-task", "restored", "arrived")
 
     def __init__(self, config: Config, runtime: ContainerRuntime, journal: Part, offered: PodPart) -> None:
@@ -382,7 +392,9 @@ def _kill(runtime: ContainerRuntime, id: str) -> None:
         Cgroup.of_container(runtime.runc_root(runtime.container(id)), id).kill()
 
 
-def target_handlers(config: Config, runtime: ContainerRuntime, cluster: Cluster) -> dict[str, Handler]:
+def target_handlers(
+    config: Config, runtime: ContainerRuntime, cluster: Cluster, here: PodTranslations
+) -> dict[str, Handler]:
     """How what the target of a pod holds is taken back."""
 
     async def give_back(facts: Mapping[str, Any]) -> None:
@@ -398,13 +410,15 @@ def target_handlers(config: Config, runtime: ContainerRuntime, cluster: Cluster)
         await at_once(discard, Path(facts["directory"]))
 
     async def unlock(facts: Mapping[str, Any]) -> None:
-        await run(Namespace(**facts).unlock)
+        if not facts.get("silent"):  # or who is told already to send here would be answered with a reset: the pod goes
+            await run(Namespace(facts["path"], facts["inode"]).unlock)
 
     async def close_the_way(facts: Mapping[str, Any]) -> None:
         (config.incoming / facts["key"]).unlink(missing_ok=True)
 
     own = {
         NETWORK_LOCK: unlock,
+        TRANSLATION: lambda facts: run(here.leave, facts["uid"]),
         "target-pod": give_back,
         "kubelet-task": kill_task,
         "arrived": unmark,

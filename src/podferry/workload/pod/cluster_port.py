@@ -9,10 +9,12 @@ attempt is a second Migration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from podferry.core.connections import End
+from podferry.core.translation import Translation
 from podferry.engine.order import Order
 from podferry.model import Mode
 from podferry.workload.pod.probes import Probe
@@ -50,6 +52,32 @@ class PodOrder:
     probes: tuple[Probe, ...] = ()
     memory_limits: Mapping[str, int] = field(default_factory=dict)
     rehearse: bool = False
+
+
+@dataclass(frozen=True)
+class MigrationName:
+    """A Migration object, and no other of the same name."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class PeerPod:
+    """A pod at the other end of connections, by its uid, and the node that it is on, which has an agent."""
+
+    uid: str
+    node: str
+
+
+@dataclass(frozen=True)
+class MovingPod:
+    """What a Migration says to the node of a pod at the other end of connections: the `addresses` of the pod that moves, as it
+    leaves its source, and the uids of the pods of this node that may have connections with it."""
+
+    addresses: frozenset[str]
+    peers: frozenset[str]
 
 
 class Cluster(Protocol):
@@ -99,6 +127,31 @@ class Cluster(Protocol):
     async def hand_over(self, id: str) -> None:
         """Asked on the source, when the job runs on the target and the original is frozen for good: have the owner count the
         target pod, and the source pod deleted. The frozen original is killed as soon as this returns."""
+        ...
+
+    async def peers(self, id: str, wanted: Collection[str] = ()) -> tuple[MigrationName, Mapping[str, PeerPod]]:
+        """Asked on the source and on the target, of a move that is to preserve connections: the Migration, and which pods are at
+        the other ends of its pod's connections, by their addresses. Waits a while for those `wanted`. Raises `ObjectNotFound`."""
+        ...
+
+    async def moving(self, migration: MigrationName, target: str) -> MovingPod:
+        """Asked on the node of such a pod, when the node `target` tells of it: what the Migration says. Raises `Refused`
+        unless that node is its target, and connections are to be preserved now: no node's word counts."""
+        ...
+
+    async def moved(self, migration: MigrationName) -> bool | None:
+        """Asked there, later: whether the pod has moved, or goes on at its source; None as long as either may be."""
+        ...
+
+
+class ConnectionPeers(Protocol):
+    """The other ends of a pod's connections, as they are told on its target (`podferry.agent.connection_peers`)."""
+
+    async def tell(
+        self, migration: MigrationName, found: Sequence[tuple[PeerPod, Translation]]
+    ) -> frozenset[tuple[End, End]]:
+        """Have their nodes rewrite these connections, each as its peer's namespace sees it. Returns those that are no longer open
+        there, by the same ends. Raises `PodferryError` where one of the nodes does not."""
         ...
 
 
