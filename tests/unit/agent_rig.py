@@ -92,7 +92,7 @@ class LeapingLoop(asyncio.SelectorEventLoop):
         return self.now
 
 
-class _Leaper(selectors.SelectSelector):
+class _Leaper(selectors.PollSelector):
     def __init__(self, loop: LeapingLoop) -> None:
         super().__init__()
         self._loop = loop

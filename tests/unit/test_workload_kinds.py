@@ -222,7 +222,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kind.WorkloadKind, "_choice", UFFD)
     for where in (alone, kubelet_pods):
         monkeypatch.setattr(where, "inspect", lambda runtime, name, running: Member(name, running, JOB, held=50 << 20))
-        monkeypatch.setattr(where, "open_connections", lambda pid, pids: (("seen from", pid, tuple(pids)),))
+        monkeypatch.setattr(where, "open_connections", lambda pid, pids, *_: (("seen from", pid, tuple(pids)),))
 
 
 @pytest.mark.usefixtures("kernel")

@@ -236,8 +236,10 @@ def _serve(asked: int, answer: int, settings: dict[str, Any]) -> None:
     """A child's life: write what is due, and check the memory when asked; it ends with the first process."""
     memory, since, owed = _memory(settings), time.monotonic(), 0.0
     os.write(answer, bytes(4))
+    questions = select.poll()
+    questions.register(asked, select.POLLIN)
     while True:
-        if select.select([asked], [], [], CHILD_SECONDS)[0]:
+        if questions.poll(CHILD_SECONDS * 1000):
             if not os.read(asked, 1):
                 return
             os.write(answer, len(memory.damaged()).to_bytes(4, "little"))

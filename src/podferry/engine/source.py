@@ -449,7 +449,14 @@ class Source(Side[SourcePhase, SourceEvent]):
 
     async def _is_replaced(self) -> bool:
         """After GO, of a job that keeps its name: whether it cannot go on here any more. Asked until there is an answer."""
-        return bool(self.journal.facts.get("go")) and self._held is not None and await self._held.replaced()
+        if not self.journal.facts.get("go") or self._held is None:
+            return False
+        while True:
+            try:
+                return await self._held.replaced()
+            except Exception as error:  # noqa: BLE001 - it may run nowhere yet, or there: that decides, and nothing else
+                self.log.error("whether the job may go on here is not known", error=str(self.cause_of(error)))
+                await anyio.sleep(ASK_AGAIN)
 
     async def _runs(self) -> bool:
         """Whether the job has not ended here. Where nobody says, nothing speaks against it."""

@@ -158,15 +158,16 @@ class Answers:
 
 def _join(one: socket.socket, other: socket.socket) -> None:
     """Pass on what either says until one ends or nothing comes for a while."""
-    there = {one: other, other: one}
-    while True:
-        ready, _, _ = select.select(list(there), [], [], PATIENCE)
-        if not ready:
-            return
-        for side in ready:
-            if not (data := side.recv(1 << 14)):
+    there = {one.fileno(): (one, other), other.fileno(): (other, one)}
+    waiting = select.poll()
+    for descriptor in there:
+        waiting.register(descriptor, select.POLLIN)
+    while ready := waiting.poll(PATIENCE * 1000):
+        for descriptor, _ in ready:
+            speaker, listener = there[descriptor]
+            if not (data := speaker.recv(1 << 14)):
                 return
-            there[side].sendall(data)
+            listener.sendall(data)
 
 
 def _self_signed() -> ssl.SSLContext:

@@ -1,5 +1,7 @@
 """A pod: the kubelet makes its containers on the target, and removes what is left of them on the source. Of the original only the
 processes are killed here; records, snapshots and the sandbox go when the pod's object goes.
+
+It is long because a pod is made in two orders, before GO or, where it keeps its name, after it, and both are steps of one class.
 """
 
 from __future__ import annotations
