@@ -229,10 +229,12 @@ def test_the_wrappers_death_is_noticed(bench: Bench) -> None:
     with Incoming.prepare("job", run=bench.run) as incoming:
         child = bench.start(*GLOBALS, *CREATE, "job")
         incoming.wait_prepared(20)
-        assert select.select([incoming], [], [], 0)[0] == []
+        death = select.poll()
+        death.register(incoming, select.POLLIN)
+        assert death.poll(0) == []
         child.send_signal(signal.SIGKILL)
         child.wait()
-        assert select.select([incoming], [], [], 20)[0] == [incoming]
+        assert [fd for fd, _ in death.poll(20_000)] == [incoming.fileno()]
         assert not incoming.alive()
         with pytest.raises(WrapperGone):
             incoming.restore()

@@ -31,7 +31,9 @@ def mine() -> tuple[str, ...]:
 
 
 def arrived(descriptor: int) -> None:
-    assert select.select([descriptor], [], [], 10)[0]
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    assert waiting.poll(10_000)
 
 
 def test_input_that_nobody_has_read_is_found_till_it_is_read(pair: Pair) -> None:
