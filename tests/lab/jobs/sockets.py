@@ -424,7 +424,7 @@ def tls_within_the_job():
     """TLS keeps its state in memory, and takes no byte twice."""
 
     def context(side):
-        # Without a certificate, of which the container has none: a key exchange that proves nobody's name.
+        # Without a certificate, of which the container has none: a key exchange that proves no name.
         made = ssl.SSLContext(side)
         made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
         made.maximum_version = ssl.TLSVersion.TLSv1_2
