@@ -177,7 +177,7 @@ class Reconciler:
         if (again := await self._arbitrate(migration)) is not None:
             return again
         failure = status.abort
-        if not status.holds(SOURCE_REPLACED):  # the source's object is gone after that: nobody's wish brings it back
+        if not status.holds(SOURCE_REPLACED):  # the source's object is gone after that, and no wish brings it back
             failure = failure or await self._beforehand(migration, source)
             failure = failure or failures.of_silence(migration, self._settings.silence, clock())
         failure = failure or failures.of_target(target, migration, self._settings.scheduling, clock())
